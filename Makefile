@@ -1,0 +1,37 @@
+# Two commands do everything from a bare Python: make demo, make test.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := runs/digits
+
+.PHONY: demo test test-slow lint clean
+
+demo: .venv/installed
+	$(BIN)/python train.py --config configs/digits.py --workdir $(RUN)
+	$(BIN)/python sample.py --weights $(RUN) --labels 0,1,2,3,4,5,6,7,8,9 --num 100 \
+	    --out $(RUN)/sheet.png --overwrite
+	$(BIN)/python sample.py --weights $(RUN) --labels 0,1,2,3,4,5,6,7,8,9 --num 1000 \
+	    --seed 1 --batch-size 250 --out $(RUN)/samples.npz --overwrite
+	$(BIN)/python score_digits.py $(RUN)/samples.npz
+	@echo "the samples, one row a digit: $(RUN)/sheet.png"
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-slow: .venv/dev
+	$(BIN)/python -m pytest tests/slow -o addopts=-q
+
+lint: .venv/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+.venv/installed: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -r requirements.txt
+	touch $@
+
+.venv/dev: requirements-dev.txt .venv/installed
+	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv .cache runs
