@@ -1,0 +1,411 @@
+"""The Gaussian diffusion against recorded tables and losses, and against algebra."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from recorded import arrays, case, nchw, nhwc, weights
+
+from sit_jax import config, port, predictions
+from sit_jax import diffusion as d
+from sit_jax.diffusion import Diffusion
+from sit_jax.errors import UserError
+from sit_jax.models import dit, layers
+from sit_jax.paths import align
+from sit_jax.schedules import DdimSpacing, cosine_betas
+
+# What create_diffusion's options are called here. The released KL loss is always
+# rescaled; the plain one differs from it by the number of steps.
+FULL = Diffusion()
+VARIANTS = {
+    "v0": FULL,
+    "v1": Diffusion(objective=d.rescaled_hybrid),
+    "v2": Diffusion(objective=d.rescaled_bound),
+    "v3": Diffusion(predicts=predictions.data),
+    "v4": Diffusion(variance=d.fixed_large),
+    "v5": Diffusion(variance=d.fixed_small),
+    "v6": Diffusion(schedule=cosine_betas),
+}
+SPACINGS = {"full": 1000, "10": 10, "50": 50, "ddim25": DdimSpacing(25)}
+EVERY = jnp.arange(1000)
+
+
+@pytest.fixture
+def network(monkeypatch):
+    """net(x, t) with the recorded weights, labels and frequency table."""
+    table = arrays("dit_forward_a")["freqs_f32"]
+    monkeypatch.setattr(layers, "frequencies", lambda half: table)
+    params, _ = port.to_flax(dit.RULES, weights("dit_a"))
+    model = dit.DiT(depth=2, width=40, heads=4, classes=10)
+    labels = jnp.asarray(arrays("dit_training_losses")["y"])
+    return lambda x, t: model.apply({"params": params}, x, t, labels)
+
+
+@partial(jax.jit, static_argnums=0)
+def loss_of(process, out, data, noise, t):
+    return process.loss(given(out), data, noise, t)
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def posterior_of(process, out, x, t, clip=False):
+    return process.posterior(given(out), x, t, clip)
+
+
+def given(out):
+    """A network that says `out` whatever it sees."""
+    return lambda x, t: jnp.asarray(out)
+
+
+def batch():
+    """The recorded data, noise [4, 8, 8, 4] and t = 0, 3, 251, 999."""
+    g = arrays("dit_training_losses")
+    return nhwc(g["x_start"]), nhwc(g["noise"]), jnp.asarray(g["t"], jnp.int32)
+
+
+def some(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def close(ours, theirs, floor=0.0):
+    """Within five times the float32 noise of the recording, or 1e-5 of its scale."""
+    slack = max(5 * floor, 1e-5 * np.abs(theirs).max())
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=slack)
+
+
+def close_loss(ours, theirs, floor):
+    """At t = 0, entry 0, torch lost digits that we keep: we differ by what it lost.
+
+    2e-7: the KL of the other entries is a difference of numbers near one.
+    """
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=2e-5, atol=1.02 * floor)
+    np.testing.assert_allclose(ours[1:], theirs[1:], rtol=2e-5, atol=2e-7)
+
+
+@pytest.mark.parametrize("name", SPACINGS)
+def test_recorded_tables(name):
+    process = FULL.respaced(SPACINGS[name])
+    g = {k.removeprefix(f"{name}."): v for k, v in arrays("dit_tables").items()}
+    rows = g["idx"] if name == "full" else np.arange(len(process.betas))
+    (alpha, sigma), bar = (
+        process.levels(np.arange(len(process.betas))),
+        process.alpha_bar,
+    )
+    ours = {
+        "timestep_map": np.array(process.told),
+        "betas": process.betas,
+        "alphas_cumprod": bar[1:],
+        "alphas_cumprod_prev": bar[:-1],
+        "alphas_cumprod_next": np.append(bar[2:], 0.0),
+        "sqrt_alphas_cumprod": alpha,
+        "sqrt_one_minus_alphas_cumprod": sigma,
+        "log_one_minus_alphas_cumprod": np.log(1 - bar[1:]),
+        "sqrt_recip_alphas_cumprod": 1 / alpha,
+        "sqrt_recipm1_alphas_cumprod": sigma / alpha,
+        "posterior_variance": process.true_step[2],
+        "posterior_log_variance_clipped": process.log_variances[0],
+        "posterior_mean_coef1": process.true_step[0],
+        "posterior_mean_coef2": process.true_step[1],
+    }
+    for key, table in ours.items():
+        # float64 throughout: what is left is the order of a few roundings
+        np.testing.assert_allclose(table[rows], g[key], rtol=1e-12, err_msg=key)
+    sums = case("dit_tables")["respacings"][name]["sums"]
+    for key in sums:
+        np.testing.assert_allclose(ours[key].sum(), sums[key], rtol=1e-12, err_msg=key)
+
+
+def test_published_figures():
+    np.testing.assert_allclose(FULL.levels(999)[0] ** 2, 4.0358298e-5, rtol=1e-8)
+    np.testing.assert_allclose(FULL.levels(499)[0] ** 2, 0.07858724, rtol=1e-7)
+    np.testing.assert_allclose(1 / FULL.levels(999)[0], 157.410457, rtol=1e-8)
+    np.testing.assert_allclose(FULL.log_variances[0][:2], -9.81672514, rtol=1e-9)
+
+
+def test_tables_are_rounded_once():
+    """Gathered in float64 and cast, not computed from float32 tables."""
+    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    exact = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+    for ours, table in zip(FULL.path(EVERY), exact, strict=True):
+        # the betas are rebuilt from alpha_bar, hence one unit in the last place
+        np.testing.assert_array_max_ulp(np.asarray(ours), np.float32(table), 1)
+    np.testing.assert_array_equal(FULL.path(jnp.array([-1])), [[1.0], [0.0]])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_recorded_losses_of_a_fixed_output(name):
+    process, g = VARIANTS[name], arrays("dit_training_losses")
+    out = nhwc(g["fixed_model_output"])
+    out = out[..., :4] if name in ("v4", "v5") else out
+    ours = loss_of(process, out, *batch())
+    floors = case("dit_training_losses")["runs"][int(name[1])]["f32_vs_f64"]
+    names = [key.removeprefix("fixed.") for key in floors if key.startswith("fixed")]
+    assert set(names) <= set(ours) and ("vb" in ours) == (name not in ("v4", "v5"))
+    for key in names:
+        close_loss(ours[key], g[f"{name}.fixed.{key}"], floors[f"fixed.{key}"][0])
+
+
+def test_recorded_losses_of_the_network(network):
+    losses = {name: partial(p.loss, network) for name, p in VARIANTS.items()}
+    half = lambda x, t: network(x, t)[..., :4]
+    losses |= {name: partial(VARIANTS[name].loss, half) for name in ("v4", "v5")}
+    ours = jax.jit(lambda *b: {name: loss(*b) for name, loss in losses.items()})
+    ours, g = ours(*batch()), arrays("dit_training_losses")
+    for run in case("dit_training_losses")["runs"]:
+        for key, (floor, _) in run["f32_vs_f64"].items():
+            if key.startswith("model."):
+                theirs = g[f"{run['id']}.{key}"]
+                close_loss(ours[run["id"]][key.removeprefix("model.")], theirs, floor)
+
+
+@pytest.mark.parametrize("name", ["v0", "v3", "v4", "v5"])
+@pytest.mark.parametrize("clip", [False, True])
+def test_recorded_posteriors(name, clip):
+    process, g = VARIANTS[name], arrays("dit_training_losses")
+    out = nhwc(g["fixed_model_output"])
+    out = out[..., :4] if name in ("v4", "v5") else out
+    x, t = nhwc(g[f"{name}.x_t"]), batch()[2]
+    mean, log_var, data = posterior_of(process, out, x, t, clip)
+    ending = f"clip{int(clip)}"
+    close(nchw(mean), g[f"{name}.p.mean.{ending}"])
+    close(nchw(data), g[f"{name}.p.pred_xstart.{ending}"])
+    theirs = g[f"{name}.p.log_variance.{ending}"]
+    log_var = log_var[:, 0, 0, 0] if theirs.ndim == 1 else nchw(log_var)
+    close(log_var, theirs)
+
+
+def test_recorded_mixture_and_true_step():
+    g, (data, noise, t) = arrays("dit_training_losses"), batch()
+    seen = []
+    net = lambda x, t: seen.append((x, t)) or jnp.zeros((4, 8, 8, 8))
+    FULL.loss(net, data, noise, t)
+    close(nchw(seen[0][0]), g["v0.x_t"])
+    np.testing.assert_array_equal(seen[0][1], t)
+    on_data, on_x, _ = (d.gather(table, align(t, data)) for table in FULL.true_step)
+    close(nchw(on_data * data + on_x * seen[0][0]), g["v0.q_posterior_mean"])
+    log_var = d.gather(FULL.log_variances[0], t)
+    close(log_var, g["v0.q_posterior_log_variance"])
+
+
+def test_true_step_is_bayes_rule():
+    """Precisions of the two Gaussians that meet at x_{t-1} add up."""
+    t = np.arange(1, 1000)
+    (alpha_, sigma_), beta = FULL.levels(t - 1), FULL.betas[t]
+    precision = 1 / sigma_**2 + (1 - beta) / beta
+    on_data, on_x, var = (table[t] for table in FULL.true_step)
+    np.testing.assert_allclose(var, 1 / precision, rtol=1e-10)
+    np.testing.assert_allclose(on_data, alpha_ / sigma_**2 / precision, rtol=1e-10)
+    np.testing.assert_allclose(on_x, np.sqrt(1 - beta) / beta / precision, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "predicts", [predictions.noise, predictions.data, predictions.score, d.previous]
+)
+def test_telling_the_truth(predicts):
+    """Whatever is predicted: the right answer costs nothing and gives the data."""
+    process = Diffusion(predicts=predicts, variance=d.fixed_small, objective=d.bound)
+    data, noise = some(0, 1000, 2, 2, 4), some(1, 1000, 2, 2, 4)
+    t = align(EVERY, data)
+    (alpha, sigma), (p, q) = process.path(t), process.target(t)
+    x, out = alpha * data + sigma * noise, p * data + q * noise
+    mean, _, found = posterior_of(process, out, x, EVERY)
+    # float32 is divided by alpha = 0.006, or by previous's weight of 1e-4
+    np.testing.assert_allclose(found, data, atol=5e-3)
+    on_data, on_x, _ = (d.gather(table, t) for table in process.true_step)
+    np.testing.assert_allclose(mean, on_data * data + on_x * x, atol=2e-6)
+    loss = loss_of(process, out, data, noise, EVERY)["loss"]
+    np.testing.assert_allclose(loss[1:], 0, atol=1e-6)
+    squared = Diffusion(predicts=predicts, variance=d.fixed_small)
+    assert not np.any(loss_of(squared, out, data, noise, EVERY)["loss"] > 1e-10)
+
+
+def test_previous_is_not_read_as_noise():
+    """The released sampler reads it as noise; here the answer is the mean itself."""
+    process = Diffusion(predicts=d.previous, variance=d.fixed_large)
+    x, out, t = some(0, 3, 2, 2, 4), some(1, 3, 2, 2, 4), jnp.array([0, 400, 999])
+    mean, _, data = posterior_of(process, out, x, t)
+    np.testing.assert_allclose(mean, out, atol=1e-5)
+    mean, _, data = posterior_of(process, out, x, t, True)
+    assert np.abs(data).max() == 1 and np.abs(mean - out).max() > 0.1
+
+
+def test_bound_leaves_the_mean_alone():
+    """In the hybrid loss only the squared error reaches the guess."""
+    data, noise, t = batch()
+
+    def parts(scale, v, process):
+        net = lambda x, t: jnp.concatenate([scale * x, v + 0.1 * x], axis=-1)
+        return jax.tree.map(jnp.sum, process.loss(net, data, noise, t))
+
+    slopes = jax.jit(jax.jacrev(parts, (0, 1)), static_argnums=2)
+    both, alone = (slopes(0.5, 0.2, p) for p in (FULL, Diffusion(objective=d.bound)))
+    assert both["vb"][0] == 0 and both["loss"][0] == both["mse"][0] != 0
+    assert both["mse"][1] == 0 and both["loss"][1] == both["vb"][1] != 0
+    assert alone["loss"][0] != 0
+    np.testing.assert_allclose(alone["loss"][1], both["vb"][1], rtol=1e-6)
+
+
+def test_rescaling_counts_the_visited_steps():
+    data, noise, out = some(0, 4, 2, 2, 4), some(1, 4, 2, 2, 4), some(2, 4, 2, 2, 8)
+
+    def loss(objective):
+        process = Diffusion(objective=objective).respaced(50)
+        return loss_of(process, out, data, noise, jnp.array([1, 2, 30, 49]))
+
+    plain, hybrid = loss(d.bound), loss(d.hybrid)
+    np.testing.assert_allclose(loss(d.rescaled_bound)["loss"], 50 * plain["loss"])
+    vb = loss(d.rescaled_hybrid)["vb"]
+    np.testing.assert_allclose(vb, hybrid["vb"] * 50 / 1000, rtol=1e-6)
+    np.testing.assert_allclose(plain["vb"], hybrid["vb"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("objective", [d.hybrid, d.rescaled_bound])
+def test_finite_at_every_step(objective):
+    """Loss and gradient, at all 1000 steps, data outside [-1, 1] included."""
+    process = Diffusion(objective=objective)
+    data, noise = 3 * some(0, 1000, 2, 2, 4), some(1, 1000, 2, 2, 4)
+
+    def loss(out):
+        terms = process.loss(given(out), data, noise, EVERY)
+        return jnp.sum(terms["loss"]), terms["loss"]
+
+    out = some(2, 1000, 2, 2, 8)
+    slope, each = jax.jit(jax.grad(loss, has_aux=True))(out)
+    assert np.isfinite(each).all() and np.isfinite(slope).all()
+
+
+def test_bins_share_all_of_the_mass():
+    """At step 0 the 256 values of an 8-bit image have probabilities that sum to 1."""
+    data = jnp.linspace(-1, 1, 256).reshape(256, 1, 1, 1)
+    same = lambda value: jnp.full_like(data, value)
+    # a mean near the edge, so that the open outermost bin matters
+    step0 = d.Noised(data, data, same(0.97), jnp.zeros((256, 1, 1, 1), jnp.int32))
+    bits = jax.jit(FULL.bits)(step0, same(0.0), same(-6.0))
+    np.testing.assert_allclose(jnp.sum(2.0**-bits), 1, atol=1e-5)
+    # the middle of the range by hand: bin width times density, std exp(-3)
+    distance = float(data[244, 0, 0, 0]) - 0.97 / FULL.levels(0)[0]
+    density = np.exp(-(distance**2) * np.exp(6) / 2) / np.sqrt(2 * np.pi) * np.exp(3)
+    # 3 %: the tanh in place of the normal distribution function
+    np.testing.assert_allclose(2.0 ** -bits[244], 2 / 255 * density, rtol=0.03)
+
+
+def test_variances_lie_where_they_should():
+    x, t = some(0, 1000, 1, 1, 4), EVERY
+    both = [jnp.concatenate([x, jnp.full_like(x, v)], axis=-1) for v in (-1, 0, 1, 3)]
+    ours = [posterior_of(FULL, out, x, t)[1][:, 0, 0, 0] for out in both]
+    low, high = FULL.log_variances
+    np.testing.assert_allclose(ours[0], low, rtol=1e-6)
+    np.testing.assert_allclose(ours[1], (low + high) / 2, rtol=1e-6)
+    np.testing.assert_allclose(ours[2], high, rtol=1e-6)
+    # not clamped: v beyond 1 leaves the range
+    np.testing.assert_allclose(ours[3], high + (high - low), rtol=1e-5)
+
+
+def test_times_are_uniform_over_all_steps():
+    t = np.asarray(FULL.times(jax.random.key(0), 200_000))
+    counts = np.bincount(t, minlength=1000)
+    assert t.dtype == np.int32 and t.min() == 0 and t.max() == 999
+    # 200 expected in each, so a standard deviation of 14
+    assert counts.min() > 200 - 6 * 14.2 and counts.max() < 200 + 6 * 14.2
+    few = np.asarray(FULL.respaced(3).times(jax.random.key(0), 100))
+    assert set(few) == {0, 1, 2}
+
+
+def test_network_is_told_original_steps():
+    told = []
+    net = lambda x, t: told.append(t) or jnp.zeros((3, 2, 2, 8))
+    x = some(0, 3, 2, 2, 4)
+    process = FULL.respaced(10)
+    process.posterior(net, x, jnp.array([0, 4, 9]))
+    process.loss(net, x, x, jnp.array([0, 4, 9]))
+    for t in told:
+        assert t.dtype == jnp.int32
+        np.testing.assert_array_equal(t, [0, 444, 999])
+
+
+def test_respacing_keeps_the_levels():
+    once, twice = FULL.respaced(100), FULL.respaced(100).respaced(4)
+    assert twice.told == tuple(once.told[i] for i in (0, 33, 66, 99))
+    for process in (once, twice):
+        ours = process.levels(np.arange(len(process.betas)))
+        theirs = FULL.levels(np.array(process.told))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+
+
+@pytest.mark.parametrize("variance", [d.learned_range, d.fixed_large, d.fixed_small])
+def test_a_chain_of_one_step(variance):
+    """The released code fails here; beta stands in for the missing variance."""
+    process = Diffusion(variance=variance).respaced(1)
+    out = some(0, 2, 2, 2, 8 if variance is d.learned_range else 4)
+    x, t = some(1, 2, 2, 2, 4), jnp.zeros(2, jnp.int32)
+    mean, log_var, data = posterior_of(process, out, x, t)
+    np.testing.assert_array_equal(mean, data)
+    np.testing.assert_allclose(log_var, np.log(1e-4), rtol=1e-6)
+    assert np.isfinite(loss_of(process, out, x, x, t)["loss"]).all()
+
+
+def test_half_precision_network():
+    """Its output is read in float32: the bound is not computed in eight bits."""
+    data, noise, t = batch()
+    out = jnp.asarray(nhwc(arrays("dit_training_losses")["fixed_model_output"]))
+    rough = out.astype(jnp.bfloat16)
+    ours = loss_of(FULL, rough, data, noise, t)
+    theirs = loss_of(FULL, rough.astype(jnp.float32), data, noise, t)
+    for key in ours:
+        np.testing.assert_array_equal(ours[key], theirs[key])
+
+
+@pytest.mark.parametrize(
+    "fields, channels, words",
+    [
+        (
+            {},
+            4,
+            "learned_range needs 8 output channels, the network has 4.*learn_sigma",
+        ),
+        ({"variance": d.fixed_large}, 8, "fixed_large needs 4 .* has 8.*=False"),
+        ({"variance": d.fixed_small}, 8, "fixed_small needs 4 .* has 8.*=False"),
+        ({"objective": d.bound}, 4, "needs 8 output channels, the network has 4"),
+    ],
+)
+def test_wrong_number_of_channels(fields, channels, words):
+    process, x, t = Diffusion(**fields), some(0, 2, 2, 2, 4), jnp.array([1, 2])
+    out = jnp.ones((2, 2, 2, channels))
+    with pytest.raises(UserError, match=words):
+        process.loss(given(out), x, x, t)
+    with pytest.raises(UserError, match=words):
+        posterior_of(process, out, x, t)
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"predicts": predictions.velocity}, "cannot predict velocity.*Interpolant"),
+        ({"steps": 0}, "steps=0"),
+        ({"steps": 10}, "betas from 0.01 to 2, outside 0..1; keep steps=1000"),
+        ({"kept": ()}, "ascending step numbers from 0 to 999"),
+        ({"kept": (0, 5, 5)}, "ascending"),
+        ({"kept": (5, 1000)}, "from 0 to 999"),
+        ({"kept": (-1, 5)}, "from 0 to 999"),
+    ],
+)
+def test_impossible_settings(fields, words):
+    with pytest.raises(UserError, match=words):
+        Diffusion(**fields)
+
+
+def test_more_steps_than_there_are():
+    with pytest.raises(UserError, match="1001 steps of a diffusion of 1000"):
+        FULL.respaced(1001)
+    with pytest.raises(UserError, match="11 steps of a diffusion of 10"):
+        FULL.respaced(10).respaced(11)
+
+
+def test_as_a_config():
+    settings = dict(schedule=cosine_betas, predicts=d.previous, variance=d.fixed_small)
+    process = Diffusion(objective=d.rescaled_bound, kept=(0, 10, 999), **settings)
+    node = config.spec(Diffusion, objective=d.rescaled_bound, **settings)
+    node.kept = (0, 10, 999)
+    assert config.build(config.from_json(config.to_json(node))) == process
+    assert config.build(config.spec(Diffusion)) == FULL != process
