@@ -1,0 +1,208 @@
+"""DiT and SiT: one transformer, two readings of its output.
+
+Peebles and Xie, arXiv:2212.09748; Ma et al., arXiv:2401.08740. The blocks are stacked:
+every block weight is one array with a leading axis L.
+"""
+
+import math
+
+import flax.linen as nn
+import jax.numpy as jnp
+from einops import rearrange
+
+from sit_jax.errors import UserError
+from sit_jax.models.layers import (
+    DTYPES,
+    Attention,
+    Conditioning,
+    Head,
+    Mlp,
+    Patches,
+    choose,
+    grid_embedding,
+    modulate,
+    modulation,
+    norm,
+    stack,
+)
+
+SIZES = {
+    "S": dict(depth=12, width=384, heads=6),
+    "B": dict(depth=12, width=768, heads=12),
+    "L": dict(depth=24, width=1024, heads=16),
+    "XL": dict(depth=28, width=1152, heads=16),
+}
+
+
+class Block(nn.Module):
+    heads: int
+    mlp_ratio: float = 4.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, c):
+        """tokens [B, T, D], c [B, D] -> tokens, and nothing to stack."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation(6, c, self.dtype)
+        y = modulate(norm("norm1")(x), shift1, scale1)
+        x = x + gate1 * Attention(self.heads, self.dtype, name="attn")(y)
+        y = modulate(norm("norm2")(x), shift2, scale2)
+        return x + gate2 * Mlp(self.mlp_ratio, self.dtype, name="mlp")(y), None
+
+
+class DiT(nn.Module):
+    """Fields default to XL/2 on ImageNet; `classes` is also the null label's number."""
+
+    depth: int = 28
+    width: int = 1152
+    heads: int = 16
+    patch: int = 2
+    mlp_ratio: float = 4.0
+    classes: int = 1000
+    null_label: bool = True  # a row for it; without one there is no guidance
+    learn_sigma: bool = True
+    dtype: str = "float32"
+    remat: str = "none"
+    unroll: int = 1
+
+    @nn.compact
+    def __call__(self, x, t, y):
+        """x [B, H, W, C], t [B], y [B] -> float32 [B, H, W, 2C], or C without sigma."""
+        _check(self, x.shape)
+        dtype = choose(DTYPES, self.dtype, "dtype")
+        side, p = x.shape[1] // self.patch, self.patch
+        out = x.shape[-1] * (2 if self.learn_sigma else 1)
+        x = Patches(self.width, (p, p), (p, p), dtype=dtype, name="patch")(x)
+        x = rearrange(x, "b h w d -> b (h w) d")
+        x = (x + grid_embedding(side, self.width)[None]).astype(dtype)
+        labels = self.classes + self.null_label
+        c = Conditioning(self.width, labels, name="cond")(t, y)
+        blocks = stack(Block, self.depth, self.remat, self.unroll)
+        x, _ = blocks(self.heads, self.mlp_ratio, dtype, name="blocks")(x, c)
+        x = Head(p * p * out, name="head")(x, c)
+        return rearrange(
+            x, "b (h w) (p q c) -> b (h p) (w q) c", h=side, p=p, q=p, c=out
+        )
+
+
+class SiT(DiT):
+    """Drops the variance half, which the released weights carry but never use."""
+
+    def __call__(self, x, t, y):
+        """x [B, H, W, C], t [B], y [B] -> float32 [B, H, W, C]."""
+        return super().__call__(x, t, y)[..., : x.shape[-1]]
+
+
+def constants(model, side):
+    """What torch files hold and ours do not, for data [side, side, C]; comes first."""
+    table = grid_embedding(side // model.patch, model.width)
+    return {"pos_embed": table[None]}
+
+
+def macs(model, shape):
+    """Multiply-adds of one forward pass over one image [H, W, C], attention included.
+
+    What the papers' tables call GFLOPs; floating-point operations are twice as many.
+    """
+    height, width, channels = shape
+    d, pixels = model.width, model.patch**2 * channels
+    tokens = height * width // model.patch**2
+    out = pixels * (2 if model.learn_sigma else 1)
+    hidden = int(d * model.mlp_ratio)
+    block = tokens * (4 * d * d + 2 * d * hidden + 2 * tokens * d) + 6 * d * d
+    ends = tokens * d * (pixels + out) + 256 * d + d * d + 2 * d * d
+    return model.depth * block + ends
+
+
+def describe(state):
+    """-> the fields and sizes of the network that a torch state dict belongs to.
+
+    state maps the released names to anything with a shape. heads is that of the
+    published network of this depth and width, else None. Shapes cannot tell a null row
+    from one more class, so a null row is assumed.
+    """
+    shape = lambda name: tuple(state[name].shape)
+    missing = [name for name in _TELLING if name not in state]
+    if missing:
+        raise UserError(f"not the weights of a DiT or SiT: no {', '.join(missing)}")
+    width, channels, patch, _ = shape("x_embedder.proj.weight")
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    heads = {(s["depth"], s["width"]): s["heads"] for s in SIZES.values()}
+    out = shape("final_layer.linear.weight")[0] // patch**2
+    if out not in (channels, 2 * channels):
+        raise UserError(f"final layer gives {out} channels for {channels} of the input")
+    return dict(
+        depth=depth,
+        width=width,
+        heads=heads.get((depth, width)),
+        patch=patch,
+        mlp_ratio=shape("blocks.0.mlp.fc1.weight")[0] / width,
+        classes=shape("y_embedder.embedding_table.weight")[0] - 1,
+        learn_sigma=out == 2 * channels,
+        channels=channels,
+        side=math.isqrt(shape("pos_embed")[1]) * patch,
+    )
+
+
+_TELLING = (
+    "pos_embed",
+    "x_embedder.proj.weight",
+    "y_embedder.embedding_table.weight",
+    "blocks.0.mlp.fc1.weight",
+    "final_layer.linear.weight",
+)
+
+
+def _check(model, shape):
+    _, height, width, _ = shape
+    if height != width:
+        raise UserError(f"input is {height} x {width}: only square inputs work")
+    if height % model.patch:
+        raise UserError(
+            f"input side {height} is not divisible by patch {model.patch}: "
+            "choose another patch or data of another size"
+        )
+    if model.width % model.heads:
+        raise UserError(
+            f"width {model.width} is not divisible by heads {model.heads}: change one"
+        )
+    if model.width % 4:
+        raise UserError(
+            f"width {model.width} is not divisible by 4, as the position table needs: "
+            "choose another width"
+        )
+    if model.unroll < 1:
+        raise UserError(f"unroll is {model.unroll}: give 1 or more layers per loop")
+
+
+# How the released PyTorch weights are named and laid out; see sit_jax/port.py.
+
+
+def dense(torch, flax):
+    return [
+        (f"{torch}.weight", f"{flax}/kernel", "oi->io"),
+        (f"{torch}.bias", f"{flax}/bias", "o->o"),
+    ]
+
+
+def block_rules(torch, flax):
+    return [
+        *dense(f"{torch}.*.attn.qkv", f"{flax}/attn/qkv"),
+        *dense(f"{torch}.*.attn.proj", f"{flax}/attn/proj"),
+        *dense(f"{torch}.*.mlp.fc1", f"{flax}/mlp/fc1"),
+        *dense(f"{torch}.*.mlp.fc2", f"{flax}/mlp/fc2"),
+        *dense(f"{torch}.*.adaLN_modulation.1", f"{flax}/adaLN"),
+    ]
+
+
+FRONT = [
+    ("x_embedder.proj.weight", "patch/kernel", "ocpq->pqco"),
+    ("x_embedder.proj.bias", "patch/bias", "o->o"),
+    *dense("t_embedder.mlp.0", "cond/time_in"),
+    *dense("t_embedder.mlp.2", "cond/time_out"),
+    ("y_embedder.embedding_table.weight", "cond/label/embedding", "kd->kd"),
+]
+BACK = [
+    *dense("final_layer.linear", "head/out"),
+    *dense("final_layer.adaLN_modulation.1", "head/adaLN"),
+]
+RULES = FRONT + block_rules("blocks", "blocks") + BACK

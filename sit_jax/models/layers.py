@@ -1,0 +1,184 @@
+"""Layers shared by DiT, SiT and MDT.
+
+Parameters are always float32. `dtype` is what the wide matrix products of the blocks
+and the residual stream run in; norms, softmax, the time embedding and the output stay
+in float32, where bfloat16 would lose digits that nothing downstream restores.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from sit_jax.errors import UserError
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+# What the backward pass keeps of a block: everything (none), the results of products
+# with weights (dots), those moved to host memory (offload), only its input (full).
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims(
+        "device", "pinned_host"
+    ),
+}
+
+
+class Dense(nn.Dense):
+    """Xavier-uniform weight [in, out], zero bias: torch's Linear as DiT starts it."""
+
+    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+
+
+class Patches(nn.Conv):
+    """x [B, H, W, C] -> [B, H/p, W/p, D], the linear map of non-overlapping patches.
+
+    Xavier's fans are those of the [p * p * C, D] matrix; over a convolution kernel the
+    default would count D once per pixel.
+    """
+
+    padding: str = "VALID"
+    kernel_init: nn.initializers.Initializer = nn.initializers.variance_scaling(
+        1.0, "fan_avg", "uniform", in_axis=(0, 1, 2), out_axis=3
+    )
+
+
+class Attention(nn.Module):
+    """tokens [B, T, D] -> [B, T, D]; the columns of qkv are ordered (q k v, head)."""
+
+    heads: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        qkv = Dense(3 * width, dtype=self.dtype, name="qkv")(x)
+        q, k, v = rearrange(qkv, "b t (n h d) -> n b t h d", n=3, h=self.heads)
+        x = rearrange(attend(q, k, v), "b t h d -> b t (h d)")
+        return Dense(width, dtype=self.dtype, name="proj")(x)
+
+
+class Mlp(nn.Module):
+    ratio: float = 4.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        x = Dense(int(width * self.ratio), dtype=self.dtype, name="fc1")(x)
+        x = nn.gelu(x, approximate=True)
+        return Dense(width, dtype=self.dtype, name="fc2")(x)
+
+
+class Conditioning(nn.Module):
+    """t [B], y int [B] -> [B, D] float32, from a table of `labels` rows."""
+
+    width: int
+    labels: int
+
+    @nn.compact
+    def __call__(self, t, y):
+        small = nn.initializers.normal(0.02)
+        t = nn.Dense(self.width, kernel_init=small, name="time_in")(fourier(t))
+        t = nn.Dense(self.width, kernel_init=small, name="time_out")(nn.silu(t))
+        table = nn.Embed(self.labels, self.width, embedding_init=small, name="label")
+        return t + table(y)
+
+
+class Head(nn.Module):
+    """tokens [B, T, D], c [B, D] -> [B, T, out], in float32 throughout."""
+
+    out: int
+
+    @nn.compact
+    def __call__(self, x, c):
+        shift, scale = modulation(2, c)
+        x = modulate(norm("norm")(x), shift, scale)
+        return nn.Dense(self.out, kernel_init=nn.initializers.zeros, name="out")(x)
+
+
+def attend(q, k, v, implementation="xla"):
+    """q, k, v [B, T, heads, D/heads] -> the same shape; softmax in float32."""
+    return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+
+
+def norm(name):
+    """No affine part, two passes as in torch: E[x^2] - E[x]^2 cancels in float32."""
+    return nn.LayerNorm(
+        epsilon=1e-6,
+        use_bias=False,
+        use_scale=False,
+        use_fast_variance=False,
+        dtype=jnp.float32,
+        name=name,
+    )
+
+
+def modulate(x, shift, scale):
+    """x float32 [B, T, D]; 1 + scale must not be rounded to bfloat16."""
+    return x * (1 + scale.astype(x.dtype)) + shift.astype(x.dtype)
+
+
+def modulation(n, c, dtype=jnp.float32):
+    """c [B, D] -> n arrays [B, 1, D], all zero at initialization."""
+    zeros = nn.initializers.zeros
+    dense = nn.Dense(n * c.shape[-1], dtype=dtype, kernel_init=zeros, name="adaLN")
+    return jnp.split(dense(nn.silu(c))[:, None], n, axis=-1)
+
+
+def frequencies(half, period=10_000.0):
+    """period^(-i / half), i < half, as float32 [half].
+
+    At t = 999 one unit in the last place moves the embedding by 6e-5, so rounding is
+    part of the definition: float32 exponent, correctly rounded exp. Of the obvious
+    formulas this agrees best with the released code (125 of 128 entries).
+    """
+    exponent = np.float32(-math.log(period)) * np.arange(half, dtype=np.float32)
+    return np.exp((exponent / np.float32(half)).astype(np.float64)).astype(np.float32)
+
+
+def fourier(t, width=256):
+    """t [B] -> cosines then sines of t at geometric frequencies, [B, width]."""
+    angles = t[:, None].astype(jnp.float32) * frequencies(width // 2)[None]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def grid_embedding(side, width):
+    """Fixed sine-cosine embedding of a side x side grid, float32 [side * side, width].
+
+    The first half of the channels tells the column, the second the row.
+    """
+    columns, rows = np.meshgrid(np.arange(side), np.arange(side))
+    omega = 1 / 10_000 ** (np.arange(width // 4) / (width / 4))
+    axis = lambda position: np.outer(position.ravel(), omega)
+    waves = [f(axis(p)) for p in (columns, rows) for f in (np.sin, np.cos)]
+    return np.concatenate(waves, axis=1).astype(np.float32)
+
+
+def stack(block, length, remat="none", unroll=1, in_axes=nn.broadcast):
+    """`length` blocks whose weights are stacked along a leading axis, run by a scan."""
+    policy = choose(REMAT, remat, "remat")
+    if policy is not None:
+        # A loop already keeps XLA from merging the recomputation with the forward
+        # pass; a fully unrolled one needs the barrier.
+        block = nn.remat(block, policy=policy, prevent_cse=unroll >= length)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        length=length,
+        unroll=unroll,
+    )
+
+
+def choose(table, name, field):
+    """table[name], or a UserError with the names there are."""
+    if name not in table:
+        raise UserError(f"{field} is {name!r}: choose one of {', '.join(table)}")
+    return table[name]
