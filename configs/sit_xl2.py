@@ -1,0 +1,46 @@
+"""SiT-XL/2 on ImageNet 256: linear path, velocity, 7M steps of 256 images.
+
+Published: FID-50K 2.06 with guidance 1.5 (SiT's README; its appendix names ODE 2.15 and
+SDE 2.06). Data: a folder of cached latents, data/imagenet256.
+"""
+
+import optax
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from sit_jax.codec import Latents
+from sit_jax.config import spec
+from sit_jax.data.sources import LatentFolder
+from sit_jax.interpolant import Interpolant
+from sit_jax.models.dit import SIZES, SiT
+from sit_jax.samplers.ode import AdaptiveOde
+
+
+def get_config():
+    c = ConfigDict()
+    c.shape = (32, 32, 4)
+    c.model = spec(SiT, patch=2, remat="dots", **SIZES["XL"])
+    c.process = spec(Interpolant)
+    c.codec = spec(Latents)
+    c.source = spec(LatentFolder, path="data/imagenet256")
+    c.synthetic = False  # random latents instead of c.source
+    c.optimizer = spec(optax.adamw, learning_rate=1e-4, weight_decay=0.0)
+    c.clip = placeholder(float)  # global norm of the gradient; None: no clipping
+    c.batch_size = 256  # over all devices
+    c.accumulate = 1  # parts that a batch is gone through in
+    c.ema_decay = 0.9999
+    c.label_drop = 0.1
+    c.seed = 0
+    c.steps = 7_000_000
+    c.max_skipped = 10  # steps in a row without a finite gradient, then it stops
+    c.log_every = 100
+    c.save_every = 5_000
+    c.keep_last = 3
+    c.keep_every = 50_000
+    c.sample_every = 10_000
+    c.preview = 32  # images on the sheet made every sample_every steps
+    c.sampler = spec(AdaptiveOde, rtol=1e-3, atol=1e-6)
+    c.guidance = 4.0
+    c.guidance_channels = 3
+    c.mesh = ConfigDict({"data": 1, "fsdp": -1})
+    return c

@@ -1,0 +1,15 @@
+"""SiT-XL/2 sampled by its SDE: 250 Euler-Maruyama steps, diffusion sigma.
+
+Published: FID-50K 2.06 and inception score 270.27 with guidance 1.5 (SiT's README).
+"""
+
+from configs.sit_xl2 import get_config as sit_xl2
+from sit_jax.config import spec
+from sit_jax.samplers.sde import Sde
+
+
+def get_config():
+    c = sit_xl2()
+    c.sampler = spec(Sde)
+    c.guidance = 1.5
+    return c

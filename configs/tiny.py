@@ -1,0 +1,23 @@
+"""Ten seconds on a CPU: a small SiT on noise, to see a run start, save and go on."""
+
+from configs.sit_xl2 import get_config as sit_xl2
+from sit_jax.codec import Pixels
+from sit_jax.config import spec
+from sit_jax.samplers.ode import Ode, euler
+
+
+def get_config():
+    c = sit_xl2()
+    c.shape = (8, 8, 3)
+    c.model.update(depth=2, width=32, heads=4, classes=10, remat="none")
+    c.codec = spec(Pixels)
+    c.synthetic = True
+    c.batch_size = 16
+    c.ema_decay = 0.9
+    c.steps = 50
+    c.log_every = 10
+    c.save_every = 20
+    c.sample_every = 50
+    c.preview = 10
+    c.sampler = spec(Ode, method=euler, steps=8)
+    return c

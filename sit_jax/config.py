@@ -1,0 +1,254 @@
+"""Constructors as data: build(spec(make, **fields)) == make(**fields).
+
+A spec lists every field of make with its default, so each of them can be set from the
+command line (--config.model.depth=4) and a misspelled one is refused. As JSON a
+constructor is its full name; only names of ALLOWED packages are turned back into
+constructors, so a config that comes with a checkpoint cannot name anything else.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import inspect
+import json
+import numbers
+import traceback
+from pathlib import Path
+
+from sit_jax.errors import UserError
+
+ALLOWED = (
+    "sit_jax.codec",
+    "sit_jax.data",
+    "sit_jax.diffusion",
+    "sit_jax.interpolant",
+    "sit_jax.models",
+    "sit_jax.paths",
+    "sit_jax.predictions",
+    "sit_jax.samplers",
+    "sit_jax.schedules",
+    "optax",
+    "diffrax",
+)
+
+
+def spec(make, **fields):
+    """-> ConfigDict of make and all its fields; unknown ones are refused."""
+    from ml_collections import ConfigDict
+
+    known = _fields(make)
+    for name in fields:
+        if name not in known:
+            raise UserError(
+                f"{make.__name__} has no field {name!r}{_near(name, known)}"
+            )
+    values = {name: _settable(value) for name, value in {**known, **fields}.items()}
+    return ConfigDict({"make": make, **values}, convert_dict=False)
+
+
+def build(node):
+    """The object a spec stands for; anything else is returned as it is."""
+    from ml_collections import ConfigDict
+
+    if isinstance(node, (tuple, list)):
+        return type(node)([build(item) for item in node])
+    if not isinstance(node, ConfigDict):
+        return node
+    make = node.get("make", dict)
+    if not callable(make):
+        raise UserError(f"make is {make!r}; only a config file can name a constructor")
+    fields = {name: _value(node, name) for name in node if name != "make"}
+    try:
+        return make(**fields)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{make.__name__}: {_first_line(error)}") from error
+
+
+def load(path):
+    """The config of a Python file with a get_config(), run as a module."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no config file at {path}")
+    found = importlib.util.spec_from_file_location(path.stem, path)
+    if found is None:
+        raise UserError(f"{path} is not a Python file with a get_config()")
+    module = importlib.util.module_from_spec(found)
+    try:
+        found.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError("it has no get_config()")
+        return module.get_config()
+    except Exception as error:  # whatever the file raises, its author can mend
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        place = _place(path, error)
+        raise UserError(f"{place}: {kind}{_first_line(error)}") from error
+
+
+def override(config, arguments):
+    """Applies arguments of the form --config.a.b=value, in place."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    for argument in arguments:
+        if not argument.startswith("--config."):
+            raise UserError(f"unknown argument {argument!r}; see --help")
+        _check_path(config, argument.partition("=")[0].removeprefix("--config."))
+        if "=" not in argument:
+            raise UserError(f"{argument} has no value; write {argument}=VALUE")
+    values = flags.FlagValues()
+    argv = ["", *arguments]
+    try:
+        config_flags.DEFINE_config_dict(
+            "config", config, flag_values=values, lock_config=False, sys_argv=argv
+        )
+        values(argv)
+    except (flags.Error, TypeError, ValueError, AttributeError) as error:
+        reason = _first_line(error).removeprefix("flag ")  # then it names its argument
+        where = "" if reason.startswith("--") else f"{' '.join(arguments)}: "
+        raise UserError(where + reason) from error
+
+
+def to_json(node):
+    """A config as plain JSON values; constructors become their full names."""
+    from ml_collections import ConfigDict, FieldReference
+
+    if isinstance(node, FieldReference):
+        node = node.get()
+    if isinstance(node, (ConfigDict, dict)):
+        return {key: to_json(value) for key, value in node.items()}
+    if isinstance(node, (tuple, list)):
+        return [to_json(value) for value in node]
+    if isinstance(node, numbers.Number) and hasattr(node, "item"):
+        return node.item()
+    if node is None or isinstance(node, (bool, int, float, str)):
+        return node
+    if callable(node) and hasattr(node, "__qualname__"):
+        if "<" in node.__qualname__:  # <lambda>, <locals>
+            raise UserError(f"{node.__qualname__} has no name; define it in a module")
+        return {"name": _full_name(node)}
+    raise UserError(f"a config cannot hold {node!r}; write it as a spec")
+
+
+def from_json(value):
+    """The config that to_json wrote; names outside ALLOWED are refused."""
+    from ml_collections import ConfigDict
+
+    if isinstance(value, list):
+        return tuple(from_json(item) for item in value)
+    if not isinstance(value, dict):
+        return value
+    if set(value) == {"name"}:
+        return _named(value["name"])
+    items = {key: _settable(from_json(item)) for key, item in value.items()}
+    return ConfigDict(items, convert_dict=False)
+
+
+def difference(one, other):
+    """Fields in which two JSON configs differ: [(dotted name, value, value)]."""
+    one, other = _flat(one), _flat(other)
+    names = sorted(set(one) | set(other))
+    absent = "(absent)"
+    pairs = ((name, one.get(name, absent), other.get(name, absent)) for name in names)
+    return [pair for pair in pairs if pair[1] != pair[2]]
+
+
+def _fields(make):
+    return {
+        name: parameter.default
+        for name, parameter in inspect.signature(make).parameters.items()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and name not in ("parent", "name")
+    }
+
+
+def _settable(value):
+    """A value as a field that the command line can set."""
+    from ml_collections.config_dict import ConfigDict, placeholder, required_placeholder
+
+    if value is inspect.Parameter.empty:
+        return required_placeholder(object)
+    if value is None:
+        return placeholder(object)
+    if dataclasses.is_dataclass(value) and not isinstance(value, (type, ConfigDict)):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        known = _fields(type(value))
+        return spec(type(value), **{k: v for k, v in fields.items() if k in known})
+    return value
+
+
+def _value(node, name):
+    from ml_collections.config_dict import RequiredValueError
+
+    try:
+        return build(node[name])
+    except RequiredValueError as error:
+        make = node.get("make", dict).__name__
+        raise UserError(f"{make} needs a value for its field {name!r}") from error
+
+
+def _named(name):
+    """The object of that full name; a name that only leads to another is refused."""
+    if not str(name).startswith(tuple(f"{package}." for package in ALLOWED)):
+        raise UserError(f"a stored config names {name!r}, which is not a known object")
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"this version has no {name!r}") from error
+    if not callable(found) or _full_name(found) != name:
+        raise UserError(f"a stored config names {name!r}, which is no constructor")
+    return found
+
+
+def _full_name(found):
+    module, name = (getattr(found, k, "") for k in ("__module__", "__qualname__"))
+    return f"{module}.{name}"
+
+
+def _check_path(config, path):
+    """Refuses a dotted path that the config does not have."""
+    from ml_collections import ConfigDict
+
+    node = config
+    for name in path.split("."):
+        if not isinstance(node, ConfigDict):
+            return  # an index into a tuple, for ml_collections to judge
+        if name not in node:
+            raise UserError(f"--config.{path}: no field {name!r}{_near(name, node)}")
+        node = node[name]
+    if callable(node):
+        raise UserError(f"--config.{path} is a function; only a config file can set it")
+    if isinstance(node, ConfigDict):
+        fields = sorted(name for name in node if name != "make")
+        raise UserError(
+            f"--config.{path} stands for several fields; set one of {fields}"
+        )
+
+
+def _near(name, known):
+    names = [other for other in known if other != "make"]
+    close = difflib.get_close_matches(name, names, 1)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are {sorted(names)}"
+
+
+def _first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _place(path, error):
+    """path, with the last of its lines that took part in the error."""
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return f"{path}, line {error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    return f"{path}, line {lines[-1]}" if lines else str(path)
+
+
+def _flat(value, prefix=""):
+    if isinstance(value, dict) and set(value) != {"name"}:
+        flat = {}
+        for key, item in value.items():
+            flat |= _flat(item, f"{prefix}{key}.")
+        return flat
+    return {prefix[:-1]: json.dumps(value)}

@@ -1,0 +1,58 @@
+"""Outputs that are whole or not there: written under another name, then renamed."""
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+from sit_jax.errors import UserError
+
+
+def require_free(path, overwrite):
+    """-> absolute Path; refuses what exists already unless it may be overwritten."""
+    path = Path(path).expanduser().absolute()
+    if os.path.lexists(path) and not overwrite:
+        raise UserError(f"{path} exists; --overwrite replaces it")
+    return path
+
+
+def require_space(path, size):
+    """Refuses to begin what the disk of the nearest existing folder cannot hold."""
+    folder = next(parent for parent in Path(path).parents if parent.is_dir())
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise UserError(
+            f"{folder} has {free / 1e9:.3g} GB free, {path} needs {size / 1e9:.3g} GB"
+        )
+
+
+@contextlib.contextmanager
+def draft(path):
+    """Gives a path beside `path`, of the same ending, that replaces it in the end.
+
+    What was at `path` stays until then; after an error the draft is removed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield name
+        _replace(name, path)
+    finally:
+        _remove(name)
+
+
+def _replace(name, path):
+    if not path.is_dir() or path.is_symlink():
+        os.replace(name, path)
+        return
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    os.rename(path, old)  # a directory with content cannot be renamed over
+    os.rename(name, path)
+    shutil.rmtree(old)
+
+
+def _remove(name):
+    if name.is_dir():
+        shutil.rmtree(name, ignore_errors=True)
+    else:
+        name.unlink(missing_ok=True)

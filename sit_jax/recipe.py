@@ -1,0 +1,78 @@
+"""What a config describes, built, and checked part against part."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+from sit_jax.config import build
+from sit_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """The built parts that training and sampling share; see configs/sit_xl2.py."""
+
+    model: Any
+    process: Any
+    sampler: Any
+    codec: Any
+    tx: optax.GradientTransformation
+    shape: tuple[int, int, int]
+    guidance: Any
+    guidance_channels: int
+
+
+def recipe(config):
+    """-> Recipe of a config; parts that do not fit each other are refused."""
+    tx = build(config.optimizer)
+    if config.clip is not None:
+        tx = optax.chain(optax.clip_by_global_norm(config.clip), tx)
+    parts = Recipe(
+        model=build(config.model),
+        process=build(config.process),
+        sampler=build(config.sampler),
+        codec=build(config.codec),
+        tx=tx,
+        shape=tuple(config.shape),
+        guidance=build(config.guidance),
+        guidance_channels=config.guidance_channels,
+    )
+    _check(parts)
+    return parts
+
+
+def check_training(config, source):
+    """Refuses numbers that training cannot honour."""
+    for name in ("batch_size", "steps", "accumulate", "log_every", "save_every"):
+        if config[name] < 1:
+            raise UserError(f"{name} is {config[name]}; it must be at least 1")
+    if not 0 <= config.ema_decay <= 1:
+        raise UserError(f"ema_decay is {config.ema_decay}; it must be in [0, 1]")
+    if not 0 <= config.label_drop <= 1:
+        raise UserError(f"label_drop is {config.label_drop}; it must be in [0, 1]")
+    if config.label_drop and not config.model.null_label:
+        raise UserError("label_drop needs model.null_label=True; or set label_drop=0")
+    if source.classes != config.model.classes:
+        raise UserError(
+            f"the data has {source.classes} classes, the model {config.model.classes}; "
+            f"set --config.model.classes={source.classes}"
+        )
+    parts = jax.device_count() * config.accumulate
+    if config.batch_size % parts:
+        raise UserError(
+            f"batch_size {config.batch_size} is not divisible by {parts} "
+            f"({jax.device_count()} devices x accumulate {config.accumulate})"
+        )
+
+
+def _check(parts):
+    if len(parts.shape) != 3 or min(parts.shape) < 1:
+        raise UserError(f"shape {parts.shape} is not (height, width, channels)")
+    side, patch = parts.shape[0], parts.model.patch
+    if side % patch:
+        raise UserError(
+            f"latents of side {side} are not divisible by the patch {patch}; "
+            f"change shape or model.patch"
+        )

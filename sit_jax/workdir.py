@@ -1,0 +1,69 @@
+"""A run's folder: its config, and the refusal to mix two runs in one."""
+
+import json
+from pathlib import Path
+
+from sit_jax.config import difference
+from sit_jax.drafts import draft
+from sit_jax.errors import UserError
+
+# Fields that a run may be continued with at other values than it began with: none of
+# them changes what a training step computes.
+MAY_CHANGE = (
+    "steps",
+    "log_every",
+    "save_every",
+    "keep_last",
+    "keep_every",
+    "sample_every",
+    "preview",
+    "max_skipped",
+    "guidance",
+    "guidance_channels",
+    "sampler",
+    "mesh",
+    "model.remat",
+    "model.unroll",
+)
+
+
+def open_workdir(path, config):
+    """Makes the folder for a JSON config, or checks that it is this config's."""
+    path = Path(path).expanduser()
+    file = path / "config.json"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if file.exists():
+            check_same(path, read_json(file), config)
+        write_json(file, config)
+    except OSError as error:
+        reason = f"{error.filename or path}: {error.strerror or error}"
+        raise UserError(f"{reason}; take another --workdir") from error
+    return path
+
+
+def check_same(path, before, now):
+    """Refuses a config that differs where a run must not change, naming the fields."""
+    fixed = [
+        f"{name} was {old}, is {new}"
+        for name, old, new in difference(before, now)
+        if not any(name == free or name.startswith(free + ".") for free in MAY_CHANGE)
+    ]
+    if fixed:
+        raise UserError(
+            f"{path} belongs to another config ({'; '.join(fixed)}); "
+            "take a new --workdir"
+        )
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+
+
+def write_json(path, value):
+    """Writes by rename, so that the file is never half there."""
+    with draft(path) as name:
+        name.write_text(json.dumps(value, indent=2))

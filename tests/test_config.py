@@ -1,0 +1,281 @@
+"""Constructors as data: made, changed from the command line, stored and read back."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+
+import diffrax
+import optax
+import pytest
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from sit_jax import config, paths, predictions
+from sit_jax.config import build, difference, from_json, load, override, spec, to_json
+from sit_jax.diffusion import Diffusion
+from sit_jax.errors import UserError
+from sit_jax.models.dit import SIZES, SiT
+from sit_jax.samplers.chain import Ancestral
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    size: int
+    path: Callable = paths.linear
+    solver: object = diffrax.Heun()
+    limit: float | None = None
+    kept: tuple | None = None
+
+    def __post_init__(self):
+        if self.size < 0:
+            raise ValueError(f"size {self.size} is negative\nand more")
+
+
+def example():
+    c = ConfigDict()
+    c.shape = (8, 8, 1)
+    c.model = spec(SiT, patch=2, **SIZES["S"])
+    c.process = spec(Diffusion)
+    c.sampler = spec(Ancestral)
+    c.optimizer = spec(optax.adamw, learning_rate=1e-4, weight_decay=0.0)
+    c.clip = placeholder(float)
+    c.synthetic = False
+    c.steps = 10
+    c.mesh = ConfigDict({"data": 1, "fsdp": -1})
+    return c
+
+
+def changed(*arguments):
+    c = example()
+    override(c, arguments)
+    return {name: now for name, _, now in difference(to_json(example()), to_json(c))}
+
+
+def stored(c):
+    return json.loads(json.dumps(to_json(c)))
+
+
+def test_spec_lists_every_field_and_build_calls_the_constructor():
+    node = spec(SiT, depth=3)
+    fields = {field.name for field in dataclasses.fields(SiT)}
+    assert set(node) == (fields | {"make"}) - {"parent", "name"}
+    assert build(node) == SiT(depth=3)
+    assert build(spec(Part, size=3)) == Part(3)
+
+
+def test_build_leaves_values_alone_and_goes_into_groups_and_sequences():
+    assert build(3) == 3 and build("x") == "x" and build(None) is None
+    assert build(ConfigDict({"data": 1, "fsdp": -1})) == {"data": 1, "fsdp": -1}
+    parts = (spec(Part, size=1), spec(Part, size=2))
+    assert build(parts) == (Part(1), Part(2))
+    ramps = [spec(optax.constant_schedule, value=float(i)) for i in (1, 2)]
+    node = spec(optax.join_schedules, schedules=ramps, boundaries=[5])
+    schedule = build(from_json(stored(node)))
+    assert (schedule(0), schedule(9)) == (1.0, 2.0)
+
+
+def test_defaults_that_are_objects_become_specs():
+    node = spec(Part, size=1, path=paths.VP(beta_max=10.0))
+    assert node.solver.make is diffrax.Heun
+    node.path.beta_min = 0.3
+    assert build(node).path == paths.VP(beta_min=0.3, beta_max=10.0)
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"dpeth": 3}, "SiT has no field 'dpeth'; did you mean 'depth'?"),
+        ({"zzz": 3}, "SiT has no field 'zzz'; there are"),
+        ({"parent": 3}, "SiT has no field 'parent'"),
+    ],
+)
+def test_spec_refuses_fields_that_are_not_there(fields, said):
+    with pytest.raises(UserError) as error:
+        spec(SiT, **fields)
+    assert str(error.value).startswith(said)
+
+
+def test_a_constructor_s_refusal_and_a_field_left_out_are_one_line():
+    with pytest.raises(UserError, match=r"^Part: size -1 is negative$"):
+        build(spec(Part, size=-1))
+    with pytest.raises(UserError, match=r"^adamw needs a value .* 'learning_rate'$"):
+        build(spec(optax.adamw))
+
+
+@pytest.mark.parametrize("make", ["os.system", 3, None])
+def test_what_cannot_be_called_is_no_constructor(make):
+    with pytest.raises(UserError, match="constructor"):
+        build(ConfigDict({"make": make, "x": 1}))
+
+
+@pytest.mark.parametrize(
+    "argument, field, value",
+    [
+        ("--config.model.depth=4", "model.depth", "4"),
+        ("--config.model.learn_sigma=False", "model.learn_sigma", "false"),
+        ("--config.model.dtype=bfloat16", "model.dtype", '"bfloat16"'),
+        ("--config.mesh.data=-1", "mesh.data", "-1"),
+        ("--config.shape=(4,4,1)", "shape", "[4, 4, 1]"),
+        ("--config.clip=1", "clip", "1.0"),  # None before
+        ("--config.optimizer.mu_dtype=bfloat16", "optimizer.mu_dtype", '"bfloat16"'),
+        ("--config.optimizer.b2=0.95", "optimizer.b2", "0.95"),
+        ("--config.sampler.steps=20", "sampler.steps", "20"),
+    ],
+)
+def test_any_field_can_be_set(argument, field, value):
+    assert changed(argument) == {field: value}
+
+
+def test_several_fields_at_once_and_the_last_word_counts():
+    settings = ("--config.steps=3", "--config.model.width=64", "--config.steps=5")
+    assert changed(*settings) == {"steps": "5", "model.width": "64"}
+    assert changed() == {}
+
+
+@pytest.mark.parametrize(
+    "argument, said",
+    [
+        ("--config.model.dpeth=4", "--config.model.dpeth: no field 'dpeth'; did you"),
+        ("--config.stpes=4", "--config.stpes: no field 'stpes'; did you mean 'steps'"),
+        ("--config.model.depth=abc", "--config.model.depth=abc: invalid literal"),
+        ("--config.steps=2.5", "--config.steps=2.5: invalid literal"),
+        ("--config.steps=None", "--config.steps=None: invalid literal"),
+        ("--config.synthetic=maybe", "--config.synthetic=maybe: "),
+        ("--config.synthetic", "--config.synthetic has no value"),
+        ("--config.model=S", "--config.model stands for several fields; set one of"),
+        ("--config.model.make=os.system", "--config.model.make is a function; only a"),
+        ("--config.process.predicts=score", "--config.process.predicts is a function"),
+        ("--config.shape.x=3", "--config.shape.x=3: "),
+        ("--steps=4", "unknown argument '--steps=4'"),
+        ("model.depth=4", "unknown argument 'model.depth=4'"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_with_its_name(argument, said):
+    with pytest.raises(UserError) as error:
+        changed(argument)
+    assert str(error.value).startswith(said)
+    assert "\n" not in str(error.value)
+
+
+def test_json_and_back_keeps_everything():
+    c = example()
+    c.process = spec(Diffusion, kept=(0, 5, 9), predicts=predictions.data)
+    again = from_json(stored(c))
+    assert stored(again) == stored(c)
+    for name in ("model", "process", "sampler", "mesh", "shape", "clip"):
+        assert build(again[name]) == build(c[name])
+    override(again, ["--config.model.depth=2", "--config.clip=0.5"])
+    assert build(again.model).depth == 2 and again.clip == 0.5
+
+
+def test_json_keeps_solvers_and_instances_with_fields():
+    node = spec(Part, size=1, path=spec(paths.VP, beta_min=0.2))
+    again = from_json(stored(ConfigDict({"path": node.path, "solver": node.solver})))
+    assert build(again.path) == paths.VP(beta_min=0.2)
+    assert isinstance(build(again.solver), diffrax.Heun)
+
+
+@pytest.mark.parametrize("value", [lambda t: t, object(), {1, 2}])
+def test_what_has_no_name_cannot_be_stored(value):
+    with pytest.raises(UserError):
+        to_json({"x": value})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "os.system",
+        "builtins.eval",
+        "sit_jax_evil.codec.f",
+        "sit_jax.codec",
+        "sit_jax.codec.jax",
+        "sit_jax.codec.UserError",  # a name in codec, but of another module
+        "sit_jax.models.layers.math.sqrt",
+        "sit_jax.models.dit.SIZES",
+        "sit_jax.models.dit.os",
+        "sit_jax.checkpoint.Checkpoints",  # ours, but nothing a config is made of
+        "optax._src.alias.jnp",
+        "optax._src.alias.functools.partial",
+        "optax.adamw.__globals__",
+        "sit_jax.codec.Pixels.__init__",
+        "sit_jax.codec.",
+        ".os.system",
+        "",
+        3,
+        ["sit_jax.codec.Pixels"],
+    ],
+)
+def test_stored_names_of_anything_but_known_constructors_are_refused(name):
+    with pytest.raises(UserError, match="config names|this version has no"):
+        from_json({"make": {"name": name}, "command": "true"})
+
+
+def test_every_allowed_package_has_a_name_that_is_read_back():
+    for found in (SiT, Diffusion, Ancestral, optax.adamw, diffrax.Dopri5, paths.linear):
+        assert from_json(to_json({"f": found})).f is found
+
+
+def test_difference_names_what_differs():
+    one, other = example(), example()
+    other.model.depth, other.shape = 4, (4, 4, 1)
+    other.process = spec(Diffusion, predicts=predictions.data)
+    del other.clip
+    found = difference(to_json(one), to_json(other))
+    names = [name for name, _, _ in found]
+    assert names == ["clip", "model.depth", "process.predicts", "shape"]
+    assert found[0][1:] == ("null", "(absent)") and found[1][1:] == ("12", "4")
+
+
+def test_load_runs_the_file(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def get_config():\n    return 3\n")
+    assert load(file) == load(str(file)) == 3
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("x = 1\n", "{file}: it has no get_config()"),
+        ("x = 1\ndef f(:\n", "{file}, line 2: SyntaxError: "),
+        ("\nimport no_such_thing\n", "{file}, line 2: ModuleNotFoundError: No module"),
+        ("from sit_jax.paths import cubic\n", "{file}, line 1: ImportError: cannot"),
+        (
+            "def get_config():\n    return 1 / 0\n",
+            "{file}, line 2: ZeroDivisionError: ",
+        ),
+        (
+            "from sit_jax.config import spec\nfrom sit_jax.models.dit import SiT\n"
+            "def get_config():\n    return spec(SiT, dpeth=1)\n",
+            "{file}, line 4: SiT has no field 'dpeth'; did you mean 'depth'?",
+        ),
+        ("raise ValueError\n", "{file}, line 1: ValueError: ValueError"),
+    ],
+)
+def test_a_bad_file_is_one_line_with_its_place(tmp_path, text, said):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        load(file)
+    assert str(error.value).startswith(said.format(file=file))
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_there_or_no_config_is_refused(tmp_path):
+    for path in (tmp_path / "none.py", tmp_path):
+        with pytest.raises(UserError, match="no config file at"):
+            load(path)
+    text = tmp_path / "config.txt"
+    text.write_text("def get_config(): return 1")
+    with pytest.raises(UserError, match="not a Python file"):
+        load(text)
+    binary = tmp_path / "binary.py"
+    binary.write_bytes(os.urandom(64) + b"\0")
+    with pytest.raises(UserError, match="binary.py"):
+        load(binary)
+
+
+def test_allowed_packages_are_all_below_scripts():
+    assert not any(
+        name.startswith(("sit_jax.config", "configs")) for name in config.ALLOWED
+    )

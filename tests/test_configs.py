@@ -1,0 +1,117 @@
+"""Every file in configs/: loads, builds, stores, and traces a step and a sample."""
+
+import ast
+import json
+from functools import cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sit_jax import noise
+from sit_jax.config import from_json, load, to_json
+from sit_jax.guidance import guided
+from sit_jax.recipe import recipe
+from sit_jax.training import init_state, make_train_step
+
+FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+NAMES = [file.stem for file in FILES]
+FOLDER = FILES[0].parent
+
+# Trainable parameters with learn_sigma, as the PyTorch code counts them (without
+# pos_embed); the same for SiT and DiT.
+PARAMETERS = {
+    "xl2": 674_834_720,
+    "xl4": 675_000_704,
+    "xl8": 675_664_640,
+    "l2": 457_840_672,
+    "l4": 457_988_224,
+    "l8": 458_578_432,
+    "b2": 130_315_808,
+    "b4": 130_426_496,
+    "b8": 130_869_248,
+    "s2": 32_865_056,
+    "s4": 32_920_448,
+    "s8": 33_142_016,
+}
+
+
+@cache
+def parts(name):
+    return recipe(load(FOLDER / f"{name}.py"))
+
+
+@cache
+def abstract_state(name):
+    p = parts(name)
+    init = partial(init_state, p.model, p.tx, p.shape)
+    return jax.eval_shape(init, jax.random.key(0))
+
+
+def test_the_published_sizes_are_all_there():
+    wanted = {f"{family}_{size}" for family in ("sit", "dit") for size in PARAMETERS}
+    wanted |= {"sit_xl2_512", "dit_xl2_512", "digits", "tiny"}
+    assert wanted <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_begins_with_a_sentence_and_states_only_a_difference(name):
+    text = (FOLDER / f"{name}.py").read_text()
+    first = ast.get_docstring(ast.parse(text)).split("\n\n")[0]
+    assert first.endswith(".") and "\n" not in first, first
+    assert len(text.splitlines()) <= (50 if name == "sit_xl2" else 40)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_json_and_back_is_the_same_config(name):
+    stored = json.dumps(to_json(load(FOLDER / f"{name}.py")))
+    again = from_json(json.loads(stored))
+    assert json.dumps(to_json(again)) == stored
+    ours, theirs = parts(name), recipe(again)
+    for field in ("model", "process", "sampler", "shape", "guidance"):
+        assert getattr(ours, field) == getattr(theirs, field), field
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_training_step_traces(name):
+    p, state = parts(name), abstract_state(name)
+    step = make_train_step(p.model, p.process, p.tx)
+    batch = {
+        "latent": jax.ShapeDtypeStruct((8, *p.shape), jnp.float32),
+        "label": jax.ShapeDtypeStruct((8,), jnp.int32),
+    }
+    new, metrics = jax.eval_shape(step, state, p.codec, batch, jax.random.key(0))
+    same = lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype)
+    assert jax.tree.all(jax.tree.map(same, new, state))
+    assert metrics["loss"].shape == ()
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    size = name.split("_")[1] if "_" in name else None
+    if size in PARAMETERS and not name.endswith("512"):
+        assert count == PARAMETERS[size]
+
+
+def test_a_sample_traces_for_every_way_of_sampling():
+    """One file for each of them: neither the size nor the loss's weight enters."""
+    ways = {}
+    for name in reversed(NAMES):
+        config = to_json(load(FOLDER / f"{name}.py"))
+        config["process"].pop("weight", None)
+        fields = ("process", "sampler", "shape", "guidance", "guidance_channels")
+        way = json.dumps([config["model"]["make"], *(config[f] for f in fields)])
+        ways[way] = name
+    assert len(ways) >= 9
+    for name in ways.values():
+        p, params = parts(name), abstract_state(name).params
+        start = jax.ShapeDtypeStruct((2, *p.shape), jnp.float32)
+        data, stats = jax.eval_shape(partial(sampled, p), params, start)
+        assert (data.shape, data.dtype) == (start.shape, start.dtype), name
+        assert stats["evaluations"].shape == (), name
+
+
+def sampled(p, params, start):
+    labels = jnp.arange(2)
+    net = partial(p.model.apply, {"params": params})
+    net = guided(net, labels, p.model.classes, p.guidance, p.guidance_channels)
+    draw = noise.steps(noise.image_keys(0, labels), p.shape)
+    return p.sampler(draw, p.process, net, start)

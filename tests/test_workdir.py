@@ -1,0 +1,113 @@
+"""A run's folder keeps its config, and two runs apart."""
+
+import errno
+import json
+import os
+
+import pytest
+
+from sit_jax.errors import UserError
+from sit_jax.workdir import MAY_CHANGE, check_same, open_workdir, read_json, write_json
+
+CONFIG = {
+    "steps": 10,
+    "seed": 0,
+    "model": {"make": {"name": "sit_jax.models.dit.SiT"}, "depth": 2, "remat": "none"},
+    "sampler": {"make": {"name": "Ode"}, "steps": 4},
+    "mesh": {"data": 1, "fsdp": -1},
+}
+
+
+def but(**changes):
+    config = json.loads(json.dumps(CONFIG))
+    for name, value in changes.items():
+        *groups, last = name.split("__")
+        node = config
+        for group in groups:
+            node = node[group]
+        node[last] = value
+    return config
+
+
+def test_a_new_folder_is_made_with_its_config(tmp_path):
+    path = open_workdir(tmp_path / "a" / "b", CONFIG)
+    assert read_json(path / "config.json") == CONFIG
+    assert os.listdir(path) == ["config.json"]
+
+
+def test_the_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_workdir("~/run", CONFIG) == tmp_path / "run"
+
+
+def test_the_same_config_again_is_welcome(tmp_path):
+    open_workdir(tmp_path, CONFIG)
+    assert open_workdir(str(tmp_path), but()) == tmp_path
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"model__depth": 3}, "model.depth was 2, is 3"),
+        ({"model__make": {"name": "DiT"}}, "model.make was"),
+        ({"extra": 1}, "extra was (absent), is 1"),
+    ],
+)
+def test_another_config_is_refused_with_its_fields(tmp_path, changes, said):
+    open_workdir(tmp_path, CONFIG)
+    with pytest.raises(UserError) as error:
+        open_workdir(tmp_path, but(steps=99, **changes))
+    assert said in str(error.value) and str(tmp_path) in str(error.value)
+    assert "steps was" not in str(error.value)  # that one may change
+    assert read_json(tmp_path / "config.json") == CONFIG  # nothing was written
+
+
+def test_all_fields_that_differ_are_named():
+    with pytest.raises(UserError) as error:
+        check_same("runs/x", CONFIG, but(seed=1, model__depth=3))
+    assert "model.depth was 2, is 3; seed was 0, is 1" in str(error.value)
+
+
+def test_what_does_not_enter_a_step_may_change(tmp_path):
+    open_workdir(tmp_path, CONFIG)
+    now = but(steps=20, model__remat="full", mesh__fsdp=1, sampler={"make": "Sde"})
+    open_workdir(tmp_path, now)
+    assert read_json(tmp_path / "config.json") == now
+
+
+def test_a_field_is_not_free_because_its_name_begins_like_a_free_one():
+    assert "steps" in MAY_CHANGE
+    with pytest.raises(UserError, match="steps_ahead"):
+        check_same("x", CONFIG, but(steps_ahead=3))
+
+
+@pytest.mark.parametrize("text", [b"{", b"", b"\xff\xfe\x00"])
+def test_a_damaged_config_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(UserError, match=r"config\.json is not JSON"):
+        open_workdir(tmp_path, CONFIG)
+
+
+def test_writing_that_fails_leaves_the_old_file_whole(tmp_path):
+    file = tmp_path / "config.json"
+    write_json(file, CONFIG)
+    with pytest.raises(TypeError):
+        write_json(file, {"x": object()})
+    assert read_json(file) == CONFIG and os.listdir(tmp_path) == ["config.json"]
+
+
+def test_a_file_in_the_folder_s_place_is_refused(tmp_path):
+    (tmp_path / "run").write_text("")
+    for path in (tmp_path / "run", tmp_path / "run" / "deeper"):
+        with pytest.raises(UserError, match="run"):
+            open_workdir(path, CONFIG)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match=f"{tmp_path}: No space left.*--workdir"):
+        open_workdir(tmp_path, CONFIG)
