@@ -1,0 +1,163 @@
+"""Batches whose records depend on (seed, step, batch size) and on nothing else.
+
+Row r of step s is position s * batch_size + r of one endless order: every epoch a new
+permutation, the next epoch beginning where the last one ends, also inside a batch.
+Hosts, devices, threads and restarts only decide who reads which rows, and when.
+"""
+
+import collections
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from sit_jax.data.sources import KINDS
+from sit_jax.errors import UserError
+
+
+def batches(source, batch_size, seed, first_step, mesh, threads=4):
+    """-> endless iterator of {"image" | "moments" | "latent", "label"} from first_step.
+
+    The arrays are global, [batch_size, ...], and split over the mesh.
+    """
+    from sit_jax.sharding import BATCH, split_batch
+
+    if len(source) == 0:
+        raise UserError("the data source is empty; give it at least one record")
+    shards = math.prod(mesh.shape[axis] for axis in BATCH)
+    if batch_size < 1 or batch_size % shards:
+        raise UserError(
+            f"batch_size={batch_size} cannot be split over {shards} devices; "
+            f"use a multiple of {shards}"
+        )
+    ids, sharding = order(len(source), seed), split_batch(mesh)
+    return Feed(source, batch_size, ids, sharding, first_step, threads)
+
+
+def order(length, seed):
+    """-> endless sequence of record ids; every epoch permutes range(length) anew."""
+    try:
+        import grain
+    except ImportError as error:
+        raise UserError("batches are ordered by grain: pip install grain") from error
+    if seed < 0:
+        raise UserError(f"seed={seed} must not be negative")
+    # grain shuffles epoch e by seed + e: hashed, or seed 1 would repeat seed 0 shifted
+    hashed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    ids = grain.MapDataset.range(length).shuffle(seed=hashed).repeat()
+    ids[0]  # grain sets itself up at first use, which must not happen in two threads
+    return ids
+
+
+def rows(places, batch_size):
+    """The rows of a global batch that devices hold, given their slices of it."""
+    held = (range(batch_size)[place[0]] for place in places)
+    return sorted(set().union(*held))
+
+
+class Feed:
+    """Reads ahead in threads; keeps one more batch on the devices if it is ready."""
+
+    def __init__(self, source, batch_size, ids, sharding, first_step, threads):
+        self._source, self._batch_size, self._ids = source, batch_size, ids
+        self._sharding = sharding
+        places = self._sharding.addressable_devices_indices_map((batch_size,))
+        self._rows = rows(places.values(), batch_size)
+        self._first = {row: i for i, row in enumerate(self._rows)}
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="feed")
+        self._next_step, self._waited, self._placed = first_step, 0.0, None
+        self._pending = collections.deque()
+        for _ in range(threads):
+            self._submit()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self._pool is None:
+            raise StopIteration
+        try:
+            batch = self._placed or self._take()
+            self._placed = self._take() if self._ready() else None
+        except BaseException:
+            self.close()  # going on would leave out a step
+            raise
+        return batch
+
+    def waited(self):
+        """Seconds spent waiting for data since the last call."""
+        seconds, self._waited = self._waited, 0.0
+        return seconds
+
+    def close(self):
+        """Ends the threads; safe to call twice."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        self._pool = self._placed = None
+        self._pending.clear()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def _submit(self):
+        self._pending.append(self._pool.submit(self._read, self._next_step))
+        self._next_step += 1
+
+    def _ready(self):
+        future = self._pending[0]
+        return future.done() and future.exception() is None
+
+    def _take(self):
+        """The next batch, as global arrays."""
+        start = time.perf_counter()
+        batch = self._pending.popleft().result()
+        self._waited += time.perf_counter() - start
+        self._submit()
+        return {name: self._place(array) for name, array in batch.items()}
+
+    def _read(self, step):
+        """This process's rows of a batch, as numpy arrays."""
+        ids = (self._ids[step * self._batch_size + row] for row in self._rows)
+        records = [_record(self._source, int(i)) for i in ids]
+        if len({frozenset(record) for record in records}) > 1:
+            raise UserError("the data source mixes records of different kinds")
+        return {name: np.stack([r[name] for r in records]) for name in records[0]}
+
+    def _place(self, array):
+        import jax
+
+        def held(index):
+            wanted = range(self._batch_size)[index[0]]
+            start = self._first[wanted[0]]
+            return array[start : start + len(wanted)]
+
+        shape = (self._batch_size, *array.shape[1:])
+        return jax.make_array_from_callback(shape, self._sharding, held)
+
+
+def _record(source, i):
+    """Record i with its dtypes, once its label and shape are right."""
+    record = source[i]
+    kinds = [kind for kind in KINDS if kind in record]
+    if len(kinds) != 1 or "label" not in record:
+        raise UserError(
+            f"record {i} of the data source has {sorted(record)}; "
+            f"it needs label and one of {', '.join(KINDS)}"
+        )
+    kind = kinds[0]
+    array, label = np.asarray(record[kind]), int(record["label"])
+    if array.shape != tuple(source.shape) or array.dtype != KINDS[kind]:
+        raise UserError(
+            f"{kind} {i} of the data source is {array.dtype} {list(array.shape)} "
+            f"instead of {np.dtype(KINDS[kind])} {list(source.shape)}"
+        )
+    if not 0 <= label < source.classes:
+        raise UserError(
+            f"record {i} of the data source has label {label}, but there are "
+            f"{source.classes} classes (0..{source.classes - 1})"
+        )
+    return {kind: array, "label": np.int32(label)}
