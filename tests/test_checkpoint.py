@@ -1,0 +1,210 @@
+"""Checkpoints: moved between devices, kept, cleaned, compared, refused."""
+
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from sit_jax import checkpoint
+from sit_jax.checkpoint import Checkpoints, find, items, load, read_meta, steps
+from sit_jax.errors import UserError
+from sit_jax.sharding import make_mesh, shaped, split_weights
+
+META = {"step": 7, "config": {"model": {"depth": 2}, "clip": None}, "skipped": [1, 0]}
+
+
+def trees(mesh, seed=0):
+    """A state's items on a mesh, some leaves split over it, and what to load into."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    params = {"blocks": {"w": draw(2, 16, 64)}, "table": draw(64, 8), "b": draw(3)}
+    ema = jax.tree.map(lambda x: x / 3, params)
+    opt_state = optax.adam(1e-3).init(params)
+    opt_state = jax.tree.map(lambda x: np.asarray(x + 1), opt_state)
+    state = {"params": params, "ema": ema, "opt_state": opt_state}
+    where = split_weights(mesh, state, floor=2**6)
+    like = shaped(jax.eval_shape(lambda: state), where)
+    return jax.device_put(state, where), like
+
+
+def mesh(n):
+    return make_mesh(devices=jax.devices()[:n])
+
+
+def saved(directory, state, *numbers, **options):
+    saver = Checkpoints(directory, **options)
+    for number in numbers:
+        saver.save(number, {**META, "step": number}, **state)
+        saver.wait()
+    saver.close()
+
+
+def equal(one, other):
+    same = lambda a, b: a.dtype == b.dtype and np.array_equal(a, b)
+    return jax.tree.all(jax.tree.map(same, jax.device_get(one), jax.device_get(other)))
+
+
+@pytest.fixture(scope="module")
+def one_step(tmp_path_factory):
+    """-> directory with step 7, saved from eight devices."""
+    directory = tmp_path_factory.mktemp("checkpoints")
+    saved(directory, trees(mesh(8))[0], 7)
+    return directory
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_eight_devices_save_and_any_number_loads(one_step, devices):
+    state, like = trees(mesh(devices))
+    found = load(one_step, 7, **like)
+    assert equal(found, state)
+    assert jax.tree.map(lambda x: x.sharding, found) == jax.tree.map(
+        lambda x: x.sharding, like
+    )
+
+
+def test_one_device_saves_and_eight_load(tmp_path):
+    saved(tmp_path, trees(mesh(1))[0], 3)
+    state, like = trees(mesh(8))
+    found = load(tmp_path, 3, **like)
+    assert equal(found, state)
+    held = found["params"]["blocks"]["w"].addressable_shards
+    assert {shard.data.shape for shard in held} == {(2, 16, 8)}
+
+
+def test_only_what_is_asked_for_is_read(one_step, tmp_path):
+    """Sampling needs the average alone: with the rest gone it still loads."""
+    state, like = trees(mesh(1))
+    shutil.copytree(one_step, tmp_path / "copy")
+    for name in ("params", "opt_state"):
+        shutil.rmtree(tmp_path / "copy" / "7" / name)
+    found = load(tmp_path / "copy", 7, ema=like["ema"])
+    assert list(found) == ["ema"] and equal(found["ema"], state["ema"])
+    with pytest.raises(UserError, match="has no 'params'"):
+        load(tmp_path / "copy", 7, params=like["params"])
+
+
+def test_a_step_holds_these_items(one_step):
+    folders = {name for name in items(one_step, 7) if (one_step / "7" / name).is_dir()}
+    assert folders == {"params", "ema", "opt_state", "meta"}
+    assert read_meta(one_step, 7) == META
+
+
+def test_another_architecture_is_refused_with_what_differs(one_step):
+    _, like = trees(mesh(1))
+    params = dict(like["params"])
+    params["tables"] = params.pop("table")
+    params["b"] = jax.ShapeDtypeStruct((4,), np.float32, sharding=params["b"].sharding)
+    with pytest.raises(UserError) as error:
+        load(one_step, 7, params=params)
+    said = str(error.value)
+    for part in (
+        "missing tables",
+        "extra table",
+        "b is (3,), not (4,)",
+        "another arch",
+    ):
+        assert part in said
+    assert "blocks" not in said and "\n" not in said
+
+
+def test_a_long_list_of_differences_is_cut():
+    wanted = {f"w{i}": np.zeros(1) for i in range(30)}
+    with pytest.raises(UserError, match=r"missing w0; .*; and 22 more$"):
+        checkpoint.compare("here", {}, wanted)
+
+
+def test_steps_that_are_kept(tmp_path):
+    state, _ = trees(mesh(1))
+    small = {"params": {"b": state["params"]["b"]}}
+    saved(tmp_path, small, *range(1, 9), keep_last=2, keep_every=3)
+    assert steps(tmp_path) == [3, 6, 7, 8]
+
+
+def test_the_newest_is_the_highest_number_whatever_size_or_date(tmp_path):
+    rng = np.random.default_rng(0)
+    for number, size in ((9, 50), (100, 2), (20, 3000)):
+        tree = {"w": rng.standard_normal(size).astype(np.float32)}
+        saved(tmp_path, {"params": tree}, number, keep_last=None)
+    now = (tmp_path / "9").stat().st_mtime
+    os.utime(tmp_path / "9", (now + 99, now + 99))
+    assert steps(tmp_path) == [9, 20, 100]
+    assert find(tmp_path) == (tmp_path, 100)
+    saver = Checkpoints(tmp_path)
+    assert saver.latest() == 100
+    saver.close()
+
+
+def test_an_unfinished_step_is_no_step_and_is_cleaned_away(one_step, tmp_path):
+    """What a kill inside a save leaves: Orbax's folder under a temporary name."""
+    shutil.copytree(one_step, tmp_path, dirs_exist_ok=True)
+    torn = tmp_path / "8.orbax-checkpoint-tmp-1234"
+    (torn / "params.orbax-checkpoint-tmp-1234").mkdir(parents=True)
+    assert steps(tmp_path) == [7] and find(tmp_path)[1] == 7
+    saver = Checkpoints(tmp_path)
+    assert saver.latest() == 7
+    state, like = trees(mesh(1), seed=1)
+    saver.save(8, META, **state)
+    saver.close()
+    assert not torn.exists()
+    assert equal(load(tmp_path, 8, **like), state)
+
+
+def test_a_workdir_or_its_checkpoints_are_found(one_step, tmp_path):
+    shutil.copytree(one_step, tmp_path / "checkpoints")
+    (tmp_path / "samples").mkdir()
+    for path in (tmp_path, tmp_path / "checkpoints", str(tmp_path)):
+        assert find(path) == (tmp_path / "checkpoints", 7)
+
+
+def test_relative_paths_and_the_home_folder(tmp_path, monkeypatch):
+    state, like = trees(mesh(1))
+    small = {"params": {"b": state["params"]["b"]}}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for path in ("here/run", Path("~/run")):
+        saved(path, small, 1)
+        directory, step = find(path)
+        assert directory.is_absolute() and step == 1 and steps(path) == [1]
+        found = load(directory, step, params={"b": like["params"]["b"]})
+        assert equal(found, small)
+    assert (tmp_path / "here/run/1").is_dir() and (tmp_path / "home/run/1").is_dir()
+
+
+def test_nothing_to_find_is_said(one_step, tmp_path):
+    assert steps(tmp_path / "none") == steps(tmp_path) == []
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(UserError, match="no checkpoint in"):
+            find(path)
+    with pytest.raises(UserError, match="no checkpoint of step 8"):
+        read_meta(one_step, 8)
+
+
+def test_a_file_in_the_folder_s_place_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        with pytest.raises(UserError, match="file.*: Not a directory"):
+            saved(path, {"params": {"w": np.zeros(3)}}, 1)
+
+
+def test_a_folder_without_permission_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        if os.access(tmp_path, os.W_OK):
+            pytest.skip("this user may write everywhere")
+        with pytest.raises(UserError, match="Permission denied"):
+            Checkpoints(tmp_path / "run")
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_a_damaged_step_is_refused(one_step, tmp_path):
+    shutil.copytree(one_step, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "7" / "ema")
+    (tmp_path / "7" / "ema").mkdir()
+    _, like = trees(mesh(1))
+    with pytest.raises(UserError, match="7"):
+        load(tmp_path, 7, ema=like["ema"])

@@ -1,0 +1,48 @@
+"""Peaks by the name a device gives itself, and memory used."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from sit_jax import chips
+
+
+@pytest.mark.parametrize(
+    "kind, tflops",
+    [
+        ("NVIDIA H100 80GB HBM3", 989.5),
+        ("NVIDIA H200", 989.5),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("TPU v6 lite", 918.0),
+        ("TPU v5 lite", 197.0),
+        ("TPU v5p", 459.0),
+        ("TPU v5", 459.0),  # what a v5p calls itself
+        ("TPU v4", 275.0),
+        ("TPU v3", 61.5),
+    ],
+)
+def test_peak_of_known_chips(kind, tflops):
+    device = types.SimpleNamespace(device_kind=kind)
+    assert chips.peak_flops(device) == tflops * 1e12
+
+
+def test_no_peak_is_made_up_for_others():
+    assert chips.peak_flops() is None  # the CPU of this test
+    assert chips.peak_flops(types.SimpleNamespace(device_kind="Radeon")) is None
+
+
+def test_peak_memory_grows_with_what_is_held():
+    before = chips.peak_memory()
+    held = np.ones(max(before // 2, 2**28), np.uint8)
+    assert chips.peak_memory() >= before > 2**20
+    assert chips.peak_memory() < 2**40  # bytes, not kilobytes of bytes
+    del held
+
+
+def test_peak_memory_of_an_accelerator_is_its_own_count(monkeypatch):
+    for stats, wanted in (({"peak_bytes_in_use": 5}, 5), (None, None)):
+        chip = types.SimpleNamespace(platform="gpu", memory_stats=lambda s=stats: s)
+        monkeypatch.setattr(jax, "local_devices", lambda c=chip: [c])
+        assert chips.peak_memory() == wanted

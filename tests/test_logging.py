@@ -1,0 +1,308 @@
+"""The record of a run, its continuation after a kill, and writing that fails."""
+
+import io
+import json
+import os
+import re
+import sys
+import types
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from sit_jax.errors import UserError
+from sit_jax.logging import RunLog, duration
+
+LINE = {"loss": 0.123456, "steps_per_second": 1.234, "images_per_second": 315.9}
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def run(workdir, steps, first=0, total=1000, stream=None, **settings):
+    """Logs a loss at the steps given, as a training run does."""
+    stream = stream or io.StringIO()
+    with RunLog(workdir, total, first, stream=stream, **settings) as log:
+        for step in steps:
+            log.scalars(step, {"loss": 1 / step, "lr": 1e-4})
+    return stream.getvalue()
+
+
+def records(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=pytest.fail) for line in lines]
+
+
+def steps_of(workdir):
+    return [record["step"] for record in records(workdir)]
+
+
+def events(workdir):
+    """-> tensorboardX events of all files, oldest first."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted((workdir / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:  # length, its checksum, event, its checksum
+            size = int.from_bytes(data[:8], "little")
+            found.append(Event.FromString(data[12 : 12 + size]))
+            data = data[16 + size :]
+    return found
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A module in wandb's place that keeps what it is told."""
+    fake = types.ModuleType("wandb")
+    fake.runs, fake.Error = [], type("Error", (Exception,), {})
+    fake.Image = lambda array: ("image", array.shape)
+
+    class Run:
+        def __init__(self, **arguments):
+            self.arguments, self.logged, self.axes = arguments, [], []
+            self.finished = 0
+
+        def define_metric(self, name, step_metric=None):
+            self.axes.append((name, step_metric))
+
+        def log(self, values):
+            self.logged.append(values)
+
+        def finish(self):
+            self.finished += 1
+
+    def init(**arguments):
+        fake.runs.append(Run(**arguments))
+        return fake.runs[-1]
+
+    fake.init = init
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_log_txt_keeps_the_line_that_parsers_know(tmp_path):
+    stream = io.StringIO()
+    with RunLog(tmp_path, 1000, stream=stream) as log:
+        log.say("Experiment begins")
+        log.scalars(100, LINE)
+        log.scalars(100, {"accuracy": 0.9712345, "frechet": 12.0})
+    stamp = r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] "
+    said, line, other = (tmp_path / "log.txt").read_text().splitlines()
+    assert re.fullmatch(stamp + "Experiment begins", said)
+    wanted = r"\(step=0000100\) Train Loss: 0\.1235, Train Steps/Sec: 1\.23"
+    assert re.fullmatch(stamp + wanted, line)
+    wanted = r"\(step=0000100\) accuracy: 0\.9712, frechet: 12"
+    assert re.fullmatch(stamp + wanted, other)
+    # on the console also what the file must not have: 900 steps at 1.234 a second
+    assert f"{line}, Images/Sec: 315.9, ETA: 0:12:09\n" in stream.getvalue()
+    assert stream.getvalue().count("\n") == 3 and "\r" not in stream.getvalue()
+
+
+def test_metrics_are_one_json_object_a_line_at_once(tmp_path):
+    with RunLog(tmp_path, 10, stream=io.StringIO()) as log:
+        log.scalars(3, {"loss": jax.numpy.float32(0.5), "n": np.int64(7), "x": 2})
+        (record,) = records(tmp_path)  # before closing: a kill loses no line
+    assert abs(record.pop("time") - os.stat(tmp_path / "log.txt").st_mtime) < 60
+    assert record == {"step": 3, "loss": 0.5, "n": 7, "x": 2}
+
+
+def test_resuming_takes_back_later_steps(tmp_path):
+    run(tmp_path, [10, 20, 30, 40])
+    run(tmp_path, [30, 40, 50], first=20)
+    assert steps_of(tmp_path) == [10, 20, 30, 40, 50]
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 7  # appended
+    run(tmp_path, [5])  # anew, with no checkpoint to go on from
+    assert steps_of(tmp_path) == [5]
+
+
+@pytest.mark.parametrize(
+    "torn", [b'{"step": 20, "lo', b'{"step": 20}', b"\0\0\n", b"7"]
+)
+def test_a_half_written_line_is_dropped(tmp_path, torn):
+    run(tmp_path, [10])
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(torn)
+    run(tmp_path, [30], first=25)
+    assert steps_of(tmp_path) == [10, 30]
+
+
+def test_taking_back_is_all_or_nothing(tmp_path, monkeypatch):
+    run(tmp_path, [10, 20])
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+
+    def killed(*paths):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, [], first=10)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    run(tmp_path, [15], first=10)
+    assert steps_of(tmp_path) == [10, 15]
+
+
+def test_numbers_that_are_not_finite_stay_valid_json_and_are_told(tmp_path):
+    with RunLog(tmp_path, 10, stream=io.StringIO()) as log:
+        log.scalars(4, {"loss": float("nan"), "grad": float("-inf"), "lr": 0.5})
+    (record,) = records(tmp_path)
+    assert (record["loss"], record["grad"], record["lr"]) == (None, None, 0.5)
+    told = (tmp_path / "log.txt").read_text()
+    assert "step 4: loss is nan, grad is -inf; stands as null" in told
+
+
+def test_tensorboard_has_scalars_images_and_hides_repeated_steps(tmp_path):
+    from PIL import Image
+
+    picture = np.random.default_rng(0).integers(0, 256, (4, 6, 1)).astype(np.uint8)
+    for first in (0, 10):
+        with RunLog(tmp_path, 100, first, stream=io.StringIO()) as log:
+            log.scalars(first + 10, {"loss": 0.5, "lr": 2.0})
+            log.image(first + 10, "samples", picture)
+    found = events(tmp_path)
+    starts = [event.step for event in found if event.HasField("session_log")]
+    assert starts == [0, 11]  # TensorBoard hides these steps and all later ones
+    values = {v.tag: v.simple_value for e in found for v in e.summary.value}
+    assert values["loss"] == 0.5 and values["lr"] == 2.0
+    shown = [v.image for e in found for v in e.summary.value if v.HasField("image")]
+    assert len(shown) == 2 and (shown[0].height, shown[0].width) == (4, 6)
+    with Image.open(io.BytesIO(shown[0].encoded_image_string)) as image:
+        np.testing.assert_array_equal(np.asarray(image)[..., :1], picture)
+
+
+def test_images_are_files_too(tmp_path):
+    from PIL import Image
+
+    picture = np.random.default_rng(0).integers(0, 256, (4, 6, 3)).astype(np.uint8)
+    with RunLog(tmp_path, 100, stream=io.StringIO()) as log:
+        log.image(20, "samples", jax.numpy.asarray(picture))
+    with Image.open(tmp_path / "samples" / "0000020.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), picture)
+
+
+def test_without_tensorboard_one_line_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX.event_file_writer", None)
+    said = run(tmp_path, [1])
+    assert said.count("no TensorBoard files") == 1
+    assert "pip install tensorboardX" in said
+    assert steps_of(tmp_path) == [1] and not (tmp_path / "tensorboard").exists()
+
+
+def test_terminal_gets_a_bar_with_loss_and_rate(tmp_path):
+    stream = Terminal()
+    with RunLog(tmp_path, 1000, 40, stream=stream) as log:
+        for step in range(41, 101):
+            log.progress(step)
+        log.scalars(100, LINE)
+        log.scalars(100, {"accuracy": 0.5})
+        log.say("saved")
+    shown = stream.getvalue()
+    last = shown.replace("\n", "\r").split("\r")
+    bars = [part for part in last if "loss=0.1235" in part]
+    assert bars and "100/1000" in bars[-1] and "images/s=315.9" in bars[-1]
+    assert re.search(r"\d+:\d\d<\d+:\d\d.* steps/s|\d steps/s|s/ steps", bars[-1])
+    assert "Train Loss" not in shown  # that is what the bar shows
+    assert "accuracy: 0.5" in shown and "saved" in shown
+    assert "Train Loss: 0.1235" in (tmp_path / "log.txt").read_text()
+
+
+def test_wandb_gets_all_events_and_the_same_id_after_a_restart(tmp_path, wandb):
+    picture = np.zeros((4, 6, 1), np.uint8)
+    for first in (0, 10):
+        with RunLog(tmp_path, 99, first, {"project": "p"}, io.StringIO()) as log:
+            log.scalars(first + 5, {"loss": 0.5})
+            log.image(first + 5, "samples", picture)
+            log.close()
+    one, two = wandb.runs
+    assert one.arguments["project"] == "p" and one.arguments["resume"] == "allow"
+    assert len(one.arguments["id"]) == 16
+    assert one.arguments["id"] == two.arguments["id"]
+    assert ("*", "step") in one.axes
+    assert one.logged == [
+        {"step": 5, "loss": 0.5},
+        {"step": 5, "samples": ("image", (4, 6))},
+    ]
+    assert (one.finished, two.finished) == (1, 1)
+
+
+def test_wandb_absent_or_refusing_is_one_line(tmp_path, monkeypatch, wandb):
+    def refuse(**arguments):
+        raise wandb.Error("no API key configured\nrun wandb login")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(UserError, match="wandb: no API key configured; WANDB_MODE"):
+        run(tmp_path, [], wandb={})
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        run(tmp_path, [], wandb={})
+
+
+def test_other_processes_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with RunLog(tmp_path / "new", 10, stream=sys.stdout) as log:
+        log.say("x")
+        log.progress(1)
+        log.scalars(1, LINE)
+        log.image(1, "samples", np.zeros((2, 2, 1), np.uint8))
+    assert not (tmp_path / "new").exists()
+
+
+def test_closing_twice_and_using_it_later_is_harmless(tmp_path):
+    log = RunLog(tmp_path, 10, stream=Terminal())
+    log.scalars(1, LINE)
+    log.close()
+    log.close()
+    log.scalars(2, LINE)
+    log.say("late")
+    assert steps_of(tmp_path) == [1]
+
+
+def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file/run: .*--workdir"):
+        run(tmp_path / "file" / "run", [])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_workdir_without_permission_is_named(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="cannot write .*: Permission denied"):
+        run(tmp_path, [])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
+def test_a_full_disk_is_named(tmp_path):
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    with RunLog(tmp_path, 10, stream=io.StringIO()) as log:
+        with pytest.raises(UserError, match=r"log\.txt: No space left .*free space"):
+            log.say("x")
+
+
+def test_lines_are_written_whole(tmp_path, monkeypatch):
+    class Slow(io.RawIOBase):
+        def __init__(self):
+            self.data = b""
+
+        def write(self, data):
+            self.data += bytes(data[:3])
+            return min(3, len(data))
+
+    log = RunLog(tmp_path, 10, stream=io.StringIO())
+    with log:
+        real, log._text._file = log._text._file, Slow()
+        log.say("ten letters")
+        assert log._text._file.data.endswith(b"ten letters\n")
+        real.close()
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0, "0:00:00"), (59.9, "0:00:59"), (3725.2, "1:02:05"), (180000, "2 d 2:00:00")],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text

@@ -1,0 +1,111 @@
+"""Rounding to bytes, sheets of tiles, PNG files that appear whole or not at all."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sit_jax.errors import UserError
+from sit_jax.pictures import DARK, save_png, sheet, to_uint8
+
+
+def noise(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+
+
+def test_every_level_survives_the_way_to_floats_and_back():
+    levels = np.arange(256, dtype=np.uint8)
+    x = levels.astype(np.float32) / 127.5 - 1
+    np.testing.assert_array_equal(to_uint8(x), levels)
+    np.testing.assert_array_equal(jax.jit(to_uint8)(x), levels)
+
+
+def test_rounding_rule_is_the_released_one():
+    # clamp(127.5 x + 128, 0, 255) truncated, in float32, on a ramp that leaves [-1, 1]
+    x = np.linspace(-1.3, 1.3, 5001, dtype=np.float32)
+    scaled = np.float32(127.5) * x + np.float32(128)
+    np.testing.assert_array_equal(to_uint8(x), np.clip(scaled, 0, 255).astype(np.uint8))
+    assert to_uint8(x).dtype == jnp.uint8
+    # a rule that rounds 127.5 (x + 1) to nearest would give 127 here
+    assert int(to_uint8(np.float32(0))) == 128
+
+
+def test_far_values_clamp():
+    x = np.array([-1e9, -1.01, 1.01, 1e9, -np.inf, np.inf], np.float32)
+    np.testing.assert_array_equal(to_uint8(x), [0, 0, 255, 255, 0, 255])
+
+
+def test_bfloat16_is_scaled_in_float32():
+    x = jnp.asarray(np.linspace(-1, 1, 4001), jnp.bfloat16)
+    np.testing.assert_array_equal(to_uint8(x), to_uint8(x.astype(jnp.float32)))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sheet_places_tiles_row_by_row(channels):
+    images = noise(5, 2, 3, channels)
+    out = sheet(images, columns=2, zoom=4, pad=3)
+    assert out.shape == (3 + 3 * (8 + 3), 3 + 2 * (12 + 3), channels)
+    seen = np.zeros(out.shape, bool)
+    for i, image in enumerate(images):
+        y, x = 3 + i // 2 * 11, 3 + i % 2 * 15
+        tile = (slice(y, y + 8), slice(x, x + 12))
+        np.testing.assert_array_equal(out[tile], np.kron(image, np.ones((4, 4, 1))))
+        seen[tile] = True
+    assert (out[~seen] == DARK).all()  # padding, and the empty sixth place
+
+
+def test_small_tiles_are_enlarged_and_large_ones_left():
+    assert sheet(noise(1, 8, 8, 1), 1).shape == (68, 68, 1)
+    assert sheet(noise(1, 28, 28, 1), 1).shape == (4 + 84, 4 + 84, 1)
+    assert sheet(noise(2, 64, 80, 3), 2).shape == (68, 4 + 2 * 82 - 2, 3)
+
+
+def test_fewer_images_than_columns_make_a_narrow_sheet():
+    assert sheet(noise(3, 8, 8, 3), 10, zoom=1).shape == (12, 2 + 3 * 10, 3)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [noise(2, 4, 4, 4), noise(4, 4, 3), np.zeros((2, 4, 4, 3), np.float32)],
+)
+def test_sheet_refuses_what_is_no_picture(images):
+    with pytest.raises(ValueError, match="a sheet is made of uint8"):
+        sheet(images, 2)
+
+
+@pytest.mark.parametrize("channels, mode", [(1, "L"), (3, "RGB")])
+def test_png_holds_the_same_pixels(tmp_path, channels, mode):
+    from PIL import Image
+
+    image = noise(7, 5, channels)
+    path = tmp_path / "new" / "x.png"
+    save_png(path, image)
+    save_png(path, image)  # over itself
+    with Image.open(path) as read:
+        assert read.mode == mode and read.format == "PNG"
+        np.testing.assert_array_equal(np.asarray(read).reshape(image.shape), image)
+    assert [p.name for p in path.parent.iterdir()] == ["x.png"]
+
+
+def test_a_failed_png_leaves_the_old_one(tmp_path, monkeypatch):
+    from PIL import Image
+
+    path = tmp_path / "x.png"
+    save_png(path, noise(4, 4, 1))
+    before = path.read_bytes()
+
+    def full(self, file, **options):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(UserError, match=r"cannot write .*x\.png: No space left"):
+        save_png(path, noise(5, 5, 3))
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["x.png"]
+
+
+def test_a_file_in_the_way_is_named(tmp_path):
+    (tmp_path / "folder").write_text("not a folder")
+    with pytest.raises(UserError, match=r"cannot write .*folder/x\.png"):
+        save_png(tmp_path / "folder" / "x.png", noise(4, 4, 1))
