@@ -1,0 +1,46 @@
+"""A sheet of samples that shows how far training is: one row of images a class."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sit_jax.generation import Generator
+from sit_jax.pictures import sheet
+
+
+class Preview:
+    """The same `count` images, from the same noise, each time it is called.
+
+    A codec that makes no pictures is refused at construction.
+    """
+
+    def __init__(self, parts, mesh, seed, count):
+        jax.eval_shape(parts.codec.decode, jnp.zeros((1, *parts.shape)))
+        self._columns, self._labels = rows(parts.model.classes, count)
+        self._parts, self._mesh, self._seed = parts, mesh, seed
+        self._draw = None
+
+    def __call__(self, params):
+        """-> uint8 picture, and the seconds it took, the first time with compiling."""
+        begun = time.perf_counter()
+        if self._draw is None:
+            batch = min(len(self._labels), 32)
+            self._draw = Generator(self._parts, params, self._mesh, batch)
+        drawn = self._draw(self._seed, self._labels, params=params)
+        images = [np.asarray(self._parts.codec.decode(data)) for data, _ in drawn]
+        picture = sheet(np.concatenate(images), self._columns)
+        return picture, time.perf_counter() - begun
+
+
+def rows(classes, count):
+    """-> columns and labels int [N <= count] of a sheet with one class a row.
+
+    With more classes than images, about square, and classes spread over all of them.
+    """
+    if count >= classes:
+        columns = count // classes
+        return columns, np.repeat(np.arange(classes), columns)
+    labels = np.arange(count) * classes // count
+    return max(round(count**0.5), 1), labels

@@ -1,0 +1,49 @@
+"""Weights to sample from: a workdir's, a checkpoint's, or those of a torch file."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import jax
+
+from sit_jax import checkpoint
+from sit_jax.config import from_json
+from sit_jax.errors import UserError
+from sit_jax.sharding import everywhere, shaped
+from sit_jax.training import init_params
+
+TORCH = (".pt", ".pth", ".safetensors")
+
+
+@dataclasses.dataclass(frozen=True)
+class Directory:
+    """A checkpoint directory's newest step; its meta holds the config."""
+
+    path: Path
+    step: int
+
+    @property
+    def config(self):
+        meta = checkpoint.read_meta(self.path, self.step)
+        if "config" not in meta:
+            raise UserError(f"{self.path}/{self.step} has no config in its meta")
+        return from_json(meta["config"])
+
+    def load(self, item, parts, mesh):
+        """item "ema" or "params" -> the model's parameters, whole on every device."""
+        shapes = jax.eval_shape(
+            partial(init_params, parts.model, parts.shape), jax.random.key(0)
+        )
+        where = jax.tree.map(lambda _: everywhere(mesh), shapes)
+        target = shaped(shapes, where)
+        return checkpoint.load(self.path, self.step, **{item: target})[item]
+
+
+def open_weights(path, torch_file):
+    """-> an object with .config and .load; torch_file(path) opens .pt, .safetensors."""
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise UserError(f"no weights at {path}")
+    if path.suffix in TORCH:
+        return torch_file(path)
+    return Directory(*checkpoint.find(path))

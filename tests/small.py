@@ -1,0 +1,80 @@
+"""A run of seconds, and running scripts the way a user does."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+from conftest import ROOT
+
+from configs.sit_xl2 import get_config as sit_xl2
+from sit_jax.checkpoint import Checkpoints
+from sit_jax.codec import Pixels
+from sit_jax.config import spec, to_json
+from sit_jax.models.dit import SiT
+from sit_jax.recipe import recipe
+from sit_jax.samplers.ode import Ode, heun
+from sit_jax.training import init_params
+
+
+def config(**fields):
+    """Eight steps of a SiT on random 4x4 pictures, a line of log for each."""
+    c = sit_xl2()
+    c.shape = (4, 4, 1)
+    c.model = spec(SiT, depth=2, width=16, heads=2, patch=2, classes=5)
+    c.codec = spec(Pixels)
+    c.synthetic = True
+    c.optimizer.learning_rate = 1e-2  # the head starts at zero and has to get away
+    c.batch_size = 8
+    c.steps, c.log_every, c.save_every, c.sample_every = 8, 1, 4, 100
+    c.preview = 5
+    c.sampler = spec(Ode, method=heun, steps=2)
+    c.update(fields)
+    return c
+
+
+def random_params(parts, seed):
+    """Parameters with no zero among them: at initialisation every gate is one."""
+    params = init_params(parts.model, parts.shape, jax.random.key(seed))
+    rng = np.random.default_rng(seed)
+    kick = lambda w: w + 0.2 * rng.standard_normal(w.shape, np.float32)
+    return jax.tree.map(kick, params)
+
+
+def checkpoint(directory, config):
+    """Saves random parameters, and others as their average, as step 8 of a run."""
+    parts = recipe(config)
+    saved = Checkpoints(directory)
+    meta = {"config": to_json(config), "step": 8}
+    saved.save(8, meta, params=random_params(parts, 0), ema=random_params(parts, 10))
+    saved.close()
+    return directory
+
+
+def lines(workdir):
+    """The records of metrics.jsonl."""
+    text = (workdir / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def losses(workdir):
+    return {record["step"]: record["loss"] for record in lines(workdir)}
+
+
+def script(*arguments, **options):
+    """Runs a script in a process of its own; -> what subprocess.run gives."""
+    words = [sys.executable, *map(str, arguments)]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, **options)
+
+
+def called(main, monkeypatch, capsys, *arguments):
+    """Runs a script's main in this process; -> exit code, stdout, stderr."""
+    from sit_jax import command
+
+    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
+    try:
+        command.run(main)
+    except SystemExit as end:
+        out, err = capsys.readouterr()
+        return end.code, out, err

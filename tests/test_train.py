@@ -1,0 +1,141 @@
+"""train.py from its command line: what a run leaves behind, and what it refuses."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import small
+from conftest import ROOT
+
+import train
+from sit_jax import checkpoint
+from sit_jax.data import sources
+
+TINY = ROOT / "tests" / "small_config.py"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run(*arguments):
+        return small.called(train.main, monkeypatch, capsys, *arguments)
+
+    return run
+
+
+def test_a_run_leaves_everything_behind(run, tmp_path):
+    work = tmp_path / "a run"
+    code, out, _ = run("--config", TINY, "--workdir", work, "--config.sample_every=4")
+    assert code == 0
+    assert "compiled the training step in" in out and "(step=0000008)" in out
+    records = small.lines(work)
+    assert [record["step"] for record in records] == list(range(1, 9))
+    last = records[-1]
+    for name in ("loss", "grad_norm", "steps_per_second", "images_per_second"):
+        assert last[name] > 0
+    assert last["data_wait"] >= 0 and last["peak_memory_gb"] > 0 and not last["skipped"]
+    assert checkpoint.steps(work / "checkpoints") == [4, 8]
+    sheets = sorted(path.name for path in (work / "samples").iterdir())
+    assert sheets == ["0000004.png", "0000008.png"]
+    assert list((work / "tensorboard").iterdir()) and (work / "log.txt").exists()
+    manifest = json.loads((work / "manifest.json").read_text())
+    assert manifest["packages"]["jax"] == jax.__version__
+    assert manifest["config"]["batch_size"] == 8
+
+
+def test_the_same_command_again_has_nothing_to_do(run, tmp_path):
+    arguments = ("--config", TINY, "--workdir", tmp_path, "--config.steps=2")
+    assert run(*arguments)[0] == 0
+    before = (tmp_path / "metrics.jsonl").read_text()
+    code, out, _ = run(*arguments)
+    assert code == 0 and "nothing to do" in out
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_another_config_is_refused_with_the_fields(run, tmp_path):
+    assert run("--config", TINY, "--workdir", tmp_path, "--config.steps=1")[0] == 0
+    stored = (tmp_path / "config.json").read_text()
+    code, _, err = run(
+        "--config", TINY, "--workdir", tmp_path, "--config.optimizer.b2=0.95"
+    )
+    assert code == 2 and err.count("\n") == 1
+    assert "optimizer.b2 was 0.999, is 0.95" in err and "--workdir" in err
+    assert (tmp_path / "config.json").read_text() == stored
+    longer = ("--config", TINY, "--workdir", tmp_path, "--config.steps=2")
+    assert run(*longer)[0] == 0  # a longer run is the same run
+
+
+def test_init_takes_weights_optimizer_and_step(run, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run("--config", TINY, "--workdir", first)[0] == 0
+    longer = ("--config", TINY, "--config.steps=10")
+    code, out, _ = run(*longer, "--workdir", second, "--init", first)
+    assert code == 0 and "goes on from" in out
+    assert run(*longer, "--workdir", first)[0] == 0
+    assert small.losses(second) == {
+        step: loss for step, loss in small.losses(first).items() if step > 8
+    }
+
+
+BAD = {
+    "no such file": (["--config", "nowhere.py"], "no config file at nowhere.py"),
+    "misspelt": (["--config.model.dpeth=2"], "did you mean 'depth'?"),
+    "not a number": (["--config.batch_size=many"], "many"),
+    "unknown flag": (["--batch=3"], "--batch=3"),
+    "not divisible": (["--config.batch_size=9"], "9 is not divisible by 8"),
+    "patch": (["--config.model.patch=3"], "side 4 are not divisible by the patch 3"),
+    "heads": (["--config.model.heads=3"], "width 16"),
+    "zero batch": (["--config.batch_size=0"], "batch_size is 0"),
+    "decay": (["--config.ema_decay=1.5"], "ema_decay is 1.5"),
+    "mesh": (["--config.mesh.fsdp=3"], "does not make up 8 devices"),
+    "remat": (["--config.model.remat=some"], "some"),
+    "no data": (["--config.synthetic=False"], "no folder"),
+    "no checkpoint": (["--init", "nowhere"], "no checkpoint in nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(run, tmp_path, name):
+    arguments, said = BAD[name]
+    config = [] if "--config" in arguments else ["--config", TINY]
+    code, _, err = run(*config, "--workdir", tmp_path / "work", *arguments)
+    assert code == 2
+    assert said in err and err.count("\n") == 1 and "Traceback" not in err
+    assert not checkpoint.steps(tmp_path / "work" / "checkpoints")
+
+
+def test_checkpoint_of_another_architecture_is_listed(run, tmp_path):
+    small_steps = ("--config", TINY, "--config.steps=1")
+    assert run(*small_steps, "--workdir", tmp_path / "a")[0] == 0
+    wider = ("--config.model.width=32", "--init", tmp_path / "a")
+    code, _, err = run(*small_steps, "--workdir", tmp_path / "b", *wider)
+    assert code == 2 and "another architecture" in err and "blocks/" in err
+
+
+def test_a_workdir_that_cannot_be_made(run, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    code, _, err = run("--config", TINY, "--workdir", tmp_path / "file")
+    assert code == 2 and str(tmp_path / "file") in err and err.count("\n") == 1
+
+
+def test_skips_what_is_not_finite_then_stops(run, tmp_path, monkeypatch):
+    """From record 40 on every latent is broken: five good steps of eight, then none."""
+    real = sources.Synthetic.__getitem__
+
+    def broken(self, i):
+        record = real(self, i)
+        latent = record["latent"] * (np.nan if self.length == 8 else 1)
+        return {**record, "latent": latent}
+
+    code, _, _ = run("--config", TINY, "--workdir", tmp_path, "--config.steps=4")
+    assert code == 0
+    monkeypatch.setattr(train, "Synthetic", lambda *a: sources.Synthetic(*a, length=8))
+    monkeypatch.setattr(sources.Synthetic, "__getitem__", broken)
+    code, out, err = run(
+        "--config", TINY, "--workdir", tmp_path, "--config.max_skipped=3"
+    )
+    assert code == 2 and err.count("\n") == 1
+    assert "step 5 skipped: the batch is not finite" in out
+    assert "3 steps in a row were not finite, first in the batch, at step 7" in err
+    assert f"last good checkpoint: step 4 in {tmp_path}" in err
+    assert checkpoint.steps(tmp_path / "checkpoints") == [4]

@@ -1,0 +1,191 @@
+"""Trains what a config describes: python train.py --config configs/digits.py
+
+The same command in the same workdir goes on where its last checkpoint left off.
+"""
+
+import contextlib
+import time
+from pathlib import Path
+
+import jax
+
+from sit_jax import chips, command, sharding
+from sit_jax import config as configs
+from sit_jax.checkpoint import Checkpoints
+from sit_jax.data.feed import batches
+from sit_jax.data.sources import Synthetic
+from sit_jax.errors import UserError
+from sit_jax.logging import RunLog
+from sit_jax.manifest import environment
+from sit_jax.meter import Meter
+from sit_jax.models.dit import macs
+from sit_jax.preview import Preview
+from sit_jax.recipe import check_training, recipe
+from sit_jax.start import begin, pack
+from sit_jax.training import make_train_step, tensor_names
+from sit_jax.workdir import open_workdir, write_json
+
+
+def main():
+    parser = command.parser(__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, metavar="FILE")
+    parser.add_argument("--workdir", metavar="DIR", help="default: runs/CONFIG")
+    parser.add_argument(
+        "--init", metavar="DIR", help="start from a workdir's or checkpoint's weights"
+    )
+    parser.add_argument("--wandb", metavar="PROJECT", help="also log to wandb")
+    args, overrides = command.parse(parser)
+    config = configs.load(args.config)
+    configs.override(config, overrides)
+    workdir = args.workdir or f"runs/{Path(args.config).stem}"
+    return train(config, workdir, args.init, args.wandb)
+
+
+def train(config, workdir, given=None, wandb=None):
+    """Runs to config.steps, or until asked to stop; -> exit code."""
+    parts = recipe(config)
+    mesh = sharding.make_mesh(**config.mesh)
+    source = _source(config)
+    check_training(config, source)
+    stored = configs.to_json(config)
+    workdir = open_workdir(workdir, stored)
+    folder = workdir / "checkpoints"
+    state, origin = begin(parts, mesh, config.seed, folder, given)
+    first = int(state.step)
+    with contextlib.ExitStack() as stack:
+        saved = Checkpoints(folder, config.keep_last, config.keep_every)
+        stack.callback(saved.close)
+        log = RunLog(workdir, config.steps, first, wandb and {"project": wandb})
+        stack.callback(log.close)
+        log.say(f"{workdir} {origin}")
+        write_json(workdir / "manifest.json", {"config": stored, **environment()})
+        if first >= config.steps:
+            log.say(f"nothing to do: config.steps is {config.steps}")
+            return 0
+        feed = batches(source, config.batch_size, config.seed, first, mesh)
+        stack.callback(feed.close)
+        _introduce(log, config, parts, state, source)
+        show = _preview(log, config, parts, mesh)
+        stop = stack.enter_context(command.Stop())
+        return _loop(config, stored, parts, state, feed, log, saved, show, stop)
+
+
+def _loop(config, stored, parts, state, feed, log, saved, show, stop):
+    first, key = int(state.step), jax.random.key(config.seed)
+    names = tensor_names(state)
+    batch = next(feed)
+    step = _compiled(log, config, parts, state, batch, key)
+    meter = _meter(config, parts)
+    feed.waited()  # the first batch was waited for beside the compiler
+    for at in range(first + 1, config.steps + 1):
+        batch = batch or next(feed)
+        state, metrics = step(state, parts.codec, batch, key)
+        batch = None
+        _report(log, meter.add(at, metrics, feed.waited()), names, config, saved)
+        log.progress(at)
+        last = at == config.steps or stop.asked
+        if last or at % config.save_every == 0:
+            _report(log, meter.flush(), names, config, saved)
+            meter.pause(_save(saved, at, stored, state))
+        if at % config.sample_every == 0 or at == config.steps:
+            meter.pause(show(at, state.ema))
+        if stop.asked:
+            log.say(f"stopped at step {at}; the same command goes on from there")
+            break
+    saved.wait()
+    log.say(f"saved step {saved.latest()} in {saved.directory}")
+    return 0
+
+
+def _compiled(log, config, parts, state, batch, key):
+    begun = time.perf_counter()
+    step = make_train_step(
+        parts.model,
+        parts.process,
+        parts.tx,
+        config.ema_decay,
+        config.label_drop,
+        config.accumulate,
+    )
+    where = jax.tree.map(lambda x: x.sharding, state)
+    step = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+    compiled = step.lower(state, parts.codec, batch, key).compile()
+    log.say(f"compiled the training step in {time.perf_counter() - begun:.1f} s")
+    return compiled
+
+
+def _report(log, arrived, names, config, saved):
+    """Logs the steps that have arrived; too many without effect end the run."""
+    for at, metrics, line in arrived:
+        total, streak = (int(n) for n in metrics["skipped"])
+        if streak:
+            where = names[int(metrics["bad"])]
+            log.say(f"step {at} skipped: {where} is not finite ({total} so far)")
+        if streak >= config.max_skipped:
+            saved.wait()
+            good = saved.latest()
+            keep = f"step {good} in {saved.directory}" if good else "none yet"
+            raise UserError(
+                f"{streak} steps in a row were not finite, first in {where}, at step "
+                f"{at}; last good checkpoint: {keep}"
+            )
+        if line is not None:
+            line["skipped"] = total
+            if (memory := chips.peak_memory()) is not None:
+                line["peak_memory_gb"] = memory / 1e9
+            log.scalars(at, line)
+
+
+def _meter(config, parts):
+    """Rates; a training step is reckoned as three forward passes, as in the papers."""
+    flops = 6 * macs(parts.model, parts.shape) * config.batch_size
+    peak = chips.peak_flops()
+    peak = peak and peak * jax.device_count()
+    return Meter(config.log_every, config.batch_size, flops, peak)
+
+
+def _save(saved, at, stored, state):
+    """-> seconds until the state was handed over; the writing goes on beside."""
+    begun = time.perf_counter()
+    items, meta = pack(state)
+    saved.save(at, {"config": stored, **meta}, **items)
+    return time.perf_counter() - begun
+
+
+def _preview(log, config, parts, mesh):
+    """-> show(step, ema), which draws and logs a sheet and returns the seconds."""
+    if not config.preview:
+        return lambda at, ema: 0.0
+    try:
+        preview = Preview(parts, mesh, config.seed, config.preview)
+    except UserError as reason:
+        log.say(f"no sheets of samples: {reason}")
+        return lambda at, ema: 0.0
+
+    def show(at, ema):
+        picture, seconds = preview(ema)
+        log.image(at, "samples", picture)
+        log.say(f"drew the samples of step {at} in {seconds:.1f} s")
+        return seconds
+
+    return show
+
+
+def _introduce(log, config, parts, state, source):
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    device = jax.devices()[0].device_kind
+    log.say(
+        f"{type(parts.model).__name__} with {count:,} parameters, "
+        f"{macs(parts.model, parts.shape) / 1e9:.3g} GMAC an image; {len(source):,} "
+        f"records; batch {config.batch_size} on {jax.device_count()} x {device}"
+    )
+
+
+def _source(config):
+    if config.synthetic:
+        return Synthetic(tuple(config.shape), config.model.classes)
+    return configs.build(config.source)
+
+
+if __name__ == "__main__":
+    command.run(main)
