@@ -1,0 +1,100 @@
+"""Judges drawn digits: python score_digits.py runs/digits/samples.npz
+
+A classifier trained on the real training digits says how many samples show the digit
+that was asked for, and its hidden layer gives the features for a Frechet distance. The
+same two figures for real digits stand beside them.
+"""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from sit_jax import command
+from sit_jax.data.sources import Digits
+from sit_jax.errors import UserError
+from sit_jax.metrics import Gaussian, frechet
+from sit_jax.workdir import write_json
+
+
+def main():
+    parser = command.parser(__doc__.splitlines()[0])
+    parser.add_argument("samples", metavar="X.npz", help="from sample.py")
+    parser.add_argument("--out", metavar="X.json", help="default: score.json beside it")
+    args, _ = command.parse(parser)
+    images, labels = _samples(args.samples)
+    figures = score(images, labels)
+    out = Path(args.out) if args.out else Path(args.samples).with_name("score.json")
+    write_json(out, figures)
+    print(
+        f"recognised as the digit asked for: {figures['samples_recognised']:.3f} of "
+        f"{len(labels)} samples, {figures['real_recognised']:.3f} of "
+        f"{figures['held_out']} held-out real digits",
+        f"Frechet distance to held-out digits: {figures['frechet_samples']:.2f} for "
+        f"{len(labels)} samples, {figures['frechet_real']:.2f} for "
+        f"{figures['real']} real training digits",
+        f"written to {out}",
+        sep="\n",
+    )
+    return 0
+
+
+def score(images, labels):
+    """images uint8 [N, 8, 8, 1], labels int [N] -> figures for samples and for real."""
+    train, held_out = Digits(train=True), Digits(train=False)
+    classifier = _classifier(train)
+    target = Gaussian.of(_features(classifier, held_out.images))
+    count = min(len(images), len(train))  # as many real ones, for the same bias
+    chosen = np.random.default_rng(0).permutation(len(train))[:count]
+    real = _features(classifier, train.images[chosen])
+    drawn = _features(classifier, images)
+    share = lambda images, labels: float(
+        np.mean(classifier.predict(_flat(images)) == labels)
+    )
+    return {
+        "samples": len(images),
+        "held_out": len(held_out),
+        "real": count,
+        "samples_recognised": share(images, labels),
+        "real_recognised": share(held_out.images, held_out.labels),
+        "frechet_samples": frechet(Gaussian.of(drawn), target),
+        "frechet_real": frechet(Gaussian.of(real), target),
+    }
+
+
+def _samples(path):
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images, labels = file["arr_0"], file["arr_1"]
+    except (ValueError, KeyError, EOFError) as error:
+        raise UserError(f"{path} is not an .npz of sample.py: {error}") from error
+    if images.shape[1:] != (8, 8, 1) or images.dtype != np.uint8:
+        raise UserError(
+            f"{path} holds {images.dtype} {images.shape}; digits are uint8 (N, 8, 8, 1)"
+        )
+    if len(images) < 2:
+        raise UserError(f"{path} holds {len(images)} image; draw at least 2")
+    return images, labels
+
+
+def _classifier(digits):
+    from sklearn.neural_network import MLPClassifier
+
+    classifier = MLPClassifier((64,), alpha=0.1, max_iter=200, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that 200 rounds are not all it could have
+        return classifier.fit(_flat(digits.images), digits.labels)
+
+
+def _features(classifier, images):
+    """The hidden layer, [N, 64]."""
+    hidden = _flat(images) @ classifier.coefs_[0] + classifier.intercepts_[0]
+    return np.maximum(hidden, 0)
+
+
+def _flat(images):
+    return images.reshape(len(images), -1) / 255.0
+
+
+if __name__ == "__main__":
+    command.run(main)

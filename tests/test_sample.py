@@ -1,0 +1,187 @@
+"""sample.py from its command line: what it writes, and what it refuses."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import small
+
+import sample
+from sit_jax import noise, sharding
+from sit_jax.generation import Generator
+from sit_jax.recipe import recipe
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return small.checkpoint(tmp_path_factory.mktemp("weights"), small.config())
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, weights):
+    def run(*arguments, weights=weights):
+        arguments = ("--weights", weights, *arguments)
+        return small.called(sample.main, monkeypatch, capsys, *arguments)
+
+    return run
+
+
+def test_every_kind_of_output(run, tmp_path):
+    from PIL import Image
+
+    code, out, _ = run("--labels", "3,1", "--num", "6", "--out", tmp_path / "x.npz")
+    assert code == 0 and "6 images, 4 network evaluations each" in out
+    with np.load(tmp_path / "x.npz") as file:
+        images, labels = file["arr_0"], file["arr_1"]
+    assert images.shape == (6, 4, 4, 1) and images.dtype == np.uint8
+    assert labels.tolist() == [3, 3, 3, 1, 1, 1]
+    assert run("--labels", "3,1", "--num", "6", "--out", tmp_path / "x.npy")[0] == 0
+    data = np.load(tmp_path / "x.npy")
+    assert data.shape == (6, 4, 4, 1) and data.dtype == np.float32
+    rounded = np.clip(127.5 * data + 128, 0, 255).astype(np.uint8)
+    np.testing.assert_array_equal(rounded, images)
+    assert run("--labels", "3,1", "--num", "6", "--out", f"{tmp_path}/d/")[0] == 0
+    assert len(list((tmp_path / "d").glob("*.png"))) == 6
+    with Image.open(tmp_path / "d" / "000004.png") as picture:
+        np.testing.assert_array_equal(np.asarray(picture), images[4, ..., 0])
+    assert run("--labels", "3,1", "--num", "6", "--out", tmp_path / "x.png")[0] == 0
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.width == 2 + 3 * 66 and picture.height == 2 + 2 * 66
+
+
+def test_manifest_says_how_it_was_made(run, weights, tmp_path):
+    arguments = ("--num", "2", "--seed", "5", "--sampler", "euler", "--steps", "3")
+    assert run(*arguments, "--guidance", "1.5", "--out", tmp_path / "x.npy")[0] == 0
+    record = json.loads((tmp_path / "x.npy.manifest.json").read_text())
+    assert record["seed"] == 5 and record["config"]["guidance"] == 1.5
+    assert record["config"]["sampler"]["method"] == {
+        "name": "sit_jax.samplers.ode.euler"
+    }
+    assert record["stats"]["evaluations"] == [3]
+    assert len(record["weights_sha256"]) == 64 and len(record["labels"]) == 2
+    keys = noise.image_keys(5, np.arange(2))
+    assert record["labels"] == noise.labels(keys, 5).tolist()
+
+
+def test_guidance_sampler_seed_and_average_all_act(run, tmp_path):
+    def drawn(name, *arguments):
+        out = tmp_path / f"{name}.npy"
+        assert run("--labels", "0,1", "--out", out, *arguments)[0] == 0
+        return np.load(out)
+
+    base = drawn("base")
+    np.testing.assert_array_equal(base, drawn("again"))
+    for change in (
+        ["--guidance", "1"],
+        ["--sampler", "euler"],
+        ["--steps", "3"],
+        ["--seed", "1"],
+        ["--no-ema"],
+        ["--config.sampler.steps=4"],
+    ):
+        assert np.abs(drawn("".join(change), *change) - base).max() > 1e-4, change
+
+
+def test_given_noise_is_where_it_starts(run, tmp_path):
+    keys = noise.image_keys(0, np.arange(3))
+    np.save(tmp_path / "noise.npy", noise.start(keys, (4, 4, 1)))
+    labels = ("--labels", "0,1,2", "--seed", "0")
+    assert run(*labels, "--out", tmp_path / "a.npy")[0] == 0
+    given = ("--noise", tmp_path / "noise.npy")
+    assert run("--labels", "0,1,2", *given, "--out", tmp_path / "b.npy")[0] == 0
+    np.testing.assert_array_equal(
+        np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy")
+    )
+
+
+def test_same_bytes_for_any_batch_size_and_number_of_devices():
+    parts = recipe(small.config(guidance=2.0))
+    params = small.random_params(parts, 0)
+    labels = np.asarray(noise.labels(noise.image_keys(3, np.arange(40)), 5))
+
+    def drawn(devices, batch_size):
+        mesh = sharding.make_mesh(data=-1, fsdp=1, devices=jax.devices()[:devices])
+        held = jax.device_put(params, sharding.everywhere(mesh))
+        draw = Generator(parts, held, mesh, batch_size)
+        return np.concatenate([data for data, _ in draw(3, labels)])
+
+    first = drawn(1, 32)
+    assert np.unique(first.round(3), axis=0).shape == first.shape  # all different
+    for devices, batch_size in ((1, 1), (1, 7), (2, 7), (4, 32), (8, 1), (8, 80)):
+        other = drawn(devices, batch_size)
+        assert other.tobytes() == first.tobytes(), (devices, batch_size)
+
+
+BAD = {
+    "label": (["--labels", "1,5"], "'5' is not a class; there are 0..4"),
+    "null label": (["--labels", "-1"], "'-1' is not a class"),
+    "not a label": (["--labels", "cat"], "'cat' is not a class"),
+    "uneven": (["--labels", "1,2", "--num", "3"], "3 is not divisible by the 2 labels"),
+    "none": (["--num", "0"], "--num 0: at least 1"),
+    "sampler": (["--sampler", "hein"], "no sampler 'hein'; there are euler, heun"),
+    "misfit": (["--sampler", "ddpm"], "Ancestral"),
+    "steps": (["--sampler", "dopri5", "--steps", "9"], "chooses its own steps"),
+    "no steps": (["--steps", "0"], "steps=0"),
+    "negative rtol": (["--sampler", "dopri5", "--config.sampler.rtol=-1"], "rtol=-1"),
+    "noise missing": (["--noise", "no.npy"], "no.npy"),
+    "field": (["--config.sampler.stesp=3"], "did you mean 'steps'?"),
+    "batch": (["--batch-size", "0"], "--batch-size 0"),
+    "seed": (["--seed", "x"], "invalid int value: 'x'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(run, tmp_path, name):
+    arguments, said = BAD[name]
+    code, _, err = run(*arguments, "--out", tmp_path / "x.npy")
+    assert code == 2
+    assert said in err and err.count("\n") == 1 and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_outputs_that_exist_are_kept(run, tmp_path):
+    out = tmp_path / "x.npy"
+    out.write_text("precious")
+    code, _, err = run("--num", "1", "--out", out)
+    assert code == 2 and "--overwrite" in err and out.read_text() == "precious"
+    assert run("--num", "1", "--out", out, "--overwrite")[0] == 0
+    assert np.load(out).shape == (1, 4, 4, 1)
+    assert run("--num", "1", "--out", tmp_path / "x.gif")[0] == 2
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 4, 3), (4, 4, 1)])
+def test_noise_of_another_shape(run, tmp_path, shape):
+    np.save(tmp_path / "noise.npy", np.zeros(shape, np.float32))
+    code, _, err = run("--noise", tmp_path / "noise.npy", "--out", tmp_path / "x.npy")
+    assert code == 2 and "must be float32 (N, 4, 4, 1)" in err
+
+
+def test_noise_that_would_run_code(run, tmp_path):
+    np.save(tmp_path / "noise.npy", np.array([print], object), allow_pickle=True)
+    code, _, err = run("--noise", tmp_path / "noise.npy", "--out", tmp_path / "x.npy")
+    assert code == 2 and "not a .npy file of numbers" in err
+
+
+def test_a_config_may_change_the_sampler_not_the_network(run, tmp_path):
+    config = tmp_path / "other.py"
+    config.write_text(
+        "import small\ndef get_config():\n"
+        "    c = small.config()\n    c.guidance = 7.0\n    return c\n"
+    )
+    out = tmp_path / "x.npy"
+    assert run("--num", "1", "--config", config, "--out", out)[0] == 0
+    record = json.loads((tmp_path / "x.npy.manifest.json").read_text())
+    assert record["config"]["guidance"] == 7.0
+    config.write_text(config.read_text().replace("guidance = 7.0", "model.depth = 3"))
+    code, _, err = run("--num", "1", "--config", config, "--out", out, "--overwrite")
+    assert code == 2 and "model.depth is 2, not 3" in err
+
+
+def test_weights_that_are_not_there(run, tmp_path):
+    code, _, err = run("--num", "1", "--out", tmp_path / "x.npy", weights="nowhere")
+    assert code == 2 and "no weights at nowhere" in err
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "x.npy"
+    code, _, err = run("--num", "1", "--out", out, weights=tmp_path / "empty")
+    assert code == 2 and "no checkpoint in" in err
