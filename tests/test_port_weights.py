@@ -1,0 +1,255 @@
+"""port_weights.py as it is used: both directions, its report, and its refusals."""
+
+import hashlib
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT
+from recorded import FOLDER, weights
+from small import called, losses, script
+
+import port_weights
+import train
+from sit_jax import checkpoint, tensor_files, torch_files
+from sit_jax.config import from_json
+from sit_jax.manifest import weights_hash
+from sit_jax.models.dit import RULES
+from sit_jax.port import to_flax
+
+BARE = FOLDER / "weights" / "sit_a.pt"
+FULL = FOLDER / "weights" / "train_sit_full.pt"
+SIT_A = ("--family", "sit", "--heads", 4)
+PLAIN = ROOT / "tests" / "plain_torch"
+
+
+@pytest.fixture
+def port(monkeypatch, capsys):
+    """Runs the script here; -> exit code, stdout, stderr."""
+    main = port_weights.main
+    return lambda *arguments: called(main, monkeypatch, capsys, *arguments)
+
+
+@pytest.fixture(scope="module")
+def ported(tmp_path_factory):
+    """sit_a.pt and train_sit_full.pt as checkpoints, for tests that only read."""
+    folder = tmp_path_factory.mktemp("ported")
+    for name, source, flags in (("bare", BARE, SIT_A), ("full", FULL, ("--heads", 2))):
+        with pytest.MonkeyPatch.context() as patch:
+            words = ["port_weights.py", source, folder / name, *flags]
+            patch.setattr("sys.argv", list(map(str, words)))
+            assert port_weights.main() == 0
+    return folder
+
+
+def test_a_released_file_goes_in_and_out(tmp_path, port):
+    code, out, err = port(BARE, tmp_path / "ck", *SIT_A)
+    assert (code, err) == (0, "")
+    assert "SiT: depth 2, width 40, heads 4, patch 2" in out
+    assert re.search(
+        r"blocks\.\*\.attn\.qkv\.weight +2 +\(120, 40\) +"
+        r"blocks/attn/qkv/kernel +\(2, 40, 120\)",
+        out,
+    )
+    assert re.search(r"^pos_embed +1 +\(1, 16, 40\) +\(constant, spare\)$", out, re.M)
+    for part in ("model", "ema"):
+        ours, theirs = re.search(
+            rf"^{part} +32 +0 +(\w+)\n +(\w+)$", out, re.M
+        ).groups()
+        assert ours == theirs
+    assert re.search(r"^[\d.]+ s, peak memory [\d.]+ GB$", out, re.M)
+    code, out, err = port(tmp_path / "ck", tmp_path / "x.pt")
+    assert (code, err) == (0, "")
+    assert "written: the EMA alone, for the checkpoint has no opt_state" in out
+    back = torch.load(tmp_path / "x.pt", weights_only=True)
+    assert list(back) == list(weights("sit_a"))
+    for name, array in weights("sit_a").items():
+        np.testing.assert_array_equal(back[name], array)
+
+
+def test_the_report_names_both_sides_by_their_hashes(tmp_path, port):
+    code, out, _ = port(BARE, tmp_path / "ck", *SIT_A)
+    assert f"{hashlib.sha256(BARE.read_bytes()).hexdigest()}  {BARE}" in out
+    params, _ = to_flax(RULES, weights("sit_a"))
+    assert f"{weights_hash(params)}  ema, as sample.py's" in out
+
+
+def test_a_run_of_the_original_goes_out_as_it_came(tmp_path, port, ported):
+    code, out, _ = port(ported / "full", tmp_path / "x.pt")
+    assert code == 0
+    assert re.search(r"^exp_avg_sq +31 +0 ", out, re.M)
+    ours, theirs = torch_files.read(tmp_path / "x.pt"), torch_files.read(FULL)
+    assert (ours.layout, ours.args, ours.adam.group) == (
+        theirs.layout,
+        theirs.args,
+        theirs.adam.group,
+    )
+    for part, state in theirs.parts().items():
+        for name, array in state.items():
+            np.testing.assert_array_equal(ours.parts()[part][name], array)
+
+
+def test_safetensors_hold_the_average(tmp_path, port, ported):
+    code, out, _ = port(ported / "full", tmp_path / "x.safetensors")
+    assert code == 0
+    assert "the EMA alone, for a .safetensors holds one state dict" in out
+    read = safetensors.torch.load_file(tmp_path / "x.safetensors")
+    theirs = torch_files.read(FULL).ema
+    assert read.keys() == set(theirs)
+    for name in theirs:
+        np.testing.assert_array_equal(read[name], theirs[name])
+    code, _, _ = port(
+        tmp_path / "x.safetensors", tmp_path / "ck", "--family", "sit", "--heads", 2
+    )
+    assert code == 0
+
+
+def test_training_goes_on_from_a_ported_file(tmp_path, ported, capsys):
+    config = from_json(checkpoint.read_meta(ported / "full", 20)["config"])
+    config.update(synthetic=True, batch_size=8, steps=21, log_every=1, sample_every=100)
+    train.train(config, tmp_path, ported / "full")
+    assert "step 20" in capsys.readouterr().out
+    assert list(losses(tmp_path)) == [21]
+    assert checkpoint.steps(tmp_path / "checkpoints") == [21]
+
+
+def test_a_directory_is_replaced_only_if_asked_and_only_a_checkpoint(
+    tmp_path, port, ported
+):
+    shutil.copytree(ported / "bare", tmp_path / "ck")
+    assert port(BARE, tmp_path / "ck", *SIT_A)[0] == 2
+    assert port(BARE, tmp_path / "ck", *SIT_A, "--overwrite")[0] == 0
+    (tmp_path / "ck" / "notes.txt").touch()
+    code, _, err = port(BARE, tmp_path / "ck", *SIT_A, "--overwrite")
+    assert code == 2
+    assert "not overwritten: it holds notes.txt" in err
+    assert (tmp_path / "ck" / "0" / "ema").is_dir()
+
+
+def test_a_file_is_replaced_only_if_asked(tmp_path, port, ported):
+    path = tmp_path / "x.pt"
+    path.write_text("mine")
+    code, _, err = port(ported / "bare", path)
+    assert (code, path.read_text()) == (2, "mine")
+    assert "x.pt exists; --overwrite replaces it" in err
+    assert port(ported / "bare", path, "--overwrite")[0] == 0
+    assert len(torch_files.read(path).ema) == 32
+
+
+def test_what_comes_back_different_is_not_kept(tmp_path, port, ported, monkeypatch):
+    real = tensor_files.write
+
+    def wrong(path, content):
+        content["final_layer.linear.bias"][3] += 1
+        real(path, content)
+        content["final_layer.linear.bias"][3] -= 1
+
+    monkeypatch.setattr(tensor_files, "write", wrong)
+    code, _, err = port(ported / "bare", tmp_path / "x.pt")
+    assert code == 2
+    assert "ema came back different by up to 1" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_step_can_be_chosen(tmp_path, port, ported):
+    shutil.copytree(ported / "full", tmp_path / "ck")
+    shutil.copytree(tmp_path / "ck" / "20", tmp_path / "ck" / "40")
+    assert f"{tmp_path}/ck/40" in port(tmp_path / "ck", tmp_path / "x.pt")[1]
+    out = port(tmp_path / "ck", tmp_path / "y.pt", "--step", 20)[1]
+    assert f"{tmp_path}/ck/20" in out
+
+
+@pytest.mark.parametrize("family", ["sit", "dit"])
+def test_the_networks_are_compared_stage_by_stage(tmp_path, port, family):
+    source = FOLDER / "weights" / f"{family}_a.pt"
+    flags = ("--family", family, "--heads", 4, "--reference", PLAIN)
+    code, out, _ = port(source, tmp_path / "ck", *flags)
+    assert code == 0
+    stages = dict(re.findall(r"^([a-z ]+\d?) +([\d.]+e[+-]\d\d)$", out, re.M))
+    stages = {name.strip(): float(value) for name, value in stages.items()}
+    names = ["patches", "time and label", "block 0", "block 1", "final layer", "output"]
+    assert list(stages) == names
+    # float32 rounding; DiT's times go to 999, where the last bit of a frequency counts
+    assert max(stages.values()) < (2e-6 if family == "sit" else 2e-5)
+
+
+def test_a_network_that_computes_something_else_is_seen(tmp_path, port):
+    (tmp_path / "clone").mkdir()
+    code = (PLAIN / "models.py").read_text()
+    wrong = code.replace("* (1 + scale2) + shift2", "* (1 + shift2) + scale2")
+    (tmp_path / "clone" / "models.py").write_text(wrong)
+    flags = (*SIT_A, "--reference", tmp_path / "clone")
+    out = port(BARE, tmp_path / "ck", *flags)[1]
+    value = lambda stage: float(re.search(rf"^{stage} +(\S+)$", out, re.M)[1])
+    assert value("time and label") < 1e-6
+    assert value("block 0") > 1e-2
+
+
+def clone(folder, text):
+    folder.mkdir()
+    (folder / "models.py").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["nowhere.pt", "OUT"], "nothing at nowhere.pt"),
+        ([BARE], "required: TARGET"),
+        ([BARE, "OUT.pt"], "both torch files; name a directory"),
+        (["BARE", "OUT"], "both directories; name a .pt"),
+        ([BARE, "OUT"], "add --family sit or --family dit"),
+        ([BARE, "OUT", "--family", "sit"], "divisor of width 40: 1, 2, 4"),
+        ([BARE, "OUT", "--family", "mdt"], "invalid choice: 'mdt'"),
+        ([FULL, "OUT", "--family", "dit"], "--family says dit, but .* says sit"),
+        ([BARE, "OUT", *SIT_A, "--step", "3"], "--step 3 is for a checkpoint"),
+        ([BARE, "OUT", *SIT_A, "--config.seed=1"], "changes a --config, and none"),
+        ([BARE, "OUT", "--config", "configs/dit_s2.py"], "the config does not fit"),
+        (["BARE", "OUT.pt", "--family", "sit"], "--family sit: .* own config"),
+        (["BARE", "OUT.pt", "--step", "7"], "no checkpoint of step 7"),
+        (["EMPTY", "OUT.pt"], "no checkpoint in .*; it holds no step directory"),
+        ([ROOT / "README.md", "OUT"], "README.md does not end in .pt"),
+        ([BARE, "OUT", *SIT_A, "--reference", "EMPTY"], "no .*models.py; give a clone"),
+        ([BARE, "OUT", *SIT_A, "--reference", "TIMM"], "No module named 'timmm'"),
+        ([BARE, "OUT", *SIT_A, "--reference", "OTHER"], "models.py has no SiT"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(tmp_path, port, ported, arguments, told):
+    places = {"OUT": tmp_path / "out", "OUT.pt": tmp_path / "out.pt"}
+    places |= {"BARE": ported / "bare", "EMPTY": tmp_path / "empty"}
+    places["EMPTY"].mkdir()
+    places["TIMM"] = clone(tmp_path / "timm", "from timmm.models import Block\n")
+    places["OTHER"] = clone(tmp_path / "other", "class UNet: pass\n")
+    words = [places.get(word, word) for word in arguments]
+    code, out, err = port(*words)
+    assert code == 2
+    assert re.search(told, err), err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.pt").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+class Runs:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def test_a_file_that_would_run_code_ends_in_one_line(tmp_path):
+    torch.save({"ema": {"a": torch.ones(2)}, "x": Runs()}, tmp_path / "x.pt")
+    ended = script("port_weights.py", tmp_path / "x.pt", tmp_path / "ck")
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1
+    assert re.search(r"it would run \w+\.mkdir", ended.stderr)
+    assert not (ROOT / "ran").exists()
+    assert not (tmp_path / "ck").exists()
+
+
+def test_no_accelerator_is_touched():
+    code = "import port_weights, jax; print(jax.config.jax_platforms)"
+    without = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    assert script("-c", code, env=without).stdout.strip() == "cpu"

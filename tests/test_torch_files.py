@@ -1,0 +1,334 @@
+"""Torch files: read without running code, all layouts, written as torch writes them."""
+
+import argparse
+import collections
+import os
+import resource
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from recorded import FOLDER, weights
+
+from sit_jax import tensor_files, torch_files
+from sit_jax.drafts import draft, require_free, require_space
+from sit_jax.errors import UserError
+
+RNG = np.random.default_rng(0)
+
+
+def state(**more):
+    tensors = {"b.weight": torch.randn(3, 2), "a.bias": torch.randn(5)}
+    return tensors | more
+
+
+def saved(tmp_path, content, **options):
+    path = tmp_path / "x.pt"
+    torch.save(content, path, **options)
+    return path
+
+
+def same(tensors, expected):
+    """Names in their order, and every bit."""
+    assert list(tensors) == list(expected)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(tensors[name], np.asarray(array))
+        assert tensors[name].dtype == np.float32
+
+
+def test_a_released_file_is_both_model_and_average():
+    file = torch_files.read(FOLDER / "weights" / "sit_a.pt")
+    same(file.ema, weights("sit_a"))
+    assert file.model is file.ema
+    assert (file.adam, file.args, file.ignored) == (None, None, ())
+    assert file.ema.shapes["pos_embed"] == (1, 16, 40)
+
+
+def test_a_file_of_train_py_is_read_whole_with_its_namespace():
+    path = FOLDER / "weights" / "train_sit_full.pt"
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        theirs = torch.load(path, weights_only=True)
+    file = torch_files.read(path)
+    same(file.model, theirs["model"])
+    same(file.ema, theirs["ema"])
+    assert file.args == vars(theirs["args"])
+    assert file.adam.step == 20
+    names = list(theirs["model"])
+    assert list(file.adam.exp_avg) == names[1:]  # pos_embed has no gradient
+    for i, name in enumerate(names[1:], start=1):
+        for kind in ("exp_avg", "exp_avg_sq"):
+            moment = getattr(file.adam, kind)[name]
+            np.testing.assert_array_equal(moment, theirs["opt"]["state"][i][kind])
+
+
+@pytest.mark.parametrize("key", ["ema", "model", "state_dict"])
+def test_one_state_dict_under_a_name(tmp_path, key):
+    tensors = state()
+    file = torch_files.read(saved(tmp_path, {key: tensors, "epoch": 3}))
+    same(file.ema, tensors)
+    same(file.model, tensors)
+    assert file.ignored == ("epoch",)
+
+
+def test_model_and_average_are_not_mixed_up(tmp_path):
+    one, other = state(), state()
+    file = torch_files.read(saved(tmp_path, {"model": one, "ema": other}))
+    same(file.model, one)
+    same(file.ema, other)
+
+
+def test_prefixes_of_wrappers_go_wherever_they_stand(tmp_path):
+    tensors = state()
+    wrapped = {f"module._orig_mod.{name}": x for name, x in tensors.items()}
+    same(torch_files.read(saved(tmp_path, wrapped)).ema, tensors)
+    inside = {name.replace(".", "._orig_mod."): x for name, x in tensors.items()}
+    same(torch_files.read(saved(tmp_path, {"ema": inside})).ema, tensors)
+
+
+def test_two_tensors_of_one_name_are_refused(tmp_path):
+    twice = state() | {"module.a.bias": torch.ones(5)}
+    with pytest.raises(UserError, match="two tensors for a.bias"):
+        torch_files.read(saved(tmp_path, twice))
+
+
+class Runs:
+    """Pickled, it is a call of os.mkdir."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_that_would_run_code_is_refused_by_name(tmp_path, zipped):
+    content = {"ema": state(), "more": Runs(tmp_path / "ran")}
+    path = saved(tmp_path, content, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=r"x.pt was not read: it would run \w+.mkdir"):
+        torch_files.read(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_other_classes_than_a_namespace_are_refused_by_name(tmp_path):
+    for other in (torch.nn.Linear(2, 2), collections.UserDict(), np.ones(3)):
+        with pytest.raises(UserError, match="it would run (torch|collections|numpy)"):
+            torch_files.read(saved(tmp_path, {"ema": state(), "args": other}))
+
+
+GOLDEN = (FOLDER / "weights" / "sit_c.pt").read_bytes()
+SAFE = safetensors.torch.save({"a": torch.ones(50)})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("x.pt", b"", "damaged"),
+        ("x.pt", GOLDEN[: len(GOLDEN) // 2], "damaged"),
+        ("x.pt", GOLDEN[:-30], "damaged"),
+        ("x.pt", RNG.bytes(4_000), "damaged"),
+        ("x.pt", b"PK\x03\x04" + RNG.bytes(4_000), "damaged"),
+        ("x.pt", b"<html>not found</html>", "damaged"),
+        ("x.safetensors", b"", "damaged"),
+        ("x.safetensors", SAFE[:-9], "damaged"),
+        ("x.safetensors", RNG.bytes(4_000), "damaged"),
+        ("x.ckpt", GOLDEN, "does not end in .pt"),
+    ],
+)
+def test_what_is_no_whole_file_of_weights_is_one_line(tmp_path, name, content, told):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=told) as caught:
+        torch_files.read(tmp_path / name)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ([torch.ones(2)], "holds a list"),
+        ({"epoch": 3, "model": {}}, "no weights, only epoch, model"),
+        ({"a": torch.ones(2, dtype=torch.int64)}, "a is int64, not float32"),
+        ({"a": torch.ones(2, dtype=torch.float64)}, "a is float64, not float32"),
+        ({"ema": state(), "args": argparse.Namespace(x=[1])}, "args.x"),
+    ],
+)
+def test_other_contents_are_one_line(tmp_path, content, told):
+    with pytest.raises(UserError, match=told):
+        torch_files.read(saved(tmp_path, content))
+
+
+def test_a_missing_file_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="no file at"):
+        torch_files.read(tmp_path / "x.pt")
+
+
+def test_files_from_before_torch_1_6_are_read(tmp_path):
+    tensors = state()
+    path = saved(tmp_path, tensors, _use_new_zipfile_serialization=False)
+    same(torch_files.read(path).ema, tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_halves_become_floats_without_rounding(tmp_path, dtype, ending):
+    tensors = {name: x.to(dtype) for name, x in state().items()}
+    path = tmp_path / f"x.{ending}"
+    save = torch.save if ending == "pt" else safetensors.torch.save_file
+    save(tensors, path)
+    read = torch_files.read(path).ema
+    assert read.dtypes == [str(dtype).removeprefix("torch.")]
+    same(read, {name: tensors[name].float() for name in read})
+
+
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_reading_opens_anew_after_every_window(tmp_path, monkeypatch, ending):
+    monkeypatch.setattr(tensor_files, "WINDOW", 300)  # of files of 2,000 bytes
+    tensors = {f"t{i}": np.float32(RNG.normal(size=(5, 5))) for i in range(20)}
+    path = tmp_path / f"x.{ending}"
+    tensor_files.write(path, tensors)
+    file, opened = torch_files.read(path), []
+    kind = type(file.ema._opened)
+    real = kind._open
+    monkeypatch.setattr(kind, "_open", lambda self: opened.append(1) or real(self))
+    same(file.ema, dict(sorted(tensors.items())) if ending != "pt" else tensors)
+    assert len(opened) >= 5
+
+
+def test_safetensors_are_what_the_library_reads(tmp_path):
+    tensors = {name: x.numpy() for name, x in state(c=torch.ones(())).items()}
+    tensor_files.write(tmp_path / "x.safetensors", tensors)
+    read = safetensors.torch.load_file(tmp_path / "x.safetensors")
+    assert read.keys() == tensors.keys()
+    for name, tensor in read.items():
+        np.testing.assert_array_equal(tensor, tensors[name])
+
+
+def trained(steps=3):
+    """A torch model with one frozen parameter, and its optimizer after some steps."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    model[0].weight.requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
+    for _ in range(steps):
+        model(torch.randn(5, 3)).square().sum().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def training_file(model, optimizer, **changes):
+    model = model.state_dict()
+    return {"model": model, "ema": model, "opt": optimizer.state_dict()} | changes
+
+
+def test_torch_goes_on_from_what_is_written(tmp_path):
+    model, optimizer = trained()
+    read = torch_files.read(saved(tmp_path, training_file(model, optimizer)))
+    arrays = dict(read.model)
+    content = torch_files.train_layout(arrays, arrays, read.adam, {"model": "SiT-S/2"})
+    tensor_files.write(tmp_path / "back.pt", content)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        back = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert list(back) == ["model", "ema", "opt", "args"]
+    assert vars(back["args"]) == {"model": "SiT-S/2"}
+    again, fresh = trained(steps=0)
+    again.load_state_dict(back["model"], strict=True)
+    fresh.load_state_dict(back["opt"])
+    assert fresh.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+    x = torch.randn(5, 3)
+    for m, o in ((model, optimizer), (again, fresh)):
+        o.zero_grad()
+        m(x).square().sum().backward()
+        o.step()
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_an_optimizer_without_steps_is_as_none(tmp_path):
+    read = torch_files.read(saved(tmp_path, training_file(*trained(steps=0))))
+    assert read.adam is None
+    assert read.ignored == ("opt",)
+
+
+def changed(opt, **group):
+    return opt | {"param_groups": [opt["param_groups"][0] | group]}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda opt: 3, "not the state of an AdamW"),
+        (lambda opt: {"state": {}}, "not the state of an AdamW"),
+        (lambda opt: opt | {"param_groups": 2 * opt["param_groups"]}, "one parameter"),
+        (lambda opt: changed(opt, params=[0, 1]), "opt has 2 parameters, model 4"),
+        (lambda opt: changed(opt, maximize=True), "no plain AdamW"),
+        (
+            lambda opt: changed(opt, weight_decay=0.1, decoupled_weight_decay=False),
+            "no plain AdamW",
+        ),
+        (
+            lambda opt: opt | {"state": {i: {"momentum": 1} for i in range(4)}},
+            "not the state of an AdamW",
+        ),
+        (
+            lambda opt: (
+                opt | {"state": opt["state"] | {1: opt["state"][1] | {"step": 9}}}
+            ),
+            "several steps",
+        ),
+    ],
+)
+def test_other_optimizers_are_one_line(tmp_path, change, told):
+    model, optimizer = trained()
+    content = training_file(model, optimizer, opt=change(optimizer.state_dict()))
+    with pytest.raises(UserError, match=told):
+        torch_files.read(saved(tmp_path, content))
+
+
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, ending):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write, File too large"):
+            with draft(tmp_path / f"x.{ending}") as name:
+                tensor_files.write(name, {"a": np.ones(9_000, np.float32)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_draft_takes_its_place_only_when_whole(tmp_path):
+    path = tmp_path / "x.pt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), draft(path) as name:
+        name.write_text("half")
+        assert path.read_text() == "old"
+        raise RuntimeError
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+    assert path.read_text() == "old"
+    with draft(path) as name:
+        assert name.suffix == ".pt"
+        name.write_text("new")
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_draft_directory_replaces_a_full_one(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "old").touch()
+    with draft(tmp_path / "x") as name:
+        name.mkdir()
+        (name / "new").touch()
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["x", "x/new"]
+
+
+def test_what_exists_and_what_does_not_fit_is_refused(tmp_path):
+    (tmp_path / "x").touch()
+    with pytest.raises(UserError, match="x exists; --overwrite"):
+        require_free(tmp_path / "x", overwrite=False)
+    require_free(tmp_path / "x", overwrite=True)
+    require_free(tmp_path / "y", overwrite=False)
+    require_space(tmp_path / "new" / "y", 10)
+    with pytest.raises(UserError, match=r"needs 1e\+09 GB"):
+        require_space(tmp_path / "new" / "y", 1e18)
