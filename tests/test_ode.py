@@ -162,7 +162,7 @@ def test_one_image_is_found_adaptively():
         AdaptiveOde(reverse=True),
         AdaptiveOde(diffrax.Heun()),  # keeps no slope for the next step
     ],
-    ids=str,
+    ids=["euler", "heun", "dopri5", "dopri5 in reverse", "adaptive heun"],
 )
 def test_evaluations_are_those_made(sampler):
     # the jump makes adaptive solvers reject steps
