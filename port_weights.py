@@ -56,13 +56,18 @@ def to_checkpoint(args, overrides, original=None):
         raise UserError(f"{target} is not overwritten: it holds {odd}, no checkpoint")
     config = args.config and command.overridden(configs.load(args.config), overrides)
     weights = open_torch(args.source, published, args.family, args.heads, config)
+    print(f"converting {args.source}", flush=True)
     items, meta = weights.items()
     require_space(target, sum(leaf.nbytes for leaf in jax.tree.leaves(items)))
     meta["sha256"] = file_sha(weights.file.path)
     ema = weights_hash(items["ema"])
     with draft(target) as name:
-        checkpoint.write(name, meta["step"], meta, **items)
+        print(f"writing {target}", flush=True)
+        saved = checkpoint.Checkpoints(name)
+        saved.save(meta["step"], meta, **items)
         del items
+        saved.close()
+        print("reading it back", flush=True)
         stored = Stored(name, meta["step"])
         parts = weights.file.parts()
         found = compare(stored.tensors(*parts), parts)
@@ -86,11 +91,14 @@ def to_torch(args, original=None):
     why = stored.no_moments
     if target.suffix == ".safetensors":
         why = "a .safetensors holds one state dict"
+    print(f"converting {directory}/{step}", flush=True)
     content, parts = stored.content(bare=why is not None)
     tensors = [tensor for part in parts.values() for tensor in part.values()]
     require_space(target, sum(tensor.nbytes for tensor in tensors))
     with draft(target) as name:
+        print(f"writing {target}", flush=True)
         tensor_files.write(name, content)
+        print("reading it back", flush=True)
         written = torch_files.read(name)
         theirs = {part: written.parts()[part] for part in parts}
         each = ((p, name, array) for p in parts for name, array in parts[p].items())

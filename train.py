@@ -20,7 +20,7 @@ from sit_jax.manifest import environment
 from sit_jax.meter import Meter
 from sit_jax.models.dit import macs
 from sit_jax.preview import Preview
-from sit_jax.recipe import check_training, recipe
+from sit_jax.recipe import check_data, check_training, recipe
 from sit_jax.start import begin, pack
 from sit_jax.training import make_train_step, tensor_names
 from sit_jax.workdir import open_workdir, write_json
@@ -74,6 +74,7 @@ def _loop(config, stored, parts, state, feed, log, saved, show, stop):
     first, key = int(state.step), jax.random.key(config.seed)
     names = tensor_names(state)
     batch = next(feed)
+    check_data(parts, batch)
     step = _compiled(log, config, parts, state, batch, key)
     meter = _meter(config, parts)
     feed.waited()  # the first batch was waited for beside the compiler

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import optax
 
+from sit_jax.codec import data_of
 from sit_jax.config import build
 from sit_jax.errors import UserError
 
@@ -64,6 +65,17 @@ def check_training(config, source):
         raise UserError(
             f"batch_size {config.batch_size} is not divisible by {parts} "
             f"({jax.device_count()} devices x accumulate {config.accumulate})"
+        )
+
+
+def check_data(parts, batch):
+    """Refuses a batch whose data the network is not made for."""
+    key = jax.random.key(0)
+    found = jax.eval_shape(data_of, parts.codec, key, batch).shape[1:]
+    if found != parts.shape:
+        raise UserError(
+            f"the data is {found}, but config.shape is {parts.shape}; "
+            f"set --config.shape='{found}', or take other data"
         )
 
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+import small
 
 from sit_jax import checkpoint
 from sit_jax.checkpoint import Checkpoints, find, items, load, read_meta, steps
@@ -192,13 +193,8 @@ def test_a_file_in_the_folder_s_place_is_refused(tmp_path):
 
 def test_a_folder_without_permission_is_refused(tmp_path):
     tmp_path.chmod(0o500)
-    try:
-        if os.access(tmp_path, os.W_OK):
-            pytest.skip("this user may write everywhere")
-        with pytest.raises(UserError, match="Permission denied"):
-            Checkpoints(tmp_path / "run")
-    finally:
-        tmp_path.chmod(0o700)
+    with small.unprivileged(), pytest.raises(UserError, match="Permission denied"):
+        Checkpoints(tmp_path / "run")
 
 
 def test_a_damaged_step_is_refused(one_step, tmp_path):

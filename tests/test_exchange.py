@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import small
 import torch
 from plain_torch import models as plain
 from recorded import FOLDER, arrays, case, nchw, nhwc, relative, weights
@@ -54,7 +55,7 @@ def opened(name, **flags):
 def stored(weights, directory):
     """What a checkpoint of these weights gives when it is opened."""
     items, meta = weights.items()
-    checkpoint.write(directory, meta["step"], meta, **items)
+    small.save(directory, meta["step"], meta, **items)
     return Stored(*checkpoint.find(directory))
 
 
@@ -153,9 +154,7 @@ def test_an_own_run_goes_on_in_torch_as_here(tmp_path):
     nu = tree(lambda shape: rng.uniform(size=shape))
     state = moments.place(parts.tx, params, jnp.int32(count), mu, nu)
     meta = {"config": to_json(c), "step": 5}  # one more was skipped
-    checkpoint.write(
-        tmp_path / "ck", 5, meta, params=params, ema=params, opt_state=state
-    )
+    small.save(tmp_path / "ck", 5, meta, params=params, ema=params, opt_state=state)
 
     content, _ = Stored(tmp_path / "ck", 5).content(bare=False)
     tensor_files.write(tmp_path / "x.pt", content)
@@ -196,7 +195,7 @@ def test_other_optimizers_leave_the_average_alone(tmp_path):
         state = recipe(c).tx.init(items["params"])
         meta["config"] = to_json(c)
         directory = tmp_path / make.__name__
-        checkpoint.write(directory, 0, meta, **items, opt_state=state)
+        small.save(directory, 0, meta, **items, opt_state=state)
         assert "not plain AdamW" in Stored(directory, 0).no_moments
 
 

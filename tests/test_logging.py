@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import small
 
 from sit_jax.errors import UserError
 from sit_jax.logging import RunLog, duration
@@ -268,10 +269,10 @@ def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
         run(tmp_path / "file" / "run", [])
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_workdir_without_permission_is_named(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="cannot write .*: Permission denied"):
+    refused = pytest.raises(UserError, match="cannot write .*: Permission denied")
+    with small.unprivileged(), refused:
         run(tmp_path, [])
 
 

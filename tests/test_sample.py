@@ -6,9 +6,11 @@ import jax
 import numpy as np
 import pytest
 import small
+from recorded import FOLDER
 
 import sample
 from sit_jax import noise, sharding
+from sit_jax.exchange import open_torch
 from sit_jax.generation import Generator
 from sit_jax.recipe import recipe
 
@@ -111,6 +113,25 @@ def test_same_bytes_for_any_batch_size_and_number_of_devices():
     for devices, batch_size in ((1, 1), (1, 7), (2, 7), (4, 32), (8, 1), (8, 80)):
         other = drawn(devices, batch_size)
         assert other.tobytes() == first.tobytes(), (devices, batch_size)
+
+
+def test_torch_weights_are_sampled_as_their_checkpoint_is(run, tmp_path):
+    file = FOLDER / "weights" / "sit_a.pt"
+    arguments = ["--labels", "1,9", "--sampler", "heun", "--steps", "2"]
+    told = ["--family", "sit", "--heads", "4"]
+    out = tmp_path / "a.npy"
+    assert run(*arguments, *told, "--out", out, weights=file)[0] == 0
+    items, meta = open_torch(file, sample._published, "sit", 4).items()
+    small.save(tmp_path / "ported", 0, meta, **items)
+    other = tmp_path / "b.npy"
+    assert run(*arguments, "--out", other, weights=tmp_path / "ported")[0] == 0
+    found = np.load(out)
+    assert found.shape == (2, 8, 8, 4) and np.isfinite(found).all()
+    np.testing.assert_array_equal(found, np.load(other))
+    code, _, err = run(*arguments, "--out", tmp_path / "c.npy", weights=file)
+    assert code == 2 and "--family sit or --family dit" in err
+    code, _, err = run(*arguments, *told, "--out", tmp_path / "c.png", weights=file)
+    assert code == 2 and "latents need a VAE" in err
 
 
 BAD = {

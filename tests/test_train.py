@@ -90,6 +90,14 @@ BAD = {
     "mesh": (["--config.mesh.fsdp=3"], "does not make up 8 devices"),
     "remat": (["--config.model.remat=some"], "some"),
     "no data": (["--config.synthetic=False"], "no folder"),
+    "other data": (
+        [
+            "--config.synthetic=False",
+            "--config.source.path={data}",
+            "--config.source.classes=5",
+        ],
+        "the data is (2, 2, 1), but config.shape is (4, 4, 1)",
+    ),
     "no checkpoint": (["--init", "nowhere"], "no checkpoint in nowhere"),
 }
 
@@ -97,6 +105,11 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line(run, tmp_path, name):
     arguments, said = BAD[name]
+    for kind, array in (("features", np.ones((1, 1, 2, 2), np.float32)), ("labels", 3)):
+        folder = tmp_path / "data" / f"imagenet256_{kind}"
+        folder.mkdir(parents=True)
+        np.save(folder / "0.npy", np.atleast_1d(array))
+    arguments = [word.format(data=tmp_path / "data") for word in arguments]
     config = [] if "--config" in arguments else ["--config", TINY]
     code, _, err = run(*config, "--workdir", tmp_path / "work", *arguments)
     assert code == 2
