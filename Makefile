@@ -25,6 +25,8 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 
 .venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
+	    || { echo "$(PYTHON) is not Python 3.11 or 3.12: make PYTHON=python3.12 ..."; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -r requirements.txt
 	touch $@
