@@ -1,7 +1,7 @@
 """SiT-XL/2 on ImageNet 256: linear path, velocity, 7M steps of 256 images.
 
-Published: FID-50K 2.06 with guidance 1.5 (SiT's README; its appendix names ODE 2.15 and
-SDE 2.06). Data: a folder of cached latents, data/imagenet256.
+SiT's README: FID-50K 2.06, IS 270.27; it also speaks of 2.15 against the paper's 2.06,
+without naming both samplers. Data: a folder of cached latents, data/imagenet256.
 """
 
 import optax
