@@ -200,4 +200,4 @@ def _table(rows):
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.script(main)

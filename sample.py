@@ -17,10 +17,13 @@ from sit_jax.errors import UserError
 from sit_jax.generation import Generator
 from sit_jax.manifest import environment, weights_hash
 from sit_jax.preview import rows
-from sit_jax.recipe import recipe
+from sit_jax.recipe import check_seed, recipe
 from sit_jax.samplers.names import SAMPLERS, chosen
 from sit_jax.weights import open_weights
 from sit_jax.workdir import write_json
+
+NETWORK = ("model", "process", "shape")
+COMPUTING = ("model.remat", "model.unroll", "model.dtype")  # how, and not what
 
 
 def main():
@@ -47,6 +50,7 @@ def main():
 
 def sample(args, overrides):
     """-> exit code, after args.out and its manifest are written."""
+    check_seed("--seed", args.seed)
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size}: at least 1")
     out = outputs.check(args.out, args.overwrite)
@@ -88,12 +92,13 @@ def _config(config, args, overrides):
     """The weights' config, as a file, the flags and --config.x=y change it."""
     if args.config is not None:
         given = configs.load(args.config)
-        names = ("model", "process", "shape", "codec")
-        pick = lambda c: configs.to_json({name: c[name] for name in names})
-        if unlike := configs.difference(pick(config), pick(given)):
+        pick = lambda c: configs.to_json({name: c[name] for name in NETWORK})
+        unlike = configs.difference(pick(config), pick(given))
+        unlike = [each for each in unlike if each[0] not in COMPUTING]
+        if unlike:
             listed = "; ".join(f"{n} is {a}, not {b}" for n, a, b in unlike)
             raise UserError(f"{args.weights} holds another network: {listed}")
-        for name in ("sampler", "guidance", "guidance_channels"):
+        for name in ("sampler", "guidance", "guidance_channels", "codec"):
             config[name] = given[name]
     chosen(config, args.sampler, args.steps)
     if args.guidance is not None:
@@ -120,11 +125,15 @@ def _given_noise(path, shape):
         start = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise UserError(f"--noise {path} is not a .npy file of numbers") from error
+    if not isinstance(start, np.ndarray):
+        raise UserError(f"--noise {path} is not a .npy file of numbers")
     if start.shape[1:] != shape or start.dtype.kind != "f":
         raise UserError(
             f"--noise {path} is {start.dtype} {start.shape}; it must be float32 "
             f"(N, {', '.join(map(str, shape))})"
         )
+    if not np.isfinite(start).all():
+        raise UserError(f"--noise {path} has values that are not finite")
     return start.astype(np.float32)
 
 
@@ -191,4 +200,4 @@ def _summary(stats, count, seconds, compile_seconds):
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.script(main)

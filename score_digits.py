@@ -12,6 +12,7 @@ import numpy as np
 
 from sit_jax import command
 from sit_jax.data.sources import Digits
+from sit_jax.drafts import require_free
 from sit_jax.errors import UserError
 from sit_jax.metrics import Gaussian, frechet
 from sit_jax.workdir import write_json
@@ -21,10 +22,14 @@ def main():
     parser = command.parser(__doc__.splitlines()[0])
     parser.add_argument("samples", metavar="X.npz", help="from sample.py")
     parser.add_argument("--out", metavar="X.json", help="default: score.json beside it")
-    args, _ = command.parse(parser)
+    parser.add_argument("--overwrite", action="store_true")
+    args, rest = command.parse(parser)
+    if rest:
+        raise UserError(f"{rest[0]}: this script has no config")
+    out = Path(args.out) if args.out else Path(args.samples).with_name("score.json")
+    require_free(out, args.overwrite)
     images, labels = _samples(args.samples)
     figures = score(images, labels)
-    out = Path(args.out) if args.out else Path(args.samples).with_name("score.json")
     write_json(out, figures)
     print(
         f"recognised as the digit asked for: {figures['samples_recognised']:.3f} of "
@@ -66,7 +71,7 @@ def _samples(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             images, labels = file["arr_0"], file["arr_1"]
-    except (ValueError, KeyError, EOFError) as error:
+    except (ValueError, KeyError, EOFError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not an .npz of sample.py: {error}") from error
     if images.shape[1:] != (8, 8, 1) or images.dtype != np.uint8:
         raise UserError(
@@ -97,4 +102,4 @@ def _flat(images):
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.script(main)

@@ -11,7 +11,7 @@ import jax
 
 from sit_jax import chips, command, sharding
 from sit_jax import config as configs
-from sit_jax.checkpoint import Checkpoints
+from sit_jax.checkpoint import Checkpoints, steps
 from sit_jax.data.feed import batches
 from sit_jax.data.sources import Synthetic
 from sit_jax.errors import UserError
@@ -23,7 +23,7 @@ from sit_jax.preview import Preview
 from sit_jax.recipe import check_data, check_training, recipe
 from sit_jax.start import begin, pack
 from sit_jax.training import make_train_step, tensor_names
-from sit_jax.workdir import open_workdir, write_json
+from sit_jax.workdir import check_workdir, open_workdir, write_json
 
 
 def main():
@@ -47,11 +47,17 @@ def train(config, workdir, given=None, wandb=None):
     mesh = sharding.make_mesh(**config.mesh)
     source = _source(config)
     check_training(config, source)
+    check_data(parts, source)
     stored = configs.to_json(config)
-    workdir = open_workdir(workdir, stored)
-    folder = workdir / "checkpoints"
+    folder = check_workdir(workdir, stored) / "checkpoints"
     state, origin = begin(parts, mesh, config.seed, folder, given)
     first = int(state.step)
+    if first >= config.steps and not steps(folder):
+        raise UserError(
+            f"{given} is at step {first} and config.steps is {config.steps}; "
+            "set a larger --config.steps"
+        )
+    workdir = open_workdir(workdir, stored)  # from here on it is this run's
     with contextlib.ExitStack() as stack:
         saved = Checkpoints(folder, config.keep_last, config.keep_every)
         stack.callback(saved.close)
@@ -74,7 +80,6 @@ def _loop(config, stored, parts, state, feed, log, saved, show, stop):
     first, key = int(state.step), jax.random.key(config.seed)
     names = tensor_names(state)
     batch = next(feed)
-    check_data(parts, batch)
     step = _compiled(log, config, parts, state, batch, key)
     meter = _meter(config, parts)
     feed.waited()  # the first batch was waited for beside the compiler
@@ -88,7 +93,8 @@ def _loop(config, stored, parts, state, feed, log, saved, show, stop):
         if last or at % config.save_every == 0:
             _report(log, meter.flush(), names, config, saved)
             meter.pause(_save(saved, at, stored, state))
-        if at % config.sample_every == 0 or at == config.steps:
+        every = config.sample_every
+        if every and (at % every == 0 or at == config.steps):
             meter.pause(show(at, state.ema))
         if stop.asked:
             log.say(f"stopped at step {at}; the same command goes on from there")
@@ -189,4 +195,4 @@ def _source(config):
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.script(main)

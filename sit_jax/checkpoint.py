@@ -71,8 +71,17 @@ def steps(directory):
 
 
 def find(path):
-    """A workdir or checkpoint directory -> (checkpoint directory, newest step)."""
+    """A workdir, checkpoint directory or one of its steps -> (directory, step).
+
+    Of several steps, the newest.
+    """
     path = Path(path).expanduser()
+    if path.is_file():
+        raise UserError(
+            f"{path} is a file and no checkpoint; port_weights.py makes one of .pt"
+        )
+    if path.name.isdecimal() and int(path.name) in steps(path.parent):
+        return path.parent.absolute(), int(path.name)
     for directory in (path / "checkpoints", path):
         if found := steps(directory):
             return directory.absolute(), found[-1]
@@ -205,6 +214,11 @@ def _plainly(directory):
         where = error.filename or directory
         raise UserError(f"{where}: {error.strerror or error}") from error
     except ValueError as error:  # what writing and reading arrays raises
-        if not (reason := re.search(r": ([^:\[]+) \[os_error_code=", str(error))):
+        if reason := re.search(r": ([^:\[]+) \[os_error_code=", str(error)):
+            raise UserError(f"{directory}: {reason[1]}") from error
+        if not re.match(r"[A-Z_]{5,}: ", str(error)):
             raise
-        raise UserError(f"{directory}: {reason[1]}") from error
+        raise UserError(
+            f"a step in {directory} is damaged ({str(error)[:100]} ...); without it, "
+            "the step before is the newest"
+        ) from error

@@ -56,6 +56,21 @@ def run(main):
     sys.exit(code)
 
 
+def script(main):
+    """run() for a process of its own: after the line of an error, nothing follows.
+
+    Threads of libraries that were in the middle of something would add tracebacks
+    while Python shuts down.
+    """
+    try:
+        run(main)
+    except SystemExit as end:
+        if end.code:
+            sys.stderr.flush()
+            os._exit(end.code)
+        raise
+
+
 class Stop:
     """Inside it, the first SIGTERM or Ctrl-C only asks; the second one interrupts."""
 

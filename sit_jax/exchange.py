@@ -160,7 +160,8 @@ class Stored:
             part, path = labels[at].split()
             if part not in parts:
                 continue
-            if part == "step":
+            if part == "step":  # Adam's and a schedule's are the same
+                parts = tuple(p for p in parts if p != "step")
                 yield part, path, leaf
                 continue
             state = port.to_torch([rules[path]], nest({path: leaf}))

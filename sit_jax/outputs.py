@@ -48,6 +48,8 @@ def write(path, data, images, labels, columns):
     elif path.suffix == ".png":
         save_png(path, sheet(images, columns))
     else:
+        for old in path.glob("[0-9]*.png"):
+            old.unlink()  # of more images than there are now
         for i, image in enumerate(images):
             save_png(path / f"{i:06d}.png", image)
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sit_jax.errors import UserError
 from sit_jax.generation import Generator
 from sit_jax.pictures import sheet
 
@@ -17,7 +18,9 @@ class Preview:
     """
 
     def __init__(self, parts, mesh, seed, count):
-        jax.eval_shape(parts.codec.decode, jnp.zeros((1, *parts.shape)))
+        made = jax.eval_shape(parts.codec.decode, jnp.zeros((1, *parts.shape)))
+        if made.shape[-1] not in (1, 3):
+            raise UserError(f"{made.shape[-1]} channels do not make a picture")
         self._columns, self._labels = rows(parts.model.classes, count)
         self._parts, self._mesh, self._seed = parts, mesh, seed
         self._draw = None

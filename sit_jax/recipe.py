@@ -1,9 +1,11 @@
 """What a config describes, built, and checked part against part."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from sit_jax.codec import data_of
@@ -29,6 +31,8 @@ def recipe(config):
     """-> Recipe of a config; parts that do not fit each other are refused."""
     tx = build(config.optimizer)
     if config.clip is not None:
+        if not config.clip > 0:
+            raise UserError(f"clip is {config.clip}; it must be positive, or None")
         tx = optax.chain(optax.clip_by_global_norm(config.clip), tx)
     parts = Recipe(
         model=build(config.model),
@@ -49,10 +53,13 @@ def check_training(config, source):
     for name in ("batch_size", "steps", "accumulate", "log_every", "save_every"):
         if config[name] < 1:
             raise UserError(f"{name} is {config[name]}; it must be at least 1")
-    if not 0 <= config.ema_decay <= 1:
-        raise UserError(f"ema_decay is {config.ema_decay}; it must be in [0, 1]")
-    if not 0 <= config.label_drop <= 1:
-        raise UserError(f"label_drop is {config.label_drop}; it must be in [0, 1]")
+    for name in ("ema_decay", "label_drop"):
+        if not 0 <= config[name] <= 1:
+            raise UserError(f"{name} is {config[name]}; it must be in [0, 1]")
+    for name in ("sample_every", "preview"):
+        if config[name] < 0:
+            raise UserError(f"{name} is {config[name]}; 0 is never, else at least 1")
+    check_seed("seed", config.seed)
     if config.label_drop and not config.model.null_label:
         raise UserError("label_drop needs model.null_label=True; or set label_drop=0")
     if source.classes != config.model.classes:
@@ -68,9 +75,17 @@ def check_training(config, source):
         )
 
 
-def check_data(parts, batch):
-    """Refuses a batch whose data the network is not made for."""
-    key = jax.random.key(0)
+def check_seed(name, seed):
+    if not 0 <= seed < 2**32:
+        raise UserError(f"{name} is {seed}; it must be in 0..{2**32 - 1}")
+
+
+def check_data(parts, source):
+    """Refuses data that the network is not made for."""
+    key, batch = (
+        jax.random.key(0),
+        {k: np.asarray(v)[None] for k, v in source[0].items()},
+    )
     found = jax.eval_shape(data_of, parts.codec, key, batch).shape[1:]
     if found != parts.shape:
         raise UserError(
@@ -82,6 +97,12 @@ def check_data(parts, batch):
 def _check(parts):
     if len(parts.shape) != 3 or min(parts.shape) < 1:
         raise UserError(f"shape {parts.shape} is not (height, width, channels)")
+    for name in ("depth", "width", "heads", "patch", "classes"):
+        if getattr(parts.model, name) < 1:
+            value = getattr(parts.model, name)
+            raise UserError(f"model.{name} is {value}; it must be at least 1")
+    if isinstance(parts.guidance, float | int) and not math.isfinite(parts.guidance):
+        raise UserError(f"guidance is {parts.guidance}; it must be a finite number")
     side, patch = parts.shape[0], parts.model.patch
     if side % patch:
         raise UserError(

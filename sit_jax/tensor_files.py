@@ -4,9 +4,11 @@ Opening one gives names and shapes; a tensor is read when it is asked for.
 """
 
 import argparse
+import errno
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -113,7 +115,11 @@ class _Pickled(_Opened):
         with open(self.path, "rb") as file:
             is_zip = file.read(4) == b"PK\x03\x04"  # else from before torch 1.6
         try:
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            with (
+                torch.serialization.safe_globals([argparse.Namespace]),
+                warnings.catch_warnings(),
+            ):
+                warnings.simplefilter("ignore")  # the error that follows says it
                 return torch.load(
                     self.path, map_location="cpu", weights_only=True, mmap=is_zip
                 )
@@ -124,8 +130,10 @@ class _Pickled(_Opened):
                     "weights must not run code"
                 ) from error
             raise UserError(_damaged(self.path, error)) from error
-        except OSError:
-            raise
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # mapping a file that ends too early
+                raise
+            raise UserError(_damaged(self.path, "it ends too early")) from error
         except Exception as error:  # random bytes can fail in any way
             raise UserError(_damaged(self.path, error)) from error
 

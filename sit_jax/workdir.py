@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from sit_jax.checkpoint import steps
 from sit_jax.config import difference
 from sit_jax.drafts import draft
 from sit_jax.errors import UserError
@@ -27,15 +28,25 @@ MAY_CHANGE = (
 )
 
 
+def check_workdir(path, config):
+    """-> Path; refuses a folder that is not free for this JSON config."""
+    path = Path(path).expanduser()
+    if steps(path):
+        raise UserError(
+            f"{path} is a checkpoint directory, not a workdir; begin from it with "
+            f"--init {path} and a --workdir of its own"
+        )
+    if (path / "config.json").exists():
+        check_same(path, read_json(path / "config.json"), config)
+    return path
+
+
 def open_workdir(path, config):
     """Makes the folder for a JSON config, or checks that it is this config's."""
-    path = Path(path).expanduser()
-    file = path / "config.json"
+    path = check_workdir(path, config)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if file.exists():
-            check_same(path, read_json(file), config)
-        write_json(file, config)
+        write_json(path / "config.json", config)
     except OSError as error:
         reason = f"{error.filename or path}: {error.strerror or error}"
         raise UserError(f"{reason}; take another --workdir") from error

@@ -156,6 +156,8 @@ def test_an_own_run_goes_on_in_torch_as_here(tmp_path):
     meta = {"config": to_json(c), "step": 5}  # one more was skipped
     small.save(tmp_path / "ck", 5, meta, params=params, ema=params, opt_state=state)
 
+    steps = [each for each in Stored(tmp_path / "ck", 5).tensors("step")]
+    assert len(steps) == 1  # of Adam and of the schedule, which are one in torch
     content, _ = Stored(tmp_path / "ck", 5).content(bare=False)
     tensor_files.write(tmp_path / "x.pt", content)
     file = loaded(tmp_path / "x.pt")

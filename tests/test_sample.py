@@ -1,6 +1,7 @@
 """sample.py from its command line: what it writes, and what it refuses."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -147,6 +148,8 @@ BAD = {
     "negative rtol": (["--sampler", "dopri5", "--config.sampler.rtol=-1"], "rtol=-1"),
     "noise missing": (["--noise", "no.npy"], "no.npy"),
     "field": (["--config.sampler.stesp=3"], "did you mean 'steps'?"),
+    "not finite": (["--guidance", "nan"], "guidance is nan"),
+    "large seed": (["--seed", "-1"], "--seed is -1"),
     "batch": (["--batch-size", "0"], "--batch-size 0"),
     "seed": (["--seed", "x"], "invalid int value: 'x'"),
 }
@@ -197,6 +200,35 @@ def test_a_config_may_change_the_sampler_not_the_network(run, tmp_path):
     config.write_text(config.read_text().replace("guidance = 7.0", "model.depth = 3"))
     code, _, err = run("--num", "1", "--config", config, "--out", out, "--overwrite")
     assert code == 2 and "model.depth is 2, not 3" in err
+
+
+def test_one_step_of_a_checkpoint(run, weights, tmp_path):
+    drawn = []
+    for name, place in (("a", weights), ("b", weights / "8")):
+        out = tmp_path / f"{name}.npy"
+        assert run("--labels", "0", "--out", out, weights=place)[0] == 0
+        drawn.append(np.load(out))
+    np.testing.assert_array_equal(*drawn)
+
+
+def test_a_damaged_checkpoint_is_named_in_the_last_line(weights, tmp_path):
+    shutil.copytree(weights, tmp_path / "w")
+    for file in (tmp_path / "w" / "8" / "ema").rglob("*"):
+        if file.is_file() and "d" in file.parent.name:  # the arrays' bytes
+            file.write_bytes(file.read_bytes()[:10])
+    arguments = ("--weights", tmp_path / "w", "--num", "1", "--out", tmp_path / "x.npy")
+    end = small.script("sample.py", *arguments)  # what breaks off stays in no process
+    assert end.returncode == 2, end.stderr
+    # the reader's other threads may have complained before
+    assert "is damaged" in end.stderr.splitlines()[-1]
+    assert not (tmp_path / "x.npy").exists()
+
+
+def test_a_folder_is_replaced_whole(run, tmp_path):
+    out = f"{tmp_path}/d/"
+    assert run("--num", "3", "--out", out)[0] == 0
+    assert run("--num", "1", "--out", out, "--overwrite")[0] == 0
+    assert [path.name for path in (tmp_path / "d").glob("*.png")] == ["000000.png"]
 
 
 def test_weights_that_are_not_there(run, tmp_path):

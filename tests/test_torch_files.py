@@ -127,6 +127,7 @@ SAFE = safetensors.torch.save({"a": torch.ones(50)})
         ("x.pt", b"", "damaged"),
         ("x.pt", GOLDEN[: len(GOLDEN) // 2], "damaged"),
         ("x.pt", GOLDEN[:-30], "damaged"),
+        ("x.pt", b"PK\x03\x04", "damaged"),  # a download that has just begun
         ("x.pt", RNG.bytes(4_000), "damaged"),
         ("x.pt", b"PK\x03\x04" + RNG.bytes(4_000), "damaged"),
         ("x.pt", b"<html>not found</html>", "damaged"),

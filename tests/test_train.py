@@ -98,6 +98,11 @@ BAD = {
         ],
         "the data is (2, 2, 1), but config.shape is (4, 4, 1)",
     ),
+    "depth": (["--config.model.depth=-1"], "model.depth is -1"),
+    "seed": (["--config.seed=-1"], "seed is -1; it must be in 0.."),
+    "clip": (["--config.clip=-1.0"], "clip is -1.0"),
+    "preview": (["--config.preview=-3"], "preview is -3"),
+    "dtype": (["--config.model.dtype=bfloat17"], "bfloat17"),
     "no checkpoint": (["--init", "nowhere"], "no checkpoint in nowhere"),
 }
 
@@ -114,7 +119,7 @@ def test_bad_input_is_one_line(run, tmp_path, name):
     code, _, err = run(*config, "--workdir", tmp_path / "work", *arguments)
     assert code == 2
     assert said in err and err.count("\n") == 1 and "Traceback" not in err
-    assert not checkpoint.steps(tmp_path / "work" / "checkpoints")
+    assert not (tmp_path / "work").exists()  # so that the mended command may have it
 
 
 def test_checkpoint_of_another_architecture_is_listed(run, tmp_path):
@@ -123,6 +128,21 @@ def test_checkpoint_of_another_architecture_is_listed(run, tmp_path):
     wider = ("--config.model.width=32", "--init", tmp_path / "a")
     code, _, err = run(*small_steps, "--workdir", tmp_path / "b", *wider)
     assert code == 2 and "another architecture" in err and "blocks/" in err
+
+
+def test_a_checkpoint_directory_is_no_workdir(run, tmp_path):
+    small.checkpoint(tmp_path, small.config())
+    before = sorted(tmp_path.iterdir())
+    code, _, err = run("--config", TINY, "--workdir", tmp_path)
+    assert code == 2 and f"--init {tmp_path}" in err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_init_that_is_already_there_says_so(run, tmp_path):
+    assert run("--config", TINY, "--workdir", tmp_path / "a")[0] == 0
+    again = ("--workdir", tmp_path / "b", "--init", tmp_path / "a")
+    code, _, err = run("--config", TINY, *again)
+    assert code == 2 and "is at step 8 and config.steps is 8" in err
 
 
 def test_a_workdir_that_cannot_be_made(run, tmp_path):
