@@ -60,8 +60,16 @@ def script(main):
     """run() for a process of its own: after the line of an error, nothing follows.
 
     Threads of libraries that were in the middle of something would add tracebacks
-    while Python shuts down.
+    while Python shuts down;
+    Orbax's do when one of many reads or writes fails, and are kept quiet.
     """
+    usual = sys.unraisablehook
+
+    def hook(raised):
+        if str(raised.exc_value) != "Event loop is closed":
+            usual(raised)
+
+    sys.unraisablehook = hook
     try:
         run(main)
     except SystemExit as end:
