@@ -89,14 +89,14 @@ def _loop(config, stored, parts, state, feed, log, saved, show, stop):
         batch = None
         _report(log, meter.add(at, metrics, feed.waited()), names, config, saved)
         log.progress(at)
-        last = at == config.steps or stop.asked
-        if last or at % config.save_every == 0:
+        asked = stop.asked  # once: a later signal must find its step saved too
+        if asked or at == config.steps or at % config.save_every == 0:
             _report(log, meter.flush(), names, config, saved)
             meter.pause(_save(saved, at, stored, state))
         every = config.sample_every
         if every and (at % every == 0 or at == config.steps):
             meter.pause(show(at, state.ema))
-        if stop.asked:
+        if asked:
             log.say(f"stopped at step {at}; the same command goes on from there")
             break
     saved.wait()
