@@ -54,7 +54,9 @@ def to_checkpoint(args, overrides, original=None):
     target = require_free(args.target, args.overwrite)
     if target.is_dir() and (odd := _not_steps(target)):
         raise UserError(f"{target} is not overwritten: it holds {odd}, no checkpoint")
-    config = args.config and command.overridden(configs.load(args.config), overrides)
+    config = args.config and configs.load(args.config)
+    if config:
+        configs.override(config, overrides)
     weights = open_torch(args.source, published, args.family, args.heads, config)
     print(f"converting {args.source}", flush=True)
     items, meta = weights.items()

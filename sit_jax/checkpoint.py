@@ -1,5 +1,7 @@
 """Checkpoints: step directories of the items `params`, `ema`, `opt_state`, `meta`.
 
+Ported ones may have `constants` too: what a torch file holds beside the parameters.
+
 Only this file knows Orbax. A step appears under its number when it is complete, so
 what a kill interrupts is never mistaken for a checkpoint. `meta` is JSON: the config,
 the step and what else describes the weights; it is enough to build the model.
@@ -18,7 +20,6 @@ import orbax.checkpoint as ocp
 from sit_jax.errors import UserError
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates; it also raises
-
 
 TREES = ("params", "ema", "opt_state", "constants")
 

@@ -7,7 +7,6 @@ import sys
 import threading
 import warnings
 
-from sit_jax import config
 from sit_jax.errors import UserError
 
 
@@ -29,11 +28,6 @@ def parse(arguments_parser, argv=None):
         if not argument.startswith("--config."):
             raise UserError(f"unknown argument {argument!r}; see --help")
     return arguments, rest
-
-
-def overridden(node, arguments):
-    config.override(node, arguments)
-    return node
 
 
 def run(main):
@@ -60,8 +54,8 @@ def script(main):
     """run() for a process of its own: after the line of an error, nothing follows.
 
     Threads of libraries that were in the middle of something would add tracebacks
-    while Python shuts down;
-    Orbax's do when one of many reads or writes fails, and are kept quiet.
+    while Python shuts down. Orbax's add them when one of many reads or writes fails,
+    and are kept quiet.
     """
     usual = sys.unraisablehook
 

@@ -82,11 +82,9 @@ def check_seed(name, seed):
 
 def check_data(parts, source):
     """Refuses data that the network is not made for."""
-    key, batch = (
-        jax.random.key(0),
-        {k: np.asarray(v)[None] for k, v in source[0].items()},
-    )
-    found = jax.eval_shape(data_of, parts.codec, key, batch).shape[1:]
+    batch = {name: np.asarray(value)[None] for name, value in source[0].items()}
+    data = jax.eval_shape(data_of, parts.codec, jax.random.key(0), batch)
+    found = data.shape[1:]
     if found != parts.shape:
         raise UserError(
             f"the data is {found}, but config.shape is {parts.shape}; "
@@ -97,15 +95,5 @@ def check_data(parts, source):
 def _check(parts):
     if len(parts.shape) != 3 or min(parts.shape) < 1:
         raise UserError(f"shape {parts.shape} is not (height, width, channels)")
-    for name in ("depth", "width", "heads", "patch", "classes"):
-        if getattr(parts.model, name) < 1:
-            value = getattr(parts.model, name)
-            raise UserError(f"model.{name} is {value}; it must be at least 1")
     if isinstance(parts.guidance, float | int) and not math.isfinite(parts.guidance):
         raise UserError(f"guidance is {parts.guidance}; it must be a finite number")
-    side, patch = parts.shape[0], parts.model.patch
-    if side % patch:
-        raise UserError(
-            f"latents of side {side} are not divisible by the patch {patch}; "
-            f"change shape or model.patch"
-        )

@@ -10,14 +10,13 @@ from sit_jax import checkpoint
 from sit_jax.config import from_json
 from sit_jax.errors import UserError
 from sit_jax.sharding import everywhere, shaped
+from sit_jax.tensor_files import KINDS
 from sit_jax.training import init_params
-
-TORCH = (".pt", ".pth", ".safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
 class Directory:
-    """A checkpoint directory's newest step; its meta holds the config."""
+    """One step of a checkpoint directory; its meta holds the config."""
 
     path: Path
     step: int
@@ -44,6 +43,6 @@ def open_weights(path, torch_file):
     path = Path(path).expanduser()
     if not path.exists():
         raise UserError(f"no weights at {path}")
-    if path.suffix in TORCH:
+    if path.suffix in KINDS:
         return torch_file(path)
     return Directory(*checkpoint.find(path))

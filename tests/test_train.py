@@ -1,5 +1,6 @@
 """train.py from its command line: what a run leaves behind, and what it refuses."""
 
+import contextlib
 import json
 
 import jax
@@ -77,13 +78,30 @@ def test_init_takes_weights_optimizer_and_step(run, tmp_path):
     }
 
 
+def test_a_signal_during_a_picture_finds_its_step_saved(tmp_path, monkeypatch):
+    class Stop(contextlib.nullcontext):
+        asked = False
+
+    stop = Stop()
+
+    def show(at, ema):
+        stop.asked = True
+        return 0.0
+
+    monkeypatch.setattr(train.command, "Stop", lambda: contextlib.nullcontext(stop))
+    monkeypatch.setattr(train, "_preview", lambda *arguments: show)
+    assert train.train(small.config(sample_every=2, save_every=99), tmp_path) == 0
+    assert checkpoint.steps(tmp_path / "checkpoints") == [3]
+    assert list(small.losses(tmp_path)) == [1, 2, 3]
+
+
 BAD = {
     "no such file": (["--config", "nowhere.py"], "no config file at nowhere.py"),
     "misspelt": (["--config.model.dpeth=2"], "did you mean 'depth'?"),
     "not a number": (["--config.batch_size=many"], "many"),
     "unknown flag": (["--batch=3"], "--batch=3"),
     "not divisible": (["--config.batch_size=9"], "9 is not divisible by 8"),
-    "patch": (["--config.model.patch=3"], "side 4 are not divisible by the patch 3"),
+    "patch": (["--config.model.patch=3"], "side 4 is not divisible by patch 3"),
     "heads": (["--config.model.heads=3"], "width 16"),
     "zero batch": (["--config.batch_size=0"], "batch_size is 0"),
     "decay": (["--config.ema_decay=1.5"], "ema_decay is 1.5"),

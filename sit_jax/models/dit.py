@@ -154,6 +154,9 @@ _TELLING = (
 
 def _check(model, shape):
     _, height, width, _ = shape
+    for name in ("depth", "width", "heads", "patch", "classes", "unroll"):
+        if (value := getattr(model, name)) < 1:
+            raise UserError(f"model.{name} is {value}: it must be at least 1")
     if height != width:
         raise UserError(f"input is {height} x {width}: only square inputs work")
     if height % model.patch:
@@ -170,8 +173,6 @@ def _check(model, shape):
             f"width {model.width} is not divisible by 4, as the position table needs: "
             "choose another width"
         )
-    if model.unroll < 1:
-        raise UserError(f"unroll is {model.unroll}: give 1 or more layers per loop")
 
 
 # How the released PyTorch weights are named and laid out; see sit_jax/port.py.
