@@ -23,6 +23,11 @@ from sit_jax.errors import UserError
 from sit_jax.paths import align, mix
 
 
+def clipped(data):
+    """To [-1, 1], where pixels are; latents do not want it."""
+    return jnp.clip(data, -1, 1)
+
+
 class Noised(NamedTuple):
     """data, noise and their mixture x [B, H, W, C] at steps t int [B, 1, 1, 1]."""
 
@@ -125,13 +130,17 @@ class Diffusion:
         batch = Noised(data, noise, mix(self.path, data, noise, at), at)
         return self.objective(self, batch, self._ask(net, batch.x, t))
 
-    def posterior(self, net, x, t, clip=False):
+    def posterior(self, net, x, t, mend=None):
         """x [B, H, W, C] at t int [B] -> mean and log variance of the x one step less
-        noisy, and the guess at the data, clipped to [-1, 1] if asked."""
+        noisy, and the guess at the data, after mend(data) if given."""
         at = align(t, x)
         guess, log_var = self.variance(self, self._ask(net, x, t), x, at)
-        mean, data = self._step_back(guess, x, at, clip)
+        mean, data = self._step_back(guess, x, at, mend)
         return mean, log_var, data
+
+    def progress(self, t):
+        """Share of the way from noise to data, of what the network is told as t."""
+        return 1 - t / max(self.steps - 1, 1)
 
     def respaced(self, steps):
         """The same process visiting only some steps: a number, sections or a rule.
@@ -141,15 +150,29 @@ class Diffusion:
         here = schedules.kept_steps(len(self.betas), steps)
         return dataclasses.replace(self, kept=tuple(self.told[i] for i in here))
 
-    def bits(self, batch, guess, log_var):
+    def bits(self, batch, guess, log_var, mend=None):
         """KL(true step || ours), at step 0 -log p(data); bits per dimension, [B]."""
-        mean, _ = self._step_back(guess, batch.x, batch.t)
+        mean, _ = self._step_back(guess, batch.x, batch.t, mend)
         on_data, on_x, _ = (gather(table, batch.t) for table in self.true_step)
         gap = gather(self.log_variances[0], batch.t) - log_var
         miss = on_data * batch.data + on_x * batch.x - mean
         kl = (jnp.expm1(gap) - gap + miss**2 * jnp.exp(-log_var)) / 2
         nats = jnp.where(batch.t == 0, -_log_bin_mass(batch.data, mean, log_var), kl)
         return jnp.mean(nats, axis=(1, 2, 3)) / np.log(2.0)
+
+    def bound_at(self, net, batch, t, mend=None):
+        """-> bits per dimension of step t, [B], and the guess at the data."""
+        out = self._ask(net, batch.x, t)
+        guess, log_var = self.variance(self, out, batch.x, batch.t)
+        _, data = self._step_back(guess, batch.x, batch.t, mend)
+        return self.bits(batch, guess, log_var, mend), data
+
+    def prior_bits(self, data):
+        """KL(q(noisiest x) || N(0, 1)); bits per dimension, [B]."""
+        (alpha,), (sigma,) = self.levels(np.array([len(self.betas) - 1]))
+        spread = np.log(1 / sigma**2) + sigma**2 - 1
+        kl = (spread + jnp.mean((alpha * data) ** 2, axis=(1, 2, 3))) / 2
+        return kl / np.log(2.0)
 
     def path(self, t):
         """t int -> (alpha, sigma), float32; t = -1 is clean data."""
@@ -165,6 +188,11 @@ class Diffusion:
         """t int array -> (alpha, sigma), numpy float64; t = -1 is clean data."""
         alpha_bar = self.alpha_bar[t + 1]
         return np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+
+    @property
+    def end(self):
+        """What times lie below."""
+        return len(self.betas)
 
     @functools.cached_property
     def told(self):
@@ -199,13 +227,13 @@ class Diffusion:
         out = net(x, gather(self.told, t, jnp.int32))
         return out.astype(x.dtype)  # the network may use fewer bits, the process not
 
-    def _step_back(self, guess, x, t, clip=False):
+    def _step_back(self, guess, x, t, mend=None):
         """-> mean of x_{t-1} given x_t and the network's guess, and the data guess."""
         alpha, sigma = self.levels(np.arange(len(self.betas)))
         p, q = self.predicts(self.levels, np.arange(len(self.betas)))
         det = alpha * q - sigma * p  # solved in float64: alpha is small at the end
         data = gather(q / det, t) * x - gather(sigma / det, t) * guess
-        data = jnp.clip(data, -1, 1) if clip else data
+        data = mend(data) if mend else data
         on_data, on_x, _ = (gather(table, t) for table in self.true_step)
         return on_data * data + on_x * x, data
 

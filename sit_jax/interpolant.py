@@ -44,6 +44,7 @@ class Interpolant:
     weight: Callable = unweighted
     train_margin: float | None = None
     sample_margin: float | None = None
+    end = 1  # what times lie below
 
     def __post_init__(self):
         for name in ("train_margin", "sample_margin"):
@@ -82,6 +83,10 @@ class Interpolant:
             )
 
         return field
+
+    def progress(self, t):
+        """Share of the way from noise to data."""
+        return t
 
     def train_span(self):
         """-> first and last time that is trained on."""

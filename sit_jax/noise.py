@@ -36,6 +36,18 @@ def steps(keys, shape):
     return draw
 
 
+def signs(keys, shape):
+    """keys [B] -> draw(i), the directions [B, *shape] of +-1 number i."""
+
+    def draw(i):
+        one = lambda key: jax.random.rademacher(
+            jax.random.fold_in(key, i), shape, jnp.float32
+        )
+        return jax.vmap(one)(jax.vmap(jax.random.fold_in, (0, None))(keys, 3))
+
+    return draw
+
+
 def given(recorded):
     """recorded [steps, B, ...] -> draw(i), for noise that comes from elsewhere."""
     return lambda i: jnp.asarray(recorded)[i]

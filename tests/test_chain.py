@@ -18,7 +18,9 @@ from sit_jax.noise import given
 from sit_jax.samplers.chain import Ancestral, Ddim
 from sit_jax.schedules import DdimSpacing
 
-RUNS = {r["id"]: r for r in case("dit_sampling")["runs"] if "sample" in r["loop"]}
+EVERY = case("dit_sampling")["runs"]
+RUNS = {r["id"]: r for r in EVERY if "sample" in r["loop"]}
+BACK = {r["id"]: r for r in EVERY if r["loop"] == "ddim_reverse"}
 SMALL = Diffusion(variance=fixed_small)
 
 
@@ -75,6 +77,86 @@ def test_recorded_runs(name, model):
         np.testing.assert_allclose(
             nchw(found[key]), theirs, atol=tolerance, err_msg=key
         )
+
+
+@pytest.mark.parametrize("name", BACK)
+def test_recorded_ways_back(name, model):
+    """From data to noise; the original has the step, and no loop of it."""
+    g, run = arrays("dit_sampling"), BACK[name]
+    net = guided(model, jnp.asarray(g["y"]), 10, run["cfg"] or 1)
+    sampler = Ddim(DdimSpacing(25), clip=run["clip_denoised"], reverse=True)
+    chain = jax.jit(lambda x: sampler(None, Diffusion(), net, x)[0])
+    end = nchw(chain(nhwc(g["x_data"])))
+    rounding, scale = run["f32_vs_f64"]
+    theirs = g[f"{name}.final"][:2]
+    slack = max(1e-5, 5 * rounding / scale) * np.abs(theirs).max()
+    np.testing.assert_allclose(end, theirs, atol=slack)
+
+
+def test_there_and_back_again():
+    """A perfect network of Gaussian data leads data to noise and the noise to them."""
+    data = 0.5 * jax.random.normal(jax.random.key(0), (2, 2, 2, 1))
+
+    def net(x, t):
+        alpha, sigma = SMALL.path(t[:, None, None, None])
+        return sigma * x / (0.25 * alpha**2 + sigma**2)
+
+    noise = Ddim(500, reverse=True)(None, SMALL, net, data)[0]
+    assert abs(float(jnp.std(noise)) / float(jnp.std(data)) - 2) < 0.05
+    again = Ddim(500)(None, SMALL, net, noise)[0]
+    # a step errs by its size; the last one ends at data
+    np.testing.assert_allclose(again, data, atol=0.05)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+def test_a_classifier_leads(name):
+    """The mean moves by the variance times the gradient, ddim's noise by sigma."""
+    process = SMALL.respaced(2)
+    x = jax.random.normal(jax.random.key(1), (2, 2, 2, 1))
+    told = []
+
+    def lead(x, t):
+        told.append(t.tolist())
+        return 50 * jnp.ones_like(x)
+
+    net = lambda x, t: 0.3 * x
+    still = lambda i: jnp.zeros_like(x)
+    make = {"ddpm": Ancestral, "ddim": Ddim}[name]
+    with jax.disable_jit():
+        moved, _ = make(2, lead=lead)(still, SMALL, net, x)
+        told_steps = told[0][0], told[1][0]
+        plain, _ = make(2)(still, SMALL, net, x)
+    assert told_steps == (999, 0)
+    at = lambda t: jnp.full(2, t)
+    y = x
+    for t in (1, 0):
+        mean, log_var, guess = process.posterior(net, y, at(t))
+        (alpha_, alpha), (sigma_, sigma) = process.levels(np.array([t - 1, t]))
+        if name == "ddpm":
+            y = mean + 50 * jnp.exp(log_var)
+        else:
+            eps = (y - alpha * guess) / sigma - 50 * sigma
+            y = alpha_ * (y - sigma * eps) / alpha + sigma_ * eps
+    np.testing.assert_allclose(moved, y, rtol=1e-5, atol=1e-4)
+    assert np.abs(moved - plain).max() > 1e-3
+
+
+@pytest.mark.parametrize("make", [Ancestral, Ddim])
+def test_guesses_are_mended_before_they_are_clipped(make):
+    net = lambda x, t: 0.3 * x
+    start, still = 3 * jnp.ones((1, 2, 2, 1)), lambda i: 0.0
+    data, _ = make(2, mend=lambda d: 0 * d + 0.25)(still, SMALL, net, start)
+    np.testing.assert_allclose(data, 0.25, rtol=1e-5)
+    data, _ = make(2, clip=True, mend=lambda d: 9 + 0 * d)(still, SMALL, net, start)
+    np.testing.assert_allclose(data, 1.0, rtol=1e-5)
+
+
+def test_states_kept_on_the_way():
+    net = lambda x, t: 0.3 * x
+    start = jnp.ones((2, 2, 2, 1))
+    data, stats = Ddim(9, frames=3)(None, SMALL, net, start)
+    assert stats["trajectory"].shape == (3, 2, 2, 2, 1)
+    np.testing.assert_array_equal(stats["trajectory"][-1], data)
 
 
 def formula(name, steps, eta=0.0, clip=False):

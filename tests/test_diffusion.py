@@ -10,7 +10,7 @@ from recorded import arrays, case, nchw, nhwc, weights
 
 from sit_jax import config, port, predictions
 from sit_jax import diffusion as d
-from sit_jax.diffusion import Diffusion
+from sit_jax.diffusion import Diffusion, clipped
 from sit_jax.errors import UserError
 from sit_jax.models import dit, layers
 from sit_jax.paths import align
@@ -50,7 +50,7 @@ def loss_of(process, out, data, noise, t):
 
 @partial(jax.jit, static_argnums=(0, 4))
 def posterior_of(process, out, x, t, clip=False):
-    return process.posterior(given(out), x, t, clip)
+    return process.posterior(given(out), x, t, clipped if clip else None)
 
 
 def given(out):

@@ -8,7 +8,7 @@ import numpy as np
 from recorded import nchw, weights
 
 from sit_jax import predictions
-from sit_jax.guidance import guided
+from sit_jax.guidance import guided, with_null_half
 from sit_jax.models.dit import RULES, SiT
 from sit_jax.paths import VP, align, gvp, linear
 from sit_jax.port import to_flax
@@ -60,11 +60,16 @@ def sampled(sampler, process, labels, start, draws=None, cfg=None):
     """What a sampler makes of NHWC noise with the tiny network: (NCHW, stats)."""
     model, params = tiny()
 
+    doubled = cfg and getattr(getattr(sampler, "control", None), "doubled", False)
+
     @once
     def run(params, start, draws):
         net = lambda x, t, y: model.apply({"params": params}, x, t, y)
-        net = guided(net, jnp.asarray(labels), 10, cfg or 1)
-        return sampler(lambda i: draws[i], process, net, start)
+        halves = with_null_half if doubled else guided
+        net = halves(net, jnp.asarray(labels), 10, cfg or 1)
+        start = jnp.concatenate([start, start]) if doubled else start
+        data, stats = sampler(lambda i: draws[i], process, net, start)
+        return data[: len(labels)], stats
 
     data, stats = run(params, start, draws)
     return nchw(data), {name: int(value) for name, value in stats.items()}

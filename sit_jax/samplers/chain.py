@@ -5,13 +5,16 @@ draw(0) is the noise of the first step taken, the one out of the noisiest index.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sit_jax.diffusion import clipped
 from sit_jax.errors import UserError
+from sit_jax.paths import align
+from sit_jax.samplers.walk import check_frames, walk
 from sit_jax.schedules import check_spacing
 
 
@@ -19,25 +22,39 @@ from sit_jax.schedules import check_spacing
 class Ancestral:
     """DDPM's reverse chain with the process's own variance.
 
-    steps: a number, or any spacing of schedules.kept_steps. clip: the guess at the
-    data to [-1, 1] at every step, which latents do not want.
+    steps: a number, or any spacing of schedules.kept_steps. mend: a function of the
+    guess at the data, applied at every step. clip: that guess to [-1, 1] after it.
+    lead: (x, t) -> gradient of a classifier's log probability with respect to x
+    [B, H, W, C] (Dhariwal and Nichol, arXiv:2105.05233); t is the original step.
+    frames: states kept on the way, in stats["trajectory"].
     """
 
     steps: int | tuple | Callable = 250
     clip: bool = False
+    mend: Callable | None = None
+    lead: Callable | None = None
+    frames: int = 0
 
     def __post_init__(self):
         check_spacing(self.steps)
+        check_frames(self.frames)
 
     def __call__(self, draw, process, net, noise):
-        process = _short(self, process)
+        process = short(self, process)
+        told = jnp.asarray(process.told)
 
         def step(x, i, t):
             at = jnp.full(x.shape[:1], t)
-            mean, log_var, _ = process.posterior(net, x, at, self.clip)
+            mean, log_var, _ = process.posterior(net, x, at, _mended(self))
+            if self.lead is not None:
+                mean += jnp.exp(log_var) * self.lead(x, told[at])
             return mean + (t > 0) * jnp.exp(log_var / 2) * draw(i)
 
-        return _descend(process, step, noise)
+        return _descend(self, process, step, noise)
+
+    def kicks(self, process):
+        """How many draws of noise a run takes."""
+        return len(short(self, process).betas)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,29 +62,49 @@ class Ddim:
     """Song et al. 2021, eq. 12: deterministic at eta = 0, DDPM's variance at eta = 1.
 
     steps: a number, or any spacing of schedules.kept_steps; DdimSpacing is the paper's.
+    reverse goes from data to noise, with eta = 0. The others: see Ancestral.
     """
 
     steps: int | tuple | Callable = 50
     eta: float = 0.0
     clip: bool = False
+    mend: Callable | None = None
+    lead: Callable | None = None
+    reverse: bool = False
+    frames: int = 0
 
     def __post_init__(self):
         check_spacing(self.steps)
+        check_frames(self.frames)
         if not 0 <= self.eta <= 1:
             raise UserError(f"eta={self.eta} of Ddim must lie between 0 and 1")
+        if self.reverse and self.eta:
+            raise UserError(f"eta={self.eta}: the way back to the noise needs eta=0")
 
     def __call__(self, draw, process, net, noise):
-        process = _short(self, process)
-        on_data, on_x, std = (
-            jnp.asarray(table, jnp.float32) for table in self.weights(process)
-        )
+        process = short(self, process)
+        tables = self.weights_back(process) if self.reverse else self.weights(process)
+        on_data, on_x, std = (jnp.asarray(table, jnp.float32) for table in tables)
 
         def step(x, i, t):
-            data = process.posterior(net, x, jnp.full(x.shape[:1], t), self.clip)[2]
+            data = self._guess(process, net, x, jnp.full(x.shape[:1], t))
             kick = std[t] * draw(i) if self.eta else 0.0
             return on_data[t] * data + on_x[t] * x + kick
 
-        return _descend(process, step, noise)
+        return _descend(self, process, step, noise, self.reverse)
+
+    def kicks(self, process):
+        """How many draws of noise a run takes, as the released loops draw them."""
+        return len(short(self, process).betas)
+
+    def _guess(self, process, net, x, at):
+        """The data that the network guesses, moved where the classifier leads."""
+        data = process.posterior(net, x, at, _mended(self))[2]
+        if self.lead is None:
+            return data
+        alpha, sigma = (jnp.asarray(w, jnp.float32)[at] for w in _levels(process))
+        told = jnp.asarray(process.told)[at]
+        return data + align(sigma**2 / alpha, x) * self.lead(x, told)
 
     def weights(self, process):
         """-> weights of data, x and fresh noise in the next x; float64, by index.
@@ -81,8 +118,25 @@ class Ddim:
         on_x = np.sqrt(sigma_**2 - std**2) / sigma
         return alpha_ - alpha * on_x, on_x, std
 
+    def weights_back(self, process):
+        """The same for the step that makes x noisier by one index; no fresh noise."""
+        (alpha, sigma), n = _levels(process), len(process.betas)
+        alpha_, sigma_ = np.append(alpha[1:], 0.0), np.append(sigma[1:], 1.0)
+        on_x = sigma_ / sigma
+        return alpha_ - alpha * on_x, on_x, np.zeros(n)
 
-def _short(sampler, process):
+
+def _mended(sampler):
+    """-> what happens to the guess at the data."""
+    steps = [f for f in (sampler.mend, clipped if sampler.clip else None) if f]
+    return lambda data: functools.reduce(lambda x, f: f(x), steps, data)
+
+
+def _levels(process):
+    return process.levels(np.arange(len(process.betas)))
+
+
+def short(sampler, process):
     """The process with the sampler's steps; one that is no chain is refused."""
     if not hasattr(process, "posterior"):
         raise UserError(
@@ -92,12 +146,10 @@ def _short(sampler, process):
     return process.respaced(sampler.steps)
 
 
-def _descend(process, step, noise):
+def _descend(sampler, process, step, noise, reverse=False):
     """step(x, number of the step, its index t) from the noisiest index to 0."""
     n = len(process.betas)
-
-    def body(x, i):
-        return step(x, i, n - 1 - i), None
-
-    data, _ = jax.lax.scan(body, noise, jnp.arange(n))
-    return data, {"evaluations": jnp.int32(n)}
+    index = (lambda i: i) if reverse else (lambda i: n - 1 - i)
+    walked = lambda x, i: step(x, i, index(i))
+    data, stats = walk(walked, noise, n, sampler.frames)
+    return data, {"evaluations": jnp.int32(n), **stats}

@@ -19,6 +19,7 @@ from sit_jax import predictions
 from sit_jax.errors import UserError
 from sit_jax.interpolant import require_path
 from sit_jax.paths import align, noising_rate
+from sit_jax.samplers.walk import check_steps, walk
 
 
 class Place(NamedTuple):
@@ -110,10 +111,10 @@ class Sde:
     last_step: Callable = mean
     last: float = 0.04
     method: Callable = euler_maruyama
+    frames: int = 0  # states kept on the way, in stats["trajectory"]
 
     def __post_init__(self):
-        if self.steps < 2 or self.steps != int(self.steps):
-            raise UserError(f"steps={self.steps}: Sde needs a whole number, at least 2")
+        check_steps(self, self.steps, at_least=2)
         if not self.norm >= 0:
             raise UserError(f"norm={self.norm}: a diffusion cannot be negative")
         if not 0 < self.last < 1:
@@ -130,14 +131,20 @@ class Sde:
 
         def step(x, i):
             kick = jnp.sqrt(2 * dt * self._w(path, grid[i])) * draw(i)
-            return self.method(lambda *at: place(*at).drift, grid[i], dt, x, kick), None
+            return self.method(lambda *at: place(*at).drift, grid[i], dt, x, kick)
 
         start = noise.astype(jnp.float32)
-        x, _ = jax.lax.scan(step, start, jnp.arange(self.steps - 1))
+        x, stats = walk(step, start, self.steps - 1, self.frames)
         count = (self.steps - 1) * _calls(self.method)
         if self.last_step is not none:
             x, count = self.last_step(path, place(grid[-1], x), self.last), count + 1
-        return x, {"evaluations": jnp.int32(count)}
+            if self.frames:
+                stats["trajectory"] = stats["trajectory"].at[-1].set(x)
+        return x, {"evaluations": jnp.int32(count), **stats}
+
+    def kicks(self, process):
+        """How many draws of noise a run takes."""
+        return self.steps - 1
 
     def _span(self, process):
         with jax.ensure_compile_time_eval():
