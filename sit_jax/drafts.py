@@ -41,6 +41,23 @@ def draft(path):
         _remove(name)
 
 
+@contextlib.contextmanager
+def drafts(paths):
+    """Gives a folder beside `paths`; files of their names in it take their places.
+
+    None of them is touched before all are written, nor after an error. The first of
+    the paths is replaced last.
+    """
+    folder = paths[0].with_name(f".{paths[0].stem}.{os.getpid()}")
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        for path in reversed(paths):
+            _replace(folder / path.name, path)
+    finally:
+        _remove(folder)
+
+
 def _replace(name, path):
     if not path.is_dir() or path.is_symlink():
         os.replace(name, path)

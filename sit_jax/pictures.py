@@ -1,21 +1,11 @@
-"""Arrays as pictures: rounding to bytes, sheets of tiles, PNG files."""
+"""Arrays as pictures: sheets of tiles, PNG files, animations."""
 
-import jax.numpy as jnp
 import numpy as np
 
 from sit_jax.drafts import draft
 from sit_jax.errors import UserError
 
 DARK = 40  # of the padding: tells a black tile from the sheet
-
-
-def to_uint8(x):
-    """[-1, 1] -> uint8 of the same shape, by the rule of DiT's and SiT's scripts.
-
-    They clamp 127.5 x + 128 to 0..255 and truncate; reference statistics of samples
-    depend on it. In float32 whatever x is: bfloat16 has no 256 levels.
-    """
-    return jnp.clip(127.5 * x.astype(jnp.float32) + 128, 0, 255).astype(jnp.uint8)
 
 
 def sheet(images, columns, zoom=None, pad=2):
@@ -53,3 +43,21 @@ def save_png(path, image):
             picture.save(name, format="PNG")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def save_gif(path, images, seconds=4.0, rest=1.5):
+    """Writes uint8 pictures [h, w, 1 or 3] as an animation that rests at its end."""
+    from PIL import Image
+
+    each = [max(int(1000 * seconds / len(images)), 20)] * len(images)
+    each[-1] = int(1000 * rest)
+    frames = [Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x) for x in images]
+    with draft(path) as name:
+        frames[0].save(
+            name,
+            format="GIF",
+            save_all=True,
+            append_images=frames[1:],
+            duration=each,
+            loop=0,
+        )

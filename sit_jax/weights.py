@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from sit_jax import checkpoint
+from sit_jax import checkpoint, releases
 from sit_jax.config import from_json
 from sit_jax.errors import UserError
 from sit_jax.sharding import everywhere, shaped
@@ -39,10 +39,14 @@ class Directory:
 
 
 def open_weights(path, torch_file):
-    """-> an object with .config and .load; torch_file(path) opens .pt, .safetensors."""
-    path = Path(path).expanduser()
+    """-> an object with .config and .load; torch_file(path) opens .pt, .safetensors.
+
+    path: also a name of releases.RELEASES, or hf:owner/repo/file.
+    """
+    path = releases.fetch(path)
     if not path.exists():
-        raise UserError(f"no weights at {path}")
+        names = (n for n, r in releases.RELEASES.items() if r.family != "vae")
+        raise UserError(f"no weights at {path}; names are {', '.join(names)}")
     if path.suffix in KINDS:
         return torch_file(path)
     return Directory(*checkpoint.find(path))

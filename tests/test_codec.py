@@ -1,12 +1,22 @@
-"""Codecs: pixels as they are, and latents without a VAE."""
+"""Codecs: pixels as they are, latents without a VAE and with one."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import equations
+from recorded import arrays, relative
+from test_vae import SMALL, random_params
 
-from sit_jax.codec import Latents, Pixels, data_of
+from sit_jax.codec import Latents, Pixels, Vae, data_of
+from sit_jax.config import from_json, spec, to_json
 from sit_jax.errors import UserError
+from sit_jax.models.vae import AutoencoderKL
+from sit_jax.precision import EXACT
+from sit_jax.rounding import ROUNDINGS, to_uint8, to_uint8_darker
+from sit_jax.sharding import make_mesh, split_batch
 
 KEY = jax.random.key(3)
 
@@ -79,3 +89,146 @@ def test_latents_say_that_pictures_need_a_vae():
         Latents().decode(np.zeros((1, 2, 2, 4), np.float32))
     with pytest.raises(UserError, match="VAE to become latents"):
         data_of(Latents(), KEY, {"image": np.zeros((1, 8, 8, 3), np.uint8)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Straight:
+    """Stands for a model: the latent's first three channels are the image."""
+
+    def apply(self, variables, x, method):
+        x = x * variables["params"]["gain"]
+        return x[..., :3] if method == "decode" else jnp.concatenate([x, -x], -1)
+
+
+def straight(**fields):
+    params = {"gain": jnp.float32(2), "encoder": jnp.ones(3), "decoder": jnp.zeros(3)}
+    return Vae(params=params, model=Straight(), **fields)
+
+
+def test_a_vae_encodes_what_pixels_are_and_decodes_what_was_scaled():
+    images = np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3) * 10
+    pixels = np.asarray(Pixels().encode(images))
+    found = straight().encode(images)
+    wanted = 2 * np.concatenate([pixels, -pixels], -1)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)  # one fused, one not
+    latents = np.random.default_rng(0).normal(size=(5, 2, 2, 4)).astype(np.float32) / 9
+    decoded = straight(scale=0.25).decode(latents)
+    assert decoded.dtype == jnp.uint8
+    np.testing.assert_array_equal(decoded, to_uint8(2 * (latents / 0.25)[..., :3]))
+
+
+def test_a_vae_draws_as_latents_do():
+    m = moments(2, 3, 3)
+    ours, theirs = (codec.draw(KEY, m) for codec in (straight(), Latents()))
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_images_become_the_data_of_a_vae():
+    image = {"image": np.full((2, 2, 2, 3), 200, np.uint8)}
+    vae = straight(scale=0.5)
+    data = data_of(vae, KEY, image)
+    np.testing.assert_array_equal(data, vae.draw(KEY, vae.encode(image["image"])))
+    assert data.shape == (2, 2, 2, 3)
+
+
+def test_latents_are_unscaled_in_float32():
+    half = jnp.asarray(np.linspace(-0.09, 0.09, 48), jnp.bfloat16).reshape(4, 2, 2, 3)
+    found = straight().decode(half)
+    np.testing.assert_array_equal(found, straight().decode(half.astype(jnp.float32)))
+    assert len(np.unique(found)) == 48  # in bfloat16 steps of 1 / 64 become equal
+
+
+@pytest.mark.parametrize("group", [None, 1, 3, 8, 16])
+def test_groups_change_nothing(group):
+    latents = np.random.default_rng(1).normal(size=(11, 2, 2, 4)).astype(np.float32)
+    wanted = to_uint8(2 * (latents / np.float32(0.18215))[..., :3])
+    found = straight(group=group).decode(latents)
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_groups_stay_on_their_devices():
+    mesh = make_mesh(data=-1, fsdp=1)
+    latents = np.random.default_rng(1).normal(size=(32, 2, 2, 4)).astype(np.float32)
+    split = jax.device_put(latents, split_batch(mesh))
+    vae = straight(group=8)
+    found = jax.jit(lambda vae, x: vae.decode(x))(vae, split)
+    np.testing.assert_array_equal(found, vae.decode(latents))
+    assert found.sharding.is_equivalent_to(split_batch(mesh), found.ndim)
+
+
+@pytest.mark.parametrize("images", [2, 3, 5])
+def test_an_image_does_not_depend_on_those_beside_it(images):
+    """Nor could it: a program for so many rows is all that runs."""
+    vae = Vae(params=random_params(SMALL), model=SMALL, group=3)
+    z = jnp.zeros((images, 4, 4, 4))
+    program = jax.make_jaxpr(lambda vae, z: vae.decode(z))(vae, z)
+    rows = {
+        eqn.invars[0].aval.shape[0]
+        for eqn in equations(program.jaxpr)
+        if eqn.primitive.name == "conv_general_dilated"
+    }
+    assert rows == {3}
+    assert program.out_avals[0].shape == (images, 8, 8, 3)
+
+
+def products(vae, method, x):
+    """Precisions of all dots and convolutions of a method."""
+    run = lambda vae, x: getattr(vae, method)(x)
+    program = jax.make_jaxpr(run)(vae, x)
+    assert not [c for c in program.consts if np.size(c) > 64]  # no captured weights
+    kinds = ("dot_general", "conv_general_dilated")
+    found = [e for e in equations(program.jaxpr) if e.primitive.name in kinds]
+    assert {e.primitive.name for e in found} == set(kinds)
+    return {e.params["precision"] for e in found}
+
+
+def test_products_are_exact_on_every_platform():
+    """All of them ask for HIGHEST; see precision.py for the other words."""
+    vae = Vae(params=random_params(SMALL), model=SMALL)
+    assert vae.precision is EXACT
+    highest = {(jax.lax.Precision.HIGHEST,) * 2}
+    assert products(vae, "decode", jnp.zeros((1, 4, 4, 4))) == highest
+    assert products(vae, "encode", np.zeros((1, 8, 8, 3), np.uint8)) == highest
+
+
+def test_recorded_roundings():
+    g = arrays("vae")
+    x = g["post.in"]
+    np.testing.assert_array_equal(to_uint8(x), g["post.sit_dit_uint8"])
+    np.testing.assert_array_equal(to_uint8_darker(x), g["post.mdt_uint8"])
+    assert (g["post.sit_dit_uint8"] != g["post.mdt_uint8"]).mean() > 0.3
+    assert ROUNDINGS == {"brighter": to_uint8, "darker": to_uint8_darker}
+
+
+def test_recorded_draw():
+    g = arrays("vae")
+    some = lambda name: np.moveaxis(g[name], 1, -1).reshape(32, -1)[:18]
+    pixels = lambda name: some(name).reshape(2, 3, 3, -1)
+    noise = jax.random.normal(KEY, (2, 3, 3, 4))
+    theirs = pixels("sample") + pixels("std") * (noise - pixels("sample_noise"))
+    found = straight(scale=1.0).draw(KEY, pixels("moments"))
+    assert relative(found, theirs) < 1e-6
+
+
+@pytest.mark.parametrize("codec", [Pixels, Latents])
+def test_the_rule_of_rounding_is_part_of_a_config(codec):
+    config = spec(codec, rounding=to_uint8_darker)
+    assert to_json(config)["rounding"] == {"name": "sit_jax.rounding.to_uint8_darker"}
+    assert from_json(to_json(config)).rounding is to_uint8_darker
+    dark = Pixels(rounding=to_uint8_darker).decode(np.float32([[0.0]]))
+    assert (
+        int(dark[0, 0]) == 127
+        and int(Pixels().decode(np.float32([[0.0]]))[0, 0]) == 128
+    )
+
+
+def test_a_vae_is_a_pytree_with_its_weights_as_leaves():
+    vae = straight(rounding=to_uint8_darker)
+    leaves, structure = jax.tree.flatten(vae)
+    assert len(leaves) == 3 and structure == jax.tree.structure(
+        straight(rounding=to_uint8_darker)
+    )
+    assert structure != jax.tree.structure(straight())
+    assert hash(AutoencoderKL()) == hash(AutoencoderKL())
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, vae)
+    assert float(doubled.params["gain"]) == 4 and doubled.rounding is to_uint8_darker

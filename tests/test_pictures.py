@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from sit_jax.errors import UserError
-from sit_jax.pictures import DARK, save_png, sheet, to_uint8
+from sit_jax.pictures import DARK, save_png, sheet
+from sit_jax.rounding import to_uint8
 
 
 def noise(*shape):

@@ -1,0 +1,253 @@
+"""Files of the autoencoder: dialects, containers, config.json, and what is refused."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import small
+from recorded import FOLDER, case
+from test_vae import compvis, recorded_params, recorded_state
+
+from sit_jax import releases, tensor_files
+from sit_jax.codec import Latents
+from sit_jax.config import spec
+from sit_jax.errors import UserError
+from sit_jax.manifest import weights_hash
+from sit_jax.models.vae import AutoencoderKL
+from sit_jax.recipe import recipe
+from sit_jax.rounding import to_uint8, to_uint8_darker
+from sit_jax.vae_files import FILES, described, load_vae, with_vae
+
+GOLDEN = FOLDER / "vae"
+CONFIG = json.loads((GOLDEN / "config.json").read_text())
+SAFE, BIN = FILES
+
+
+def same(vae):
+    jax.tree.map(np.testing.assert_array_equal, dict(vae.params), recorded_params())
+
+
+def folder(path, state=None, config=CONFIG, name=SAFE):
+    """A folder as diffusers writes it."""
+    path.mkdir(parents=True, exist_ok=True)
+    tensor_files.write(path / name, state or dict(recorded_state()))
+    if config is not None:
+        (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_the_recorded_folder_becomes_a_codec():
+    vae = load_vae(GOLDEN)
+    same(vae)
+    assert vae.model == AutoencoderKL(channels=(4, 8, 8, 8), groups=4)
+    assert vae.scale == 0.18215 and vae.rounding is to_uint8
+    assert vae.precision.word == "exact"
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(vae.params))
+
+
+def old():
+    """The names and config.json of diffusers before 0.16."""
+    names, wanted = case("vae")["state_dict_keys"], case("vae")["old_keys"]
+    attention = (name for name in names if ".attentions." in name)
+    names = dict(zip(attention, wanted, strict=True))
+    state = {names.get(name, name): x for name, x in recorded_state().items()}
+    return state, case("vae")["config"] | {"_class_name": "AutoencoderKL"}
+
+
+def original():
+    """CompVis' names; attention as 1 x 1 convolutions, and the discriminator's."""
+    state = {compvis(name): x for name, x in recorded_state().items()}
+    for name in state:
+        if ".attn_1." in name and state[name].ndim == 2:
+            state[name] = state[name][..., None, None]
+    return {"loss.logvar": np.zeros((), np.float32)} | state, CONFIG
+
+
+@pytest.mark.parametrize("name", [SAFE, BIN])
+@pytest.mark.parametrize("dialect", [old, original], ids=["old", "compvis"])
+def test_every_dialect_in_every_container(tmp_path, dialect, name):
+    state, config = dialect()
+    same(load_vae(folder(tmp_path, state, config, name)))
+
+
+def test_places_that_files_are_found_in(tmp_path):
+    folder(tmp_path / "pipeline" / "vae")
+    same(load_vae(tmp_path / "pipeline"))
+    same(load_vae(str(tmp_path / "pipeline" / "vae" / SAFE)))
+    file = folder(
+        tmp_path / "wrapped", {"state_dict": dict(recorded_state())}, name=BIN
+    )
+    same(load_vae(file / BIN))
+
+
+def test_halves_become_floats(tmp_path):
+    state = {n: x.astype(np.float16) for n, x in recorded_state().items()}
+    safetensors.numpy.save_file(state, folder(tmp_path) / SAFE)
+    vae = load_vae(tmp_path)
+    leaves = jax.tree.leaves(vae.params)
+    assert {leaf.dtype for leaf in leaves} == {np.dtype("float32")}
+    found = vae.params["encoder"]["quant"]["bias"]
+    np.testing.assert_array_equal(found, np.float32(state["quant_conv.bias"]))
+
+
+def test_without_config_json_it_is_the_published_size(tmp_path):
+    alone = folder(tmp_path, config=None)
+    with pytest.raises(UserError, match="for lack of a config.json .*: weights lack "):
+        load_vae(alone)
+
+
+def test_settings_go_into_the_codec(tmp_path):
+    config = CONFIG | {"scaling_factor": 0.5}
+    path = folder(tmp_path, config=config)
+    vae = load_vae(path, "bf16", rounding=to_uint8_darker, group=3)
+    assert vae.model.dtype == "bfloat16" and vae.precision.word == "bf16"
+    assert (vae.scale, vae.group, vae.rounding) == (0.5, 3, to_uint8_darker)
+    assert load_vae(path, scale=1.0).scale == 1.0
+    with pytest.raises(UserError, match="no precision 'half'"):
+        load_vae(path, "half")
+
+
+def changed(**fields):
+    return {k: v for k, v in (CONFIG | fields).items() if v != "left out"}
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (changed(_class_name="AutoencoderTiny"), "_class_name 'AutoencoderTiny', not"),
+        (changed(act_fn="gelu"), "act_fn 'gelu', not 'silu': there is code for"),
+        (changed(use_quant_conv=False), "use_quant_conv False, not True"),
+        (changed(shift_factor=0.1), "shift_factor 0.1, not None"),
+        (changed(latents_mean=[0.0]), r"latents_mean \[0.0\], not None"),
+        (changed(in_channels=4), "in_channels 4, not 3"),
+        (
+            changed(down_block_types=["DownEncoderBlock2D"] * 3 + ["AttnDown"]),
+            "down_block_types .*AttnDown",
+        ),
+        (changed(up_block_types=["UpDecoderBlock2D"] * 3), "up_block_types .*, not "),
+        (changed(block_out_channels="left out"), "no 'block_out_channels'"),
+        (changed(block_out_channels=8), "no config.json of a VAE"),
+        (changed(norm_num_groups="4"), "sizes must be whole numbers"),
+        (changed(scaling_factor=[1]), "no config.json of a VAE"),
+        ([3], "no config.json of a VAE"),
+    ],
+    ids="class act quant shift mean in down up width one groups scale list".split(),
+)
+def test_a_config_of_something_else_is_one_line(tmp_path, config, told):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=told) as caught:
+        described(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_config_that_is_no_json_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="no config.json of a VAE"):
+        described(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (lambda s: s.pop("decoder.conv_in.weight"), "lack decoder.conv_in.weight"),
+        (
+            lambda s: s.update({"extra.weight": np.zeros(3, np.float32)}),
+            "have in addition extra.weight",
+        ),
+        (
+            lambda s: s.update({"quant_conv.bias": np.zeros(7, np.float32)}),
+            r"config.json: .* misshapen: encoder/quant/bias \(7,\) instead of \(8,\)",
+        ),
+    ],
+    ids=["missing", "spare", "shape"],
+)
+def test_weights_of_another_network_are_named(tmp_path, fault, told):
+    state = dict(recorded_state())
+    fault(state)
+    with pytest.raises(UserError, match=told) as caught:
+        load_vae(folder(tmp_path, state))
+    assert str(tmp_path / SAFE) in str(caught.value)
+
+
+def test_where_there_is_no_vae_the_names_are_told(tmp_path):
+    with pytest.raises(
+        UserError, match="no VAE at nowhere; names are sd-vae-ft-mse, sd"
+    ):
+        load_vae("nowhere")
+    (tmp_path / "vae").mkdir()
+    with pytest.raises(
+        UserError, match="has no diffusion_pytorch_model.safetensors or"
+    ):
+        load_vae(tmp_path)
+    (tmp_path / "x.ckpt").write_bytes(b"")
+    with pytest.raises(UserError, match="does not end in .pt"):
+        load_vae(tmp_path / "x.ckpt")
+
+
+def test_files_of_the_hub_and_names_come_from_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SIT_JAX_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    folder(tmp_path / "me" / "small")
+    same(load_vae(f"hf:me/small/{SAFE}"))
+    (tmp_path / "me" / "small" / "config.json").unlink()
+    with pytest.raises(UserError, match="resolve/main/config.json; load it elsewhere"):
+        load_vae(f"hf:me/small/{SAFE}")
+    # a name of the table is of the published size, without a config.json
+    source = f"hf:me/small/{SAFE}"
+    monkeypatch.setitem(
+        releases.RELEASES, "sd-vae-ft-ema", releases.Release(source, "MIT", "vae")
+    )
+    with pytest.raises(UserError, match="another architecture"):
+        load_vae("sd-vae-ft-ema")
+
+
+def test_encoder_and_decoder_are_hashed_apart():
+    vae = load_vae(GOLDEN)
+    assert vae.encoder_sha256 == weights_hash(recorded_params()["encoder"])
+    params = jax.tree.map(lambda leaf: leaf, vae.params)
+    params["decoder"]["finish"]["conv_out"]["bias"] += 1
+    other = vae.replace(params=params)
+    assert other.encoder_sha256 == vae.encoder_sha256
+    assert other.decoder_sha256 != vae.decoder_sha256
+    assert vae.record() == {
+        "encoder_sha256": vae.encoder_sha256,
+        "decoder_sha256": vae.decoder_sha256,
+        "scale": 0.18215,
+        "rounding": "to_uint8",
+        "precision": "exact",
+        "decoding": "whole",
+    }
+
+
+@functools.cache
+def parts(codec=Latents, channels=4, **fields):
+    config = small.config(shape=(4, 4, channels))
+    config.codec = spec(codec, **fields)
+    return recipe(config)
+
+
+def test_a_vae_takes_the_place_of_latents_and_rounds_as_they_say():
+    vae = load_vae(GOLDEN)
+    found = with_vae(parts(rounding=to_uint8_darker), vae)
+    assert found.codec == vae.replace(rounding=to_uint8_darker)
+    out = jax.eval_shape(found.codec.decode, jnp.zeros((1, *found.shape)))
+    assert out.shape == (1, 32, 32, 3) and out.dtype == jnp.uint8
+
+
+def test_a_vae_of_other_latents_is_refused():
+    vae = load_vae(GOLDEN)
+    with pytest.raises(
+        UserError, match="4 channels, scaled by 0.18215, the .* 4 and 1.0"
+    ):
+        with_vae(parts(scale=1.0), vae)
+    with pytest.raises(UserError, match="the network's 2 and 0.18215: take another"):
+        with_vae(parts(channels=2), vae)
+    from sit_jax.codec import Pixels
+
+    with pytest.raises(UserError, match="works on Pixels, not on latents; leave out"):
+        with_vae(parts(Pixels, 3), vae)
