@@ -33,7 +33,7 @@ def parse(arguments_parser, argv=None):
 def run(main):
     """Runs a script's main: mistakes of the user end in one line, not a traceback."""
     name = os.path.basename(sys.argv[0])
-    warnings.filterwarnings("ignore", module="orbax|grain|absl")
+    warnings.filterwarnings("ignore", module="orbax|grain|absl|PIL")
     try:
         code = main()
     except UserError as error:

@@ -2,24 +2,31 @@
 
 Row r of step s is position s * batch_size + r of one endless order: every epoch a new
 permutation, the next epoch beginning where the last one ends, also inside a batch.
-Hosts, devices, threads and restarts only decide who reads which rows, and when.
+Whether a record is seen in a mirror is a coin tossed for its position. Hosts, devices,
+threads, processes and restarts only decide who reads which rows, and when.
 """
 
 import collections
 import math
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 
-from sit_jax.data.sources import KINDS
+from sit_jax.data.coins import coins
+from sit_jax.data.reading import Broken, read
+from sit_jax.data.workers import Workers
 from sit_jax.errors import UserError
 
 
-def batches(source, batch_size, seed, first_step, mesh, threads=4):
+def batches(source, batch_size, seed, first_step, mesh, threads=4, workers=0, say=None):
     """-> endless iterator of {"image" | "moments" | "latent", "label"} from first_step.
 
-    The arrays are global, [batch_size, ...], and split over the mesh.
+    The arrays are global, [batch_size, ...], and split over the mesh. `threads` batches
+    are read ahead; with workers > 0 that many processes do the reading for them, which
+    helps where images are decoded on many cores. say(line) hears of broken images.
     """
     from sit_jax.sharding import BATCH, split_batch
 
@@ -31,8 +38,13 @@ def batches(source, batch_size, seed, first_step, mesh, threads=4):
             f"batch_size={batch_size} cannot be split over {shards} devices; "
             f"use a multiple of {shards}"
         )
+    if threads < 1 or workers < 0:
+        raise UserError(f"threads={threads}, workers={workers}: at least 1 and 0")
     ids, sharding = order(len(source), seed), split_batch(mesh)
-    return Feed(source, batch_size, ids, sharding, first_step, threads)
+    mirrors = partial(coins, seed) if getattr(source, "flip", False) else _never
+    broken = Broken(source, say or partial(print, file=sys.stderr, flush=True))
+    reader = Workers(source, workers) if workers else partial(read, source)
+    return Feed(reader, batch_size, ids, mirrors, sharding, first_step, threads, broken)
 
 
 def order(length, seed):
@@ -50,6 +62,10 @@ def order(length, seed):
     return ids
 
 
+def _never(positions):
+    return np.zeros(len(positions), bool)
+
+
 def rows(places, batch_size):
     """The rows of a global batch that devices hold, given their slices of it."""
     held = (range(batch_size)[place[0]] for place in places)
@@ -59,9 +75,11 @@ def rows(places, batch_size):
 class Feed:
     """Reads ahead in threads; keeps one more batch on the devices if it is ready."""
 
-    def __init__(self, source, batch_size, ids, sharding, first_step, threads):
-        self._source, self._batch_size, self._ids = source, batch_size, ids
-        self._sharding = sharding
+    def __init__(
+        self, reader, batch_size, ids, mirrors, sharding, first_step, threads, broken
+    ):
+        self._reader, self._batch_size, self._ids = reader, batch_size, ids
+        self._mirrors, self._sharding, self._broken = mirrors, sharding, broken
         places = self._sharding.addressable_devices_indices_map((batch_size,))
         self._rows = rows(places.values(), batch_size)
         self._first = {row: i for i, row in enumerate(self._rows)}
@@ -94,6 +112,7 @@ class Feed:
         """Ends the threads; safe to call twice."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+            getattr(self._reader, "close", lambda: None)()
         self._pool = self._placed = None
         self._pending.clear()
 
@@ -114,18 +133,17 @@ class Feed:
     def _take(self):
         """The next batch, as global arrays."""
         start = time.perf_counter()
-        batch = self._pending.popleft().result()
+        batch, broken = self._pending.popleft().result()
+        self._broken.add(broken)
         self._waited += time.perf_counter() - start
         self._submit()
         return {name: self._place(array) for name, array in batch.items()}
 
     def _read(self, step):
-        """This process's rows of a batch, as numpy arrays."""
-        ids = (self._ids[step * self._batch_size + row] for row in self._rows)
-        records = [_record(self._source, int(i)) for i in ids]
-        if len({frozenset(record) for record in records}) > 1:
-            raise UserError("the data source mixes records of different kinds")
-        return {name: np.stack([r[name] for r in records]) for name in records[0]}
+        """This process's rows of a batch, as numpy arrays, and what was broken."""
+        positions = [step * self._batch_size + row for row in self._rows]
+        ids = [int(self._ids[position]) for position in positions]
+        return self._reader(ids, self._mirrors(positions))
 
     def _place(self, array):
         import jax
@@ -137,27 +155,3 @@ class Feed:
 
         shape = (self._batch_size, *array.shape[1:])
         return jax.make_array_from_callback(shape, self._sharding, held)
-
-
-def _record(source, i):
-    """Record i with its dtypes, once its label and shape are right."""
-    record = source[i]
-    kinds = [kind for kind in KINDS if kind in record]
-    if len(kinds) != 1 or "label" not in record:
-        raise UserError(
-            f"record {i} of the data source has {sorted(record)}; "
-            f"it needs label and one of {', '.join(KINDS)}"
-        )
-    kind = kinds[0]
-    array, label = np.asarray(record[kind]), int(record["label"])
-    if array.shape != tuple(source.shape) or array.dtype != KINDS[kind]:
-        raise UserError(
-            f"{kind} {i} of the data source is {array.dtype} {list(array.shape)} "
-            f"instead of {np.dtype(KINDS[kind])} {list(source.shape)}"
-        )
-    if not 0 <= label < source.classes:
-        raise UserError(
-            f"record {i} of the data source has label {label}, but there are "
-            f"{source.classes} classes (0..{source.classes - 1})"
-        )
-    return {kind: array, "label": np.int32(label)}

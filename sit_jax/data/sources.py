@@ -3,7 +3,9 @@
 Each record holds "label", an int32 in [0, classes), and one of
 "image" uint8 [H, W, C], "moments" float32 [H, W, 2C] (mean, log variance of a VAE),
 "latent" float32 [H, W, C] (already scaled). `source.shape` is that array's shape and
-`source.classes` the number of classes. Sources can be pickled and need no JAX.
+`source.classes` the number of classes. Where `source.flip` is true, source.mirrored(i)
+is record i seen in a mirror, and batches take it half of the time. A BrokenImage is
+replaced by another record. Sources can be pickled and need no JAX.
 """
 
 import dataclasses

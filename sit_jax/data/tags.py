@@ -1,0 +1,74 @@
+"""How a cache of latents was made, so that it is not taken for another one."""
+
+import dataclasses
+import json
+
+from sit_jax.errors import UserError
+
+PLAN, DONE = "plan.json", "cache.json"  # the tags alone; the tags and what came out
+WORDS = {  # what a tag is called where it contradicts
+    "encoder_sha256": "the VAE's encoder (sha256)",
+    "listing_sha256": "the list of images (sha256)",
+    "size": "the resolution",
+    "views": "the number of views (2: both flips)",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tags:
+    """How a cache was made. None: not known, as of latents from elsewhere."""
+
+    kind: str  # moments, or latent (drawn and scaled already)
+    shape: tuple[int, int, int]  # of a record
+    dtype: str
+    views: int  # records an image: 2 with a mirrored one
+    encoder_sha256: str | None
+    precision: str | None  # of the VAE: a word of precision.py
+    scale: float | None  # that latents of variance about 1 need
+    size: int | None  # of the images, in pixels
+    crop: str | None
+    listing_sha256: str | None
+    records: int  # that the source had
+    classes: int
+    shards: int
+
+    def shard(self, number):
+        """-> its file's name, the range of the source's records it is made of."""
+        name = f"moments-{number:05d}-of-{self.shards:05d}.array_record"
+        ends = (self.records * k // self.shards for k in (number, number + 1))
+        return name, range(*ends)
+
+
+def default_shards(records):
+    """As many as processes may want to share, and never more than 256 files."""
+    return max(1, min(256, -(-records // 256)))
+
+
+def read_json(path):
+    """-> the content of one of a cache's two JSON files."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); extract again") from error
+
+
+def read_tags(values, path):
+    """-> Tags from the JSON of a cache at path."""
+    try:
+        tags = Tags(**values)
+    except TypeError as error:
+        raise UserError(
+            f"{path} is of another version ({error}); extract it again"
+        ) from (error)
+    return dataclasses.replace(tags, shape=tuple(tags.shape))
+
+
+def require_same(path, tags, wanted):
+    """Refuses tags unlike the wanted {name: value}, and says which one."""
+    for name, value in wanted.items():
+        found = getattr(tags, name)
+        if found is not None and found != value:
+            raise UserError(
+                f"{path} was made with another value of {WORDS.get(name, name)}: "
+                f"{found}, not {value}; extract into another folder"
+            )

@@ -1,0 +1,247 @@
+"""Images to a cache: the same from one process or more, and after any kill."""
+
+import jax
+import numpy as np
+import photographs
+import pytest
+from small import called
+from toy_codec import toy
+
+import extract_features
+from sit_jax.data.arrays import Arrays
+from sit_jax.data.cache import LatentCache
+from sit_jax.data.feed import batches
+from sit_jax.data.folders import ImageFolder
+from sit_jax.data.shards import ShardReader
+from sit_jax.errors import UserError
+from sit_jax.extraction import Encoder, describe, encode, extract
+from sit_jax.sharding import make_mesh
+
+SETTINGS = {"batch_size": 8, "threads": 2}
+
+
+def images(count=30):
+    """Images [8, 12] whose mirror images have other moments."""
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 256, (count, 8, 12, 3), np.uint8)
+    return Arrays(values, np.arange(count) % 5, 5)
+
+
+def make(path, source=None, codec=None, flip=True, dtype="float32", shards=8, **more):
+    source, codec = source or images(), codec or toy()
+    tags = describe(source, codec, dtype, flip, shards)
+    return extract(source, codec, path, tags, **SETTINGS | more)
+
+
+def contents(path):
+    """-> {name: bytes} of all that makes up a cache."""
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A cache of images() by toy()."""
+    path = tmp_path_factory.mktemp("cache")
+    assert make(path)[0] == 30
+    return path
+
+
+def test_moments_are_the_codecs_of_both_views(made):
+    source, codec, cache = images(), toy(), LatentCache(made)
+    assert (len(cache), cache.shape, cache.classes) == (30, (2, 3, 4), 5)
+    encode = jax.jit(lambda codec, x: codec.encode(x))
+    for mirror, record in ((False, cache.__getitem__), (True, cache.mirrored)):
+        wanted = encode(codec, source.images[:, :, ::-1] if mirror else source.images)
+        found = np.stack([record(i)["moments"] for i in range(30)])
+        # the same products of 48 numbers; XLA may add them in another order
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    assert [int(r["label"]) for r in cache] == source.labels.tolist()
+    tags = cache.tags
+    assert (tags.scale, tags.encoder_sha256) == (0.5, "e" * 64)
+    assert (tags.size, tags.crop, tags.views) == (8, "ADM centre crop", 2)
+    assert tags.listing_sha256 == source.listing()
+
+
+def test_flips_have_probability_one_half_through_the_cache(made):
+    """Which view a batch holds is seen from its moments."""
+    cache = LatentCache(made)
+    look = (cache.__getitem__, cache.mirrored)
+    views = np.stack([[see(i)["moments"] for i in range(30)] for see in look])
+    seen = []
+    with batches(cache, 32, 0, 0, make_mesh(data=-1, fsdp=1)) as feed:
+        for _ in range(15):
+            for moments in np.asarray(next(feed)["moments"]):
+                match = (views == moments).all((2, 3, 4))
+                assert match.sum() == 1
+                seen.append(match[1].any())
+    assert abs(np.mean(seen) - 0.5) < 0.09  # 480 coins: 4 standard deviations
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_write_what_one_writes(made, tmp_path, count):
+    for process in reversed(range(count)):
+        done, about = make(tmp_path, process=process, count=count)
+        assert (about is None) == (process > 0)  # the last one finishes it
+    assert contents(tmp_path) == contents(made)
+
+
+def test_process_workers_write_the_same(made, tmp_path):
+    make(tmp_path, workers=1)
+    assert contents(tmp_path) == contents(made)
+
+
+class Stopping(Arrays):
+    """Stops, as by a kill, when its last image is read."""
+
+    def __getitem__(self, i):
+        if i == len(self) - 1:
+            raise KeyboardInterrupt
+        return super().__getitem__(i)
+
+
+def test_a_stopped_extraction_goes_on(made, tmp_path):
+    whole = images()
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, Stopping(whole.images, whole.labels, 5))
+    begun = {name: (tmp_path / name).stat().st_mtime_ns for name in contents(tmp_path)}
+    assert 1 < len(begun) < 9 and begun.keys() < contents(made).keys()
+    with pytest.raises(UserError, match="is not finished"):
+        LatentCache(tmp_path)
+    seen = []
+    done, _ = make(tmp_path, show=lambda images, of: seen.append((images, of)))
+    assert 0 < done < 30 and sum(images for images, _ in seen) == done == seen[0][1]
+    for name, time in begun.items():
+        assert (tmp_path / name).stat().st_mtime_ns == time  # not made again
+    assert contents(tmp_path) == contents(made)
+    assert make(tmp_path)[0] == 0  # nothing to do
+
+
+def test_half_floats_and_one_view(made, tmp_path):
+    make(tmp_path, dtype="float16", flip=False)
+    full, half = LatentCache(made), LatentCache(tmp_path, flip=False)
+    for ours, theirs in zip(half, full, strict=True):
+        # half precision: 11 bits
+        wanted = theirs["moments"]
+        np.testing.assert_allclose(ours["moments"], wanted, rtol=2**-11, atol=1e-7)
+    record = lambda path: ShardReader(path / half.tags.shard(0)[0]).read(0)
+    assert (len(record(made)), len(record(tmp_path))) == (16 + 24 * 4, 16 + 24 * 2)
+
+
+def test_broken_images_are_left_out_named_and_counted(tmp_path):
+    root = photographs.folder(tmp_path / "images", each=4, size=(8, 8))
+    (root / "bee" / "1.png").write_bytes(b"no image")
+    said = []
+    source = ImageFolder(root, 8, broken_share=0.1)
+    done, about = make(tmp_path / "out", source, shards=2, say=said.append)
+    cache = LatentCache(tmp_path / "out")
+    assert (done, len(cache), about["images"]) == (12, 11, [5, 6])
+    assert [cache.id(i) for i in range(11)] == [0, 1, 2, 3, 4, *range(6, 12)]
+    assert len(said) == 1 and "bee/1.png: cannot identify" in said[0]
+    assert list(about["broken"]) == ["5"] and "left out" in said[0]
+    source.broken_share = 0.01
+    with pytest.raises(UserError, match="1 of 12 images are broken, more than broken"):
+        make(tmp_path / "strict", source, shards=2)
+
+
+def test_another_vae_may_not_go_on(made):
+    with pytest.raises(UserError, match="another value of the VAE's encoder"):
+        make(made, codec=toy(encoder_sha256="f" * 64))
+    with pytest.raises(UserError, match="another value of the list of images"):
+        make(made, images(31))
+
+
+def test_values_that_are_not_finite_stop_it(tmp_path):
+    codec = toy()
+    codec = codec.replace(kernel=codec.kernel.at[0, 0].set(np.nan))
+    with pytest.raises(UserError, match="moments of image 0 are not finite"):
+        make(tmp_path, codec=codec)
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"batch_size": 12}, "batch size 12 cannot be split over 8 devices"),
+        ({"dtype": "bfloat16"}, "'bfloat16' is none of float32, float16"),
+        ({"shards": 31}, "31 shards for 30 images"),
+        ({"shards": 0}, "0 shards for 30 images"),
+        ({"process": 2, "count": 2}, "process 2 of 2"),
+    ],
+    ids="batch dtype many none process".split(),
+)
+def test_wrong_settings_are_refused(tmp_path, settings, says):
+    with pytest.raises(UserError, match=says):
+        make(tmp_path / "out", **settings)
+    assert not list(tmp_path.glob("out/*record"))
+
+
+def test_weights_are_arguments_of_one_program():
+    source = images()
+    tags = describe(source, toy())
+    before = encode._cache_size()
+    for codec, count in ((toy(), 8), (toy(), 3), (toy(1), 8)):
+        assert len(Encoder(codec, tags, 16)(source.images[:count])) == 2
+    assert encode._cache_size() == before + 1
+    text = encode.lower(toy(), source.images[:8], False, "float32").as_text()
+    assert "tensor<48x4xf32>" in text.split("->")[0]  # the kernel comes in
+
+
+def script(monkeypatch, capsys, *arguments):
+    """Runs extract_features.py with the toy codec in the VAE's place."""
+    monkeypatch.setattr(extract_features, "load", lambda vae, precision: toy())
+    words = [str(word) for word in arguments]
+    return called(extract_features.main, monkeypatch, capsys, *words)
+
+
+def test_the_script_reports_and_checks(tmp_path, monkeypatch, capsys):
+    root = photographs.folder(tmp_path / "images", size=(8, 8))
+    (root / "ant" / "notes.txt").write_text("")
+    out = tmp_path / "out"
+    words = ("--data", root, "--vae", "x", "--size", 8, "--out", out, "--batch-size", 8)
+    code, said, errors = script(monkeypatch, capsys, *words)
+    assert code == 0, errors
+    assert "9 images in 3 classes: ant, bee, cat\n" in said
+    assert "1 files are no images by name, the first: " in said
+    assert "images/s" in said and f"9 images in {out}, 0 broken" in said
+    assert "scaled latents by channel: mean " in said
+    assert "warning: a standard deviation of 0." in errors  # of a toy's latents
+    assert LatentCache(out).class_names == ["ant", "bee", "cat"]
+    assert (out / "manifest.json").exists()
+    code, said, _ = script(monkeypatch, capsys, *words)
+    assert code == 0 and "\n0 images in " in said
+    pairs, again = tmp_path / "pairs", tmp_path / "again"
+    words = ("--data", out, "--kind", "cache", "--out", pairs)
+    assert script(monkeypatch, capsys, *words)[0] == 0
+    words = ("--data", pairs, "--kind", "fast-dit", "--out", again, "--classes", 3)
+    code, said, _ = script(monkeypatch, capsys, *words)
+    assert code == 0 and f"9 latents in {again}" in said
+    assert len(LatentCache(again)) == 9
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--data", "nowhere", "--vae", "x"], "no folder nowhere"),
+        (
+            ["--data", "x", "--kind", "tar", "--vae", "x"],
+            "no file x; put ILSVRC",
+        ),
+        (
+            ["--data", "x", "--vae", "x", "--process", "1"],
+            "--process and --count go",
+        ),
+        (["--data", "x", "--vae", "x", "--config.a=1"], "unknown argument"),
+        (["--data", "x", "--kind", "lmdb"], "invalid choice: 'lmdb'"),
+    ],
+    ids="folder tar process config kind".split(),
+)
+def test_the_script_names_mistakes(tmp_path, monkeypatch, capsys, words, says):
+    monkeypatch.chdir(tmp_path)
+    code, _, errors = script(monkeypatch, capsys, *words, "--out", tmp_path / "out")
+    assert code == 2 and says in errors and errors.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_script_wants_a_vae(monkeypatch, capsys):
+    words = ("--data", "x", "--out", "y")
+    code, _, errors = called(extract_features.main, monkeypatch, capsys, *words)
+    assert code == 2 and "--vae is missing" in errors

@@ -1,0 +1,265 @@
+"""Folders of images, CIFAR, arrays, tfds: which images, which labels, which order."""
+
+import os
+import subprocess
+import sys
+import types
+
+import numpy as np
+import photographs
+import pytest
+from photographs import pixels, png
+
+from sit_jax.data.arrays import Arrays
+from sit_jax.data.cifar import CifarBinary, CifarFolder
+from sit_jax.data.folders import AdmFolder, ImageFolder
+from sit_jax.data.images import BrokenImage
+from sit_jax.data.prepared import Tfds
+from sit_jax.errors import UserError
+
+
+def write(root, names):
+    """Files of these names, each a picture of its own; a / makes folders."""
+    for i, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(i, 9, 8))
+    return root
+
+
+def listed(source):
+    """-> names below the source's folder, in its order."""
+    return list(source.files.names)
+
+
+def test_image_folder_numbers_classes_and_images_by_name(tmp_path):
+    source = ImageFolder(photographs.folder(tmp_path), 12, flip=False)
+    assert (len(source), source.shape, source.classes) == (9, (12, 12, 3), 3)
+    assert source.class_names == ["ant", "bee", "cat"] and not source.flip
+    assert [int(r["label"]) for r in source] == [0] * 3 + [1] * 3 + [2] * 3
+    # image n of class c is pixels(10 * c + n); 16 of 16 rows scaled by 12 / 16
+    wanted = pixels(11).astype(int).mean((0, 1))
+    found = source[4]["image"].astype(int).mean((0, 1))
+    assert abs(found - wanted).max() < 4  # its colour; another picture's is 10s away
+    assert source.name(4) == str(tmp_path / "bee" / "1.png")
+
+
+def test_image_folder_sorts_as_torchvision(tmp_path):
+    """Class folders by code points, in them folder paths as words, then names."""
+    wanted = ["B/1.webp", "b/10.jpg", "b/2.PNG", "b/x/1.jpg", "b/x-y/1.jpg"]
+    wanted += ["b/x/y/1.jpg", "é/0.jpeg"]  # for "-" comes before "/"
+    source = ImageFolder(write(tmp_path, reversed(wanted)), 8)
+    assert source.class_names == ["B", "b", "é"]
+    assert listed(source) == wanted
+
+
+def test_image_folder_leaves_out_what_is_no_image(tmp_path):
+    write(
+        tmp_path, ["a/0.jpg", "a/notes.txt", "a/.hidden.jpg", ".git/0.jpg", "b/1.bmp"]
+    )
+    (tmp_path / "readme.jpg").write_bytes(png(0))  # beside the classes
+    source = ImageFolder(tmp_path, 8)
+    assert listed(source) == ["a/0.jpg", "b/1.bmp"]
+    assert source.ignored == [str(tmp_path / "a/notes.txt")]
+    text = write(tmp_path / "other", ["a/0.jpg"])
+    (text / "a/1.jpg").write_text("this is no image")
+    with pytest.raises(BrokenImage, match=r"a/1\.jpg: cannot identify"):
+        ImageFolder(text, 8)[1]
+
+
+def test_links_that_lead_back_up_end(tmp_path):
+    write(tmp_path, ["a/x/0.jpg"])
+    os.symlink(tmp_path / "a", tmp_path / "a" / "x" / "up")
+    os.symlink(tmp_path / "a" / "x", tmp_path / "b")  # a class may be a link
+    names = listed(ImageFolder(tmp_path, 8))
+    assert [name for name in names if name.startswith("a")] == ["a/x/0.jpg"]
+    assert "b/0.jpg" in names
+    assert listed(AdmFolder(write(tmp_path / "adm", ["c_0.jpg"]), 8)) == ["c_0.jpg"]
+
+
+@pytest.mark.parametrize("kind", [ImageFolder, AdmFolder, CifarFolder, CifarBinary])
+def test_missing_folders_are_named(tmp_path, kind):
+    with pytest.raises(UserError, match=f"no folder {tmp_path}/none"):
+        kind(tmp_path / "none")
+
+
+def test_folders_without_classes_or_images_are_named(tmp_path):
+    with pytest.raises(UserError, match="holds no folders; .* AdmFolder"):
+        ImageFolder(tmp_path)
+    with pytest.raises(UserError, match=f"no images .* below {tmp_path}"):
+        AdmFolder(tmp_path)
+    write(tmp_path, ["a/0.jpg", "b/c/notes.txt"])
+    with pytest.raises(UserError, match=f"no images in {tmp_path}/b; remove it"):
+        ImageFolder(tmp_path)
+
+
+def test_adm_folder_takes_classes_from_names(tmp_path):
+    names = ["10_0.jpg", "2_1.gif", "sub/2_0.jpeg", "sub/n01_a_b.PNG", "z_.png"]
+    source = AdmFolder(write(tmp_path, [*names, "skipped_0.webp"]), 8)
+    assert source.class_names == ["10", "2", "n01", "z"]  # as words: 10 before 2
+    assert listed(source) == names
+    assert [int(label) for label in source.labels] == [0, 1, 1, 2, 3]
+    write(tmp_path, ["plain.jpg"])
+    with pytest.raises(UserError, match=r"plain\.jpg has no class .* ClassID_ImgID"):
+        AdmFolder(tmp_path)
+
+
+def test_adm_folder_sorts_files_and_folders_together(tmp_path):
+    names = ["a_0.jpg", "b/a_0.jpg", "b/c/a_0.jpg", "b/d_0.jpg", "c_0.jpg"]
+    assert listed(AdmFolder(write(tmp_path, names), 8)) == names
+
+
+def test_cifar_as_folders(tmp_path):
+    photographs.folder(tmp_path / "train", size=(32, 32))
+    photographs.folder(tmp_path / "test", ("ant", "bee", "cat"), 1, (32, 32))
+    train, test = CifarFolder(tmp_path), CifarFolder(tmp_path, train=False)
+    assert (len(train), len(test), train.shape) == (9, 3, (32, 32, 3))
+    np.testing.assert_array_equal(train[5]["image"], pixels(12, 32, 32))  # untouched
+    assert train.flip and train.classes == 3
+
+
+def test_cifar_as_binary_batches(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (5, 32, 32, 3), np.uint8)
+    for i, part in enumerate((images[:2], images[2:4])):
+        planes = part.transpose(0, 3, 1, 2).reshape(2, -1)
+        rows = np.concatenate([np.array([[7], [i]], np.uint8), planes], 1)
+        (tmp_path / f"data_batch_{i + 1}.bin").write_bytes(rows.tobytes())
+    (tmp_path / "batches.meta.txt").write_text("\n".join("abcdefghij") + "\n\n")
+    source = CifarBinary(tmp_path)
+    assert (len(source), source.shape, source.classes) == (4, (32, 32, 3), 10)
+    assert [int(r["label"]) for r in source] == [7, 0, 7, 1]
+    np.testing.assert_array_equal(source[2]["image"], images[2])
+    assert source.class_names == list("abcdefghij")
+    with pytest.raises(UserError, match=r"no test_batch\.bin in"):
+        CifarBinary(tmp_path, train=False)
+    (tmp_path / "data_batch_1.bin").write_bytes(b"\0" * 3000)
+    with pytest.raises(UserError, match=r"_1\.bin has 3000 bytes, no multiple of 3073"):
+        CifarBinary(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [CifarFolder, CifarBinary])
+def test_cifar_pickles_are_not_read(tmp_path, kind):
+    (tmp_path / "data_batch_1").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    with pytest.raises(UserError, match="pickles .* cifar-10-binary.tar.gz"):
+        kind(tmp_path)
+
+
+def test_arrays_are_records():
+    images = np.stack([pixels(i) for i in range(3)])
+    source = Arrays(images, [2, 0, 1], flip=True)
+    assert (len(source), source.shape, source.classes) == (3, (16, 20, 3), 3)
+    np.testing.assert_array_equal(source[1]["image"], images[1])
+    np.testing.assert_array_equal(source.mirrored(1)["image"], images[1][:, ::-1])
+    assert source[0]["label"] == 2 and source[0]["label"].dtype == np.int32
+    assert source.listing() == Arrays(images.copy(), [2, 0, 1]).listing()
+    assert source.listing() != Arrays(images, [2, 1, 1]).listing()
+
+
+@pytest.mark.parametrize(
+    "images, labels, classes, says",
+    [
+        (np.zeros((2, 4, 4), np.uint8), [0, 0], None, r"uint8 \[2, 4, 4\]; give uint8"),
+        (np.zeros((2, 4, 4, 3)), [0, 0], None, "float64"),
+        (np.zeros((2, 4, 4, 3), np.uint8), [0], None, r"int64 \[1\]; give 2 integers"),
+        (np.zeros((2, 4, 4, 3), np.uint8), [0.0, 1.0], None, "float64"),
+        (np.zeros((2, 4, 4, 3), np.uint8), [0, 5], 5, "from 0 to 5, but there are 5"),
+        (np.zeros((2, 4, 4, 3), np.uint8), [-1, 0], None, "from -1 to 0"),
+    ],
+    ids=["rank", "dtype", "count", "floats", "large", "negative"],
+)
+def test_wrong_arrays_are_refused(images, labels, classes, says):
+    with pytest.raises(UserError, match=says):
+        Arrays(images, labels, classes)
+
+
+class Prepared(list):
+    """What tfds.data_source returns, as far as it is used."""
+
+    features = {"label": types.SimpleNamespace(names=["cat", "dog"], num_classes=2)}
+    dataset_info = types.SimpleNamespace(full_name="pets/1.0.0", features=features)
+
+
+def tfds(monkeypatch, data_source):
+    """Puts a stand-in for tensorflow_datasets where imports find it."""
+    module = types.ModuleType("tensorflow_datasets")
+    module.decode = types.SimpleNamespace(SkipDecoding=lambda: "bytes, please")
+    module.data_source = data_source
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", module)
+
+
+def test_tfds_is_read_through_its_data_source(monkeypatch):
+    asked = []
+    records = [
+        {"image": png(0), "label": np.int64(1)},
+        {"image": pixels(1), "label": np.int64(0)},  # of a version that decodes anyway
+    ]
+
+    def data_source(name, **settings):
+        asked.append((name, settings))
+        return Prepared(records)
+
+    tfds(monkeypatch, data_source)
+    source = Tfds("pets", "test", 16, data_dir="there")
+    decoders = {"image": "bytes, please"}
+    wanted = {"split": "test", "data_dir": "there", "download": False}
+    assert asked == [("pets", wanted | {"decoders": decoders})]
+    assert (len(source), source.shape, source.classes) == (2, (16, 16, 3), 2)
+    assert source.class_names == ["cat", "dog"] and source.flip
+    for i in range(2):
+        image = source[i]["image"]
+        np.testing.assert_array_equal(image, pixels(i)[:, 2:18])  # already 16 high
+        np.testing.assert_array_equal(source.mirrored(i)["image"], image[:, ::-1])
+    assert [int(r["label"]) for r in source] == [1, 0]
+    assert source.name(1) == "pets/1.0.0/test[1]" and len(source.listing()) == 64
+    assert source.__getstate__()["_opened"] is None  # a copy opens its own files
+
+
+def raising(error):
+    def data_source(name, **settings):
+        raise error
+
+    return data_source
+
+
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (AssertionError("could not find data\nin"), "preparing it needs TensorFlow"),
+        (
+            NotImplementedError("random access"),
+            "prepared as array_record in its ",
+        ),
+        (
+            ImportError("no", name="tensorflow.io"),
+            "needs tensorflow: pip install",
+        ),
+        (ImportError("no", name="importlib_resources"), "install importlib-resources;"),
+    ],
+    ids=["unprepared", "format", "tensorflow", "resources"],
+)
+def test_tfds_says_in_one_line_what_is_missing(monkeypatch, error, says):
+    tfds(monkeypatch, raising(error))
+    with pytest.raises(UserError, match=says) as caught:
+        Tfds("imagenet2012")
+    assert "ImageNetTar or ImageFolder" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_tfds_itself_may_be_absent(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(UserError, match="pip install tensorflow-datasets"):
+        Tfds("imagenet2012")
+
+
+def test_image_sources_need_no_jax(tmp_path):
+    photographs.folder(tmp_path)
+    code = (
+        "import sys; from sit_jax.data.folders import ImageFolder; "
+        "ImageFolder(sys.argv[1])[0]; import sit_jax.data.archives, sit_jax.data.cifar"
+        "; import sit_jax.data.prepared, sit_jax.data.filling, sit_jax.data.feed"
+        "; import sit_jax.data.cache, sit_jax.data.pairs, sit_jax.data.workers"
+        "; sys.exit(any(m in sys.modules for m in ('jax', 'tensorflow', 'grain')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], check=False)
+    assert done.returncode == 0

@@ -1,0 +1,214 @@
+"""Image files become the RGB that the original scripts see, cut by ADM's rule."""
+
+import io
+import struct
+import sys
+import zlib
+
+import numpy as np
+import pytest
+from photographs import encoded, pixels, png
+from PIL import Image
+from recorded import arrays, case
+
+from sit_jax.data.images import BrokenImage, Images, center_crop, rgb
+from sit_jax.data.names import Names
+from sit_jax.errors import UserError
+
+
+def as_array(data):
+    image = rgb(data)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+@pytest.mark.parametrize("i", range(7))
+def test_crop_is_bit_equal_to_the_original(i):
+    recorded = arrays("center_crop")
+    cropped = center_crop(
+        Image.fromarray(recorded[f"in{i}"]), case("center_crop")["size"]
+    )
+    assert cropped.dtype == np.uint8
+    np.testing.assert_array_equal(cropped, recorded[f"out{i}"])
+
+
+def test_colours_stay_as_they_are():
+    for kind in ("PNG", "BMP", "PPM", "TIFF", "GIF"):
+        image = (
+            pixels(0) if kind != "GIF" else np.full((4, 5, 3), (255, 0, 0), np.uint8)
+        )
+        np.testing.assert_array_equal(as_array(encoded(image, kind)), image)
+    webp = encoded(pixels(0), "WEBP", lossless=True)
+    np.testing.assert_array_equal(as_array(webp), pixels(0))
+    # JPEG loses something: at quality 95 and without subsampling a few levels
+    jpeg = as_array(encoded(pixels(0), "JPEG", quality=95, subsampling=0)).astype(int)
+    assert abs(jpeg - pixels(0)).max() < 16
+
+
+def test_grey_is_repeated_and_black_and_white_too():
+    grey = pixels(1)[..., 0]
+    wanted = np.repeat(grey[..., None], 3, -1)
+    np.testing.assert_array_equal(as_array(encoded(grey)), wanted)
+    np.testing.assert_array_equal(as_array(grey[..., None]), wanted)  # from an array
+    bilevel = Image.fromarray(grey > 128)
+    wanted = np.where(wanted > 128, 255, 0)
+    np.testing.assert_array_equal(as_array(encoded(bilevel)), wanted)
+
+
+def test_alpha_is_dropped_not_blended():
+    image, alpha = pixels(2), np.zeros((16, 20, 1), np.uint8)
+    both = np.concatenate([image, alpha], -1)  # wholly transparent
+    np.testing.assert_array_equal(as_array(encoded(both)), image)
+    pair = Image.merge(
+        "LA", [Image.fromarray(image[..., 0]), Image.fromarray(alpha[..., 0])]
+    )
+    wanted = np.repeat(image[..., :1], 3, -1)
+    np.testing.assert_array_equal(as_array(encoded(pair)), wanted)
+
+
+@pytest.mark.parametrize(
+    "transparency", [None, 2, b"\0\x80\xff"], ids=["no", "one", "each"]
+)
+def test_palettes_are_looked_up(transparency):
+    indices = np.arange(20, dtype=np.uint8).reshape(4, 5) % 3
+    colours = np.array([[9, 200, 30], [255, 0, 128], [1, 2, 3]], np.uint8)
+    image = Image.new("P", (5, 4))
+    image.frombytes(indices.tobytes())
+    image.putpalette(colours.tobytes())
+    settings = {} if transparency is None else {"transparency": transparency}
+    # and PIL's warning about transparency would be an error here
+    found = as_array(encoded(image, **settings))
+    np.testing.assert_array_equal(found, colours[indices])
+
+
+def test_cmyk_by_the_plain_formula():
+    ink = np.random.default_rng(0).integers(0, 256, (6, 7, 4), np.uint8)
+    image = Image.frombytes("CMYK", (7, 6), ink.tobytes())
+    found = as_array(encoded(image, "TIFF")).astype(float)
+    colour, black = ink[..., :3] / 255.0, ink[..., 3:] / 255.0
+    wanted = 255 * (1 - colour) * (1 - black)
+    assert abs(found - wanted).max() <= 1  # rounding of integers
+    jpeg = as_array(encoded(image.resize((70, 60), Image.Resampling.BOX), "JPEG"))
+    assert jpeg.shape == (60, 70, 3)
+
+
+def test_sixteen_bits_as_pil_does_it():
+    """Grey is cut off at 255, which makes it nearly white; colours keep 8 bits."""
+    values = np.linspace(0, 65535, 30).astype(np.uint16).reshape(5, 6)
+    found = as_array(encoded(values))
+    np.testing.assert_array_equal(
+        found, np.repeat(np.minimum(values, 255)[..., None], 3, -1)
+    )
+    deep = np.random.default_rng(1).integers(0, 65536, (3, 4, 3))
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
+    header = struct.pack(">IIBBBBB", 4, 3, 16, 2, 0, 0, 0)  # PIL cannot write this PNG
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    chunk = lambda kind, data: (
+        struct.pack(">I", len(data))
+        + kind
+        + data
+        + struct.pack(">I", zlib.crc32(kind + data))
+    )
+    file = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+    np.testing.assert_array_equal(as_array(file), deep >> 8)
+
+
+def test_exif_does_not_turn_the_image():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees, says the camera
+    turned = encoded(pixels(3), "JPEG", exif=exif)
+    assert rgb(turned).size == (20, 16)
+    np.testing.assert_array_equal(
+        as_array(turned), as_array(encoded(pixels(3), "JPEG"))
+    )
+
+
+def test_what_torchvision_would_see():
+    """torchvision's loader is open and convert("RGB"); for files of all these kinds."""
+    image = Image.fromarray(pixels(4))
+    for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"):
+        data = encoded(image.convert(mode), "TIFF")
+        wanted = Image.open(io.BytesIO(data)).convert("RGB")
+        np.testing.assert_array_equal(as_array(data), np.asarray(wanted))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"no image at all", png(0)[:-30], png(0)[:60], encoded(pixels(0), "PCX")],
+    ids=["empty", "text", "truncated", "header", "unusual"],
+)
+def test_broken_images_say_why(data):
+    with pytest.raises(BrokenImage) as caught:
+        rgb(data)
+    assert str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_limit_against_bombs_is_kept(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20 * 16 - 1)
+    with pytest.raises(BrokenImage, match="pixels|limit"):
+        rgb(png(0))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20 * 16)
+    strip = rgb(encoded(pixels(0, 300, 1)))  # small, and 24 x 7200 after scaling
+    with pytest.raises(BrokenImage, match="7200 x 24 .* limit of 320 pixels"):
+        center_crop(strip, 24)
+
+
+class Listed(list):
+    """Bytes of images with names."""
+
+    @property
+    def names(self):
+        return Names([self.name(i) for i in range(len(self))])
+
+    def name(self, i):
+        return f"{i}.png"
+
+
+def test_records_and_their_mirror_images():
+    source = Images(Listed([png(0), png(1)]), [1, 0], ["a", "b"], 12, True, 0.0)
+    assert (len(source), source.shape, source.classes) == (2, (12, 12, 3), 2)
+    record, mirrored = source[0], source.mirrored(0)
+    wanted = center_crop(Image.fromarray(pixels(0)), 12)
+    np.testing.assert_array_equal(record["image"], wanted)
+    np.testing.assert_array_equal(mirrored["image"], wanted[:, ::-1])
+    assert record["label"] == mirrored["label"] == 1
+    assert record["image"].dtype == np.uint8 and record["label"].dtype == np.int32
+    assert [int(r["label"]) for r in source] == [1, 0]  # a sequence: it ends
+    broken = Images(Listed([b"?"]), [0], ["a"], 12, True, 0.0)
+    with pytest.raises(BrokenImage, match=r"^0\.png: cannot identify"):
+        broken[0]
+
+
+def test_listings_tell_sources_apart():
+    make = lambda names, labels, classes: Images(
+        Listed([b""] * names), labels, classes, 8, True, 0.0
+    ).listing()
+    same = make(2, [0, 1], ["a", "b"])
+    assert same == make(2, [0, 1], ["a", "b"]) and len(same) == 64
+    others = {make(2, [1, 0], ["a", "b"]), make(2, [0, 1], ["a", "c"])}
+    others |= {make(3, [0, 1, 1], ["a", "b"])}
+    assert len(others | {same}) == 4
+
+
+@pytest.mark.parametrize("fields", [{"size": 0}, {"broken_share": 1.5}], ids=str)
+def test_wrong_settings_are_refused(fields):
+    settings = {"size": 8, "flip": True, "broken_share": 0.0} | fields
+    name, value = next(iter(fields.items()))
+    with pytest.raises(UserError, match=f"{name}={value} must be"):
+        Images(Listed([b""]), [0], ["a"], **settings)
+
+
+def test_pillow_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(UserError, match="pip install pillow"):
+        rgb(b"")
+
+
+def test_names_are_a_compact_sequence():
+    words = ["a", "", "über/straße", "x" * 300]
+    names = Names(words)
+    assert list(names) == words and len(names) == 4
+    assert names.digest() == Names(words).digest() != Names(["aü"] + words[1:]).digest()
+    assert Names(["ab", "c"]).digest() != Names(["a", "bc"]).digest()
+    with pytest.raises(IndexError):
+        names[4]
