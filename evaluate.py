@@ -1,0 +1,218 @@
+"""Judges images: python evaluate.py samples.npz --reference VIRTUAL_imagenet256.npz
+
+Inception Score, FID, sFID, precision and recall, as ADM's evaluator prints them, and a
+JSON file beside the samples. python evaluate.py --stats DATA --out ref.npz makes a
+reference; --features takes features that were stored, and needs no network.
+"""
+
+import dataclasses
+import os
+from functools import partial
+from pathlib import Path
+
+import jax
+
+from sit_jax import command, evaluation, inception_weights, outputs, summary
+from sit_jax.drafts import require_free
+from sit_jax.errors import UserError
+from sit_jax.evaluated import open_side
+from sit_jax.features import inception_extractor, remembered, write_features
+from sit_jax.manifest import environment
+from sit_jax.sharding import make_mesh
+from sit_jax.workdir import read_json, write_json
+
+KEPT = 10_000  # features in a statistics file: as many as ADM's references have images
+LONG = 16  # a list in a manifest that is left out of the record
+
+
+def main():
+    parser = command.parser(__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("samples", nargs="?", metavar="SAMPLES", help=".npz with arr_0, or a folder")
+    add("--features", metavar="X.npz", help="stored features instead of SAMPLES")
+    add("--reference", metavar="REF", help="images, ADM's .npz, or made by --stats")
+    add("--stats", metavar="DATA", help="make a reference of these images or features")
+    add("--out", metavar="FILE", help="default: a JSON beside SAMPLES")
+    add("--save-features", metavar="X.npz", help="keep them for --features")
+    add("--metrics", metavar="A,B", help=f"of {','.join(evaluation.WANTED)}")
+    add("--kid", action="store_true", help="the kernel distance too")
+    add("--bootstrap", type=int, metavar="N", help="resamples for an interval of FID")
+    add("--batch-size", type=int, default=64, metavar="N")
+    add("--inception", metavar="FILE", help="weights of the 2015 network")
+    add("--force", action="store_true", help="compare what is not comparable")
+    add("--overwrite", action="store_true")
+    args, rest = command.parse(parser)
+    if rest:
+        raise UserError(f"{rest[0]}: this script has no config")
+    for name, least in (("batch_size", 1), ("bootstrap", 10)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: at least {least}")
+    return make_reference(args) if args.stats else evaluate(args)
+
+
+def evaluate(args):
+    """Samples against a reference -> exit code, after lines and JSON are written."""
+    if (args.samples is None) == (args.features is None):
+        raise UserError("name SAMPLES or --features X.npz, one of the two")
+    if args.reference is None:
+        raise UserError("--reference REF names what the samples are compared with")
+    wanted = evaluation.wanted(args.metrics, args.kid)
+    only = args.features is not None
+    samples = open_side(args.features if only else args.samples, only)
+    reference = open_side(args.reference)
+    out = _place(args.out or _beside(samples.path), args.overwrite)
+    saved = args.save_features and _place(args.save_features, args.overwrite)
+    needs = evaluation.needs_features(wanted) or args.bootstrap is not None
+    missing = (
+        samples.missing(needs, "inception_score" in wanted),
+        reference.missing(needs, False),
+    )
+    if not args.force:
+        evaluation.require_enough(wanted, samples, reference)
+    extractor = _extractor(args, (samples, reference), missing)
+    evaluation.require_comparable(samples, reference, extractor, args.force)
+    print("samples", samples.describe())
+    print("reference", reference.describe(), flush=True)
+    ours = _complete(samples, missing[0], extractor, saved)
+    theirs = _complete(reference, missing[1], extractor)
+    found = evaluation.figures(ours, theirs, wanted, _bar("blocks"))
+    if args.bootstrap and ours.features is not None:
+        count, bar = args.bootstrap, _bar("resamples")
+        found["interval"] = evaluation.interval(
+            ours.features, theirs.pool, count, progress=bar
+        )
+        found["resamples"] = count
+    notes = evaluation.notes(ours.count, wanted, found)
+    if jax.process_index() == 0:
+        print(*evaluation.lines(found), *notes, sep="\n")
+        sides = {"samples": (samples, ours), "reference": (reference, theirs)}
+        write_json(out, _record(sides, extractor, found, notes))
+        print(out)
+    return 0
+
+
+def make_reference(args):
+    """A statistics file of --stats at --out -> exit code."""
+    if not args.out or Path(args.out).suffix != ".npz":
+        raise UserError("--stats needs --out FILE.npz to write to")
+    for name in ("samples", "features", "reference", "bootstrap", "save_features"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--stats makes a reference, and takes no {name}")
+    side, out = open_side(args.stats), _place(args.out, args.overwrite)
+    if side.summary is not None:
+        raise UserError(f"{side.path} holds statistics already: it is a reference")
+    if not args.force:
+        evaluation.require_enough(["fid"], side)
+    extractor = _extractor(args, [side], [side.source])
+    found = _summarized(side.source, extractor, KEPT)
+    if jax.process_index() == 0:
+        record = {"data": str(side.path), "environment": environment()}
+        summary.save(out, found, record)
+        kept = len(found.features)
+        print(f"statistics of {found.count} images, {kept} features of them", out)
+    return 0
+
+
+def _beside(path):
+    """Where the figures of samples go: beside a file, inside a folder."""
+    if path.is_dir():
+        return path / "evaluation.json"
+    return path.with_name(f"{path.name}.evaluation.json")
+
+
+def _place(path, overwrite):
+    """-> Path to write to; what cannot be written later is refused now."""
+    path = require_free(path, overwrite)
+    folder = next(parent for parent in path.parents if parent.is_dir())
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} is not writable; name another place by --out")
+    return path
+
+
+def _extractor(args, sides, missing):
+    """The 2015 network, if images have to go through it.
+
+    Without its weights, images that stand beside statistics are left out.
+    """
+    needs = [
+        (side, source)
+        for side, source in zip(sides, missing, strict=True)
+        if source is not None and source.needs_network
+    ]
+    if not needs:
+        return None
+    most = max(source.count for _, source in needs)
+    try:
+        weights = inception_weights.load(args.inception)
+    except UserError:
+        if args.inception or any(side.summary is None for side, _ in needs):
+            raise
+        return None
+    mesh = make_mesh(data=-1, fsdp=1)
+    return inception_extractor(weights, mesh, min(args.batch_size, most))
+
+
+def _complete(side, missing, extractor, saved=None):
+    """-> the Summary of a side, from its file and from what it still lacks."""
+    if missing is None or (missing.needs_network and extractor is None):
+        return side.summary
+    found = _summarized(missing, extractor, saved=saved)
+    if side.summary is None:
+        return found
+    parts = {"features": found.features, "score": found.score}
+    return dataclasses.replace(side.summary, **parts)
+
+
+def _summarized(source, extractor, keep=None, saved=None):
+    from tqdm import tqdm
+
+    pipeline = extractor.pipeline if source.needs_network else source.pipeline
+    with tqdm(total=source.count, unit="image", disable=None) as bar:
+        batches = summary.counted(source.features(extractor), bar.update)
+        store = {}
+        if saved:
+            batches = remembered(batches, source.count, store)
+        found = summary.summarize(
+            batches, source.count, keep, pipeline, source.is_inception
+        )
+    if saved and jax.process_index() == 0:
+        write_features(saved, store, {"pipeline": pipeline, "data": str(source.path)})
+        print(f"features of {source.count} images", saved)
+    return found
+
+
+def _bar(unit):
+    from tqdm import tqdm
+
+    return partial(tqdm, unit=unit, disable=None, leave=False)
+
+
+def _record(sides, extractor, found, notes):
+    """What the JSON beside the samples says."""
+    record = {"figures": found, "notes": notes}
+    for name, (side, whole) in sides.items():
+        record[name] = {
+            "path": str(side.path),
+            "used": side.keys,
+            "images": whole.count,
+            "features": None if whole.features is None else len(whole.features),
+            "pipeline": side.pipeline(extractor),
+        }
+    manifest = outputs.manifest_path(sides["samples"][0].path)
+    if manifest.is_file():
+        record["samples"]["manifest"] = _short(read_json(manifest))
+    return record | {"environment": environment()}
+
+
+def _short(value):
+    """A manifest without its long lists, as the labels of all images."""
+    if isinstance(value, dict):
+        return {name: _short(item) for name, item in value.items()}
+    if isinstance(value, list) and len(value) > LONG:
+        return f"{len(value)} values"
+    return value
+
+
+if __name__ == "__main__":
+    command.script(main)

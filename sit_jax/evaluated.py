@@ -1,0 +1,111 @@
+"""What can be evaluated: images, features that were stored, statistics.
+
+A source has a path, a count, its pipeline where that is known, and `features`, which
+yields batches; where it says `needs_network`, an Extractor makes them.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from sit_jax import summary
+from sit_jax.array_files import ArrayFile
+from sit_jax.errors import UserError
+from sit_jax.features import StoredFeatures
+from sit_jax.image_sets import FolderImages, NpzImages
+
+
+class OfImages:
+    """Features that a network has to make of images."""
+
+    needs_network, is_inception, pipeline = True, True, None
+
+    def __init__(self, images):
+        self.images, self.path, self.count = images, images.path, len(images)
+
+    def widths(self, extractor):
+        """Numbers in the features, by name; nothing is computed."""
+        return extractor.widths(self.images.shape)
+
+    def features(self, extractor):
+        return extractor(self.images.batches(extractor.batch_size))
+
+
+class OfFeatures:
+    """Features from a file."""
+
+    needs_network = False
+
+    def __init__(self, stored):
+        self._stored, self.path, self.count = stored, stored.path, len(stored)
+        self.is_inception, self.pipeline = stored.is_inception, stored.pipeline
+
+    def widths(self, extractor=None):
+        return self._stored.widths()
+
+    def features(self, extractor=None):
+        return iter(self._stored)
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """Samples or a reference: statistics that are in the file, or a source, or both.
+
+    keys: what is taken from which arrays of the file.
+    """
+
+    path: Path
+    summary: summary.Summary | None
+    source: OfImages | OfFeatures | None
+    keys: dict
+
+    @property
+    def known(self):
+        """What tells count, is_inception and widths."""
+        return self.source if self.summary is None else self.summary
+
+    def pipeline(self, extractor):
+        """What made its features; images have those of the extractor."""
+        through_it = self.summary is None and self.source.needs_network
+        return extractor.pipeline if through_it else self.known.pipeline
+
+    def missing(self, features, score):
+        """-> its source, if that is needed for features, a score or all; or None."""
+        if self.summary is None:
+            return self.source
+        lacks = (features and self.summary.features is None) or (
+            score and self.summary.score is None
+        )
+        return self.source if lacks else None
+
+    def describe(self):
+        used = "; ".join(f"{what} from {key}" for what, key in self.keys.items())
+        return f"{self.path}: {used}"
+
+
+def open_side(path, only_features=False):
+    """-> Side: a folder, images, features, ADM's statistics or ours."""
+    path = Path(path).expanduser()
+    if path.is_dir() and not only_features:
+        return Side(path, None, OfImages(FolderImages(path)), {"all": "its images"})
+    if not path.exists():
+        raise UserError(f"nothing at {path}")
+    file = ArrayFile(path)
+    if "mu" in file and not only_features:
+        return _statistics(file)
+    if only_features or "pool" in file or "features" in file:
+        stored = StoredFeatures(file)
+        return Side(path, None, OfFeatures(stored), {"all": ", ".join(stored.names)})
+    return Side(path, None, OfImages(NpzImages(file)), {"all": "arr_0"})
+
+
+def _statistics(file):
+    found, source = summary.load(file.path), None
+    keys = {"FID": "mu, sigma"}
+    if found.spatial is not None:
+        keys["sFID"] = "mu_s, sigma_s"
+    if found.features is not None:
+        keys["precision and recall"] = f"pool ({len(found.features)} features)"
+    elif "arr_0" in file:
+        source = OfImages(NpzImages(file))
+        keys["precision and recall"] = f"arr_0 ({source.count} images)"
+    return Side(file.path, found, source, keys)

@@ -1,0 +1,168 @@
+"""Images against a reference: ADM's five figures, and what else can be said.
+
+FID is Heusel et al. arXiv:1706.08500, sFID Nash et al. arXiv:2103.03841, both with the
+conventions of the evaluator in openai/guided-diffusion that published figures of ADM,
+DiT, SiT and MDT come from.
+"""
+
+import numpy as np
+
+from sit_jax.errors import UserError
+from sit_jax.features import unlike
+from sit_jax.metrics.gaussian import Gaussian, Moments, frechet
+from sit_jax.metrics.kernel import SIZE, SUBSETS, kernel_distance
+from sit_jax.metrics.manifold import precision_recall
+
+LINES = {  # ADM's order and wording
+    "inception_score": "Inception Score",
+    "fid": "FID",
+    "sfid": "sFID",
+    "precision": "Precision",
+    "recall": "Recall",
+}
+MORE = {"frechet_distance": "Frechet distance", "kid": "KID"}
+WANTED = (*LINES, "kid")  # what can be asked for
+PUBLISHED = 50_000  # images behind a published figure
+LEAST = 2048  # images for a covariance of as many features
+LEVEL = 0.95  # of the interval
+
+
+def fid(batches, extractor, reference):
+    """uint8 batches [n, H, W, 3] and a Summary -> FID of all the images, a float.
+
+    For a curve in training: batches are what a Generator has drawn and decoded, and
+    reference is a statistics file by the same pipeline. FID falls with the number of
+    images, so that only curves of the same number can be compared (FID-k).
+    """
+    require_same(extractor.pipeline, reference.pipeline)
+    moments = Moments(len(reference.pool.mean))
+    for features in extractor(batches):
+        require_widths({"pool": features["pool"].shape[1]}, reference.widths())
+        moments.add(features["pool"])
+    if moments.seen < 2:
+        raise UserError(f"FID of {moments.seen} images; draw at least 2")
+    return frechet(moments.gaussian(), reference.pool)
+
+
+def figures(samples, reference, wanted, progress=iter):
+    """Summaries -> {name: figure} of those wanted that both have what is needed for."""
+    require_widths(samples.widths(), reference.widths())
+    found = {}
+    if "inception_score" in wanted and samples.score is not None:
+        found["inception_score"] = samples.score
+    if "fid" in wanted:
+        name = "fid" if samples.is_inception else "frechet_distance"
+        found[name] = frechet(samples.pool, reference.pool)
+    if "sfid" in wanted and None not in (samples.spatial, reference.spatial):
+        found["sfid"] = frechet(samples.spatial, reference.spatial)
+    sides = (samples.features, reference.features)
+    if any(each is None for each in sides):
+        return found
+    if {"precision", "recall"} & set(wanted):
+        both = zip(
+            ("precision", "recall"), precision_recall(*sides, progress), strict=True
+        )
+        found |= {name: share for name, share in both if name in wanted}
+    if "kid" in wanted:
+        found["kid"], found["kid_std"] = kernel_distance(*sides, progress=progress)
+        found["kid_subsets"] = [SUBSETS, min(SIZE, *map(len, sides))]
+    return found
+
+
+def lines(found):
+    """{name: figure} -> ADM's lines, and those that it has not."""
+    said = [f"{words}: {found[n]}" for n, words in (LINES | MORE).items() if n in found]
+    if "interval" in found:
+        low, high = found["interval"]
+        said.append(f"95 % of resamples of the samples: {low:.6g} to {high:.6g}")
+    return said
+
+
+def interval(features, reference, resamples, seed=0, progress=iter):
+    """features [N, D], Gaussian -> (low, high), a 95 % interval of their distance.
+
+    The bootstrap's percentiles, over sets of N drawn with replacement. Drawing images
+    twice raises a Frechet distance, so the percentiles are moved by as much as their
+    mean lies above the distance itself. The reference is taken as exact.
+    """
+    rng, found = np.random.default_rng(seed), []
+    for _ in progress(range(resamples)):
+        chosen = rng.integers(len(features), size=len(features))
+        found.append(frechet(Gaussian.of(features[np.sort(chosen)]), reference))
+    value = frechet(Gaussian.of(features), reference)
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(np.asarray(found) - np.mean(found), [tail, 1 - tail])
+    return float(value + low), float(value + high)
+
+
+def wanted(listed, kid):
+    """A list like fid,recall -> the names of figures; None stands for ADM's five."""
+    names = listed.split(",") if listed else list(LINES)
+    if odd := [name for name in names if name not in WANTED]:
+        raise UserError(f"--metrics: no {odd[0]!r}; there are {', '.join(WANTED)}")
+    return [*names, "kid"] if kid and "kid" not in names else names
+
+
+def needs_features(names):
+    """Whether figures need features themselves, and not only their moments."""
+    return bool({"precision", "recall", "kid"} & set(names))
+
+
+def require_enough(names, *sides):
+    """Refuses covariances of too few images, where their number is known."""
+    for side in sides if {"fid", "sfid"} & set(names) else ():
+        count = side.known.count
+        if count is not None and count < LEAST:
+            raise UserError(
+                f"{side.path} has {count} images; FID and sFID need {LEAST} for their "
+                "covariances; --force computes them nevertheless, --metrics without "
+                "them"
+            )
+
+
+def require_comparable(samples, reference, extractor, force=False):
+    """Refuses Sides whose features come from other networks, sizes or pipelines."""
+    kinds = {samples.known.is_inception, reference.known.is_inception}
+    if {True, False} <= kinds:
+        raise UserError(
+            f"only one of {samples.path} and {reference.path} has features of the "
+            "Inception network"
+        )
+    require_widths(*(side.known.widths(extractor) for side in (samples, reference)))
+    if not force:
+        require_same(samples.pipeline(extractor), reference.pipeline(extractor))
+
+
+def require_widths(ours, theirs):
+    """Refuses features of other sizes; both {name: numbers in a feature}."""
+    for name in ours.keys() & theirs.keys():
+        if ours[name] != theirs[name]:
+            raise UserError(
+                f"the reference has {theirs[name]} {name} features, the samples have "
+                f"{ours[name]}: they come from other networks"
+            )
+
+
+def require_same(pipeline, other):
+    """Refuses a reference whose features come from another pipeline."""
+    if odd := unlike(pipeline, other):
+        said = "; ".join(f"{n}: {other.get(n)}, not {pipeline.get(n)}" for n in odd)
+        raise UserError(
+            "the reference was made by another pipeline (library "
+            f"{other.get('library')}; {said}); make it anew by --stats, or compare all "
+            "the same by --force"
+        )
+
+
+def notes(count, names, found):
+    """Sentences on what a reader of the figures has to know."""
+    said = []
+    if {"fid", "sfid"} & found.keys() and count != PUBLISHED:
+        many = "an unknown number of" if count is None else count
+        said.append(f"{many} images: not comparable with a published FID-50K")
+    given = {*found, "fid"} if "frechet_distance" in found else {*found}
+    if left := [(LINES | MORE)[name] for name in names if name not in given]:
+        said.append(
+            f"not computed, for the files lack what it takes: {', '.join(left)}"
+        )
+    return said

@@ -1,0 +1,156 @@
+"""Features of images over several devices, in order and once each; stored ones."""
+
+import jax
+import numpy as np
+import pytest
+
+from sit_jax.array_files import ArrayFile
+from sit_jax.errors import UserError
+from sit_jax.features import (
+    Extractor,
+    StoredFeatures,
+    pipeline,
+    remembered,
+    unlike,
+    write_features,
+)
+from sit_jax.image_sets import ArrayImages
+from sit_jax.inception_weights import Weights
+from sit_jax.sharding import make_mesh
+
+
+def network(params, images):
+    """Features that tell every image from every other."""
+    flat = images.reshape(len(images), -1).astype("float32")
+    pool = flat @ params["w"]
+    return {"pool": pool, "spatial": flat[:, :2], "logits": pool[:, :3] + 1}
+
+
+def params(width=12):
+    return {"w": np.random.default_rng(0).standard_normal((width, 5), np.float32)}
+
+
+def pictures(count, side=2):
+    rng = np.random.default_rng(1)
+    return rng.integers(0, 256, (count, side, side, 3)).astype(np.uint8)
+
+
+def extractor(devices=8, batch_size=16, run=network):
+    mesh = make_mesh(data=-1, fsdp=1, devices=jax.devices()[:devices])
+    return Extractor(run, params(), mesh, batch_size)
+
+
+def joined(batches):
+    batches = list(batches)
+    return {n: np.concatenate([b[n] for b in batches]) for n in batches[0]}
+
+
+@pytest.mark.parametrize("devices, batch_size", [(1, 5), (8, 16), (4, 6), (8, 1)])
+@pytest.mark.parametrize("count", [1, 16, 37])
+def test_every_image_once_and_in_order(devices, batch_size, count):
+    images = pictures(count)
+    run = extractor(devices, batch_size)
+    assert run.batch_size % devices == 0 and run.batch_size >= batch_size
+    found = joined(run(ArrayImages(images).batches(11)))
+    want = network(params(), images)
+    for name, array in want.items():
+        assert found[name].shape == array.shape
+        # products of another number of rows may round differently on a CPU
+        np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-3)
+
+
+def test_50003_images_over_8_devices_count_once_each():
+    count = 50_003
+    numbers = np.arange(count, dtype=np.uint32).view(np.uint8).reshape(count, 1, 1, 4)
+    back = lambda params, images: {
+        "pool": (images[:, 0, 0, :3].astype("float32") * np.float32([[1, 256, 65536]]))
+    }
+    run = extractor(8, 4096, back)
+    found = joined(run(ArrayImages(numbers[..., :3]).batches(4096)))["pool"].sum(1)
+    np.testing.assert_array_equal(found, np.arange(count))
+
+
+def test_weights_are_arguments_and_no_constants():
+    run = extractor(1)
+    images = jax.ShapeDtypeStruct((16, 2, 2, 3), np.uint8)
+    text = run._run.lower(params(), images).as_text()
+    assert "tensor<12x5xf32>" in text
+    assert not [x for x in text.splitlines() if "constant" in x and "12x5" in x]
+
+
+def test_products_are_float32_on_every_platform():
+    images = jax.ShapeDtypeStruct((16, 2, 2, 3), np.uint8)
+    text = extractor(1)._run.lower(params(), images).as_text()
+    (dot,) = [line for line in text.splitlines() if "dot_general" in line]
+    assert dot.count("HIGHEST") == 2
+
+
+def test_widths_are_known_before_anything_is_computed():
+    def never(params, images):
+        jax.debug.callback(lambda: pytest.fail("it ran"))
+        return network(params, images)
+
+    found = extractor(run=never).widths((2, 2, 3))
+    assert found == {"pool": 5, "spatial": 2, "logits": 3}
+
+
+def test_features_are_kept_and_read_again(tmp_path):
+    store, images = {}, pictures(21)
+    batches = extractor()(ArrayImages(images).batches(8))
+    found = joined(remembered(batches, 21, store))
+    write_features(tmp_path / "f.npz", store, {"pipeline": {"network": "toy"}})
+    stored = StoredFeatures(ArrayFile(tmp_path / "f.npz"))
+    assert len(stored) == 21 and stored.is_inception
+    assert stored.pipeline == {"network": "toy"}
+    assert stored.widths() == {"pool": 5, "spatial": 2, "logits": 3}
+    for name, array in joined(stored).items():
+        np.testing.assert_array_equal(array, found[name])
+
+
+def test_features_of_other_networks_have_their_own_name(tmp_path):
+    np.savez(tmp_path / "f.npz", features=np.ones((4, 3), np.float64))
+    stored = StoredFeatures(ArrayFile(tmp_path / "f.npz"))
+    assert not stored.is_inception and stored.widths() == {"pool": 3}
+    assert stored.names == ["features"] and stored.pipeline is None
+
+
+ONES = np.ones((4, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    "arrays, message",
+    [
+        ({"mu": ONES}, "neither pool nor features, only mu"),
+        (
+            {"pool": ONES.astype(np.int32)},
+            r"pool is int32 \[4, 3\]; .* floats \[N, D\]",
+        ),
+        ({"pool": ONES[0]}, r"pool is float32 \[3\]"),
+        ({"pool": ONES, "logits": ONES[:2]}, "4 of pool, 2 of logits"),
+        ({"pool": np.array([None])}, "holds Python objects"),
+        ({"pool": ONES, "record": np.array("no json")}, "its record is no JSON"),
+        ({"pool": ONES, "record": np.array("[1]")}, "its record is .* no table"),
+    ],
+    ids=["name", "integers", "flat", "counts", "objects", "json", "table"],
+)
+def test_files_that_are_no_features_are_refused(tmp_path, arrays, message):
+    np.savez(tmp_path / "f.npz", allow_pickle=True, **arrays)
+    with pytest.raises(UserError, match=message):
+        StoredFeatures(ArrayFile(tmp_path / "f.npz"))
+
+
+def test_features_that_are_no_numbers_are_refused(tmp_path):
+    np.savez(tmp_path / "f.npz", pool=np.where(np.eye(4) > 0, np.nan, 1.0))
+    with pytest.raises(UserError, match="pool has values that are no number"):
+        list(StoredFeatures(ArrayFile(tmp_path / "f.npz")))
+
+
+def test_pipelines_are_told_apart():
+    one = pipeline(Weights({}, None, "a" * 64, False))
+    other = pipeline(Weights({}, None, "b" * 64, False))
+    assert unlike(one, one) == [] and unlike(one, other) == ["weights"]
+    assert unlike(one, one | {"resize": "half-pixel"}) == ["resize"]
+    assert unlike(one, one | {"library": "another", "precision": "fast"}) == []
+    assert unlike(None, one) == unlike(one, None) == []
+    both = [{**each, "released": True} for each in (one, other)]
+    assert unlike(*both) == []  # one file, one graph: the same network
