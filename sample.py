@@ -1,116 +1,172 @@
 """Draws samples: python sample.py --weights runs/digits --labels 0,1,2 --out x.png
 
 The network comes from the weights; sampler and guidance from there too, or from a
-config or the flags. Image i follows from the seed, its label and i alone.
+preset, a config or the flags. Image i follows from the seed, its label and i alone.
 """
 
+import dataclasses
 import importlib
-import time
-from functools import partial
 
-import jax
 import numpy as np
 
-from sit_jax import command, noise, outputs, sharding
+from sit_jax import (
+    command,
+    densities,
+    job,
+    labels,
+    outputs,
+    presets,
+    sampling,
+    settings,
+)
 from sit_jax import config as configs
+from sit_jax.emulation import EMULATED
 from sit_jax.errors import UserError
-from sit_jax.generation import Generator
-from sit_jax.manifest import environment, weights_hash
 from sit_jax.preview import rows
-from sit_jax.recipe import check_seed, recipe
-from sit_jax.samplers.names import SAMPLERS, chosen
+from sit_jax.recipe import check_seed
 from sit_jax.weights import open_weights
-from sit_jax.workdir import write_json
-
-NETWORK = ("model", "process", "shape")
-COMPUTING = ("model.remat", "model.unroll", "model.dtype")  # how, and not what
 
 
 def main():
-    parser = command.parser(__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--weights", required=True, metavar="PATH", help="workdir, checkpoint, .pt ...")
-    add("--config", metavar="FILE", help="another sampler and guidance; same network")
-    add("--labels", metavar="A,B,...", help="classes; default: random ones")
-    add("--num", type=int, metavar="N", help="images; default: one for each label")
-    add("--seed", type=int, default=0)
-    add("--out", required=True, metavar="X", help="x.png | x.npy | x.npz | folder/")
-    add("--noise", metavar="FILE.npy", help="start from this noise, [N, H, W, C]")
-    add("--guidance", type=float, metavar="SCALE", help="1: none")
-    add("--sampler", metavar="NAME", help=", ".join(SAMPLERS))
-    add("--steps", type=int, metavar="N")
-    add("--batch-size", type=int, default=64, metavar="N")
-    add("--no-ema", action="store_true", help="the weights themselves, not their mean")
-    add("--family", choices=("sit", "dit"), help="of a bare .pt or .safetensors")
-    add("--heads", type=int, help="of a bare file whose width is not a published one")
-    add("--overwrite", action="store_true")
-    args, overrides = command.parse(parser)
+    args, overrides = command.parse(_parser())
+    check_seed("--seed", args.seed)
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size}: at least 1")
+    if args.likelihood:
+        return likelihood(args, overrides)
     return sample(args, overrides)
 
 
 def sample(args, overrides):
     """-> exit code, after args.out and its manifest are written."""
-    check_seed("--seed", args.seed)
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size {args.batch_size}: at least 1")
     out = outputs.check(args.out, args.overwrite)
-    weights = open_weights(args.weights, partial(_torch_file, args))
-    config = _config(weights.config, args, overrides)
-    parts = recipe(config)
-    mesh = sharding.make_mesh(data=-1, fsdp=1)
-    start = _given_noise(args.noise, parts.shape)
-    labels, columns = _labels(args, parts.model.classes, start)
-    if outputs.wants_pictures(out):
-        one = jax.ShapeDtypeStruct((1, *parts.shape), np.float32)
-        jax.eval_shape(parts.codec.decode, one)  # refuses now, not after sampling
-    item = "params" if args.no_ema else "ema"
-    params = weights.load(item, parts, mesh)
-    draw = Generator(parts, params, mesh, min(args.batch_size, len(labels)))
-    data, stats, seconds = _drawn(draw, args.seed, labels, start)
-    images = (
-        np.asarray(parts.codec.decode(data)) if outputs.wants_pictures(out) else None
+    if args.trajectory is not None and out.suffix != ".png":
+        raise UserError(f"--trajectory needs --out x.png, not {args.out}")
+    wanted, expected = _job(args, overrides)
+    room = _studio(wanted, None if args.force else expected)
+    outputs.check_codec(out, room.parts)
+    if args.save_noise:
+        _save_noise(args, room)
+    lines = sampling.draw(
+        room, out, args.overwrite, _columns(args, wanted), args.trajectory is not None
     )
-    outputs.write(out, data, images, labels, columns)
-    record = {
-        "config": configs.to_json(config),
-        "weights": {"path": str(args.weights), "item": item},
-        "weights_sha256": weights_hash(params),
-        "seed": args.seed,
-        "labels": labels.tolist(),
-        "noise": args.noise,
-        "batch_size": draw.batch_size,
-        "stats": {name: values.tolist() for name, values in stats.items()},
-        "images_per_second": len(labels) / seconds,
-        **environment(),
-    }
-    write_json(outputs.manifest_path(out), record)
-    print(_summary(stats, len(labels), seconds, draw.compile_seconds), out, sep="\n")
+    print(*lines, out, sep="\n")
     return 0
 
 
-def _config(config, args, overrides):
-    """The weights' config, as a file, the flags and --config.x=y change it."""
-    if args.config is not None:
-        given = configs.load(args.config)
-        pick = lambda c: configs.to_json({name: c[name] for name in NETWORK})
-        unlike = configs.difference(pick(config), pick(given))
-        unlike = [each for each in unlike if each[0] not in COMPUTING]
-        if unlike:
-            listed = "; ".join(f"{n} is {a}, not {b}" for n, a, b in unlike)
-            raise UserError(f"{args.weights} holds another network: {listed}")
-        for name in ("sampler", "guidance", "guidance_channels", "codec"):
-            config[name] = given[name]
-    chosen(config, args.sampler, args.steps)
-    if args.guidance is not None:
-        config.guidance = args.guidance
-    configs.override(config, overrides)
-    return config
+def likelihood(args, overrides):
+    """-> exit code, after a table of log likelihoods is written."""
+    if args.guidance not in (None, 1.0) or args.guidance_interval:
+        raise UserError(
+            "--likelihood: a guided field is no model's density; leave out --guidance"
+        )
+    if args.preset or args.from_manifest:
+        raise UserError("--likelihood goes with --weights, not with a preset")
+    out = densities.check(args.out, args.overwrite)
+    weights = _open(args.weights, args.family, args.heads)
+    config = settings.apply(weights.config, args, overrides, args.weights)
+    fields = (f.name for f in dataclasses.fields(densities.Survey))
+    survey = densities.Survey(**{name: getattr(args, name) for name in fields})
+    item = "params" if args.no_ema else "ema"
+    print(*densities.measure(weights, config, out, item, survey), out, sep="\n")
+    return 0
 
 
-def _torch_file(args, path):
-    from sit_jax.exchange import open_torch
+def _parser():
+    parser = command.parser(__doc__.splitlines()[0])
+    what = parser.add_argument_group("what")
+    add = what.add_argument
+    add("--weights", metavar="PATH", help="workdir, checkpoint, .pt ... or a name")
+    add("--preset", metavar="NAME", help=", ".join(presets.PRESETS))
+    add("--from-manifest", metavar="FILE", help="the same samples again")
+    add("--config", metavar="FILE", help="another sampler and guidance; same network")
+    add("--labels", metavar="A,B,...", help="classes | random | balanced | FILE")
+    add("--num", type=int, metavar="N", help="images; default: one for each label")
+    add("--seed", type=int, default=0)
+    add("--out", required=True, metavar="X", help="x.png | x.npy | x.npz | folder/")
+    add("--noise", metavar="FILE.npy", help="start from it; or torch:SEED")
+    add("--save-noise", metavar="FILE.npy", help="keep what the images started from")
+    add("--autoguidance", metavar="PATH", help="worse weights, to lead away from")
+    add("--no-ema", action="store_true", help="the weights themselves, not their mean")
+    add("--vae", metavar="PATH", help="or sd-vae-ft-mse, sd-vae-ft-ema")
+    add("--rounding", metavar="RULE", help="brighter (DiT, SiT) | darker (MDT)")
+    add("--family", choices=("sit", "dit"), help="of a bare .pt or .safetensors")
+    add("--heads", type=int, help="of a bare file whose width is not a published one")
+    add("--overwrite", action="store_true")
+    add("--force", action="store_true", help="other weights than the manifest's")
+    settings.add_flags(parser)
+    _add_likelihood(parser.add_argument_group("likelihood, of the config's data"))
+    how = parser.add_argument_group("how it is computed")
+    add = how.add_argument
+    add("--batch-size", type=int, default=64, metavar="N")
+    add("--emulate", metavar="PLATFORM", help=", ".join(EMULATED))
+    return parser
 
-    return open_torch(path, _published, args.family, args.heads)
+
+def _add_likelihood(group):
+    add = group.add_argument
+    add("--likelihood", action="store_true", help="--out x.csv, by the flow or bound")
+    add("--probes", type=int, default=1, metavar="K", help="averaged, of the trace")
+    add("--trace", choices=tuple(densities.TRACES), default="estimated")
+    add("--dequantization", choices=tuple(densities.FILLINGS), default="uniform")
+
+
+def _job(args, overrides):
+    """-> the Job, and the sha256 that its weights must have, or None."""
+    if args.from_manifest:
+        found, expected = job.of_manifest(args.from_manifest)
+        if args.weights:
+            found = dataclasses.replace(found, weights=args.weights)
+        return found, expected
+    published = presets.preset(args.preset) if args.preset else None
+    if published:
+        print(presets.described(args.preset, published))
+    source = args.weights or (published and published.weights)
+    if not source:
+        raise UserError("--weights PATH is needed, or --preset or --from-manifest")
+    weights = _open(source, args.family, args.heads)
+    config = settings.apply(weights.config, args, overrides, source, published)
+    classes, seed = (
+        config.model.classes,
+        args.seed or (published.seed if published else 0),
+    )
+    number, word = args.num, args.labels
+    if published and word is None and number is None:
+        number, word = published.num, published.labels
+    if args.noise and not args.noise.startswith("torch:") and number is None:
+        number = len(sampling.given_noise(args.noise, tuple(config.shape)))
+    made = job.Job(
+        weights=str(source),
+        config=configs.to_json(config),
+        labels=labels.labels(word, number, classes, seed),
+        item="params" if args.no_ema else "ema",
+        family=args.family,
+        heads=args.heads,
+        seed=seed,
+        noise=args.noise,
+        batch_size=args.batch_size,
+        weak=args.autoguidance,
+        vae=args.vae or (published.vae if published else None),
+        rounding=args.rounding or (published.rounding if published else "brighter"),
+        emulate=args.emulate,
+    )
+    _check_noise(args, made, tuple(config.shape))
+    return made, None
+
+
+def _studio(wanted, expected):
+    weights = _open(wanted.weights, wanted.family, wanted.heads)
+    weak = _open(wanted.weak) if wanted.weak else None
+    return sampling.studio(wanted, weights, weak, expected)
+
+
+def _open(path, family=None, heads=None):
+    def torch_file(path):
+        from sit_jax.exchange import open_torch
+
+        return open_torch(path, _published, family, heads)
+
+    return open_weights(path, torch_file)
 
 
 def _published(family):
@@ -118,85 +174,30 @@ def _published(family):
     return importlib.import_module(f"configs.{family}_xl2").get_config()
 
 
-def _given_noise(path, shape):
-    if path is None:
-        return None
-    try:
-        start = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"--noise {path} is not a .npy file of numbers") from error
-    if not isinstance(start, np.ndarray):
-        raise UserError(f"--noise {path} is not a .npy file of numbers")
-    if start.shape[1:] != shape or start.dtype.kind != "f":
+def _check_noise(args, made, shape):
+    if made.noise is None or made.noise.startswith("torch:"):
+        return
+    found = len(sampling.given_noise(made.noise, shape))
+    if found != len(made.labels):
         raise UserError(
-            f"--noise {path} is {start.dtype} {start.shape}; it must be float32 "
-            f"(N, {', '.join(map(str, shape))})"
+            f"--num {len(made.labels)}, but {made.noise} has {found} images"
         )
-    if not np.isfinite(start).all():
-        raise UserError(f"--noise {path} has values that are not finite")
-    return start.astype(np.float32)
 
 
-def _labels(args, classes, start):
-    """-> labels int [N] and the number of columns that a sheet of them has."""
-    number = args.num
-    if number is None and start is not None:
-        number = len(start)
-    if start is not None and number != len(start):
-        raise UserError(f"--num {number}, but {args.noise} has {len(start)} images")
-    if number is not None and number < 1:
-        raise UserError(f"--num {number}: at least 1")
-    if args.labels is None:
-        keys = noise.image_keys(args.seed, np.arange(1 if number is None else number))
-        labels = np.asarray(noise.labels(keys, classes))
-        return labels, rows(len(labels) + 1, len(labels))[0]
-    listed = [_label(word, classes) for word in args.labels.split(",")]
-    number = len(listed) if number is None else number
-    if number % len(listed):
-        raise UserError(
-            f"--num {number} is not divisible by the {len(listed)} labels; "
-            f"each label gets a row of as many images"
-        )
-    each = number // len(listed)
-    columns = each if each > 1 else rows(len(listed) + 1, len(listed))[0]
-    return np.repeat(np.asarray(listed, np.int32), each), columns
+def _save_noise(args, room):
+    path = outputs.check(args.save_noise, args.overwrite)
+    if path.suffix != ".npy":
+        raise UserError(f"--save-noise {path}: write a name ending in .npy")
+    outputs.save_array(path, sampling.starts(room))
 
 
-def _label(word, classes):
-    if not word.strip().isdecimal() or int(word) >= classes:
-        raise UserError(
-            f"--labels: {word!r} is not a class; there are 0..{classes - 1}"
-        )
-    return int(word)
-
-
-def _drawn(draw, seed, labels, start):
-    from tqdm import tqdm
-
-    begun, data, stats = time.perf_counter(), [], []
-    with tqdm(total=len(labels), unit="image", disable=None) as bar:
-        for part, numbers in draw(seed, labels, start):
-            data.append(part)
-            stats.append(numbers)
-            bar.update(len(part))
-    seconds = time.perf_counter() - begun
-    stats = {name: np.stack([s[name] for s in stats]) for name in stats[0]}
-    return np.concatenate(data), stats, seconds
-
-
-def _summary(stats, count, seconds, compile_seconds):
-    low, high = stats["evaluations"].min(), stats["evaluations"].max()
-    evaluations = f"{low}" if low == high else f"{low} to {high}"
-    line = (
-        f"{count} images, {evaluations} network evaluations each, "
-        f"{count / seconds:.1f} images/s (compiled in {compile_seconds:.1f} s)"
-    )
-    if not stats.get("finished", np.True_).all():
-        line += (
-            "\nWARNING: the solver gave up before the end, so images are unfinished; "
-            "take a larger --config.sampler.rtol, or --sampler heun --steps 50"
-        )
-    return line
+def _columns(args, wanted):
+    """Of a sheet: a row for each listed label with several images, else a square."""
+    listed = (args.labels or "").split(",")
+    each = len(wanted.labels) // len(listed)
+    if args.labels and each > 1 and np.all(np.char.isdecimal(listed)):
+        return each
+    return rows(len(wanted.labels) + 1, len(wanted.labels))[0]
 
 
 if __name__ == "__main__":

@@ -6,32 +6,51 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sit_jax import noise
-from sit_jax.guidance import guided
-from sit_jax.sharding import split_batch
+from sit_jax.guidance import guided, is_none, with_null_half
+from sit_jax.sharding import BATCH, split_batch
 
 CHUNK = 4  # rows of a batch that go through the network together on a CPU
 
 
-def make_generate(parts, mesh):
+def make_generate(parts, mesh, weak=None, around=lambda fn: fn):
     """-> generate(params, keys [B], labels [B], start [B, H, W, C]) -> (data, stats).
 
     parts: a Recipe; keys: noise.image_keys; start: the noise the sampler begins from.
+    weak: a second model, to be led away from; params is then a pair. given: noise of
+    the sampler's steps [steps, B, H, W, C], instead of the keys'. around: fn -> fn,
+    put around each network: its precision.
     """
     on_cpu = mesh.devices.flat[0].platform == "cpu"
 
-    def generate(params, keys, labels, start):
-        apply = lambda params, *inputs: parts.model.apply({"params": params}, *inputs)
-        net = partial(in_chunks(apply, mesh) if on_cpu else apply, params)
-        net = guided(
-            net, labels, parts.model.classes, parts.guidance, parts.guidance_channels
-        )
+    def network(model, params):
+        apply = around(lambda params, *at: model.apply({"params": params}, *at))
+        return partial(in_chunks(apply, mesh) if on_cpu else apply, params)
+
+    def generate(params, keys, labels, start, given=None):
+        strong, worse = params if weak else (params, None)
+        net = network(parts.model, strong)
+        worse = network(weak, worse) if weak else None
         draw = noise.steps(keys, start.shape[1:])
-        return parts.sampler(draw, parts.process, net, start)
+        draw = draw if given is None else noise.given(given)
+        settings = (parts.model.classes, parts.guidance, parts.guidance_channels)
+        progress = parts.process.progress
+        if weak or is_none(parts.guidance) or not _doubled(parts.sampler):
+            net = guided(net, labels, *settings, weak=worse, progress=progress)
+            return parts.sampler(draw, parts.process, net, start)
+        net = with_null_half(net, labels, *settings, progress=progress)
+        both = jnp.concatenate([start, start])
+        data, stats = parts.sampler(draw, parts.process, net, both)
+        return data[: len(start)], stats
 
     return generate
+
+
+def _doubled(sampler):
+    """Whether the sampler's steps depend on the null half, as in the originals."""
+    return getattr(getattr(sampler, "control", None), "doubled", False)
 
 
 def in_chunks(apply, mesh):
@@ -66,39 +85,76 @@ class Generator:
     """Draws any number of images with one compiled program for batch_size of them.
 
     batch_size is rounded up to a multiple of the devices. An image does not depend on
-    it, but with an adaptive sampler, whose error is one norm over the batch.
+    it, but with an adaptive sampler whose error is one norm over the batch.
+    weak: a second network, (model, params), for autoguidance; around: see
+    make_generate; kicks: how many steps' noise will be given.
     """
 
-    def __init__(self, parts, params, mesh, batch_size):
-        self._shape, self._params = parts.shape, params
+    def __init__(
+        self,
+        parts,
+        params,
+        mesh,
+        batch_size,
+        weak=None,
+        kicks=0,
+        around=lambda fn: fn,
+    ):
+        self._shape, self._kicks = parts.shape, kicks
+        self._params = (params, weak[1]) if weak else params
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
         begun = time.perf_counter()
-        self._run = self._compiled(make_generate(parts, mesh), split_batch(mesh))
+        generate = make_generate(parts, mesh, weak[0] if weak else None, around)
+        self._run = self._compiled(generate, mesh)
         self.compile_seconds = time.perf_counter() - begun
 
-    def __call__(self, seed, labels, start=None, params=None):
+    def __call__(self, seed, labels, start=None, params=None, given=None, todo=None):
         """Yields (data [n, H, W, C], stats) on the host until all labels are served.
 
         Image i follows from seed, i and labels[i]; start: given noise [N, H, W, C]
-        instead of the seed's. The last batch is filled up with repetitions of the
-        last image, which are dropped.
+        instead of the seed's, given [kicks, N, H, W, C] instead of that of the steps.
+        todo: only these batches, by number. The last batch is filled up with
+        repetitions of the last image, which are dropped; stats are numbers of the
+        batch, or [n].
         """
         params = self._params if params is None else params
-        for first in range(0, len(labels), self.batch_size):
+        batches = range(-(-len(labels) // self.batch_size))
+        for batch in batches if todo is None else todo:
+            first = batch * self.batch_size
             index = np.arange(first, first + self.batch_size)
             real = min(self.batch_size, len(labels) - first)
             index = np.minimum(index, len(labels) - 1)
             keys = noise.image_keys(seed, jnp.asarray(index))
             begin = noise.start(keys, self._shape) if start is None else start[index]
             arguments = (keys, jnp.asarray(labels[index], jnp.int32), begin)
-            data, stats = self._run(params, *jax.device_put(arguments, self._where))
-            yield np.asarray(data)[:real], jax.tree.map(np.asarray, stats)
+            arguments = jax.device_put(arguments, self._where[:3])
+            if self._kicks:
+                kicks = jax.device_put(given[:, index], self._where[3])
+                arguments = (*arguments, kicks)
+            data, stats = self._run(params, *arguments)
+            yield np.asarray(data)[:real], _cut(stats, real)
 
-    def _compiled(self, generate, where):
-        self._where = where
+    def _compiled(self, generate, mesh):
+        rows = split_batch(mesh)
+        later = NamedSharding(mesh, PartitionSpec(None, BATCH))
+        self._where = (rows, rows, rows, later)
         keys = jax.eval_shape(partial(noise.image_keys, 0), jnp.arange(self.batch_size))
         start = jax.ShapeDtypeStruct((self.batch_size, *self._shape), jnp.float32)
         labels = jax.ShapeDtypeStruct((self.batch_size,), jnp.int32)
-        shaped = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-        arguments = jax.tree.map(shaped, (keys, labels, start))
+        given = jax.ShapeDtypeStruct((self._kicks, *start.shape), jnp.float32)
+        arguments = (keys, labels, start, given)[: 4 if self._kicks else 3]
+        shaped = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+        arguments = [
+            shaped(*pair) for pair in zip(arguments, self._where, strict=False)
+        ]
         return jax.jit(generate).lower(self._params, *arguments).compile()
+
+
+def _cut(stats, real):
+    """Stats on the host, of the first `real` images where they are one an image."""
+    rows = {"trajectory": (slice(None), slice(real))}
+    stats = {name: np.asarray(value) for name, value in stats.items()}
+    return {
+        name: value[rows.get(name, slice(real))] if value.ndim else value
+        for name, value in stats.items()
+    }

@@ -3,14 +3,17 @@
 Everything appears by rename, so that an output is whole or not there.
 """
 
+import io
 import os
+import zipfile
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from sit_jax.drafts import draft
 from sit_jax.errors import UserError
-from sit_jax.pictures import save_png, sheet
+from sit_jax.pictures import save_gif, save_png, sheet
 
 KINDS = (".png", ".npy", ".npz")
 
@@ -37,21 +40,84 @@ def wants_pictures(path):
     return path.suffix != ".npy"
 
 
-def write(path, data, images, labels, columns):
-    """data float32 [N, H, W, C] -> .npy; images uint8 [N, h, w, c] -> the others."""
-    if path.suffix == ".npy":
-        with draft(path) as name:
-            np.save(name, np.asarray(data, np.float32))
+def check_codec(path, parts):
+    """Refuses, before anything is drawn, pictures of what has no way to them."""
+    if wants_pictures(path):
+        one = jax.ShapeDtypeStruct((1, *parts.shape), np.float32)
+        jax.eval_shape(parts.codec.decode, one)
+
+
+def save_array(path, array):
+    with draft(path) as name:
+        np.save(name, array)
+
+
+def assemble(path, parts, count, labels, columns=None, frames=False):
+    """Parts of `count` batches -> the output; memory does not grow with the images.
+
+    .npy: float32 [N, H, W, C] as the sampler returned it; .npz: ADM's arr_0, uint8
+    [N, h, w, C], and the labels as arr_1; a folder: one PNG an image; .png: a sheet of
+    all of them, with frames a strip of each and all strips' animation as a .gif.
+    """
+    if path.suffix == ".png":
+        _sheet(path, np.concatenate(list(_all(parts, count))), columns, frames)
     elif path.suffix == ".npz":
-        with draft(path) as name:
-            np.savez(name, arr_0=images, arr_1=np.asarray(labels))
-    elif path.suffix == ".png":
-        save_png(path, sheet(images, columns))
+        with draft(path) as name, zipfile.ZipFile(name, "w", allowZip64=True) as file:
+            _stream(file, "arr_0.npy", parts, count, len(labels))
+            with file.open("arr_1.npy", "w") as entry:
+                np.lib.format.write_array(entry, np.asarray(labels))
+    elif path.suffix == ".npy":
+        with draft(path) as name, open(name, "wb") as file:
+            for chunk in _npy(parts, count, len(labels)):
+                file.write(chunk)
     else:
-        for old in path.glob("[0-9]*.png"):
-            old.unlink()  # of more images than there are now
-        for i, image in enumerate(images):
+        _folder(path, parts, count)
+
+
+def _all(parts, count):
+    return (parts.images(batch) for batch in range(count))
+
+
+def _npy(parts, count, total):
+    """The bytes of a .npy file of all parts, one after the other."""
+    first = parts.images(0)
+    header = {
+        "descr": np.lib.format.dtype_to_descr(first.dtype),
+        "fortran_order": False,
+        "shape": (total, *first.shape[1:]),
+    }
+    begin = io.BytesIO()
+    np.lib.format.write_array_header_1_0(begin, header)
+    yield begin.getvalue()
+    for images in _all(parts, count):
+        yield np.ascontiguousarray(images).tobytes()
+
+
+def _stream(file, name, parts, count, total):
+    with file.open(name, "w", force_zip64=True) as entry:
+        for chunk in _npy(parts, count, total):
+            entry.write(chunk)
+
+
+def _folder(path, parts, count):
+    for old in path.glob("[0-9]*.png"):
+        old.unlink()  # of more images than there are now
+    i = 0
+    for images in _all(parts, count):
+        for image in images:
             save_png(path / f"{i:06d}.png", image)
+            i += 1
+
+
+def _sheet(path, images, columns, frames):
+    """images [N, h, w, C], or with frames [N, F, h, w, C]."""
+    if not frames:
+        save_png(path, sheet(images, columns))
+        return
+    strips = images.reshape(-1, *images.shape[2:])
+    save_png(path, sheet(strips, images.shape[1]))
+    moving = [sheet(frame, columns) for frame in np.swapaxes(images, 0, 1)]
+    save_gif(path.with_suffix(".gif"), moving)
 
 
 def manifest_path(path):

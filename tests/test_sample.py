@@ -34,7 +34,7 @@ def test_every_kind_of_output(run, tmp_path):
     from PIL import Image
 
     code, out, _ = run("--labels", "3,1", "--num", "6", "--out", tmp_path / "x.npz")
-    assert code == 0 and "6 images, 4 network evaluations each" in out
+    assert code == 0 and "6 images, guided, 4 network evaluations each" in out
     with np.load(tmp_path / "x.npz") as file:
         images, labels = file["arr_0"], file["arr_1"]
     assert images.shape == (6, 4, 4, 1) and images.dtype == np.uint8
@@ -57,14 +57,15 @@ def test_manifest_says_how_it_was_made(run, weights, tmp_path):
     arguments = ("--num", "2", "--seed", "5", "--sampler", "euler", "--steps", "3")
     assert run(*arguments, "--guidance", "1.5", "--out", tmp_path / "x.npy")[0] == 0
     record = json.loads((tmp_path / "x.npy.manifest.json").read_text())
-    assert record["seed"] == 5 and record["config"]["guidance"] == 1.5
-    assert record["config"]["sampler"]["method"] == {
-        "name": "sit_jax.samplers.ode.euler"
-    }
-    assert record["stats"]["evaluations"] == [3]
-    assert len(record["weights_sha256"]) == 64 and len(record["labels"]) == 2
+    job = record["job"]
+    assert job["seed"] == 5 and job["config"]["guidance"] == 1.5
+    assert job["config"]["sampler"]["method"] == {"name": "sit_jax.samplers.ode.euler"}
+    assert record["stats"]["evaluations"] == {"min": 3, "mean": 3.0, "max": 3}
+    assert record["stats"]["unfinished"] == [] and len(record["weights_sha256"]) == 64
+    assert record["codec"] == {"kind": "Pixels", "rounding": "brighter"}
+    assert record["precision"]["model dot"] == 24
     keys = noise.image_keys(5, np.arange(2))
-    assert record["labels"] == noise.labels(keys, 5).tolist()
+    assert job["labels"] == noise.labels(keys, 5).tolist()
 
 
 def test_guidance_sampler_seed_and_average_all_act(run, tmp_path):
@@ -136,14 +137,20 @@ def test_torch_weights_are_sampled_as_their_checkpoint_is(run, tmp_path):
 
 
 BAD = {
-    "label": (["--labels", "1,5"], "'5' is not a class; there are 0..4"),
-    "null label": (["--labels", "-1"], "'-1' is not a class"),
-    "not a label": (["--labels", "cat"], "'cat' is not a class"),
+    "label": (["--labels", "1,5"], "--labels: 5 is not a class; there are 0..4"),
+    "null label": (["--labels", "-1"], "'-1': random, balanced"),
+    "not a label": (["--labels", "cat"], "'cat': random, balanced, classes"),
     "uneven": (["--labels", "1,2", "--num", "3"], "3 is not divisible by the 2 labels"),
     "none": (["--num", "0"], "--num 0: at least 1"),
-    "sampler": (["--sampler", "hein"], "no sampler 'hein'; there are euler, heun"),
+    "sampler": (
+        ["--sampler", "hein"],
+        "'hein' is unknown (did you mean heun?); there are euler",
+    ),
     "misfit": (["--sampler", "ddpm"], "Ancestral"),
-    "steps": (["--sampler", "dopri5", "--steps", "9"], "chooses its own steps"),
+    "steps": (
+        ["--sampler", "dopri5", "--steps", "9"],
+        "--steps 9: AdaptiveOde has no such setting; --sampler euler",
+    ),
     "no steps": (["--steps", "0"], "steps=0"),
     "negative rtol": (["--sampler", "dopri5", "--config.sampler.rtol=-1"], "rtol=-1"),
     "noise missing": (["--noise", "no.npy"], "no.npy"),
@@ -196,7 +203,7 @@ def test_a_config_may_change_the_sampler_not_the_network(run, tmp_path):
     out = tmp_path / "x.npy"
     assert run("--num", "1", "--config", config, "--out", out)[0] == 0
     record = json.loads((tmp_path / "x.npy.manifest.json").read_text())
-    assert record["config"]["guidance"] == 7.0
+    assert record["job"]["config"]["guidance"] == 7.0
     config.write_text(config.read_text().replace("guidance = 7.0", "model.depth = 3"))
     code, _, err = run("--num", "1", "--config", config, "--out", out, "--overwrite")
     assert code == 2 and "model.depth is 2, not 3" in err

@@ -1,0 +1,281 @@
+"""A Job, drawn: batch after batch to disk, then into the output, with a manifest."""
+
+import dataclasses
+import hashlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from sit_jax import config as configs
+from sit_jax import emulation, noise, outputs, precision, probe, sharding
+from sit_jax.codec import Latents
+from sit_jax.errors import UserError
+from sit_jax.generation import Generator
+from sit_jax.guidance import is_none
+from sit_jax.manifest import environment, weights_hash
+from sit_jax.parts import Parts
+from sit_jax.recipe import recipe
+from sit_jax.rounding import ROUNDINGS
+from sit_jax.torch_noise import torch_noise
+from sit_jax.vae_files import load_vae, with_vae
+from sit_jax.workdir import write_json
+
+STATES = 2 * 2**30  # bytes of a trajectory
+
+
+@dataclasses.dataclass(frozen=True)
+class Studio:
+    """What a job needs in memory: networks with weights, codec, devices."""
+
+    job: Any
+    parts: Any  # a Recipe
+    params: Any
+    mesh: Any
+    weak: tuple | None  # (model, params) to lead away from
+    around: Any  # fn -> fn: precision and emulation
+    record: dict  # what the manifest says of it
+
+
+def studio(job, opened, weak=None, expected=None):
+    """-> Studio. opened, weak: opened weights; expected: sha256 they must have."""
+    config = configs.from_json(job.config)
+    parts = recipe(config)
+    around, measured, warning = _around(job, config.precision)
+    mesh = sharding.make_mesh(data=-1, fsdp=1, devices=jax.local_devices())
+    word = precision.chosen(config.precision.model)
+    params = opened.load(job.item, parts, mesh)
+    found = weights_hash(params)
+    if expected not in (None, found):
+        raise UserError(
+            f"{job.weights} has other weights than the manifest's ({found[:12]}, not "
+            f"{expected[:12]}); --weights names the right ones, --force takes these"
+        )
+    parts = dataclasses.replace(parts, model=precision.computing(word, parts.model))
+    record = {"weights_sha256": found, "precision": measured}
+    parts, record["codec"] = _with_codec(parts, job, config.precision.vae, mesh)
+    if weak is not None:
+        other = recipe(weak.config)
+        _check_weak(parts, other, job.weak)
+        weak = other.model, weak.load(job.item, other, mesh)
+        record["weak_sha256"] = weights_hash(weak[1])
+    print(measured["line"], *filter(None, [warning]), sep="\n")
+    return Studio(job, parts, params, mesh, weak, around, record)
+
+
+def draw(room, out, overwrite=False, columns=None, frames=False):
+    """Draws a Studio's job into `out`; -> lines that say how it went.
+
+    What is there already of the same job is taken over. frames: the sampler keeps
+    states, and out, a .png, becomes a strip of them with an animation beside it.
+    """
+    job, begun = room.job, time.perf_counter()
+    start, given, kicks = _noise(room)
+    batch_size = min(job.batch_size, len(job.labels))
+    make = Generator(
+        *(room.parts, room.params, room.mesh, batch_size),
+        weak=room.weak,
+        kicks=kicks,
+        around=room.around,
+    )
+    parts = Parts(out, job.digest, overwrite)
+    count = -(-len(job.labels) // make.batch_size)
+    todo = parts.missing(count)[jax.process_index() :: jax.process_count()]
+    ahead = make(job.seed, job.labels, start, given=given, todo=todo)
+    drawing = time.perf_counter()
+    with _bar(len(job.labels), count - len(todo), make.batch_size) as bar:
+        for batch, (data, stats) in zip(todo, ahead, strict=True):
+            way = stats.pop("trajectory", None)
+            if way is not None:
+                data = _checked_way(way)
+            made = _pictures(room, data) if outputs.wants_pictures(out) else data
+            parts.save(batch, np.asarray(made), _each(stats, make.batch_size, data))
+            bar.update(make.batch_size)
+    seconds = time.perf_counter() - drawing
+    summary = _summary(parts, count)
+    outputs.assemble(out, parts, count, job.labels, columns, frames)
+    record = {
+        "job": job.to_json(),
+        **room.record,
+        "noise_sha256": None if start is None else _sha(start),
+        "batch_size": make.batch_size,
+        "stats": summary,
+        "seconds": time.perf_counter() - begun,
+        **environment(),
+    }
+    write_json(outputs.manifest_path(out), record)
+    parts.remove()
+    drawn = min(len(todo) * make.batch_size, len(job.labels))
+    return _lines(room, summary, drawn, seconds, make.compile_seconds)
+
+
+def _around(job, words):
+    """-> fn -> fn of the job's precision, what was measured, and a warning or None."""
+    word = precision.chosen(words.model)
+    bits = 24 if job.emulate is None else emulation.chosen(job.emulate)
+
+    def around(fn):
+        fn = precision.applied(word, fn)
+        return fn if job.emulate is None else emulation.emulated(fn, bits)
+
+    found = probe.probe(around, word.dtype)
+    line = probe.line(word, found, job.emulate)
+    measured = {"words": words.to_dict(), "emulate": job.emulate, **found, "line": line}
+    return around, measured, probe.mismatch(word, found, bits)
+
+
+def _with_codec(parts, job, word, mesh):
+    """-> the recipe with the job's VAE and rounding, and what is recorded of them."""
+    if job.rounding not in ROUNDINGS:
+        raise UserError(f"--rounding {job.rounding!r}: {' or '.join(ROUNDINGS)}")
+    if job.vae is not None:
+        if not isinstance(parts.codec, Latents):
+            raise UserError(
+                f"the network works on {type(parts.codec).__name__}, not on latents; "
+                "leave out --vae"
+            )
+        parts = with_vae(parts, load_vae(job.vae, word, sharding.everywhere(mesh)))
+    codec = parts.codec.replace(rounding=ROUNDINGS[job.rounding])
+    record = codec.record() if hasattr(codec, "record") else {}
+    record = {"kind": type(codec).__name__, "rounding": job.rounding, **record}
+    return dataclasses.replace(parts, codec=codec), record
+
+
+def _noise(room):
+    """-> given start or None, given noise of the steps or None, how many steps'."""
+    job, shape = room.job, room.parts.shape
+    if job.noise is None:
+        return None, None, 0
+    if not job.noise.startswith("torch:"):
+        return given_noise(job.noise, shape), None, 0
+    if not job.noise[6:].isdecimal():
+        raise UserError(f"--noise {job.noise}: torch:SEED with a whole number")
+    sampler = room.parts.sampler
+    kicks = sampler.kicks(room.parts.process) if hasattr(sampler, "kicks") else 0
+    start, given = torch_noise(
+        int(job.noise[6:]),
+        *(room.parts.model, shape, len(job.labels), kicks),
+        doubled=not is_none(room.parts.guidance),
+    )
+    return start, given, kicks
+
+
+def given_noise(path, shape):
+    """-> float32 [N, *shape] of a .npy."""
+    try:
+        start = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UserError(f"--noise {path} is not a .npy file of numbers") from error
+    if not isinstance(start, np.ndarray):
+        raise UserError(f"--noise {path} is not a .npy file of numbers")
+    if start.shape[1:] != shape or start.dtype.kind != "f":
+        raise UserError(
+            f"--noise {path} is {start.dtype} {start.shape}; it must be float32 "
+            f"(N, {', '.join(map(str, shape))})"
+        )
+    if not np.isfinite(start).all():
+        raise UserError(f"--noise {path} has values that are not finite")
+    return start.astype(np.float32)
+
+
+def starts(room):
+    """-> float32 [N, H, W, C]: what the images of a Studio's job start from."""
+    given = _noise(room)[0]
+    if given is not None:
+        return given
+    numbers = np.arange(len(room.job.labels))
+    blocks = np.array_split(numbers, -(-len(numbers) // 256))
+    draw = lambda block: noise.start(
+        noise.image_keys(room.job.seed, block), room.parts.shape
+    )
+    return np.concatenate([np.asarray(draw(block)) for block in blocks])
+
+
+def _check_weak(parts, other, path):
+    if other.shape != parts.shape or other.model.classes != parts.model.classes:
+        raise UserError(
+            f"--autoguidance {path} is for {other.shape} in {other.model.classes} "
+            f"classes, not for {parts.shape} in {parts.model.classes}"
+        )
+
+
+def _pictures(room, data):
+    """float [..., H, W, C] -> uint8 [..., h, w, c], rows split over the devices."""
+    flat = data.reshape(-1, *data.shape[-3:])
+    missing = -len(flat) % room.mesh.size
+    padded = np.concatenate([flat, flat[:1].repeat(missing, 0)])
+    there = jax.device_put(padded, sharding.split_batch(room.mesh))
+    images = np.asarray(_decoded(room.parts.codec, there))[: len(flat)]
+    return images.reshape(*data.shape[:-3], *images.shape[1:])
+
+
+@jax.jit
+def _decoded(codec, data):
+    return codec.decode(data)
+
+
+def _checked_way(way):
+    if way.nbytes > STATES:
+        raise UserError(
+            f"a trajectory of {way.nbytes / 1e9:.3g} GB: fewer images or --trajectory"
+        )
+    return np.swapaxes(way, 0, 1)  # [n, frames, H, W, C]
+
+
+def _each(stats, batch_size, data):
+    """Stats as one number an image, as far as they are numbers."""
+    n = len(data)
+    return {name: np.broadcast_to(value, (n,)) for name, value in stats.items()}
+
+
+def _summary(parts, count):
+    """Lowest, mean and highest of each number, and the images left unfinished."""
+    names = ("evaluations", "accepted", "rejected", "finished")
+    found = {name: [] for name in names}
+    for batch in range(count):
+        for name in names:
+            found[name].append(parts.stats(batch, name, default=np.zeros(0)))
+    found = {name: np.concatenate(values) for name, values in found.items()}
+    unfinished = np.flatnonzero(~found.pop("finished").astype(bool)).tolist()
+    numbers = {
+        name: {"min": int(v.min()), "mean": float(v.mean()), "max": int(v.max())}
+        for name, v in found.items()
+        if len(v)
+    }
+    return {**numbers, "unfinished": unfinished}
+
+
+def _bar(total, done, size):
+    from tqdm import tqdm
+
+    return tqdm(
+        total=total, initial=min(done * size, total), unit="image", disable=None
+    )
+
+
+def _lines(room, stats, drawn, seconds, compile_seconds):
+    low, high = stats["evaluations"]["min"], stats["evaluations"]["max"]
+    count = f"{low}" if low == high else f"{low} to {high}"
+    calls = f"{count} network evaluations each"
+    if "accepted" in stats:
+        steps = {k: f"{stats[k]['mean']:.4g}" for k in ("accepted", "rejected")}
+        calls += f" ({steps['accepted']} steps taken, {steps['rejected']} rejected)"
+    rate = f"{drawn / max(seconds, 1e-9):.1f} images/s"
+    guided = "no guidance" if is_none(room.parts.guidance) else "guided"
+    lines = [
+        f"{len(room.job.labels)} images, {guided}, {calls}, {rate} "
+        f"(compiled in {compile_seconds:.1f} s)"
+    ]
+    if left := stats["unfinished"]:
+        shown = ", ".join(map(str, left[:10])) + (", ..." if len(left) > 10 else "")
+        lines.append(
+            f"WARNING: the solver gave up before the end in {len(left)} images "
+            f"({shown}); take a larger --rtol or --config.sampler.max_steps, or "
+            "--sampler heun --steps 50"
+        )
+    return lines
+
+
+def _sha(array):
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()

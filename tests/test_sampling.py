@@ -1,0 +1,292 @@
+"""sample.py's longer ways: going on after a kill, the same again, other answers."""
+
+import csv
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+
+import sample
+from sit_jax import noise, sampling
+from sit_jax.config import spec
+from sit_jax.data.sources import Digits
+from sit_jax.diffusion import Diffusion
+from sit_jax.models.dit import DiT
+from sit_jax.parts import Parts
+from sit_jax.recipe import recipe
+from sit_jax.samplers.chain import Ancestral
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return small.checkpoint(tmp_path_factory.mktemp("weights"), small.config())
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, weights):
+    def run(*arguments, weights=weights):
+        given = ("--weights", weights) if weights else ()
+        return small.called(sample.main, monkeypatch, capsys, *given, *arguments)
+
+    return run
+
+
+def manifest(path):
+    return json.loads(path.with_name(f"{path.name}.manifest.json").read_text())
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(run, tmp_path, monkeypatch):
+    arguments = ("--num", "20", "--batch-size", "8")
+    assert run(*arguments, "--out", tmp_path / "whole.npz")[0] == 0
+    saved, out = [], tmp_path / "cut.npz"
+
+    class Killed(Parts):
+        def save(self, batch, *rest):
+            if len(saved) == 2:
+                raise KeyboardInterrupt
+            saved.append(batch)
+            super().save(batch, *rest)
+
+    monkeypatch.setattr(sampling, "Parts", Killed)
+    assert run(*arguments, "--out", out)[0] == 130
+    assert not out.exists() and saved == [0, 1]
+    # other samples do not mix with it
+    code, _, err = run(*arguments, "--seed", "1", "--out", out)
+    assert code == 2 and "parts of other samples" in err
+    monkeypatch.setattr(sampling, "Parts", Parts)
+    drawn = []
+    save = Parts.save
+    monkeypatch.setattr(
+        Parts, "save", lambda self, b, *rest: (drawn.append(b), save(self, b, *rest))
+    )
+    assert run(*arguments, "--out", out)[0] == 0
+    assert drawn == [2]
+    assert out.read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def test_the_same_again_from_the_manifest(run, tmp_path):
+    first, again = tmp_path / "a.npz", tmp_path / "b.npz"
+    how = ("--labels", "balanced", "--num", "7", "--seed", "3", "--guidance", "2.0")
+    how += ("--guidance-interval", "0.2,0.7", "--sampler", "dopri5", "--rtol", "1e-2")
+    assert run(*how, "--step-control", "sample", "--out", first)[0] == 0
+    record = tmp_path / "a.npz.manifest.json"
+    code, _, _ = run("--from-manifest", record, "--out", again, weights=None)
+    assert code == 0 and first.read_bytes() == again.read_bytes()
+    found = manifest(first)
+    assert found["stats"]["evaluations"]["max"] > found["stats"]["evaluations"]["min"]
+    assert found["job"] == manifest(again)["job"]
+
+
+def test_other_weights_than_the_manifests_need_force(run, tmp_path):
+    out, other = tmp_path / "a.npy", small.config()
+    assert run("--num", "1", "--out", out)[0] == 0
+    parts = recipe(other)
+    from sit_jax.config import to_json
+
+    small.save(
+        tmp_path / "w",
+        1,
+        {"config": to_json(other), "step": 1},
+        ema=small.random_params(parts, 77),
+        params=small.random_params(parts, 78),
+    )
+    record = f"{out}.manifest.json"
+    again = ("--from-manifest", record, "--out", tmp_path / "b.npy")
+    code, _, err = run(*again, weights=tmp_path / "w")
+    assert code == 2 and "other weights than the manifest's" in err
+    assert not (tmp_path / "b.npy").exists()
+    assert run(*again, "--force", weights=tmp_path / "w")[0] == 0
+    assert not np.array_equal(np.load(out), np.load(tmp_path / "b.npy"))
+
+
+def test_saved_noise_draws_the_same(run, tmp_path):
+    labels = ("--labels", "0,1,2")
+    kept = ("--save-noise", tmp_path / "z.npy")
+    assert run(*labels, *kept, "--out", tmp_path / "a.npy")[0] == 0
+    given = ("--noise", tmp_path / "z.npy")
+    assert run(*labels, *given, "--out", tmp_path / "b.npy")[0] == 0
+    np.testing.assert_array_equal(
+        np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy")
+    )
+    record = manifest(tmp_path / "b.npy")
+    assert len(record["noise_sha256"]) == 64
+
+
+def test_torchs_noise_reaches_the_steps(run, tmp_path):
+    drawn = {}
+    for seed, name in (("3", "euler"), ("4", "euler"), ("3", "euler-maruyama")):
+        out = tmp_path / f"{seed}{name}.npy"
+        how = ("--labels", "0,1", "--noise", f"torch:{seed}", "--sampler", name)
+        assert run(*how, "--steps", "3", "--out", out)[0] == 0
+        drawn[seed, name] = np.load(out)
+    assert np.abs(drawn["3", "euler"] - drawn["4", "euler"]).max() > 0.1
+    assert not np.allclose(drawn["3", "euler-maruyama"], drawn["3", "euler"], atol=0.1)
+
+
+def test_a_trajectory_becomes_a_strip_and_an_animation(run, tmp_path):
+    from PIL import Image
+
+    out = tmp_path / "x.png"
+    how = ("--sampler", "heun", "--steps", "6", "--trajectory", "3")
+    assert run("--labels", "0,1", *how, "--out", out)[0] == 0
+    with Image.open(out) as picture:
+        assert picture.size == (2 + 3 * 66, 2 + 2 * 66)
+    with Image.open(tmp_path / "x.gif") as moving:
+        assert moving.n_frames == 3
+    code, _, err = run("--labels", "0", *how, "--out", tmp_path / "x.npy")
+    assert code == 2 and "--trajectory needs --out x.png" in err
+
+
+def test_a_worse_network_leads_away(run, tmp_path, weights):
+    for name, how in (
+        ("same", ("--autoguidance", weights, "--guidance", "3")),
+        ("none", ("--guidance", "1")),
+    ):
+        assert run("--labels", "1,2", *how, "--out", tmp_path / f"{name}.npy")[0] == 0
+    # led away from itself, a network goes where it would have gone
+    np.testing.assert_allclose(
+        np.load(tmp_path / "same.npy"), np.load(tmp_path / "none.npy"), atol=1e-5
+    )
+    record = manifest(tmp_path / "same.npy")
+    assert record["weak_sha256"] == record["weights_sha256"]
+
+
+def test_emulated_platforms_move_the_samples(run, tmp_path):
+    drawn = {}
+    for word in (None, "gpu-tf32", "tpu-default"):
+        out = tmp_path / f"{word}.npy"
+        how = ("--emulate", word) if word else ()
+        code, said, _ = run("--labels", "1,2", *how, "--out", out)
+        assert code == 0
+        drawn[word] = np.load(out)
+        assert f"the model's {[24, 11, 8][len(drawn) - 1]}" in said
+    off = [np.abs(drawn[w] - drawn[None]).max() for w in ("gpu-tf32", "tpu-default")]
+    assert 0 < off[0] < off[1] < 0.2
+
+
+def test_unfinished_images_are_marked(run, tmp_path):
+    out = tmp_path / "x.npy"
+    how = ("--sampler", "dopri5", "--step-control", "sample", "--rtol", "1e-7")
+    code, said, _ = run(
+        *how, "--num", "3", "--config.sampler.max_steps=2", "--out", out
+    )
+    assert code == 0 and "gave up before the end in 3 images (0, 1, 2)" in said
+    assert manifest(out)["stats"]["unfinished"] == [0, 1, 2]
+
+
+def digits(tmp_path, **fields):
+    config = small.config(shape=(8, 8, 1), synthetic=False)
+    for name, value in fields.items():
+        config[name] = value
+    config.source = spec(Digits)
+    config.model.classes = 10
+    return small.checkpoint(tmp_path / "digits", config)
+
+
+def table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_likelihoods_of_a_data_set(run, tmp_path):
+    weights, out = digits(tmp_path), tmp_path / "x.csv"
+    how = ("--likelihood", "--num", "5", "--sampler", "euler", "--steps", "2")
+    code, said, _ = run(*how, "--out", out, weights=weights)
+    assert code == 0 and "5 records, of pixels (8 x 8 x 1), by the density" in said
+    rows, record = (
+        table(out),
+        json.loads((tmp_path / "x.csv.manifest.json").read_text()),
+    )
+    assert len({row["record"] for row in rows}) == 5
+    nats = np.array([float(row["nats"]) for row in rows])
+    bits = np.array([float(row["bits_per_dim"]) for row in rows])
+    # a density of values in [-1, 1] counts bins that are 1 / 127.5 wide
+    np.testing.assert_allclose(
+        bits, -nats / (64 * np.log(2)) + np.log2(127.5), rtol=1e-5
+    )
+    np.testing.assert_allclose(record["nats"]["mean"], nats.mean(), rtol=1e-6)
+    batches = ("--batch-size", "2", "--overwrite")
+    assert run(*how, *batches, "--out", out, weights=weights)[0] == 0
+    again = [float(row["nats"]) for row in table(out)]
+    np.testing.assert_allclose(again, nats, rtol=1e-4)
+
+
+def test_bounds_of_a_diffusion(run, tmp_path):
+    weights = digits(
+        tmp_path,
+        model=spec(DiT, depth=1, width=16, heads=2, patch=2, classes=10),
+        process=spec(Diffusion),
+        sampler=spec(Ancestral, steps=4),
+    )
+    out = tmp_path / "x.csv"
+    code, said, _ = run("--likelihood", "--num", "2", "--out", out, weights=weights)
+    assert code == 0 and "by the variational bound" in said
+    assert all(np.isfinite(float(row["bits_per_dim"])) for row in table(out))
+
+
+BAD = {
+    "nothing": ([], "--weights PATH is needed", None),
+    "preset": (["--preset", "sit"], "there are sit-paper-ode", None),
+    "manifest": (["--from-manifest", "no.json"], "no manifest to read", None),
+    "form": (
+        ["--sampler", "euler-maruyama", "--diffusion-form", "sigmoid"],
+        "--diffusion-form 'sigmoid' is unknown (did you mean sigma?); there are sigma",
+        ...,
+    ),
+    "last step": (["--last-step", "Mean"], "--last-step Mean: Ode has no such", ...),
+    "eta": (["--sampler", "ddim", "--eta", "2"], "eta=2.0 of Ddim", ...),
+    "control": (
+        ["--sampler", "dopri5", "--step-control", "image"],
+        "there are global, sample, torchdiffeq",
+        ...,
+    ),
+    "spacing": (["--sampler", "ddpm", "--respacing", "x"], "--respacing 'x'", ...),
+    "interval": (["--guidance-interval", "0.5"], "two numbers LO,HI", ...),
+    "backwards": (["--guidance-interval", "0.5,0.2"], "two numbers LO < HI", ...),
+    "channels": (["--guidance-channels", "some"], "3 or all", ...),
+    "precision": (["--precision", "double"], "there are exact, fast, bf16", ...),
+    "emulate": (["--emulate", "tpu"], "there are tpu-default, gpu-tf32", ...),
+    "torch": (["--noise", "torch:x"], "torch:SEED with a whole number", ...),
+    "rounding": (["--rounding", "up"], "brighter or darker", ...),
+    "vae": (["--vae", "sd-vae-ft-mse"], "not on latents; leave out --vae", ...),
+    "guided likelihood": (
+        ["--likelihood", "--guidance", "2"],
+        "a guided field is no model's density",
+        ...,
+    ),
+    "likelihood of noise": (["--likelihood"], "likelihoods are of real data", ...),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(run, tmp_path, weights, name):
+    arguments, said, where = BAD[name]
+    out = tmp_path / ("x.csv" if "--likelihood" in arguments else "x.npy")
+    place = weights if where is ... else where
+    code, _, err = run(*arguments, "--out", out, weights=place)
+    assert code == 2, err
+    assert said in err and err.count("\n") == 1 and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_dequantized_densities_know_their_noise():
+    from sit_jax.densities import gaussian, uniform
+
+    key, shape = jax.random.key(0), (4000, 2, 1, 1)
+    flat, zero = uniform(key, shape)
+    assert zero == 0.0 and float(jnp.abs(flat).max()) <= 0.5
+    narrow, log_density = gaussian(key, shape)
+    assert float(jnp.abs(narrow).max()) <= 0.5 and log_density.shape == (4000,)
+    # a density of its own integrates to 1: the mean of 1/q over q is the volume
+    np.testing.assert_allclose(np.exp(-log_density).mean(), 1.0, rtol=0.05)
+
+
+def test_noise_of_directions_is_plus_and_minus_one():
+    draw = noise.signs(noise.image_keys(0, jnp.arange(3)), (8, 8, 1))
+    first, second = draw(0), draw(1)
+    assert set(np.unique(first)) == {-1.0, 1.0} and first.shape == (3, 8, 8, 1)
+    assert not np.array_equal(first, second) and abs(float(first.mean())) < 0.3
