@@ -16,14 +16,17 @@ from sit_jax import (
     labels,
     outputs,
     presets,
+    releases,
     sampling,
     settings,
+    starts,
 )
 from sit_jax import config as configs
 from sit_jax.emulation import EMULATED
 from sit_jax.errors import UserError
 from sit_jax.preview import rows
 from sit_jax.recipe import check_seed
+from sit_jax.torch_config import FAMILIES
 from sit_jax.weights import open_weights
 
 
@@ -90,7 +93,7 @@ def _parser():
     add("--no-ema", action="store_true", help="the weights themselves, not their mean")
     add("--vae", metavar="PATH", help="or sd-vae-ft-mse, sd-vae-ft-ema")
     add("--rounding", metavar="RULE", help="brighter (DiT, SiT) | darker (MDT)")
-    add("--family", choices=("sit", "dit"), help="of a bare .pt or .safetensors")
+    add("--family", choices=FAMILIES, help="of a bare .pt or .safetensors")
     add("--heads", type=int, help="of a bare file whose width is not a published one")
     add("--overwrite", action="store_true")
     add("--force", action="store_true", help="other weights than the manifest's")
@@ -134,7 +137,7 @@ def _job(args, overrides):
     if published and word is None and number is None:
         number, word = published.num, published.labels
     if args.noise and not args.noise.startswith("torch:") and number is None:
-        number = len(sampling.given_noise(args.noise, tuple(config.shape)))
+        number = len(starts.given_noise(args.noise, tuple(config.shape)))
     made = job.Job(
         weights=str(source),
         config=configs.to_json(config),
@@ -161,6 +164,9 @@ def _studio(wanted, expected):
 
 
 def _open(path, family=None, heads=None):
+    told = getattr(releases.find(path), "family", None)
+    family = family or (told if told in FAMILIES else None)
+
     def torch_file(path):
         from sit_jax.exchange import open_torch
 
@@ -177,7 +183,7 @@ def _published(family):
 def _check_noise(args, made, shape):
     if made.noise is None or made.noise.startswith("torch:"):
         return
-    found = len(sampling.given_noise(made.noise, shape))
+    found = len(starts.given_noise(made.noise, shape))
     if found != len(made.labels):
         raise UserError(
             f"--num {len(made.labels)}, but {made.noise} has {found} images"
@@ -188,7 +194,7 @@ def _save_noise(args, room):
     path = outputs.check(args.save_noise, args.overwrite)
     if path.suffix != ".npy":
         raise UserError(f"--save-noise {path}: write a name ending in .npy")
-    outputs.save_array(path, sampling.starts(room))
+    outputs.save_array(path, starts.starts(room))
 
 
 def _columns(args, wanted):

@@ -20,6 +20,7 @@ import numpy as np
 
 from sit_jax import predictions, schedules
 from sit_jax.errors import UserError
+from sit_jax.gaussians import gather, log_bin_mass, true_step
 from sit_jax.paths import align, mix
 
 
@@ -41,7 +42,7 @@ def previous(path, t):
     """Predicts the mean of q(x_{t-1} | x_t, data); linear in data and noise too."""
     (alpha_, _), (alpha, sigma) = path(t - 1), path(t)
     beta = 1 - (alpha / alpha_) ** 2
-    on_data, on_x, _ = _true_step(beta, alpha_**2, alpha**2)
+    on_data, on_x, _ = true_step(beta, alpha_**2, alpha**2)
     return on_data + on_x * alpha, on_x * sigma
 
 
@@ -157,7 +158,7 @@ class Diffusion:
         gap = gather(self.log_variances[0], batch.t) - log_var
         miss = on_data * batch.data + on_x * batch.x - mean
         kl = (jnp.expm1(gap) - gap + miss**2 * jnp.exp(-log_var)) / 2
-        nats = jnp.where(batch.t == 0, -_log_bin_mass(batch.data, mean, log_var), kl)
+        nats = jnp.where(batch.t == 0, -log_bin_mass(batch.data, mean, log_var), kl)
         return jnp.mean(nats, axis=(1, 2, 3)) / np.log(2.0)
 
     def bound_at(self, net, batch, t, mend=None):
@@ -213,7 +214,7 @@ class Diffusion:
     @functools.cached_property
     def true_step(self):
         """Weight of data, weight of x_t and variance of q(x_{t-1} | x_t, data)."""
-        return _true_step(self.betas, self.alpha_bar[:-1], self.alpha_bar[1:])
+        return true_step(self.betas, self.alpha_bar[:-1], self.alpha_bar[1:])
 
     @functools.cached_property
     def log_variances(self):
@@ -236,37 +237,6 @@ class Diffusion:
         data = mend(data) if mend else data
         on_data, on_x, _ = (gather(table, t) for table in self.true_step)
         return on_data * data + on_x * x, data
-
-
-def gather(table, t, dtype=jnp.float32):
-    """A float64 table, or one number, at steps t; rounded after all else is done."""
-    table = np.asarray(table, dtype)
-    return jnp.asarray(table)[t] if table.ndim else table
-
-
-def _true_step(beta, before, after):
-    """q(x_{t-1} | x_t, data): weight of data, weight of x_t, variance.
-
-    before and after are alpha_bar at t-1 and t. Ho et al. 2020, eq. 7.
-    """
-    on_data = beta * np.sqrt(before) / (1 - after)
-    on_x = (1 - before) * np.sqrt(1 - beta) / (1 - after)
-    return on_data, on_x, beta * (1 - before) / (1 - after)
-
-
-def _log_bin_mass(x, mean, log_var, half=1 / 255):
-    """Log mass a Gaussian puts on the bin, an 8-bit step wide, around x in [-1, 1].
-
-    Latents have no such bins, but the published variances were trained with them. The
-    normal distribution function is Page's of 1977, 1/2 + tanh/2. Written as a sigmoid,
-    and on the lower side of the mean, it keeps its digits where the bin is far away.
-    """
-    cdf = lambda z: jax.nn.sigmoid(np.sqrt(8 / np.pi) * (z + 0.044715 * z**3))
-    far, std = jnp.abs(x - mean), jnp.exp(log_var / 2)
-    inner = cdf((half - far) / std) - cdf((-half - far) / std)
-    first, last = cdf((x - mean + half) / std), cdf((mean - x + half) / std)
-    mass = jnp.where(x < -0.999, first, jnp.where(x > 0.999, last, inner))
-    return jnp.log(jnp.maximum(mass, 1e-12))
 
 
 def _expect_channels(out, wanted, variance, remedy):

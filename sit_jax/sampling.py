@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from sit_jax import config as configs
-from sit_jax import emulation, noise, outputs, precision, probe, sharding
+from sit_jax import emulation, outputs, precision, probe, sharding
 from sit_jax.codec import Latents
 from sit_jax.errors import UserError
 from sit_jax.generation import Generator
@@ -18,7 +18,7 @@ from sit_jax.manifest import environment, weights_hash
 from sit_jax.parts import Parts
 from sit_jax.recipe import recipe
 from sit_jax.rounding import ROUNDINGS
-from sit_jax.torch_noise import torch_noise
+from sit_jax.starts import noise_of
 from sit_jax.vae_files import load_vae, with_vae
 from sit_jax.workdir import write_json
 
@@ -71,7 +71,7 @@ def draw(room, out, overwrite=False, columns=None, frames=False):
     states, and out, a .png, becomes a strip of them with an animation beside it.
     """
     job, begun = room.job, time.perf_counter()
-    start, given, kicks = _noise(room)
+    start, given, kicks = noise_of(room)
     batch_size = min(job.batch_size, len(job.labels))
     make = Generator(
         *(room.parts, room.params, room.mesh, batch_size),
@@ -140,56 +140,6 @@ def _with_codec(parts, job, word, mesh):
     record = codec.record() if hasattr(codec, "record") else {}
     record = {"kind": type(codec).__name__, "rounding": job.rounding, **record}
     return dataclasses.replace(parts, codec=codec), record
-
-
-def _noise(room):
-    """-> given start or None, given noise of the steps or None, how many steps'."""
-    job, shape = room.job, room.parts.shape
-    if job.noise is None:
-        return None, None, 0
-    if not job.noise.startswith("torch:"):
-        return given_noise(job.noise, shape), None, 0
-    if not job.noise[6:].isdecimal():
-        raise UserError(f"--noise {job.noise}: torch:SEED with a whole number")
-    sampler = room.parts.sampler
-    kicks = sampler.kicks(room.parts.process) if hasattr(sampler, "kicks") else 0
-    start, given = torch_noise(
-        int(job.noise[6:]),
-        *(room.parts.model, shape, len(job.labels), kicks),
-        doubled=not is_none(room.parts.guidance),
-    )
-    return start, given, kicks
-
-
-def given_noise(path, shape):
-    """-> float32 [N, *shape] of a .npy."""
-    try:
-        start = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"--noise {path} is not a .npy file of numbers") from error
-    if not isinstance(start, np.ndarray):
-        raise UserError(f"--noise {path} is not a .npy file of numbers")
-    if start.shape[1:] != shape or start.dtype.kind != "f":
-        raise UserError(
-            f"--noise {path} is {start.dtype} {start.shape}; it must be float32 "
-            f"(N, {', '.join(map(str, shape))})"
-        )
-    if not np.isfinite(start).all():
-        raise UserError(f"--noise {path} has values that are not finite")
-    return start.astype(np.float32)
-
-
-def starts(room):
-    """-> float32 [N, H, W, C]: what the images of a Studio's job start from."""
-    given = _noise(room)[0]
-    if given is not None:
-        return given
-    numbers = np.arange(len(room.job.labels))
-    blocks = np.array_split(numbers, -(-len(numbers) // 256))
-    draw = lambda block: noise.start(
-        noise.image_keys(room.job.seed, block), room.parts.shape
-    )
-    return np.concatenate([np.asarray(draw(block)) for block in blocks])
 
 
 def _check_weak(parts, other, path):
