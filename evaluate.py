@@ -27,6 +27,7 @@ LONG = 16  # a list in a manifest that is left out of the record
 
 def main():
     parser = command.parser(__doc__.splitlines()[0])
+    parser.epilog = None  # there is no config
     add = parser.add_argument
     add("samples", nargs="?", metavar="SAMPLES", help=".npz with arr_0, or a folder")
     add("--features", metavar="X.npz", help="stored features instead of SAMPLES")

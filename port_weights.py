@@ -14,14 +14,14 @@ from pathlib import Path
 
 import jax
 
-from sit_jax import checkpoint, chips, command, reference, tensor_files, torch_files
+from sit_jax import checkpoint, chips, command, mdt_files, reference, tensor_files
 from sit_jax import config as configs
 from sit_jax.comparison import compare, file_sha
-from sit_jax.drafts import draft, require_free, require_space
+from sit_jax.drafts import draft, drafts, require_free, require_space
 from sit_jax.errors import UserError
 from sit_jax.exchange import Stored, open_torch
 from sit_jax.manifest import weights_hash
-from sit_jax.models.dit import RULES
+from sit_jax.models.mdt import MDT
 from sit_jax.torch_config import FAMILIES
 
 
@@ -65,7 +65,7 @@ def to_checkpoint(args, overrides, original=None):
     ema = weights_hash(items["ema"])
     with draft(target) as name:
         print(f"writing {target}", flush=True)
-        saved = checkpoint.Checkpoints(name)
+        saved = checkpoint.Checkpoints(name, items=items)
         saved.save(meta["step"], meta, **items)
         del items
         saved.close()
@@ -90,29 +90,46 @@ def to_torch(args, original=None):
     if args.step is not None:
         step = args.step
     stored = Stored(directory, step)
-    why = stored.no_moments
-    if target.suffix == ".safetensors":
-        why = "a .safetensors holds one state dict"
     print(f"converting {directory}/{step}", flush=True)
-    content, parts = stored.content(bare=why is not None)
+    files, parts, left_out = _contents(stored, target)
+    paths = [require_free(target.with_name(n), args.overwrite) for n in files]
     tensors = [tensor for part in parts.values() for tensor in part.values()]
     require_space(target, sum(tensor.nbytes for tensor in tensors))
-    with draft(target) as name:
-        print(f"writing {target}", flush=True)
-        tensor_files.write(name, content)
+    with drafts(paths) as folder:
+        for name, content in files.items():
+            print(f"writing {target.with_name(name)}", flush=True)
+            tensor_files.write(folder / name, content)
         print("reading it back", flush=True)
-        written = torch_files.read(name)
+        written = mdt_files.read(folder / target.name)
         theirs = {part: written.parts()[part] for part in parts}
         each = ((p, name, array) for p in parts for name, array in parts[p].items())
         found = compare(each, theirs)
         _require_equal(found)
         _compare_networks(original, stored, written.ema)
-        sha = file_sha(name)
+        hashes = [(file_sha(folder / path.name), path) for path in paths]
     _describe(stored, ["float32"])
-    if why:
-        print(f"written: the EMA alone, for {why}")
+    if left_out:
+        print(f"written: {left_out}")
     _summary(found, (f"{directory}/{step}", target))
-    print(f"{sha}  {target}")
+    for sha, path in hashes:
+        print(f"{sha}  {path}")
+
+
+def _contents(stored, target):
+    """-> {file name: content}, the parts in them, and what is left out, if anything."""
+    why = stored.no_moments
+    if target.suffix == ".safetensors":
+        why = "a .safetensors holds one state dict"
+    elif stored.step and isinstance(stored.released.model, MDT):
+        name = mdt_files.named(stored.step)
+        if mdt_files.number_of(target) is not None:
+            if target.name != name:
+                raise UserError(f"{target}: MDT's file of this step is called {name}")
+            files, parts = stored.run_of_mdt()
+            return files, parts, why and f"all but the optimizer, for {why}"
+        why = f"only a {name} has the run's other files beside it"
+    content, parts = stored.content(bare=why is not None)
+    return {target.name: content}, parts, why and f"the EMA alone, for {why}"
 
 
 def published(family):
@@ -166,7 +183,7 @@ def _describe(stored, dtypes):
     )
     rows = [("torch", "tensors", "shape", "ours", "shape")]
     trained, params = stored.released.trained, stored.released.params
-    for torch_name, path, _ in RULES:
+    for torch_name, path, _ in stored.released.rules:
         stacked, shape = "*" in torch_name, params[path].shape
         one = trained[torch_name.replace("*", "0")]
         rows.append((torch_name, shape[0] if stacked else 1, one, path, shape))

@@ -13,7 +13,7 @@ from sit_jax.config import spec
 from sit_jax.data.sources import LatentFolder
 from sit_jax.interpolant import Interpolant
 from sit_jax.models.dit import SIZES, SiT
-from sit_jax.samplers.ode import AdaptiveOde
+from sit_jax.samplers.adaptive import AdaptiveOde
 
 
 def get_config():
@@ -26,6 +26,7 @@ def get_config():
     c.synthetic = False  # random latents instead of c.source
     c.optimizer = spec(optax.adamw, learning_rate=1e-4, weight_decay=0.0)
     c.clip = placeholder(float)  # global norm of the gradient; None: no clipping
+    c.workers = 0  # processes that decode images; 0: threads
     c.batch_size = 256  # over all devices
     c.accumulate = 1  # parts that a batch is gone through in
     c.ema_decay = 0.9999
@@ -42,5 +43,6 @@ def get_config():
     c.sampler = spec(AdaptiveOde, rtol=1e-3, atol=1e-6)
     c.guidance = 4.0
     c.guidance_channels = 3
+    c.precision = ConfigDict({"training": "fast", "model": "exact", "vae": "exact"})
     c.mesh = ConfigDict({"data": 1, "fsdp": -1})
     return c

@@ -1,6 +1,8 @@
 """Checkpoints: step directories of the items `params`, `ema`, `opt_state`, `meta`.
 
-Ported ones may have `constants` too: what a torch file holds beside the parameters.
+There may be averages at other rates, `ema_0.999`, and what the choice of times learns
+from, `losses`. Ported ones may have `constants`: what a torch file holds beside the
+parameters.
 
 Only this file knows Orbax. A step appears under its number when it is complete, so
 what a kill interrupts is never mistaken for a checkpoint. `meta` is JSON: the config,
@@ -21,24 +23,26 @@ from sit_jax.errors import UserError
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates; it also raises
 
-TREES = ("params", "ema", "opt_state", "constants")
+TREES = ("params", "ema", "opt_state", "losses", "constants")
 
 
 class Checkpoints:
     """The steps in one directory. Saving is asynchronous; close() waits for it.
 
+    items: names of those that will be saved, if there are averages at several rates.
     Arrays are not compressed: weights hardly shrink, and it takes five times as long.
     """
 
-    def __init__(self, directory, keep_last=None, keep_every=None):
+    def __init__(self, directory, keep_last=None, keep_every=None, items=()):
         self.directory = Path(directory).expanduser().absolute()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last, keep_period=keep_every, cleanup_tmp_directories=True
         )
         plain = partial(ocp.PyTreeCheckpointHandler, use_compression=False)
         with _plainly(self.directory):
+            handlers = _handlers({*TREES, *items}, plain)
             self._manager = ocp.CheckpointManager(
-                self.directory, options=options, item_handlers=_handlers(TREES, plain)
+                self.directory, options=options, item_handlers=handlers
             )
 
     def save(self, step, meta, **items):
@@ -191,7 +195,9 @@ def _shapes(tree):
 def _reader(directory, step, tree_handler=ocp.StandardCheckpointHandler):
     if step not in steps(directory):
         raise UserError(f"no checkpoint of step {step} in {directory}")
-    handlers = _handlers(items(directory, step) & set(TREES), tree_handler)
+    found = items(directory, step)
+    trees = {name for name in found if name in TREES or name.startswith("ema_")}
+    handlers = _handlers(trees, tree_handler)
     options = ocp.CheckpointManagerOptions(read_only=True)
     with (
         _plainly(Path(directory)),

@@ -11,10 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from sit_jax import checkpoint, moments, port, torch_files
+from sit_jax import averages, checkpoint, mdt_files, moments, port, torch_files
 from sit_jax.config import build, from_json, to_json
 from sit_jax.errors import UserError
-from sit_jax.models.dit import RULES
 from sit_jax.recipe import recipe
 from sit_jax.released import Released, nest
 from sit_jax.sharding import everywhere
@@ -41,12 +40,14 @@ class TorchWeights:
         tree = partial(self.released.tree, put=put)
         items = {"ema": tree(file.ema)}
         items["params"] = items["ema"] if file.model is file.ema else tree(file.model)
+        items |= {name: tree(state) for name, state in file.averages.items()}
         step = adam.step if adam else 0
         if adam:
             group_of(self.config, step)  # refuses optimizers that mean something else
-            mu, nu = tree(adam.exp_avg), tree(adam.exp_avg_sq)
+            trees = [tree(moment) for moment in adam.moments.values()]
             tx, count = recipe(self.config).tx, put(np.asarray(step, np.int32))
-            items["opt_state"] = moments.place(tx, items["params"], count, mu, nu)
+            items["opt_state"] = moments.place(tx, items["params"], count, *trees)
+        step = step if file.updates is None else file.updates
         if drifted := self._drifted():
             items["constants"] = jax.tree.map(put, drifted)
         meta = {"config": to_json(self.config), "step": step}
@@ -73,12 +74,14 @@ def open_torch(path, base, family=None, heads=None, config=None):
     base(family) gives the config in which the file's network takes the place of the
     published one; a given config is kept as it is, and refused if it does not fit.
     """
-    file = torch_files.read(path)
+    file = mdt_files.read(path)
     config = config_of(file, base, family, heads, config)
     released = Released(build(config.model), tuple(config.shape))
     released.check(path, file.ema)
     if file.model is not file.ema:
         released.check(path, file.model)
+    for name, state in file.averages.items():
+        released.check(f"{path}, {name}", state)
     if file.adam and list(file.adam.exp_avg) != list(released.trained):
         raise UserError(f"{path}: opt is not the state of all trained parameters")
     return TorchWeights(file, config, released)
@@ -115,38 +118,38 @@ class Stored:
     def _moments(self):
         """-> shapes of the optimizer's state, and "PART PATH" by name of the leaf."""
         tx, shapes = self._recipe.tx, nest(self.released.params)
-        mu, nu = (
+        trees = (
             nest({path: f"{part} {path}" for path in self.released.params})
-            for part in ("exp_avg", "exp_avg_sq")
+            for part in self._kinds()
         )
-        labels = moments.place(tx, shapes, "step step", mu, nu)
+        labels = moments.place(tx, shapes, "step step", *trees)
         return jax.eval_shape(tx.init, shapes), checkpoint.named(labels)
+
+    def _kinds(self):
+        return moments.names(self._recipe.tx, nest(self.released.params))
 
     def tensors(self, *parts):
         """Yields (part, torch name, array) for the parts asked for, a stack at a time.
 
-        Parts are model, ema, exp_avg, exp_avg_sq, and step with the one entry "step".
+        Parts are model, ema and averages at other rates, the optimizer's moments by
+        torch's names, and step with the one entry "step".
         """
         shapes = nest(self.released.params)
-        for part, item in (("model", "params"), ("ema", "ema")):
+        items = averages.item_names(self._recipe.ema_decay)
+        for part, item in (("model", "params"), *zip(items, items, strict=True)):
             if part in parts:
                 yield from ((part, *each) for each in self._constants(part).items())
                 labels = {path: f"{part} {path}" for path in self.released.params}
                 yield from self._converted(parts, item, shapes, labels)
-        if {"exp_avg", "exp_avg_sq", "step"} & set(parts):
+        if {*torch_files.ADAN, "step"} & set(parts):
             yield from self._converted(parts, "opt_state", *self._moments())
 
     def content(self, bare):
         """-> what torch_files.write takes, and the parts in it with their tensors."""
-        wanted = ("ema",) if bare else ("model", "ema", "exp_avg", "exp_avg_sq", "step")
-        found = {part: {} for part in wanted}
-        for part, name, array in self.tensors(*wanted):
-            found[part][name] = array
-        names = [*self.released.constants, *self.released.trained]
-        for part in wanted[:4]:
-            found[part] = {n: found[part][n] for n in names if n in found[part]}
         if bare:
+            found = self._gathered("ema")
             return found["ema"], found
+        found = self._gathered("model", "ema", *self._kinds(), "step")
         step = int(found["step"]["step"])
         group = group_of(self.config, step)
         adam = torch_files.Adam(step, found["exp_avg"], found["exp_avg_sq"], group)
@@ -154,8 +157,30 @@ class Stored:
         model, ema = found["model"], found["ema"]
         return torch_files.train_layout(model, ema, adam, args), found
 
+    def run_of_mdt(self):
+        """-> {name: content} of what MDT's train script saves, and the parts."""
+        decay, group = self._recipe.ema_decay, None
+        wanted = ["model", *averages.item_names(decay)]
+        if self.no_moments is None:
+            wanted += [*self._kinds(), "step"]
+        found = self._gathered(*wanted)
+        if self.no_moments is None:
+            group = group_of(self.config, int(found["step"]["step"]))
+        rates = decay if isinstance(decay, tuple) else (decay,)
+        return mdt_files.layout(self.step, rates, found, group), found
+
+    def _gathered(self, *parts):
+        """-> {part: state dict in torch's order}"""
+        found = {part: {} for part in parts}
+        for part, name, array in self.tensors(*parts):
+            found[part][name] = array
+        names = self.released.names
+        for part in set(parts) - {"step"}:
+            found[part] = {n: found[part][n] for n in names if n in found[part]}
+        return found
+
     def _converted(self, parts, item, like, labels):
-        rules = {path: (torch, path, layout) for torch, path, layout in RULES}
+        rules = {path: (torch, path, how) for torch, path, how in self.released.rules}
         for at, leaf in checkpoint.leaves(self.directory, self.step, item, like):
             part, path = labels[at].split()
             if part not in parts:
@@ -173,6 +198,8 @@ class Stored:
         if "constants" not in checkpoint.items(self.directory, self.step):
             return ours
         like = {"model": ours, "ema": ours}
+        if part not in like:
+            return ours
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
         found = dict(checkpoint.leaves(self.directory, self.step, "constants", like))
         return {name: found[f"{part}/{name}"] for name in ours}

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 
+from sit_jax import averages
 from sit_jax.codec import data_of
 from sit_jax.config import build
 from sit_jax.errors import UserError
@@ -25,6 +26,13 @@ class Recipe:
     shape: tuple[int, int, int]
     guidance: Any
     guidance_channels: int
+    ema_decay: float | tuple = 0.9999
+    timesteps: Any = None  # see timesteps.py; None: the process draws its times
+
+    @property
+    def losses(self):
+        """What the choice of times remembers at the start."""
+        return () if self.timesteps is None else self.timesteps.begin(self.process)
 
 
 def recipe(config):
@@ -43,6 +51,8 @@ def recipe(config):
         shape=tuple(config.shape),
         guidance=build(config.guidance),
         guidance_channels=config.guidance_channels,
+        ema_decay=config.ema_decay,
+        timesteps=build(config.get("timesteps")),
     )
     _check(parts)
     return parts
@@ -53,9 +63,8 @@ def check_training(config, source):
     for name in ("batch_size", "steps", "accumulate", "log_every", "save_every"):
         if config[name] < 1:
             raise UserError(f"{name} is {config[name]}; it must be at least 1")
-    for name in ("ema_decay", "label_drop"):
-        if not 0 <= config[name] <= 1:
-            raise UserError(f"{name} is {config[name]}; it must be in [0, 1]")
+    if not 0 <= config.label_drop <= 1:
+        raise UserError(f"label_drop is {config.label_drop}; it must be in [0, 1]")
     for name in ("sample_every", "preview"):
         if config[name] < 0:
             raise UserError(f"{name} is {config[name]}; 0 is never, else at least 1")
@@ -93,6 +102,8 @@ def check_data(parts, source):
 
 
 def _check(parts):
+    averages.check(parts.ema_decay)
+    _ = parts.losses  # refuses a process without steps to choose among
     if len(parts.shape) != 3 or min(parts.shape) < 1:
         raise UserError(f"shape {parts.shape} is not (height, width, channels)")
     if isinstance(parts.guidance, float | int) and not math.isfinite(parts.guidance):

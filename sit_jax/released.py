@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sit_jax import port
 from sit_jax.errors import UserError
-from sit_jax.models.dit import RULES, constants
+from sit_jax.models.kinds import kind_of
 from sit_jax.training import init_params
 
 # An average of the table, taken 7M times in float32, was up to 5e-4 off the table.
@@ -30,15 +30,30 @@ class Released:
         init = partial(init_params, self.model, self.shape)
         return flatten_dict(jax.eval_shape(init, jax.random.key(0)), sep="/")
 
+    @property
+    def rules(self):
+        return kind_of(type(self.model)).rules
+
     @cached_property
     def constants(self):
-        return constants(self.model, self.shape[0])
+        return kind_of(type(self.model)).constants(self.model, self.shape[0])
+
+    @cached_property
+    def names(self):
+        """All in torch's order: a module's constants after its other tensors."""
+        names = [name for name in self.constants if "." not in name]
+        inner = {name.rpartition(".")[0]: name for name in self.constants}
+        for name in self.trained:
+            names.append(name)
+            if (constant := inner.get(name.rpartition(".")[0])) is not None:
+                names.append(constant)
+        return names
 
     @cached_property
     def trained(self):
         """Torch name -> shape; what has a gradient."""
         shapes = {}
-        for torch_name, path, layout in RULES:
+        for torch_name, path, layout in self.rules:
             there, here = layout.split("->")
             size = self.params[path].shape
             axes = dict(zip(here, size[-len(here) :], strict=True))
@@ -50,12 +65,12 @@ class Released:
             path: np.zeros([size if i == 0 else 1 for i, size in enumerate(leaf.shape)])
             for path, leaf in self.params.items()
         }
-        return {name: shapes[name] for name in port.to_torch(RULES, nest(tiny))}
+        return {name: shapes[name] for name in port.to_torch(self.rules, nest(tiny))}
 
     def tree(self, state, put=lambda leaf: leaf):
         """State dict -> params, each leaf passed through put."""
         flat = {}
-        for rule in sorted(RULES, key=lambda rule: -self.params[rule[1]].size):
+        for rule in sorted(self.rules, key=lambda rule: -self.params[rule[1]].size):
             leaf, _ = port.to_flax([rule], state)
             flat[rule[1]] = put(flatten_dict(leaf, sep="/")[rule[1]])
         return nest(flat)
@@ -81,8 +96,9 @@ class Released:
         for name, table in self.constants.items():
             drift = float(np.abs(state[name] - table).max())
             if not drift <= DRIFT:
+                kind = "position" if table.dtype.kind == "i" else "sine-cosine"
                 raise UserError(
-                    f"{path}: {name} is not the sine-cosine table of this size but up "
+                    f"{path}: {name} is not the {kind} table of this size but up "
                     f"to {drift:.2g} off"
                 )
 

@@ -16,13 +16,17 @@ import numpy as np
 
 from sit_jax.errors import UserError
 
-KINDS = (".pt", ".pth", ".safetensors")
+KINDS = (".pt", ".pth", ".bin", ".safetensors")
 WINDOW = 2**26  # bytes
 FLOATS = ("float32", "float16", "bfloat16")  # all exact in float32
+INDEX = "relative_position_index"  # what the names of tables of integers end in
 
 
 class Tensors(Mapping):
-    """Names to float32 arrays, in the order given, each read when it is asked for."""
+    """Names to float32 arrays, in the order given, each read when it is asked for.
+
+    MDT's tables of positions are int64.
+    """
 
     def __init__(self, opened, places):
         self._opened, self._places = opened, places
@@ -30,11 +34,12 @@ class Tensors(Mapping):
         self.shapes = {name: shape for name, (shape, _) in like.items()}
         self.dtypes = sorted({dtype for _, dtype in like.values()})
         for name, (_, dtype) in like.items():
-            if dtype not in FLOATS:
+            if dtype not in FLOATS and not (dtype == "int64" and name.endswith(INDEX)):
                 raise UserError(f"{opened.path}: {name} is {dtype}, not {FLOATS[0]}")
 
     def __getitem__(self, name):
-        return np.asarray(self._opened.read(self._places[name]), np.float32)
+        found = self._opened.read(self._places[name])
+        return np.asarray(found, np.int64 if found.dtype.kind == "i" else np.float32)
 
     def __iter__(self):
         return iter(self._places)
@@ -144,7 +149,7 @@ class _Safetensors(_Opened):
 
     def like(self, place):
         part = self.content()[place[0]].get_slice(place[0])
-        names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+        names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
         return tuple(part.get_shape()), names.get(part.get_dtype(), part.get_dtype())
 
     def _at(self, place):
@@ -189,12 +194,14 @@ def _save_safetensors(state, file):
     header, end = {}, 0
     for name, array in state.items():
         place = [end, end := end + array.nbytes]
-        header[name] = dict(dtype="F32", shape=array.shape, data_offsets=place)
+        dtype = "I64" if array.dtype.kind == "i" else "F32"
+        header[name] = dict(dtype=dtype, shape=array.shape, data_offsets=place)
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for array in state.values():
-        file.write(np.ascontiguousarray(array, "<f4").data)
+        little = "<i8" if array.dtype.kind == "i" else "<f4"
+        file.write(np.ascontiguousarray(array, little).data)
 
 
 def _damaged(path, error):

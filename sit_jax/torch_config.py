@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from sit_jax import paths, predictions
+from sit_jax.adan import adan
 from sit_jax.config import build, difference, spec, to_json
 from sit_jax.errors import UserError
 from sit_jax.interpolant import (
@@ -19,9 +20,10 @@ from sit_jax.interpolant import (
     unweighted,
     velocity_weight,
 )
+from sit_jax.models import mdt_weights
 from sit_jax.models.dit import SIZES, describe
 
-FAMILIES = ("sit", "dit")
+FAMILIES = ("sit", "dit")  # not to be told apart by their weights
 PATHS = {"Linear": paths.linear, "GVP": paths.gvp, "VP": paths.VP()}
 PREDICTIONS = {
     "velocity": predictions.velocity,
@@ -51,7 +53,7 @@ def config_of(file, base, family=None, heads=None, config=None):
     A given config is kept instead, unless it says otherwise of network or process.
     """
     args, told = file.args or {}, _described(file)
-    family = _family(file.path, args, family, config)
+    family = _family(file, args, family, config)
     heads = _heads(file.path, told, heads, config)
     given = config is not None
     config = config if given else base(family)
@@ -61,7 +63,7 @@ def config_of(file, base, family=None, heads=None, config=None):
         if family == "sit" and "path_type" in args:
             config.process = _process(args)
         if not given:
-            _fill_run(config, args, file.adam)
+            _fill_run(config, args, file)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file.path}: args not understood ({error!r})") from error
     after = to_json({name: config[name] for name in NETWORK})
@@ -106,41 +108,50 @@ def args_of(config):
 
 
 def group_of(config, step):
-    """-> the hyperparameters that torch's AdamW would have at this step."""
+    """-> the hyperparameters that torch's AdamW or Adan would have at this step."""
     ours = config.optimizer
-    if ours.make not in (optax.adam, optax.adamw) or ours.nesterov:
+    plain = ours.make in (optax.adam, optax.adamw) and not ours.nesterov
+    if not plain and ours.make is not adan:
         raise UserError(f"config.optimizer is {ours.make.__name__}, not plain AdamW")
     rate = build(ours.learning_rate)
-    return {
+    group = {
         "lr": float(rate(step) if callable(rate) else rate),
-        "betas": (ours.b1, ours.b2),
+        "betas": (ours.b1, ours.b2) if plain else (ours.b1, ours.b2, ours.b3),
         "eps": ours.eps,
         "weight_decay": ours.get("weight_decay", 0.0),
     }
+    if plain:
+        return group
+    clip = {"max_grad_norm": config.clip or 0.0, "no_prox": False}
+    return group | clip | {"foreach": True, "fused": True}
 
 
 def _described(file):
     shapes = file.ema.shapes
     like = {n: jax.ShapeDtypeStruct(s, np.float32) for n, s in shapes.items()}
+    is_mdt = mdt_weights.family(shapes) is not None
     try:
-        return describe(like)
+        return mdt_weights.describe(like) if is_mdt else describe(like)
     except (ValueError, IndexError, ZeroDivisionError) as error:
-        raise UserError(f"{file.path}: not the weights of a DiT or SiT") from error
+        kind = "an MDT" if is_mdt else "a DiT or SiT"
+        raise UserError(f"{file.path}: not the weights of {kind}") from error
     except UserError as error:
         raise UserError(f"{file.path}: {error}") from error
 
 
-def _family(path, args, flag, config):
+def _family(file, args, flag, config):
     named = re.match(r"(SiT|DiT)-", str(args.get("model")))
     says = {
         "--family": flag,
         "the file's args.model": named and named[1].lower(),
+        f"{file.path}, by its tensors' names,": mdt_weights.family(file.ema),
         "--config": config and config.model.make.__name__.lower(),
     }
     family = _agreed("family", says)
     if family is None:
         raise UserError(
-            f"{path}: shapes do not tell SiT from DiT; add --family sit or --family dit"
+            f"{file.path}: shapes do not tell SiT from DiT; "
+            "add --family sit or --family dit"
         )
     return family
 
@@ -186,6 +197,8 @@ def _fill_network(config, told, args, given):
         model.null_label = model.classes < rows
     for name in ("depth", "width", "heads", "patch", "mlp_ratio", "learn_sigma"):
         model[name] = told[name]
+    if "decoder" in told:
+        model.decoder = told["decoder"]
     config.shape = (told["side"], told["side"], told["channels"])
 
 
@@ -209,20 +222,29 @@ def _process(args):
     )
 
 
-def _fill_run(config, args, adam):
+def _fill_run(config, args, file):
     for theirs, ours in SETTINGS.items():
         if theirs in args:
             config[ours] = args[theirs]
-    if adam is None:
+    if file.rates:
+        several = len(file.rates) > 1
+        with config.ignore_type():
+            config.ema_decay = file.rates if several else file.rates[0]
+    if file.adam is None:
         return
-    b1, b2 = adam.group["betas"]
+    group = file.adam.group
+    betas = {f"b{i}": float(b) for i, b in enumerate(group["betas"], start=1)}
+    make = adan if file.adam.more else optax.adamw
+    if config.optimizer.make is not make:
+        config.optimizer = spec(make)
     config.optimizer.update(
-        learning_rate=float(adam.group["lr"]),
-        b1=float(b1),
-        b2=float(b2),
-        eps=float(adam.group["eps"]),
-        weight_decay=float(adam.group["weight_decay"]),
+        learning_rate=float(group["lr"]),
+        eps=float(group["eps"]),
+        weight_decay=float(group["weight_decay"]),
+        **betas,
     )
+    if "max_grad_norm" in group:
+        config.clip = float(group["max_grad_norm"]) or None
 
 
 def _name_of(part, table):

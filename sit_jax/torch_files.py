@@ -14,6 +14,8 @@ import numpy as np
 from sit_jax.errors import UserError
 from sit_jax.tensor_files import Tensors, open_file
 
+ADAM = ("exp_avg", "exp_avg_sq")
+ADAN = (*ADAM, "exp_avg_diff", "neg_pre_grad")
 WRAPPERS = ("module", "_orig_mod")  # what DistributedDataParallel, torch.compile add
 
 
@@ -25,6 +27,13 @@ class Adam:
     exp_avg: Mapping
     exp_avg_sq: Mapping
     group: dict  # lr, betas, ...
+    more: Mapping = dataclasses.field(
+        default_factory=dict
+    )  # what Adan keeps besides, by name
+
+    @property
+    def moments(self):
+        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, **self.more}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +47,19 @@ class TorchFile:
     adam: Adam | None = None
     args: dict | None = None  # what the train.py that wrote it ran with
     ignored: tuple[str, ...] = ()
+    rates: tuple[float, ...] = ()  # of ema and averages, where their names tell
+    averages: Mapping = dataclasses.field(
+        default_factory=dict
+    )  # further ones, as ema_0.999
+    updates: int | None = None  # that the weights have had, where their name tells
 
     def parts(self):
-        """-> {part: names to arrays}: model, ema; exp_avg, exp_avg_sq, step if any."""
-        parts = {"model": self.model, "ema": self.ema}
+        """-> {part: names to arrays}: model, ema ...; exp_avg, ..., step if any."""
+        parts = {"model": self.model, "ema": self.ema, **self.averages}
         if self.adam is None:
             return parts
-        moments = {"exp_avg": self.adam.exp_avg, "exp_avg_sq": self.adam.exp_avg_sq}
         step = {"step": np.asarray(self.adam.step, np.int32)}
-        return parts | moments | {"step": step}
+        return parts | self.adam.moments | {"step": step}
 
 
 def read(path):
@@ -68,7 +81,8 @@ def read(path):
         raise UserError(f"{path} holds no weights, only {held}")
     model = found.get("model", found.get("state_dict"))
     ema = found.get("ema", model)
-    adam = _adam(opened, content["opt"], model) if model and "opt" in content else None
+    has_opt = model and "opt" in content
+    adam = adam_of(opened, content["opt"], list(model), "opt") if has_opt else None
     args = content.get("args")
     args = _plain(path, args) if isinstance(args, argparse.Namespace) else None
     used = [*found, *(["opt"] if adam else []), *(["args"] if args else [])]
@@ -89,13 +103,13 @@ def train_layout(model, ema, adam, args):
         for index, name in enumerate(names)
         if name in adam.exp_avg
     }
-    group = {**_GROUP, **adam.group, "params": list(range(len(names)))}
+    group = {**GROUP, **adam.group, "params": list(range(len(names)))}
     opt = {"state": moments, "param_groups": [group]}
     return {"model": model, "ema": ema, "opt": opt, "args": argparse.Namespace(**args)}
 
 
 # What torch.optim.AdamW of torch 2.13 saves, with the values of the originals.
-_GROUP = {
+GROUP = {
     "lr": 1e-4,
     "betas": (0.9, 0.999),
     "eps": 1e-8,
@@ -121,17 +135,21 @@ def _tensors(opened, state, *place):
     return Tensors(opened, places)
 
 
-def _adam(opened, opt, model):
-    """What torch.optim.AdamW over the parameters of model saved; None before step 1."""
+def adam_of(opened, opt, names, *place):
+    """-> Adam of what torch.optim.AdamW or Adan saved; None before step 1.
+
+    names: the parameters in their order; place: keys that lead to opt in the file.
+    """
     try:
-        state, (group,), names = opt["state"], opt["param_groups"], list(model)
+        state, (group,) = opt["state"], opt["param_groups"]
         group = dict(group)
         indices = group.pop("params")
         l2 = group["weight_decay"] and not group.get("decoupled_weight_decay", True)
         if not state:
             return None
-        steps = {float(moments["step"]) for moments in state.values()}
-        kinds = {kind for moments in state.values() for kind in moments}
+        kinds = {kind for moments in state.values() for kind in moments} - {"step"}
+        own = [moments["step"] for moments in state.values() if kinds == set(ADAM)]
+        steps = {float(step) for step in own or [group.pop("step")]}
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"{opened.path}: opt is not the state of an AdamW with one parameter group"
@@ -140,17 +158,20 @@ def _adam(opened, opt, model):
         raise UserError(
             f"{opened.path}: opt has {len(indices)} parameters, model {len(names)}"
         )
-    if l2 or group.get("maximize") or kinds != {"step", "exp_avg", "exp_avg_sq"}:
+    known = kinds in (set(ADAM), set(ADAN))
+    if l2 or group.get("maximize") or group.get("no_prox") or not known:
         raise UserError(
             f"{opened.path}: opt is no plain AdamW: {sorted(kinds)}, {group}"
         )
     if len(steps) > 1:
         raise UserError(f"{opened.path}: opt is at several steps, {sorted(steps)}")
-    moments = (
-        Tensors(opened, {names[i]: ("opt", "state", i, kind) for i in sorted(state)})
-        for kind in ("exp_avg", "exp_avg_sq")
-    )
-    return Adam(int(steps.pop()), *moments, group)
+    moments = {
+        kind: Tensors(opened, {names[i]: (*place, "state", i, kind) for i in state})
+        for kind in ADAN
+        if kind in kinds
+    }
+    adam = (moments.pop(kind) for kind in ADAM)
+    return Adam(int(steps.pop()), *adam, group, moments)
 
 
 def _plain(path, args):

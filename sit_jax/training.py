@@ -1,22 +1,26 @@
 """One training step. Everything random in it follows from (key, step)."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 
+from sit_jax import averages
 from sit_jax.codec import data_of
 from sit_jax.guidance import drop_labels
+from sit_jax.timesteps import quartiles
 
 
 class TrainState(struct.PyTreeNode):
     step: jax.Array  # int [], batches seen
     params: dict
-    ema: dict  # their moving average, which is what is sampled
+    ema: dict  # their moving averages, of which the first is sampled; see averages.py
     opt_state: optax.OptState
     skipped: jax.Array  # int [2]: steps without effect, all and in a row
+    losses: Any = ()  # what the choice of times remembers, if it does; timesteps.py
 
 
 def init_params(model, shape, key):
@@ -25,48 +29,82 @@ def init_params(model, shape, key):
     return model.init(key, x, t, y)["params"]
 
 
-def init_state(model, tx, shape, key):
+def init_state(model, tx, shape, key, decay=0.9999, losses=()):
     """shape (H, W, C) -> TrainState; the average starts as a copy of the weights."""
-    return fresh_state(tx, init_params(model, shape, key))
+    return fresh_state(tx, init_params(model, shape, key), decay, losses)
 
 
-def fresh_state(tx, params):
+def fresh_state(tx, params, decay=0.9999, losses=()):
     """TrainState of step 0 around given parameters."""
-    zero = jnp.zeros((), jnp.int32)
-    ema = jax.tree.map(jnp.copy, params)  # a buffer of its own: the state is donated
-    return TrainState(zero, params, ema, tx.init(params), jnp.zeros(2, jnp.int32))
+    zero, skipped = jnp.zeros((), jnp.int32), jnp.zeros(2, jnp.int32)
+    ema = averages.begin(params, decay)
+    return TrainState(zero, params, ema, tx.init(params), skipped, losses)
 
 
-def make_train_step(model, process, tx, decay=0.9999, drop=0.1, accumulate=1):
+def make_train_step(
+    model,
+    process,
+    tx,
+    decay=0.9999,
+    drop=0.1,
+    accumulate=1,
+    timesteps=None,
+    by_quartile=False,
+):
     """-> step(state, codec, batch, key) -> (state, metrics).
 
     batch: {"latent" | "moments" | "image": [B, ...], "label": int [B]}. A step whose
     loss or gradient is not finite leaves the weights as they were; it is counted, and
     metrics["bad"] is the place of the first such tensor in tensor_names(state).
     accumulate > 1 goes through the batch in that many parts, for the same gradient.
-    """
+    timesteps: see timesteps.py; None: the process draws its times. by_quartile: losses
+    are also given for each quarter of the times.
 
-    def loss(params, data, labels, t, noise):
-        net = partial(model.apply, {"params": params}, y=labels)
-        terms = process.loss(net, data, noise, t)
+    A model with .passes(key, shape) -> {prefix: inputs} is trained on the sum of the
+    losses of all passes, at the same times but with other noise and dropped labels.
+    """
+    wants_rows = by_quartile or timesteps is not None
+
+    def loss(params, data, t, weights, passes):
+        terms = {}
+        for prefix, (inputs, noise) in passes.items():
+            net = partial(model.apply, {"params": params}, **inputs)
+            found = process.loss(net, data, noise, t)
+            terms |= {prefix + name: term for name, term in found.items()}
+        rows = {"rows": terms} if wants_rows else {}
+        if weights is not None:
+            terms = jax.tree.map(lambda term: weights * term, terms)
         means = jax.tree.map(jnp.mean, terms)
-        return means["loss"], means
+        return _total(passes, means), means | rows
 
     grad = in_parts(jax.grad(loss, has_aux=True), accumulate)
 
     def train_step(state, codec, batch, key):
-        keys = jax.random.split(jax.random.fold_in(key, state.step), 4)
+        key = jax.random.fold_in(key, state.step)
+        keys = jax.random.split(key, 4)
         data = data_of(codec, keys[0], batch)
         labels = drop_labels(keys[1], batch["label"], model.classes, drop)
-        t = process.times(keys[2], len(data))
+        t, weights = _times(timesteps, process, keys[2], state.losses, len(data))
         noise = jax.random.normal(keys[3], data.shape)
-        grads, metrics = grad(state.params, data, labels, t, noise)
+        passes = {"": ({"y": labels}, noise)}
+        for i, (prefix, inputs) in enumerate(_more_passes(model, key, data.shape)):
+            label_key, noise_key = (jax.random.fold_in(keys[j], i) for j in (1, 3))
+            labels = drop_labels(label_key, batch["label"], model.classes, drop)
+            noise = jax.random.normal(noise_key, data.shape)
+            passes[prefix] = ({"y": labels, **inputs}, noise)
+        grads, metrics = grad(state.params, data, t, weights, passes)
+        rows = metrics.pop("rows", {})
         norm = optax.tree.norm(grads)
-        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        new = _updated(state, tx, grads, decay, good)
+        good = jnp.isfinite(_total(passes, metrics)) & jnp.isfinite(norm)
+        losses = state.losses
+        if timesteps is not None:
+            losses = timesteps.add(losses, t, _total(passes, rows))
+        new = _updated(state, tx, grads, decay, good, losses)
         tensors = (data, state.params, grads)
         bad = jax.lax.cond(good, lambda _: -1, _first_bad, tensors)
         metrics |= {"grad_norm": norm, "bad": bad, "skipped": new.skipped}
+        if by_quartile:
+            metrics |= quartiles(rows, t, process.end)
         return new, metrics
 
     return train_step
@@ -76,6 +114,7 @@ def in_parts(grad, parts):
     """Averages grad(params, *batch) over `parts` equal parts of the batch.
 
     Part j takes every parts-th row from row j on, so that each device keeps its rows.
+    Of the metrics, "rows" are one for each of the batch and are put back in order.
     """
     if parts == 1:
         return grad
@@ -83,14 +122,23 @@ def in_parts(grad, parts):
     def averaged(params, *batch):
         split = lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
 
+        def one(*part):
+            grads, metrics = grad(params, *part)
+            rows = metrics.pop("rows", {})
+            return (grads, metrics), rows
+
         def add(total, part):
-            return jax.tree.map(jnp.add, total, grad(params, *part)), None
+            found, rows = one(*part)
+            return jax.tree.map(jnp.add, total, found), rows
 
         split_batch = jax.tree.map(split, batch)
         first = jax.tree.map(lambda x: x[0], split_batch)
-        zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad, params, *first))
-        total, _ = jax.lax.scan(add, zero, split_batch)
-        return jax.tree.map(lambda x: x / parts, total)
+        zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, *first)[0])
+        total, rows = jax.lax.scan(add, zero, split_batch)
+        grads, metrics = jax.tree.map(lambda x: x / parts, total)
+        join = lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+        rows = {"rows": jax.tree.map(join, rows)} if rows else {}
+        return grads, metrics | rows
 
     return averaged
 
@@ -107,17 +155,45 @@ def tensor_names(state):
     return ["the batch", *names, *gradients, "the loss or the norm of its gradient"]
 
 
-def _updated(state, tx, grads, decay, good):
+def _times(timesteps, process, key, losses, n):
+    """-> t [n], and what their losses are multiplied by: [n], or None for nothing."""
+    if timesteps is None:
+        return process.times(key, n), None
+    return timesteps.draw(key, losses, n)
+
+
+def _more_passes(model, key, shape):
+    """-> (prefix, inputs) of each pass after the plain one, for a batch's shape.
+
+    The keys of everything else are fold_in(key, i) for i < 4, or folded into those.
+    """
+    if not hasattr(model, "passes"):
+        return []
+    passes = model.passes(jax.random.fold_in(key, 4), shape)
+    return [(prefix, inputs) for prefix, inputs in passes.items() if prefix]
+
+
+def _total(passes, terms):
+    """The sum of the passes' losses, in a dict with all their terms."""
+    total = terms["loss"]
+    for prefix in passes:
+        total = total + terms[prefix + "loss"] if prefix else total
+    return total
+
+
+def _updated(state, tx, grads, decay, good, losses):
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = optax.incremental_update(params, state.ema, 1 - decay)
+    ema = averages.update(state.ema, params, decay)
     keep = lambda new, old: jnp.where(good, new, old)
-    params, ema, opt_state = jax.tree.map(
-        keep, (params, ema, opt_state), (state.params, state.ema, state.opt_state)
+    params, ema, opt_state, losses = jax.tree.map(
+        keep,
+        (params, ema, opt_state, losses),
+        (state.params, state.ema, state.opt_state, state.losses),
     )
     total, streak = state.skipped
     skipped = jnp.where(good, jnp.stack([total, 0]), jnp.stack([total, streak]) + 1)
-    return TrainState(state.step + 1, params, ema, opt_state, skipped)
+    return TrainState(state.step + 1, params, ema, opt_state, skipped, losses)
 
 
 def _first_bad(tensors):

@@ -45,7 +45,11 @@ def open_weights(path, torch_file):
     """
     path = releases.fetch(path)
     if not path.exists():
-        names = (n for n, r in releases.RELEASES.items() if r.family != "vae")
+        names = (
+            n
+            for n, r in releases.RELEASES.items()
+            if r.family not in ("vae", "inception")
+        )
         raise UserError(f"no weights at {path}; names are {', '.join(names)}")
     if path.suffix in KINDS:
         return torch_file(path)

@@ -13,6 +13,7 @@ from sit_jax.errors import UserError
 MAY_CHANGE = (
     "steps",
     "log_every",
+    "log_quartiles",
     "save_every",
     "keep_last",
     "keep_every",
@@ -23,6 +24,11 @@ MAY_CHANGE = (
     "guidance_channels",
     "sampler",
     "mesh",
+    "workers",
+    "source.path",
+    "source.broken_share",
+    "precision.model",
+    "precision.vae",
     "model.remat",
     "model.unroll",
 )

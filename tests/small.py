@@ -45,7 +45,7 @@ def random_params(parts, seed):
 
 
 def save(directory, step, meta, **items):
-    saved = Checkpoints(directory)
+    saved = Checkpoints(directory, items=items)
     saved.save(step, meta, **items)
     saved.close()
 

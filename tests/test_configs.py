@@ -35,6 +35,17 @@ PARAMETERS = {
     "s4": 32_920_448,
     "s8": 33_142_016,
 }
+# MDT's as counted in its PyTorch code, with the decoders that the files state.
+MDT = {
+    "mdt_xl2": 699_778_144,
+    "mdt_l2": 477_641_312,
+    "mdt_b2": 141_488_528,
+    "mdt_s2": 35_797_208,
+    "mdtv2_xl2": 742_263_904,
+    "mdtv2_l2": 507_015_776,
+    "mdtv2_b2": 150_931_856,
+    "mdtv2_s2": 38_454_872,
+}
 
 
 @cache
@@ -51,7 +62,7 @@ def abstract_state(name):
 
 def test_the_published_sizes_are_all_there():
     wanted = {f"{family}_{size}" for family in ("sit", "dit") for size in PARAMETERS}
-    wanted |= {"sit_xl2_512", "dit_xl2_512", "digits", "tiny"}
+    wanted |= {*MDT, "mdt_digits", "sit_xl2_512", "dit_xl2_512", "digits", "tiny"}
     assert wanted <= set(NAMES)
 
 
@@ -74,21 +85,35 @@ def test_json_and_back_is_the_same_config(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_training_step_traces(name):
-    p, state = parts(name), abstract_state(name)
-    step = make_train_step(p.model, p.process, p.tx)
-    batch = {
-        "latent": jax.ShapeDtypeStruct((8, *p.shape), jnp.float32),
-        "label": jax.ShapeDtypeStruct((8,), jnp.int32),
-    }
-    new, metrics = jax.eval_shape(step, state, p.codec, batch, jax.random.key(0))
-    same = lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype)
-    assert jax.tree.all(jax.tree.map(same, new, state))
-    assert metrics["loss"].shape == ()
-    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+def test_it_has_the_published_number_of_parameters(name):
+    params = abstract_state(name).params
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
     size = name.split("_")[1] if "_" in name else None
     if size in PARAMETERS and not name.endswith("512"):
-        assert count == PARAMETERS[size]
+        assert count == MDT.get(name, PARAMETERS[size])
+    assert count > 1000
+
+
+def test_a_training_step_traces_for_every_way_of_training():
+    """One file for each of them: tracing takes seconds, and sizes change nothing."""
+    fields = ("process", "codec", "ema_decay", "timesteps", "log_quartiles")
+    ways = {}
+    for name in reversed(NAMES):
+        config = to_json(load(FOLDER / f"{name}.py"))
+        kinds = [config["model"]["make"], config["optimizer"]["make"]]
+        ways[json.dumps([kinds, *(config.get(field) for field in fields)])] = name
+    assert len(ways) >= 12
+    for name in ways.values():
+        p, state = parts(name), abstract_state(name)
+        step = make_train_step(p.model, p.process, p.tx)
+        batch = {
+            "latent": jax.ShapeDtypeStruct((8, *p.shape), jnp.float32),
+            "label": jax.ShapeDtypeStruct((8,), jnp.int32),
+        }
+        new, metrics = jax.eval_shape(step, state, p.codec, batch, jax.random.key(0))
+        same = lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert jax.tree.all(jax.tree.map(same, new, state)), name
+        assert metrics["loss"].shape == (), name
 
 
 def test_a_sample_traces_for_every_way_of_sampling():

@@ -67,7 +67,7 @@ class DiT(nn.Module):
     @nn.compact
     def __call__(self, x, t, y):
         """x [B, H, W, C], t [B], y [B] -> float32 [B, H, W, 2C], or C without sigma."""
-        _check(self, x.shape)
+        check(self, x.shape)
         dtype = choose(DTYPES, self.dtype, "dtype")
         side, p = x.shape[1] // self.patch, self.patch
         out = x.shape[-1] * (2 if self.learn_sigma else 1)
@@ -152,7 +152,8 @@ _TELLING = (
 )
 
 
-def _check(model, shape):
+def check(model, shape):
+    """Refuses what no network can be, or cannot do with data [B, H, W, C]."""
     _, height, width, _ = shape
     for name in ("depth", "width", "heads", "patch", "classes", "unroll"):
         if (value := getattr(model, name)) < 1:

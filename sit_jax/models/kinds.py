@@ -1,0 +1,28 @@
+"""Each kind of network: its names in torch files, what these hold, what it costs."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from sit_jax.models import dit, mdt, mdt_weights
+
+
+class Kind(NamedTuple):
+    rules: list  # of sit_jax/port.py
+    constants: Callable  # (model, side) -> what torch files hold and ours do not
+    macs: Callable  # (model, shape) -> multiply-adds of a forward pass over an image
+    step_macs: Callable  # those of the passes of a training step
+
+
+_DIT = Kind(dit.RULES, dit.constants, dit.macs, dit.macs)
+_MDT = Kind(mdt_weights.RULES, mdt_weights.constants, mdt.macs, mdt.step_macs)
+KINDS = {
+    dit.SiT: _DIT,
+    dit.DiT: _DIT,
+    mdt.MDT: _MDT,
+    mdt.MDTv2: _MDT._replace(rules=mdt_weights.RULES_V2),
+}
+
+
+def kind_of(network):
+    """network: a class of KINDS, or one made from it."""
+    return next(KINDS[each] for each in network.__mro__ if each in KINDS)

@@ -1,0 +1,256 @@
+"""What a network computes on the way from noise to a picture, stage by stage.
+
+All on one device, so that the shapes, and with them the code that XLA chooses, are the
+same whatever else a machine has. Programs are made once for each Line.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sit_jax import emulation, noise, precision, predictions, sampling
+from sit_jax.bundle import INPUTS, Bundle
+from sit_jax.errors import UserError
+from sit_jax.guidance import guided, is_none
+from sit_jax.manifest import environment
+from sit_jax.models.layers import grid_embedding
+from sit_jax.samplers.chain import Ddim
+from sit_jax.samplers.ode import Ode, heun
+
+SEEN = ("time_out", "label", "patch", "head")  # modules whose output is a stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """All that decides the programs but the weights."""
+
+    model: Any
+    weak: Any
+    process: Any
+    guidance: Any
+    channels: int
+    steps: int
+    method: Callable  # of the fixed grid
+    word: str
+    emulate: str | None
+
+    def around(self, fn):
+        """fn with the products that the job asked for."""
+        fn = precision.applied(precision.chosen(self.word), fn)
+        if self.emulate is None:
+            return fn
+        return emulation.emulated(fn, emulation.chosen(self.emulate))
+
+
+def collect(room, manifest, path, images=8, steps=50, given=None):
+    """A sampling.Studio and its manifest -> Bundle of its first `images` images.
+
+    given: a Bundle whose noise, times and labels are taken instead.
+    """
+    line = _line(room, steps)
+    inputs = _own_inputs(room, line, images) if given is None else given.inputs
+    inputs = {name: np.asarray(inputs[name]) for name in INPUTS}
+    _check_inputs(room, inputs, given)
+    here = lambda tree: jax.device_put(tree, jax.local_devices()[0])
+    params = here(room.params)
+    weak = None if room.weak is None else here(room.weak[1])
+    x, t, y = (jnp.asarray(inputs[name]) for name in INPUTS)
+    stages = _named(line.model, _activations(line, params, x, t, y), params)
+    found, count = _latents(line, params, weak, x, t, y)
+    last = f"{steps} steps"
+    later = ("guidance", "one Euler step", "one Ddim step", last)
+    stages |= {name: found[name] for name in later if name in found}
+    stages |= _pictures(here(room.parts.codec), stages[last])
+    record = {
+        "manifest": manifest,
+        "architecture": _architecture(room),
+        "weights": hashes(room.params),
+        "precision": room.record["precision"],
+        "environment": environment(),
+        "solver": {
+            "method": getattr(line.method, "__name__", str(line.method)),
+            "steps": steps,
+            "evaluations": int(count),
+        },
+        "stages": list(stages),
+    }
+    return Bundle(path, record, inputs, {n: np.asarray(s) for n, s in stages.items()})
+
+
+def hashes(params):
+    """{name: sha256} of tensors, of stacked blocks one for each layer."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        array = np.asarray(leaf)
+        if not names[0].endswith("blocks"):
+            found["/".join(names)] = _sha(array)
+            continue
+        for i, layer in enumerate(array):
+            found["/".join([names[0], str(i), *names[1:]])] = _sha(layer)
+    return found
+
+
+def _line(room, steps):
+    parts, words = room.parts, room.record["precision"]
+    if steps < 1:
+        raise UserError(f"--steps {steps}: at least 1")
+    method = Ddim
+    if hasattr(parts.process, "field"):
+        method = getattr(parts.sampler, "method", None)
+        method = method if isinstance(parts.sampler, Ode) else heun
+    return Line(
+        model=dataclasses.replace(parts.model, remat="none"),
+        weak=None if room.weak is None else room.weak[0],
+        process=parts.process,
+        guidance=parts.guidance,
+        channels=parts.guidance_channels,
+        steps=steps,
+        method=method,
+        word=words["words"]["model"],
+        emulate=words["emulate"],
+    )
+
+
+def _own_inputs(room, line, images):
+    """Starting noise, labels, and times spread over the way, of the first images."""
+    job = room.job
+    count = min(images, len(job.labels))
+    if job.noise is None:
+        keys = noise.image_keys(job.seed, np.arange(count))
+        start = noise.start(keys, room.parts.shape)
+    else:
+        start = sampling.starts(room)[:count]
+    share = (np.arange(count) + 0.5) / count
+    if hasattr(line.process, "field"):
+        t0, t1 = line.process.span()
+        t = t0 + share * (t1 - t0)
+    else:
+        told = np.asarray(line.process.told)
+        t = told[(share * len(told)).astype(int)]
+    labels = job.labels[:count].astype(np.int32)
+    return {"noise": start, "t": t.astype(np.float32), "labels": labels}
+
+
+def _check_inputs(room, inputs, given):
+    shape, classes = room.parts.shape, room.parts.model.classes
+    if given is None:
+        return
+    if inputs["noise"].shape[1:] != shape:
+        raise UserError(
+            f"--inputs {given.path} is of noise {inputs['noise'].shape[1:]}, the "
+            f"network takes {shape}: another architecture"
+        )
+    if inputs["labels"].max() >= classes or inputs["labels"].min() < 0:
+        raise UserError(f"--inputs {given.path} has labels beyond {classes} classes")
+
+
+def _architecture(room):
+    model = room.parts.model
+    fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
+    leave = ("parent", "name", "dtype", "remat", "unroll")  # how, and not what
+    kept = {n: v for n, v in fields.items() if n not in leave}
+    return {"network": type(model).__name__, "shape": list(room.parts.shape), **kept}
+
+
+@partial(jax.jit, static_argnums=0)
+def _activations(line, params, x, t, y):
+    wanted = lambda module, method: (
+        method in ("encode", "decode")
+        or method == "__call__"
+        and str(module.name).endswith((*SEEN, "blocks"))
+    )
+    see = dict(capture_intermediates=wanted, mutable=["intermediates"])
+    run = lambda params, *at: line.model.apply({"params": params}, *at, **see)
+    found = line.around(run)(params, x, t, y)[1]["intermediates"]
+    return jax.tree.map(lambda a: a.astype(jnp.float32), found)
+
+
+def _named(model, found, params):
+    """-> {stage: array [n, ...]} in the order of the computation."""
+    first = lambda node: np.asarray(node["__call__"][0])
+    patches = first(found["patch"])
+    tokens = patches.reshape(len(patches), -1, patches.shape[-1])
+    table = params.get("positions")
+    if table is None:
+        table = grid_embedding(patches.shape[1], patches.shape[-1])[None]
+    stages = {
+        "time embedding": first(found["cond"]["time_out"]),
+        "label embedding": first(found["cond"]["label"]),
+        "patches": tokens,
+        "patches + positions": tokens + np.asarray(table),
+    }
+    stages |= _blocks(found, ("blocks", "in_blocks", "out_blocks"))
+    if "encode" in found:
+        stages["encoder"] = np.asarray(found["encode"][0])
+    stages |= _blocks(found, ("decoder_blocks",))
+    if "decode" in found:
+        stages["decoder"] = np.asarray(found["decode"][0])
+    return stages | {"final layer": first(found["head"])}
+
+
+def _blocks(found, names):
+    stages = {}
+    for name in names:
+        if name not in found:
+            continue  # MDT runs its blocks outside of the module tree
+        output = np.asarray(found[name]["__call__"][0][0])  # [L, n, T, D]
+        word = name.removesuffix("s").replace("_", " ")
+        stages |= {f"{word} {i}": layer for i, layer in enumerate(output)}
+    return stages
+
+
+@partial(jax.jit, static_argnums=0)
+def _latents(line, params, weak, x, t, y):
+    """-> {stage: the guided output, one step, all of them}, and evaluations."""
+
+    def network(model, weights):
+        return partial(
+            line.around(lambda p, *at: model.apply({"params": p}, *at)), weights
+        )
+
+    settings = (line.model.classes, line.guidance, line.channels)
+    other = None if line.weak is None else network(line.weak, weak)
+    progress = line.process.progress
+    net = guided(
+        network(line.model, params), y, *settings, weak=other, progress=progress
+    )
+    out = {"guidance": net(x, t)} if not is_none(line.guidance) else {}
+    if hasattr(line.process, "field"):
+        t0, t1 = line.process.span()
+        velocity = line.process.field(net, predictions.velocity)
+        slope = velocity(x, jnp.full(len(x), t0, jnp.float32))
+        out["one Euler step"] = x + (t1 - t0) / line.steps * slope
+        sampler = Ode(method=line.method, steps=line.steps)
+        end, stats = sampler(None, line.process, net, x)
+    else:
+        sampler = Ddim(steps=line.steps, frames=line.steps)
+        end, stats = sampler(None, line.process, net, x)
+        out["one Ddim step"] = stats["trajectory"][0]
+    return out | {f"{line.steps} steps": end}, stats["evaluations"]
+
+
+def _pictures(codec, latents):
+    """-> decoded floats and bytes, if the codec has a way to pictures."""
+    try:
+        images = codec.decode(latents)
+    except UserError:  # latents without a VAE
+        return {}
+    return {
+        "decoded": codec.replace(rounding=_as_it_is).decode(latents),
+        "uint8": images,
+    }
+
+
+def _as_it_is(x):
+    return x.astype(jnp.float32)
+
+
+def _sha(array):
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()

@@ -1,0 +1,86 @@
+"""Which steps of a diffusion are trained on, by how large their losses have been.
+
+Without one of these a process draws its times itself, uniformly.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from sit_jax.errors import UserError
+
+
+class Losses(struct.PyTreeNode):
+    """The last losses of every step of a diffusion."""
+
+    last: jax.Array  # [steps, history], a ring
+    counts: jax.Array  # int [steps], all that there were
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSecondMoment:
+    """Steps drawn by the root mean square of their last losses, as ADM offers it.
+
+    Nichol and Dhariwal, arXiv:2102.09672, section 3.3; history and uniform are those of
+    its code. Until every step has `history` losses, steps are drawn uniformly.
+    """
+
+    history: int = 10
+    uniform: float = 0.001  # share of the draws that stays uniform
+
+    def __post_init__(self):
+        if self.history < 1 or not 0 <= self.uniform <= 1:
+            raise UserError(
+                f"history={self.history} of LossSecondMoment must be at least 1, "
+                f"uniform={self.uniform} in [0, 1]"
+            )
+
+    def begin(self, process):
+        """-> Losses, none yet."""
+        if not hasattr(process, "betas"):
+            raise UserError(
+                "timesteps=LossSecondMoment needs a Diffusion; "
+                f"{type(process).__name__} has no steps to count"
+            )
+        steps = len(process.betas)
+        return Losses(jnp.zeros((steps, self.history)), jnp.zeros(steps, jnp.int32))
+
+    def draw(self, key, losses, n):
+        """-> t int [n], and the weights [n] that keep the mean loss what it was."""
+        steps, chances = len(losses.counts), self.chances(losses)
+        t = jax.random.choice(key, steps, (n,), p=chances)
+        return t, 1 / (steps * chances[t])
+
+    def chances(self, losses):
+        """-> the probability of every step."""
+        steps = len(losses.counts)
+        size = jnp.sqrt(jnp.mean(losses.last**2, axis=1))
+        by_size = (1 - self.uniform) * size / size.sum() + self.uniform / steps
+        known = (losses.counts >= self.history).all()
+        return jnp.where(known, by_size, 1 / steps)
+
+    def add(self, losses, t, loss):
+        """Losses with those of a batch, t int [n] and loss [n], in its order."""
+        same = t[:, None] == t[None]
+        before, after = jnp.tril(same, -1).sum(1), jnp.triu(same, 1).sum(1)
+        place = (losses.counts[t] + before) % self.history
+        # of more than `history` for one step the last ones stay; others go nowhere
+        row = jnp.where(after < self.history, t, len(losses.counts))
+        last = losses.last.at[row, place].set(loss, mode="drop")
+        return Losses(last, losses.counts.at[t].add(1))
+
+
+def quartiles(rows, t, end):
+    """{name: [B]} at times t [B] of 0..end -> {name_q0..q3: mean in that quarter}.
+
+    A quarter that no time fell into gives nan, which the log leaves out.
+    """
+    quarter = jnp.clip(jnp.floor(4 * t / end), 0, 3)
+    found = {}
+    for i in range(4):
+        here = quarter == i
+        for name, row in rows.items():
+            found[f"{name}_q{i}"] = jnp.where(here, row, 0).sum() / here.sum()
+    return found
