@@ -43,6 +43,7 @@ class Release:
         return self.source.partition(":")[2].strip("/")
 
 
+FID = "https://github.com/mseitzer/pytorch-fid/releases/download"
 DIT = "https://dl.fbaipublicfiles.com/DiT/models"
 NO_COMMERCE = "CC BY-NC 4.0, not for commercial use"
 # SiT's files moved from Dropbox to the Hub (willisma/SiT#42). No sizes or hashes are
@@ -73,6 +74,14 @@ RELEASES = {
         "hf:stabilityai/sd-vae-ft-ema/diffusion_pytorch_model.safetensors",
         "MIT",
         "vae",
+    ),
+    # size and hash as several public repositories quote them
+    "inception": Release(
+        f"{FID}/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+        "Apache-2.0",
+        "inception",
+        size=95_628_359,
+        sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
     ),
 }
 

@@ -216,8 +216,13 @@ def test_without_a_network_one_line_says_what_to_put_where(name, cache, monkeypa
 
 
 def offline(nowhere):
-    """The table, with its only other server away too."""
-    at = lambda source: source.replace(releases.DIT, f"{nowhere}/models")
+    """The table, with its other servers away too."""
+
+    def at(source):
+        for server in (releases.DIT, releases.FID):
+            source = source.replace(server, f"{nowhere}/models")
+        return source
+
     return {
         name: Release(at(r.source), r.licence, size=r.size)
         for name, r in RELEASES.items()
@@ -228,7 +233,7 @@ def test_the_table_says_where_from_and_under_what():
     names = (
         "sit-xl2-256 dit-xl2-256 dit-xl2-512 mdt-xl2 mdtv2-xl2 sd-vae-ft-mse".split()
     )
-    assert {*names, "sd-vae-ft-ema"} == set(RELEASES)
+    assert {*names, "sd-vae-ft-ema", "inception"} == set(RELEASES)
     assert len({release.place for release in RELEASES.values()}) == len(RELEASES)
     for name, release in RELEASES.items():
         assert release.url.startswith("https://") and release.licence
