@@ -4,21 +4,23 @@ The same command in the same workdir goes on where its last checkpoint left off.
 """
 
 import contextlib
+import dataclasses
 import time
 from pathlib import Path
 
 import jax
 
-from sit_jax import chips, command, sharding
+from sit_jax import averages, chips, command, precision, sharding
 from sit_jax import config as configs
 from sit_jax.checkpoint import Checkpoints, steps
+from sit_jax.data.cache import check_cache
 from sit_jax.data.feed import batches
 from sit_jax.data.sources import Synthetic
 from sit_jax.errors import UserError
 from sit_jax.logging import RunLog
 from sit_jax.manifest import environment
 from sit_jax.meter import Meter
-from sit_jax.models.dit import macs
+from sit_jax.models.kinds import kind_of
 from sit_jax.preview import Preview
 from sit_jax.recipe import check_data, check_training, recipe
 from sit_jax.start import begin, pack
@@ -43,10 +45,11 @@ def main():
 
 def train(config, workdir, given=None, wandb=None):
     """Runs to config.steps, or until asked to stop; -> exit code."""
-    parts = recipe(config)
+    parts = _recipe(config)
     mesh = sharding.make_mesh(**config.mesh)
     source = _source(config)
     check_training(config, source)
+    check_cache(source, parts.codec, parts.shape)
     check_data(parts, source)
     stored = configs.to_json(config)
     folder = check_workdir(workdir, stored) / "checkpoints"
@@ -59,7 +62,8 @@ def train(config, workdir, given=None, wandb=None):
         )
     workdir = open_workdir(workdir, stored)  # from here on it is this run's
     with contextlib.ExitStack() as stack:
-        saved = Checkpoints(folder, config.keep_last, config.keep_every)
+        items = averages.item_names(parts.ema_decay)
+        saved = Checkpoints(folder, config.keep_last, config.keep_every, items)
         stack.callback(saved.close)
         log = RunLog(workdir, config.steps, first, wandb and {"project": wandb})
         stack.callback(log.close)
@@ -68,12 +72,27 @@ def train(config, workdir, given=None, wandb=None):
         if first >= config.steps:
             log.say(f"nothing to do: config.steps is {config.steps}")
             return 0
-        feed = batches(source, config.batch_size, config.seed, first, mesh)
+        how = {"workers": config.get("workers", 0), "say": log.say}
+        feed = batches(source, config.batch_size, config.seed, first, mesh, **how)
         stack.callback(feed.close)
         _introduce(log, config, parts, state, source)
         show = _preview(log, config, parts, mesh)
         stop = stack.enter_context(command.Stop())
         return _loop(config, stored, parts, state, feed, log, saved, show, stop)
+
+
+def _recipe(config):
+    """The recipe, with a model that computes in bfloat16 if training shall."""
+    parts, word = recipe(config), _precision(config)
+    if word.dtype == "float32":  # then model.dtype decides
+        return parts
+    model = precision.computing(word, parts.model)
+    return dataclasses.replace(parts, model=model)
+
+
+def _precision(config):
+    words = config.get("precision")  # absent in configs from before there was a choice
+    return precision.chosen(words.training if words else "fast")
 
 
 def _loop(config, stored, parts, state, feed, log, saved, show, stop):
@@ -92,10 +111,10 @@ def _loop(config, stored, parts, state, feed, log, saved, show, stop):
         asked = stop.asked  # once: a later signal must find its step saved too
         if asked or at == config.steps or at % config.save_every == 0:
             _report(log, meter.flush(), names, config, saved)
-            meter.pause(_save(saved, at, stored, state))
+            meter.pause(_save(saved, at, stored, state, parts.ema_decay))
         every = config.sample_every
         if every and (at % every == 0 or at == config.steps):
-            meter.pause(show(at, state.ema))
+            meter.pause(show(at, averages.first(state.ema, parts.ema_decay)))
         if asked:
             log.say(f"stopped at step {at}; the same command goes on from there")
             break
@@ -110,10 +129,13 @@ def _compiled(log, config, parts, state, batch, key):
         parts.model,
         parts.process,
         parts.tx,
-        config.ema_decay,
+        parts.ema_decay,
         config.label_drop,
         config.accumulate,
+        parts.timesteps,
+        config.get("log_quartiles", False),
     )
+    step = precision.applied(_precision(config), step)
     where = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
     compiled = step.lower(state, parts.codec, batch, key).compile()
@@ -145,16 +167,17 @@ def _report(log, arrived, names, config, saved):
 
 def _meter(config, parts):
     """Rates; a training step is reckoned as three forward passes, as in the papers."""
-    flops = 6 * macs(parts.model, parts.shape) * config.batch_size
+    macs = kind_of(type(parts.model)).step_macs(parts.model, parts.shape)
+    flops = 6 * macs * config.batch_size
     peak = chips.peak_flops()
     peak = peak and peak * jax.device_count()
     return Meter(config.log_every, config.batch_size, flops, peak)
 
 
-def _save(saved, at, stored, state):
+def _save(saved, at, stored, state, decay):
     """-> seconds until the state was handed over; the writing goes on beside."""
     begun = time.perf_counter()
-    items, meta = pack(state)
+    items, meta = pack(state, decay)
     saved.save(at, {"config": stored, **meta}, **items)
     return time.perf_counter() - begun
 
@@ -181,9 +204,10 @@ def _preview(log, config, parts, mesh):
 def _introduce(log, config, parts, state, source):
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     device = jax.devices()[0].device_kind
+    macs = kind_of(type(parts.model)).macs(parts.model, parts.shape)
     log.say(
         f"{type(parts.model).__name__} with {count:,} parameters, "
-        f"{macs(parts.model, parts.shape) / 1e9:.3g} GMAC an image; {len(source):,} "
+        f"{macs / 1e9:.3g} GMAC an image; {len(source):,} "
         f"records; batch {config.batch_size} on {jax.device_count()} x {device}"
     )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ABSENT = (
     "torch safetensors grain tensorboardX wandb ml_collections sklearn PIL tqdm "
-    "tensorflow timm diffusers"
+    "tensorflow timm diffusers array_record tensorflow_datasets"
 ).split()
 
 PROGRAM = """
