@@ -18,6 +18,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: .venv/dev
+	$(BIN)/python -m pytest tests -m slow -o addopts="-q --ignore=tests/slow"
 	$(BIN)/python -m pytest tests/slow -o addopts=-q
 
 lint: .venv/dev

@@ -108,6 +108,7 @@ def test_safetensors_hold_the_average(tmp_path, port, ported):
     assert code == 0
 
 
+@pytest.mark.slow  # compiles a training step; test_exchange.py compares one too
 def test_training_goes_on_from_a_ported_file(tmp_path, ported, capsys):
     config = from_json(checkpoint.read_meta(ported / "full", 20)["config"])
     config.update(synthetic=True, batch_size=8, steps=21, log_every=1, sample_every=100)

@@ -61,7 +61,16 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+OFTEN = ("inside a save",)  # the others with make test-slow
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow)
+        for name in MOMENTS
+    ],
+)
 def test_losses_are_those_of_an_unbroken_run(unbroken, tmp_path, moment):
     process = start(tmp_path)
     until(process, lambda: MOMENTS[moment](tmp_path))
