@@ -23,6 +23,8 @@ from sit_jax.codec import Pixels
 from sit_jax.diffusion import Diffusion
 from sit_jax.min_snr import min_snr
 from sit_jax.models import mdt
+from sit_jax.models.mdt_cost import macs as plain_macs
+from sit_jax.models.mdt_cost import step_macs
 from sit_jax.training import init_state, make_train_step
 
 KINDS = {"mdt": mdt.MDT, "mdtv2": mdt.MDTv2}
@@ -52,7 +54,7 @@ def main():
     pairs = [(both(1), plain(2)) for _ in range(args.rounds)]  # side by side
     ratio = statistics.median(one / two for one, two in pairs)
     one, two = (statistics.median(times) for times in zip(*pairs, strict=True))
-    macs = mdt.step_macs(model, shape) / (2 * mdt.macs(model, shape))
+    macs = step_macs(model, shape) / (2 * plain_macs(model, shape))
     print(
         f"{type(model).__name__} {sizes}, decoder {args.decoder}, {args.batch} x "
         f"{shape} on {jax.devices()[0].device_kind}: plain and masked pass {one:.3f} "

@@ -16,7 +16,7 @@ from sit_jax.errors import UserError
 from sit_jax.guidance import guided
 from sit_jax.guidance_scales import PowerCosine
 from sit_jax.min_snr import min_snr
-from sit_jax.models import dit, layers, masking, mdt
+from sit_jax.models import dit, layers, masking, mdt, mdt_cost
 from sit_jax.models.kinds import kind_of
 from sit_jax.models.mdt import MDT, MDTv2
 from sit_jax.samplers.chain import Ancestral
@@ -133,7 +133,7 @@ def one_block():
     hidden = hidden / (1 + np.exp(-hidden))
     c = dense(hidden, found["cond"]["time_out"])
     c = c + found["cond"]["label"]["embedding"][golden["y"]]
-    second = jax.tree.map(lambda w: w[1], found["blocks"])
+    second = jax.tree.map(lambda w: jnp.asarray(w[1]), found["blocks"])
     block = mdt.Block(heads=5, side=4)
 
     def run(tokens, noise, masked):
@@ -409,10 +409,12 @@ def test_macs_are_those_of_the_products_in_the_program(kind):
                 total += eqn.outvars[0].aval.size * math.prod(shape[:3])
         return total
 
-    assert products({}) == mdt.macs(model, (16, 16, 4))
+    assert products({}) == mdt_cost.macs(model, (16, 16, 4))
     both = products({}) + products(masks)
-    assert both == mdt.step_macs(model, (16, 16, 4))
-    assert mdt.step_macs(kind(), (32, 32, 4)) < 1.8 * mdt.macs(kind(), (32, 32, 4))
+    assert both == mdt_cost.step_macs(model, (16, 16, 4))
+    assert mdt_cost.step_macs(kind(), (32, 32, 4)) < 1.8 * mdt_cost.macs(
+        kind(), (32, 32, 4)
+    )
 
 
 def test_initial_weights_are_distributed_as_published():
@@ -451,6 +453,15 @@ def test_impossible_settings_are_named(kind, fields, side, message):
     model = kind(**dict(depth=3, decoder=1) | TINY | fields)
     with pytest.raises(UserError, match=message):
         shapes(model, side)
+
+
+def test_a_network_without_a_masked_pass_has_one_pass_and_takes_no_mask():
+    model = MDT(depth=2, decoder=1, hide=None, **TINY)
+    assert model.passes(jax.random.key(0), (2, 8, 8, 4)) == {"": {}}
+    x, t, y = jnp.ones((1, 8, 8, 4)), jnp.ones(1), jnp.ones(1, int)
+    order = jnp.arange(16)[None]
+    with pytest.raises(UserError, match="model.hide is None"):
+        jax.eval_shape(lambda: model.init(jax.random.key(0), x, t, y, order=order))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from sit_jax.models import dit, mdt, mdt_weights
+from sit_jax.models import dit, mdt, mdt_cost, mdt_weights
 
 
 class Kind(NamedTuple):
@@ -14,7 +14,7 @@ class Kind(NamedTuple):
 
 
 _DIT = Kind(dit.RULES, dit.constants, dit.macs, dit.macs)
-_MDT = Kind(mdt_weights.RULES, mdt_weights.constants, mdt.macs, mdt.step_macs)
+_MDT = Kind(mdt_weights.RULES, mdt_weights.constants, mdt_cost.macs, mdt_cost.step_macs)
 KINDS = {
     dit.SiT: _DIT,
     dit.DiT: _DIT,

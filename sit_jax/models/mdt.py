@@ -128,6 +128,8 @@ class MDT(nn.Module):
         out = x.shape[-1] * (2 if self.learn_sigma else 1)
         seen = None
         if order is not None:
+            if self.hide is None:
+                raise UserError("model.hide is None: this network hides no tokens")
             size = masking.most(side * side, self.hide)
             seen = masking.seen(order, kept, size)
         x = Patches(self.width, (p, p), (p, p), dtype=dtype, name="patch")(x)
@@ -163,7 +165,7 @@ class MDT(nn.Module):
         return run({"params": weights}, x, None, c, seen)[0]
 
     def _stack(self, length, side, name, skips=nn.broadcast, **kinds):
-        """-> a stack; skips: 0 if each block has its own."""
+        """-> a stack; skips: 0 if each block has its own; kinds: fields of a Block."""
         in_axes = (skips, nn.broadcast, nn.broadcast)
         stacked = stack(Block, length, self.remat, self.unroll, in_axes)
         dtype = DTYPES[self.dtype]
@@ -232,31 +234,3 @@ def check(model, shape):
             f"model.hide {low} and spread {model.spread} hide up to {high:g} of "
             f"{tokens} tokens; at least one must be seen"
         )
-
-
-def macs(model, shape):
-    """Multiply-adds of one plain pass over one image [H, W, C], as dit.macs."""
-    _, joining = _lengths(model)
-    tokens = shape[0] * shape[1] // model.patch**2
-    return dit.macs(model, shape) + sum(joining) * 2 * tokens * model.width**2
-
-
-def step_macs(model, shape):
-    """Those of all passes of a training step; the hidden ones at their fewest."""
-    plain = macs(model, shape)
-    if model.hide is None:
-        return plain
-    (encoder, _), (joining, _) = _lengths(model)
-    tokens = shape[0] * shape[1] // model.patch**2
-    seen, width = masking.most(tokens, model.hide), model.width
-    one = lambda n: n * (4 + 2 * model.mlp_ratio) * width**2 + 2 * n * n * width
-    saved = encoder * (one(tokens) - one(seen))
-    saved += joining * 2 * (tokens - seen) * width**2
-    return 2 * plain + int(one(tokens)) + 6 * width**2 - int(saved)
-
-
-def _lengths(model):
-    """-> blocks of encoder and decoder, and how many of each merge a skip."""
-    encoder, decoder = model.depth - model.decoder, model.decoder
-    joining = (encoder // 2, decoder) if isinstance(model, MDTv2) else (0, 0)
-    return (encoder, decoder), joining
