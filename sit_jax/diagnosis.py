@@ -6,8 +6,9 @@ from pathlib import Path
 
 from sit_jax import bundle as bundles
 from sit_jax import ladder, outputs
-from sit_jax.causes import BY_NAME, causes, manifest_differences
+from sit_jax.causes import causes
 from sit_jax.drafts import draft
+from sit_jax.effects import BY_NAME, manifest_differences
 from sit_jax.errors import UserError
 from sit_jax.evaluated import Side, open_side
 from sit_jax.pictures import save_png, sheet

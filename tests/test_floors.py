@@ -11,18 +11,36 @@ ROOT = Path(__file__).parents[1]
 # still says what it is for.
 FLOORS = (
     "errors",
-    "drafts",
+    "drafts adan",
     # nouns of their own
     "paths schedules noise config port sharding checkpoint manifest metrics pictures "
-    "chips meter tracking comparison tensor_files moments reference "
-    "models.layers data.sources",
-    "predictions guidance codec data.feed command workdir logging outputs torch_files",
-    "interpolant diffusion models.dit data",
-    "samplers.ode samplers.sde samplers.chain torch_config",
+    "chips meter tracking comparison tensor_files moments reference precision "
+    "models.layers data.sources data.names data.coins data.tags data.shards "
+    "data.images data.arrays averages timesteps guidance_scales models.masking "
+    "emulation probe samplers.walk torch_noise rounding gaussians "
+    "array_files graph_files models.inception_layers metrics.gaussian metrics.score "
+    "metrics.manifold metrics.kernel",
+    "predictions guidance codec data.reading data.folders data.tars data.cache "
+    "data.filling data.prepared command workdir logging outputs torch_files "
+    "job labels download models.vae_layers",
+    "image_sets bundle paired effects models.inception parts releases models.vae",
+    "features",
+    "interpolant diffusion models.dit data data.archives data.cifar data.workers "
+    "data.pairs",
+    "models.mdt min_snr data.feed extraction models.tiles models.vae_weights",
+    "models.mdt_weights models.mdt_cost vae_files",
+    "summary evaluation",
+    "evaluated causes ladder",
+    "diagnosis",
+    "models.kinds",
+    "samplers.flow samplers.sde samplers.chain torch_config",
+    "samplers.ode samplers.adaptive samplers.torchdiffeq",
+    "samplers.adams samplers.likelihood",
     "training generation recipe samplers.names",
-    "start weights preview released",
-    "exchange",
-    "train sample port_weights score_digits",
+    "start weights preview released presets settings mdt_files starts",
+    "inception_weights exchange sampling densities",
+    "stages",
+    "train sample port_weights score_digits extract_features evaluate diagnose",
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names.split()}
 SCRIPTS = {file.stem for file in ROOT.glob("*.py")}
@@ -113,6 +131,8 @@ def test_packages_stay_empty():
         ("tensorboardX", "tracking"),
         ("wandb", "tracking"),
         ("grain", "data.feed"),
+        ("array_record", "data.shards"),
+        ("tensorflow_datasets", "data.prepared"),
         ("tensorflow", "nowhere"),
     ],
 )

@@ -1,0 +1,184 @@
+"""Why two figures differ: python diagnose.py A B --out report/
+
+A and B are bundles, or samples with a manifest beside them. A bundle is made on each
+machine by diagnose.py --collect OUT --from-manifest M; taking --inputs of the other
+side's, both compute the same images.
+"""
+
+import dataclasses
+import importlib
+from functools import partial
+
+import numpy as np
+
+from sit_jax import bundle, command, diagnosis, inception_weights, job, paired, sampling
+from sit_jax.array_files import ArrayFile
+from sit_jax.drafts import require_free
+from sit_jax.errors import UserError
+from sit_jax.evaluated import OfFeatures, OfImages, open_side
+from sit_jax.features import StoredFeatures, inception_extractor
+from sit_jax.metrics.gaussian import Gaussian
+from sit_jax.sharding import make_mesh
+from sit_jax.stages import collect
+from sit_jax.weights import open_weights
+from sit_jax.workdir import read_json
+
+
+def main():
+    parser = command.parser(__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("sides", nargs="*", metavar="A B", help="bundles, or samples with manifests")
+    add("--out", metavar="FOLDER", help="of the report")
+    add("--reference", metavar="REF", help="for FIDs: images, features, statistics")
+    add("--reference-b", metavar="REF", help="B's, if it was another")
+    add("--seeds", action="append", default=[], metavar="X", help="one more seed's set")
+    add("--swap", action="append", default=[], metavar="NAME=FEATURES.npz")
+    add("--paired", action="store_true", help="image i of both has one noise and label")
+    add("--resamples", type=int, default=30, metavar="N")
+    add("--inception", metavar="FILE", help="weights of the 2015 network, for images")
+    add("--batch-size", type=int, default=64, metavar="N")
+    add("--overwrite", action="store_true")
+    make = parser.add_argument_group("to make a bundle")
+    add = make.add_argument
+    add("--collect", metavar="OUT", help="the bundle, a folder")
+    add("--from-manifest", metavar="M", help="of samples that were drawn")
+    add("--weights", metavar="PATH", help="where they are on this machine")
+    add("--inputs", metavar="BUNDLE", help="take its noise, times and labels")
+    add("--images", type=int, default=8, metavar="N")
+    add("--steps", type=int, default=50, metavar="N", help="of the fixed grid")
+    add("--features", metavar="X.npz", help="of the samples, to go with them")
+    add("--force", action="store_true", help="other weights than the manifest's")
+    args, rest = command.parse(parser)
+    if rest:
+        raise UserError(f"{rest[0]}: this script has no config")
+    for name, least in (("images", 1), ("steps", 1), ("resamples", 10)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} {getattr(args, name)}: at least {least}")
+    return make_bundle(args) if args.collect else report(args)
+
+
+def make_bundle(args):
+    """A bundle of --from-manifest at --collect -> exit code."""
+    if args.sides or not args.from_manifest:
+        raise UserError("--collect OUT needs --from-manifest M, and no A and B")
+    out = require_free(args.collect, args.overwrite)
+    wanted, expected = job.of_manifest(args.from_manifest)
+    if args.weights:
+        wanted = dataclasses.replace(wanted, weights=args.weights)
+    given = bundle.read(args.inputs) if args.inputs else None
+    if args.features:
+        StoredFeatures(ArrayFile(args.features))  # or it is refused
+    room = sampling.studio(
+        wanted,
+        _open(wanted.weights, wanted.family, wanted.heads),
+        _open(wanted.weak) if wanted.weak else None,
+        None if args.force else expected,
+    )
+    manifest = read_json(job_file(args.from_manifest))
+    made = collect(room, manifest, out, args.images, args.steps, given)
+    bundle.write(made, args.features)
+    size = sum(stage.nbytes for stage in made.stages.values()) / 1e6
+    print(f"{len(made.stages)} stages of {len(made.inputs['t'])} images, {size:.3g} MB")
+    print(out)
+    return 0
+
+
+def report(args):
+    """The report on two sides at --out -> exit code."""
+    if len(args.sides) != 2 or not args.out:
+        raise UserError("name A and B and --out FOLDER, or --collect OUT")
+    out = require_free(args.out, args.overwrite)
+    a, b = map(diagnosis.open_evidence, args.sides)
+    if None in (a.bundle, b.bundle) and None in (a.manifest, b.manifest):
+        if not (args.reference or a.samples and b.samples):
+            raise UserError("A and B have no bundles, manifests or samples in common")
+    pairs = args.paired or diagnosis.are_pairs(a, b)
+    gap, swaps = _statistics(args, a, b, pairs) if args.reference else (None, ())
+    worst, tiles = (), None
+    sets = [_images(each) for each in (a, b)]
+    if pairs and None not in sets:
+        worst, tiles = paired.worst_pairs(*sets)
+    found = diagnosis.diagnose(a, b, gap, swaps, worst)
+    diagnosis.save(out, found, tiles)
+    print(found["verdict"], *filter(None, [found["first"]]), out, sep="\n")
+    return 0
+
+
+def job_file(path):
+    """The manifest itself, where a folder of samples is named."""
+    from pathlib import Path
+
+    path = Path(path).expanduser()
+    return path / "manifest.json" if path.is_dir() else path
+
+
+def _statistics(args, a, b, pairs):
+    """-> paired.Gap and rows of swaps."""
+    for each in (a, b):
+        if each.samples is None:
+            raise UserError(f"{each.path} has no images or features for --reference")
+    pool = partial(_pool, args)
+    ours, theirs = pool(a.samples), pool(b.samples)
+    reference = _gaussian(args, args.reference)
+    chain = [("A", ours)]
+    for text in args.swap:
+        name, found, path = text.partition("=")
+        if not found:
+            raise UserError(f"--swap {text}: NAME=FEATURES.npz")
+        chain.append((name, pool(open_side(path))))
+    chain.append(("the rest: B", theirs))
+    seeds = [paired.distance(pool(open_side(path)), reference) for path in args.seeds]
+    other = _gaussian(args, args.reference_b) if args.reference_b else None
+    gap = paired.compare(
+        *(ours, theirs, reference, pairs, seeds, args.resamples), progress=_bar
+    )
+    return gap, paired.swaps(chain, reference, other)
+
+
+def _gaussian(args, path):
+    side = open_side(path)
+    if side.summary is not None:
+        return side.summary.pool
+    return Gaussian.of(_pool(args, side))
+
+
+def _pool(args, side):
+    """-> features [N, D] of a Side, by the 2015 network where they are not stored."""
+    source = side.source
+    if source is None:
+        raise UserError(f"{side.path} holds statistics; samples need all features")
+    extractor = None
+    if isinstance(source, OfImages):
+        weights, mesh = inception_weights.load(args.inception), make_mesh(-1, 1)
+        extractor = inception_extractor(weights, mesh, args.batch_size)
+    return np.concatenate([batch["pool"] for batch in source.features(extractor)])
+
+
+def _images(evidence):
+    side = evidence.samples
+    if side is None or side.source is None or isinstance(side.source, OfFeatures):
+        return None
+    return side.source.images
+
+
+def _bar(rounds):
+    from tqdm import tqdm
+
+    return tqdm(rounds, unit="resamples", disable=None, leave=False)
+
+
+def _open(path, family=None, heads=None):
+    def torch_file(path):
+        from sit_jax.exchange import open_torch
+
+        return open_torch(path, _published, family, heads)
+
+    return open_weights(path, torch_file)
+
+
+def _published(family):
+    return importlib.import_module(f"configs.{family}_xl2").get_config()
+
+
+if __name__ == "__main__":
+    command.script(main)

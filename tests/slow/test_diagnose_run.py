@@ -1,0 +1,78 @@
+"""diagnose.py as it is used, from sample.py's output, and on other kinds of network."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+import small
+
+import diagnose
+import sample
+from sit_jax import bundle, sampling, stages
+from sit_jax.codec import Latents
+from sit_jax.config import spec, to_json
+from sit_jax.diagnosis import diagnose as judge
+from sit_jax.diagnosis import open_evidence
+from sit_jax.diffusion import Diffusion
+from sit_jax.job import Job
+from sit_jax.manifest import environment
+from sit_jax.models.dit import DiT
+from sit_jax.models.mdt import MDT, MDTv2
+from sit_jax.recipe import recipe
+from sit_jax.samplers.chain import Ancestral
+
+
+def test_from_samples_to_a_report(tmp_path, monkeypatch, capsys):
+    called = lambda main, *words: small.called(main, monkeypatch, capsys, *words)
+    weights = small.checkpoint(tmp_path / "w", small.config())
+    words = ("--weights", weights, "--labels", "3,1", "--out")
+    for name, more in (("a", ()), ("b", ("--emulate", "tpu-default"))):
+        code, _, err = called(sample.main, *words, tmp_path / f"{name}.npz", *more)
+        assert code == 0, err
+        manifest = tmp_path / f"{name}.npz.manifest.json"
+        flags = ("--collect", tmp_path / f"{name}.npz.bundle", "--images", 2)
+        code, _, err = called(
+            diagnose.main, *flags, "--from-manifest", manifest, "--steps", 3
+        )
+        assert code == 0, err
+    sides = (tmp_path / "a.npz", tmp_path / "b.npz")
+    code, out, err = called(diagnose.main, *sides, "--out", tmp_path / "report")
+    assert code == 0, err
+    assert out.startswith("Likeliest cause: precision (products keep 24 and 8 bits")
+    found = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert found["weights"]["differ"] == [] and len(found["worst"]) == 2
+
+
+CHAIN = ["one Ddim step", "3 steps"]
+KINDS = {
+    "DiT": (DiT, dict(depth=2), ["block 0", "block 1"]),
+    "MDT": (MDT, dict(depth=3, decoder=1), ["encoder", "decoder"]),
+    "MDTv2": (
+        MDTv2,
+        dict(depth=3, decoder=1),
+        ["in block 0", "out block 0", "encoder", "decoder block 0", "decoder"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_have_their_stages(kind, tmp_path):
+    make, fields, blocks = KINDS[kind]
+    c = small.config(shape=(4, 4, 4), guidance=2.0)
+    c.model = spec(make, width=16, heads=2, patch=2, classes=5, **fields)
+    c.process, c.sampler = spec(Diffusion), spec(Ancestral, steps=3)
+    c.codec = spec(Latents)
+    params = small.random_params(recipe(c), 0)
+    for name, emulate in (("a", None), ("b", "gpu-tf32")):
+        labels = np.arange(4, dtype=np.int32)
+        job = Job("w", to_json(c), labels, emulate=emulate)
+        opened = types.SimpleNamespace(load=lambda item, parts, mesh: params)
+        room = sampling.studio(job, opened)
+        manifest = {"job": job.to_json(), **room.record, **environment()}
+        bundle.write(stages.collect(room, manifest, tmp_path / name, 4, 3))
+    found = judge(open_evidence(tmp_path / "a"), open_evidence(tmp_path / "b"))
+    names = [rung["stage"] for rung in found["ladder"]][7:]
+    assert names == [*blocks, "final layer", "guidance", *CHAIN]
+    assert found["causes"][0]["name"] == "precision"
+    assert not any(rung["outside"] for rung in found["ladder"])

@@ -1,0 +1,281 @@
+"""One cause at a time is put between two bundles: the tool has to name it first."""
+
+import dataclasses
+import json
+import types
+
+import jax
+import numpy as np
+import pytest
+import small
+from flax.traverse_util import flatten_dict, unflatten_dict
+from networks import quick_jit
+
+import diagnose
+from sit_jax import bundle, sampling, stages
+from sit_jax.causes import causes
+from sit_jax.config import spec, to_json
+from sit_jax.diagnosis import diagnose as judge
+from sit_jax.diagnosis import open_evidence
+from sit_jax.job import Job
+from sit_jax.manifest import environment
+from sit_jax.recipe import recipe
+from sit_jax.samplers.ode import Ode, euler, heun
+
+STEPS, IMAGES = 6, 4
+LISTED = np.repeat(np.arange(4, dtype=np.int32), 3)
+
+
+def config(method=heun, channels=3, word="exact"):
+    c = small.config(shape=(4, 4, 4), guidance=4.0, guidance_channels=channels)
+    c.sampler = spec(Ode, method=method, steps=4)
+    c.precision.model = word
+    return c
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    params, rng = small.random_params(recipe(config()), 0), np.random.default_rng(1)
+    kicked = lambda w: w + 0.1 * rng.standard_normal(w.shape, np.float32)
+    return {"params": params, "ema": jax.tree.map(kicked, params)}
+
+
+@pytest.fixture(scope="module")
+def made(tensors, tmp_path_factory, monkeypatch_module):
+    """made(name, ...) -> the path of a bundle; weights, job and inputs as asked."""
+    folder = tmp_path_factory.mktemp("bundles")
+    for name in ("_activations", "_latents"):  # compiling is what takes the time here
+        quick = quick_jit(getattr(stages, name).__wrapped__, static_argnums=0)
+        monkeypatch_module.setattr(stages, name, quick)
+
+    def make(name, given=None, weights=None, settings=None, **fields):
+        c = config(**settings or {})
+        job = Job(**{"weights": "w", "config": to_json(c), "labels": LISTED, **fields})
+        held = weights or tensors
+        opened = types.SimpleNamespace(load=lambda item, parts, mesh: held[item])
+        room = sampling.studio(job, opened)
+        stats = {"evaluations": {"min": 8, "mean": 8.0, "max": 8}, "unfinished": []}
+        manifest = {
+            "job": job.to_json(),
+            **room.record,
+            "stats": stats,
+            **environment(),
+        }
+        manifest = json.loads(json.dumps(manifest))
+        found = stages.collect(room, manifest, folder / name, IMAGES, STEPS, given)
+        bundle.write(found)
+        return folder / name
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def good(made):
+    return made("good")
+
+
+def judged(good, other):
+    return judge(open_evidence(good), open_evidence(other))
+
+
+def corrupted(tensors):
+    flat = flatten_dict(tensors["ema"], sep="/")
+    kernel = np.array(flat["blocks/mlp/fc1/kernel"])
+    kernel[1, 3] *= 1.5
+    flat["blocks/mlp/fc1/kernel"] = kernel
+    return {**tensors, "ema": unflatten_dict(flat, sep="/")}
+
+
+def other_start():
+    return np.random.default_rng(3).permutation(np.resize(np.arange(5), 12))
+
+
+# name: what is done to B, the cause, the first stage beyond exact, in the verdict
+CASES = {
+    "bf16": (
+        dict(settings=dict(word="bf16")),
+        ("precision", "time embedding|patches", "24 and 8 bits (exact and bf16)"),
+    ),
+    "tf32": (
+        dict(emulate="gpu-tf32"),
+        ("precision", "time embedding", "24 and 11 bits"),
+    ),
+    "tpu": (
+        dict(emulate="tpu-default"),
+        ("precision", "time embedding", "24 and 8 bits"),
+    ),
+    "rounding": (dict(rounding="darker"), ("rounding", "uint8", "brighter and darker")),
+    "channels": (
+        dict(settings=dict(channels=4)),
+        ("guided channels", "guidance", "3 and 4"),
+    ),
+    "labels": (
+        dict(labels=np.int32(other_start())),
+        ("labels", None, "listed and balanced; 9 of 12 differ"),
+    ),
+    "tensor": (
+        dict(weights=corrupted),
+        ("weights", "block 1", "tensors differ: blocks/1/mlp/fc1/kernel"),
+    ),
+    "noise": (dict(seed=7), ("noise", None, "job.seed: 0 and 7")),
+    "solver": (
+        dict(settings=dict(method=euler)),
+        ("solver", f"{STEPS} steps", "ode.heun and samplers.ode.euler"),
+    ),
+    "raw": (
+        dict(item="params"),
+        ("weights", "time embedding", "the average (EMA) against the raw weights"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_right_cause_is_named_first(name, good, made, tensors):
+    changes, (cause, stage, said) = CASES[name]
+    weights = changes.get("weights")
+    changes = {**changes, "weights": weights(tensors)} if weights else changes
+    found = judged(good, made(name, given=bundle.read(good), **changes))
+    first = found["causes"][0]
+    assert first["name"] == cause and not first["contradicted"], found["causes"]
+    assert f"Likeliest cause: {cause} (" in found["verdict"]
+    assert said in found["verdict"]
+    inexact = [rung["stage"] for rung in found["ladder"] if rung["inexact"]]
+    assert (inexact[0] in stage.split("|")) if stage else not inexact
+    assert found["verdict"].startswith("Within noise") == (name == "noise")
+
+
+def test_a_bundle_equals_itself(good, made):
+    found = judged(good, made("again"))
+    assert found["causes"] == [] and found["weights"]["differ"] == []
+    assert found["first"] == "No stage differs by more than exact precision allows."
+    assert found["verdict"] == "Nothing differs that is known to move FID."
+    names = [rung["stage"] for rung in found["ladder"]]
+    network = ["time embedding", "label embedding", "patches", "patches + positions"]
+    network += ["block 0", "block 1", "final layer"]
+    rest = ["guidance", "one Euler step", f"{STEPS} steps", "decoded", "uint8"]
+    assert names == ["noise", "labels", "times", *network, *rest]
+    assert all(rung["cosine"] == pytest.approx(1) for rung in found["ladder"])
+
+
+def test_own_inputs_differ_with_the_seed(good, made):
+    found = judged(good, made("own noise", seed=7))
+    assert found["first"] == "The discrepancy starts at noise, which is not the same."
+    assert found["causes"][0]["name"] == "noise"
+
+
+def test_stages_are_those_of_the_network(good, tensors):
+    """Against the model and the sampler called directly."""
+    found = bundle.read(good)
+    parts = recipe(config())
+    x, t, y = (found.inputs[n] for n in ("noise", "t", "labels"))
+    net = quick_jit(lambda y: parts.model.apply({"params": tensors["ema"]}, x, t, y))
+    out, free = net(y), net(np.full_like(y, 5))
+    guided = np.concatenate([(free + 4 * (out - free))[..., :3], out[..., 3:]], axis=-1)
+    # float32 sums in other orders
+    np.testing.assert_allclose(found.stages["guidance"], guided, rtol=1e-4, atol=1e-4)
+    head = found.stages["final layer"].reshape(IMAGES, 2, 2, 2, 2, 8)
+    head = head.transpose(0, 1, 3, 2, 4, 5).reshape(IMAGES, 4, 4, 8)[..., :4]
+    np.testing.assert_allclose(head, out, rtol=1e-4, atol=1e-4)
+    assert found.record["solver"] == {
+        "method": "heun",
+        "steps": STEPS,
+        "evaluations": 2 * STEPS,
+    }
+
+
+def test_what_nothing_declares_is_called_unexplained(good, tmp_path):
+    """A network that computes something else from the same weights and settings."""
+    found = bundle.read(good)
+    odd = {**found.stages, "block 1": found.stages["block 1"] * 1.01}
+    bundle.write(dataclasses.replace(found, path=tmp_path / "odd", stages=odd))
+    found = judged(good, tmp_path / "odd")
+    assert found["causes"][0]["name"] == "unexplained"
+    assert found["first"].startswith("The discrepancy starts at block 1, which differs")
+
+
+def test_a_declared_difference_that_does_nothing_is_no_cause(good, made):
+    """fast means nothing on a CPU."""
+    found = judged(good, made("fast", settings=dict(word="fast")))
+    assert [c["contradicted"] for c in found["causes"]] == [True]
+    assert found["verdict"] == "Nothing differs that is known to move FID."
+
+
+def test_the_larger_effect_comes_first():
+    """Of two declared causes, without any bundle."""
+    one = {"job": {"guidance": 1, "labels": [0, 1, 1], "rounding": "brighter"}}
+    other = {"job": {**one["job"], "labels": [1, 0, 1], "rounding": "darker"}}
+    found = causes((one, other))
+    assert [cause.name for cause in found] == ["labels", "rounding"]
+    many = {"job": {**other["job"], "labels": [1, 0, 1, 1]}}
+    assert causes((one, many))[0].name == "number of images"
+
+
+def refused(call, message, out):
+    code, _, err = call
+    assert code == 2 and "\n" not in err.strip() and message in err, err
+    assert not out.exists()
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    return lambda *words: small.called(diagnose.main, monkeypatch, capsys, *words)
+
+
+def test_bad_bundles_are_refused(good, made, tmp_path, run):
+    out = tmp_path / "report"
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for name in bundle.FILES:
+        (broken / name).write_bytes((good / name).read_bytes())
+    whole = (broken / "arrays.npz").read_bytes()
+    (broken / "arrays.npz").write_bytes(whole[:-9])
+    refused(run(good, broken, "--out", out), "is no .npz file, or ends too early", out)
+    (broken / "arrays.npz").unlink()
+    refused(run(good, broken, "--out", out), "no file at", out)
+    (broken / "bundle.json").write_text("{")
+    refused(run(good, broken, "--out", out), "is no JSON", out)
+    refused(run(good, tmp_path / "none", "--out", out), "nothing at", out)
+    refused(run(good, "--out", out), "name A and B and --out", out)
+    found = bundle.read(good)
+    record = {**found.record, "architecture": {"network": "DiT", "depth": 3}}
+    bundle.write(dataclasses.replace(found, path=tmp_path / "other", record=record))
+    refused(run(good, tmp_path / "other", "--out", out), "other architectures", out)
+
+
+def test_from_manifests_to_a_report(tmp_path, run):
+    """Bundles of two manifests, then the report, as a user calls them."""
+    weights = small.checkpoint(tmp_path / "w", config())
+    stats = {"evaluations": {"min": 8, "mean": 8.0, "max": 8}, "unfinished": []}
+    manifest = lambda seed: tmp_path / f"{seed}.npz.manifest.json"
+    for seed in (0, 1):
+        images = np.zeros((len(LISTED), 4, 4, 3), np.uint8)
+        np.savez(tmp_path / f"{seed}.npz", arr_0=images)
+        job = Job(str(weights), to_json(config()), LISTED, seed=seed)
+        record = {"job": job.to_json(), "stats": stats}
+        manifest(seed).write_text(json.dumps(record))
+    few = ("--images", IMAGES, "--steps", STEPS)
+    made, other = tmp_path / "0.npz.bundle", tmp_path / "b"
+    code, out, err = run("--collect", made, "--from-manifest", manifest(0), *few)
+    assert code == 0 and f"12 stages of {IMAGES} images" in out, err
+    flags = ("--collect", other, "--from-manifest", manifest(1), *few)
+    code, out, err = run(*flags, "--inputs", made)
+    assert code == 0, err
+    # samples with a bundle beside them, and a bundle
+    code, out, err = run(tmp_path / "0.npz", other, "--out", tmp_path / "report")
+    assert code == 0 and out.startswith("Within noise: only the noise differs"), err
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "| block 1 | 0 | 0 | 1.000000 |" in page and "job.seed" in page
+    found = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert found["solver"][0]["samples"]["evaluations"]["mean"] == 8
+    again = run(tmp_path / "0.npz", other, "--out", tmp_path / "report")
+    assert again[0] == 2 and "--overwrite replaces it" in again[2]
+    out = tmp_path / "c"
+    flags = ("--collect", out, "--from-manifest")
+    refused(run(*flags, manifest(1), "--images", 0), "--images 0: at least 1", out)
+    refused(run(*flags, tmp_path / "x"), "no manifest to read", out)
