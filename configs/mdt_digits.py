@@ -14,7 +14,7 @@ from sit_jax.samplers.chain import Ancestral
 def get_config():
     c = mdtv2_xl2()
     c.shape = (8, 8, 1)
-    c.model = spec(MDTv2, depth=6, width=96, heads=4, decoder=2, classes=10)
+    c.model = spec(MDTv2, depth=4, width=96, heads=4, decoder=2, classes=10)
     c.codec = spec(Pixels)
     c.source = spec(Digits)
     anneal = spec(optax.linear_schedule, init_value=2e-3, end_value=0.0)
