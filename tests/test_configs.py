@@ -116,6 +116,7 @@ def test_a_training_step_traces_for_every_way_of_training():
         assert metrics["loss"].shape == (), name
 
 
+@pytest.mark.slow
 def test_a_sample_traces_for_every_way_of_sampling():
     """One file for each of them: neither the size nor the loss's weight enters."""
     ways = {}

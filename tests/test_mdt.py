@@ -88,7 +88,9 @@ TABLES = {"own": (layers.frequencies(128), 2e-5), "recorded": (FREQUENCIES, 2e-6
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
-@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize(
+    "table", ["recorded", pytest.param("own", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", BOTH)
 def test_outputs_are_as_recorded(name, table, masked):
     values, tolerance = TABLES[table]
@@ -389,6 +391,7 @@ def test_larger_patches_change_only_what_depends_on_them(patch):
     assert count(patch) - count(2) == sum(f(patch) - f(2) for f in (tables, ends))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [MDT, MDTv2])
 def test_macs_are_those_of_the_products_in_the_program(kind):
     """Scans of one block each, counted from the traced products."""
@@ -417,6 +420,7 @@ def test_macs_are_those_of_the_products_in_the_program(kind):
     )
 
 
+@pytest.mark.slow
 def test_initial_weights_are_distributed_as_published():
     model = MDT(depth=2, decoder=1, width=64, heads=4, classes=5)
     x, t, y = jnp.ones((1, 16, 16, 4)), jnp.ones(1), jnp.ones(1, int)

@@ -183,6 +183,7 @@ def test_gaussian_data_exactly(path, predicts):
     )
 
 
+@pytest.mark.slow
 def test_gaussian_data_adaptively():
     process = Interpolant(PATHS["VP"], predictions.score)
     start = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
@@ -206,6 +207,7 @@ def test_one_image_is_found(path, predicts, method):
     np.testing.assert_allclose(data, jnp.broadcast_to(image, data.shape), atol=0.05)
 
 
+@pytest.mark.slow
 def test_one_image_is_found_adaptively():
     process = Interpolant(PATHS["Linear"], predictions.score)
     image = jnp.linspace(-1, 1, 16).reshape(1, 4, 4, 1)

@@ -83,6 +83,7 @@ def test_losses_are_those_of_an_unbroken_run(unbroken, tmp_path, moment):
     assert not list((tmp_path / "checkpoints").glob("*tmp*"))
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_ends_well(unbroken, tmp_path):
     process = start(tmp_path)
     until(process, lambda: logged(tmp_path, 10))

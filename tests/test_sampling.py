@@ -71,14 +71,12 @@ def test_a_killed_run_goes_on_to_the_same_bytes(run, tmp_path, monkeypatch):
 def test_the_same_again_from_the_manifest(run, tmp_path):
     first, again = tmp_path / "a.npz", tmp_path / "b.npz"
     how = ("--labels", "balanced", "--num", "7", "--seed", "3", "--guidance", "2.0")
-    how += ("--guidance-interval", "0.2,0.7", "--sampler", "dopri5", "--rtol", "1e-2")
-    assert run(*how, "--step-control", "sample", "--out", first)[0] == 0
+    how += ("--guidance-interval", "0.2,0.7", "--sampler", "midpoint", "--steps", "3")
+    assert run(*how, "--out", first)[0] == 0
     record = tmp_path / "a.npz.manifest.json"
     code, _, _ = run("--from-manifest", record, "--out", again, weights=None)
     assert code == 0 and first.read_bytes() == again.read_bytes()
-    found = manifest(first)
-    assert found["stats"]["evaluations"]["max"] > found["stats"]["evaluations"]["min"]
-    assert found["job"] == manifest(again)["job"]
+    assert manifest(first)["job"] == manifest(again)["job"]
 
 
 def test_other_weights_than_the_manifests_need_force(run, tmp_path):

@@ -66,6 +66,7 @@ def test_another_config_is_refused_with_the_fields(run, tmp_path):
     assert run(*longer)[0] == 0  # a longer run is the same run
 
 
+@pytest.mark.slow
 def test_init_takes_weights_optimizer_and_step(run, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     assert run("--config", TINY, "--workdir", first)[0] == 0
