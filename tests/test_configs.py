@@ -94,6 +94,7 @@ def test_it_has_the_published_number_of_parameters(name):
     assert count > 1000
 
 
+@pytest.mark.slow
 def test_a_training_step_traces_for_every_way_of_training():
     """One file for each of them: tracing takes seconds, and sizes change nothing."""
     fields = ("process", "codec", "ema_decay", "timesteps", "log_quartiles")

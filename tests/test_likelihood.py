@@ -82,9 +82,9 @@ def gaussian_density(x, mean, std):
     return np.asarray(each.sum(axis=(1, 2, 3)))
 
 
-@pytest.mark.parametrize("trace", ["estimated", "exact"])
 @pytest.mark.parametrize(
-    "path, predicts", [("Linear", "velocity"), ("GVP", "velocity")]
+    "path, predicts, trace",
+    [("Linear", "velocity", "estimated"), ("GVP", "velocity", "exact")],
 )
 def test_gaussian_data(path, predicts, trace):
     """Its divergence is the same in all directions, so one probe is exact too."""

@@ -197,6 +197,7 @@ def test_guided_outputs_are_as_recorded(name):
         assert relative(nchw(net(nhwc(x), jnp.asarray(t))), theirs) < 1e-5, scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, run, cfg", [("mdt1", "r0", 4.0), ("mdt2", "r2", None)])
 def test_a_chain_of_eight_steps_ends_as_recorded(name, run, cfg):
     golden, model = arrays(name), recorded_model(name)

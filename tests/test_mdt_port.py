@@ -20,6 +20,8 @@ from sit_jax.models.mdt import MDT, MDTv2
 from sit_jax.port import to_torch
 from sit_jax.recipe import recipe
 
+pytestmark = pytest.mark.slow  # together they compile for a minute or two
+
 KINDS = {"mdt1_a": MDT, "mdt2_a": MDTv2}
 INDEX = "relative_position_index"
 

@@ -25,6 +25,8 @@ from sit_jax.timesteps import LossSecondMoment
 from sit_jax.training import fresh_state, make_train_step
 from sit_jax.weights import open_weights
 
+pytestmark = pytest.mark.slow  # together they compile for a minute or two
+
 B = 64
 TX = optax.chain(optax.trace(0.0), optax.scale(-0.5))  # its state is the gradient
 

@@ -153,6 +153,7 @@ def test_a_worse_network_leads_away(run, tmp_path, weights):
     assert record["weak_sha256"] == record["weights_sha256"]
 
 
+@pytest.mark.slow
 def test_emulated_platforms_move_the_samples(run, tmp_path):
     drawn = {}
     for word in (None, "gpu-tf32", "tpu-default"):
@@ -166,6 +167,7 @@ def test_emulated_platforms_move_the_samples(run, tmp_path):
     assert 0 < off[0] < off[1] < 0.2
 
 
+@pytest.mark.slow
 def test_unfinished_images_are_marked(run, tmp_path):
     out = tmp_path / "x.npy"
     how = ("--sampler", "dopri5", "--step-control", "sample", "--rtol", "1e-7")
@@ -213,6 +215,7 @@ def test_likelihoods_of_a_data_set(run, tmp_path):
     np.testing.assert_allclose(again, nats, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_bounds_of_a_diffusion(run, tmp_path):
     weights = digits(
         tmp_path,
