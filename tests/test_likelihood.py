@@ -66,7 +66,8 @@ def test_recorded_runs(name):
     rounding, scale = run["f32_vs_f64"]["logp"]
     # nats are a sum over 256 values, near 880: float32 keeps 6e-5 of that
     slack = max(5 * rounding, 5e-7 * scale)
-    slack = max(slack, 3e-3) if run["method"] == "dopri5" else slack
+    # an adaptive solver's steps follow from rounding: 4e-6 apart between two machines
+    slack = max(slack, 1e-5 * scale) if run["method"] == "dopri5" else slack
     np.testing.assert_allclose(stats["nats"], G[f"{name}.logp"], atol=slack)
     floor, size = run["f32_vs_f64"]["z"]
     np.testing.assert_allclose(
