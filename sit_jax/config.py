@@ -18,25 +18,11 @@ from pathlib import Path
 
 from sit_jax.errors import UserError
 
-ALLOWED = (
-    "sit_jax.adan",
-    "sit_jax.codec",
-    "sit_jax.data",
-    "sit_jax.diffusion",
-    "sit_jax.guidance",
-    "sit_jax.guidance_scales",
-    "sit_jax.interpolant",
-    "sit_jax.min_snr",
-    "sit_jax.models",
-    "sit_jax.paths",
-    "sit_jax.predictions",
-    "sit_jax.rounding",
-    "sit_jax.samplers",
-    "sit_jax.schedules",
-    "sit_jax.timesteps",
-    "optax",
-    "diffrax",
+OURS = (
+    "adan codec data diffusion guidance guidance_scales interpolant min_snr models "
+    "paths predictions rounding samplers schedules time_densities timesteps"
 )
+ALLOWED = (*(f"sit_jax.{name}" for name in OURS.split()), "optax", "diffrax")
 
 
 def spec(make, **fields):

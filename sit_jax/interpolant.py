@@ -14,18 +14,25 @@ from sit_jax import predictions
 from sit_jax.errors import UserError
 from sit_jax.paths import align, linear, mix, noising_rate, slope
 
+# A weight is a function (path, predicts, t) -> what multiplies the squared error. Those
+# of the releases leave the velocity alone.
 
-def unweighted(path, t):
+
+def unweighted(path, predicts, t):
     return 1.0
 
 
-def velocity_weight(path, t):
+def velocity_weight(path, predicts, t):
     """Makes the error of the noise the error of the velocity it implies."""
+    if predicts is predictions.velocity:
+        return 1.0
     return (noising_rate(path, t) / path(t)[1]) ** 2
 
 
-def likelihood_weight(path, t):
+def likelihood_weight(path, predicts, t):
     """Makes the loss a bound of the likelihood (Song et al., arXiv:2101.09258)."""
+    if predicts is predictions.velocity:
+        return 1.0
     return noising_rate(path, t) / path(t)[1] ** 2
 
 
@@ -33,10 +40,10 @@ def likelihood_weight(path, t):
 class Interpolant:
     """What is trained on, and where in time.
 
-    weight multiplies the squared error; with velocity it has no effect, as published.
-    A margin is how far times stay off an end of the path where something divides by
-    0. None: the published values, used only at the ends that need one. A given margin
-    also holds for the velocity, at whichever ends are pure noise or pure data.
+    weight: see above, and MinSnr of min_snr.py. A margin is how far times stay off an
+    end of the path where something divides by 0. None: the published values, used only
+    at the ends that need one. A given margin also holds for the velocity, at whichever
+    ends are pure noise or pure data.
     """
 
     path: Callable = linear
@@ -69,9 +76,7 @@ class Interpolant:
         if self.predicts is predictions.score:
             error *= self.path(at)[1]
         loss = jnp.mean(error**2, axis=tuple(range(1, data.ndim)))
-        if self.predicts is not predictions.velocity:
-            loss *= self.weight(self.path, t)
-        return {"loss": loss}
+        return {"loss": loss * self.weight(self.path, self.predicts, t)}
 
     def field(self, net, target):
         """-> Net giving `target` (velocity, score, ...) whatever net was trained on."""

@@ -1,6 +1,8 @@
 """Which steps of a diffusion are trained on, by how large their losses have been.
 
-Without one of these a process draws its times itself, uniformly.
+Without one of these, or of time_densities.py, a process draws its times itself,
+uniformly. Both have .begin(process), .draw(process, key, losses, n) -> times [n] and
+weights of their losses [n] or None, and .add(losses, t, loss).
 """
 
 import dataclasses
@@ -47,8 +49,9 @@ class LossSecondMoment:
         steps = len(process.betas)
         return Losses(jnp.zeros((steps, self.history)), jnp.zeros(steps, jnp.int32))
 
-    def draw(self, key, losses, n):
+    def draw(self, process, key, losses, n):
         """-> t int [n], and the weights [n] that keep the mean loss what it was."""
+        del process
         steps, chances = len(losses.counts), self.chances(losses)
         t = jax.random.choice(key, steps, (n,), p=chances)
         return t, 1 / (steps * chances[t])

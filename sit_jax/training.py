@@ -159,7 +159,7 @@ def _times(timesteps, process, key, losses, n):
     """-> t [n], and what their losses are multiplied by: [n], or None for nothing."""
     if timesteps is None:
         return process.times(key, n), None
-    return timesteps.draw(key, losses, n)
+    return timesteps.draw(process, key, losses, n)
 
 
 def _more_passes(model, key, shape):

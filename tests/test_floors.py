@@ -17,7 +17,7 @@ FLOORS = (
     "chips meter tracking comparison tensor_files moments reference precision "
     "models.layers data.sources data.names data.coins data.tags data.shards "
     "data.images data.arrays averages timesteps guidance_scales models.masking "
-    "emulation probe samplers.walk torch_noise rounding gaussians "
+    "time_densities emulation probe samplers.walk torch_noise rounding gaussians "
     "array_files graph_files models.inception_layers metrics.gaussian metrics.score "
     "metrics.manifold metrics.kernel",
     "predictions guidance codec data.reading data.folders data.tars data.cache "

@@ -56,7 +56,7 @@ def test_times_are_drawn_by_their_chances_and_weighted_back():
     ours = LossSecondMoment(1, 0.1)
     size = jnp.arange(1.0, STEPS + 1)
     state = ours.add(ours.begin(PROCESS), jnp.arange(STEPS), size)
-    draw = quick_jit(lambda key: ours.draw(key, state, 20_000))
+    draw = quick_jit(lambda key: ours.draw(PROCESS, key, state, 20_000))
     t, weights = draw(jax.random.key(0))
     shares = np.bincount(t, minlength=STEPS) / len(t)
     np.testing.assert_allclose(shares, ours.chances(state), atol=0.02)
