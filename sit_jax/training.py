@@ -11,6 +11,8 @@ from flax import struct
 from sit_jax import averages
 from sit_jax.codec import data_of
 from sit_jax.guidance import drop_labels
+from sit_jax.models.applied import apply
+from sit_jax.stored import dropping, join, split
 from sit_jax.timesteps import quartiles
 
 
@@ -21,6 +23,7 @@ class TrainState(struct.PyTreeNode):
     opt_state: optax.OptState
     skipped: jax.Array  # int [2]: steps without effect, all and in a row
     losses: Any = ()  # what the choice of times remembers, if it does; timesteps.py
+    frozen: dict = struct.field(default_factory=dict)  # weights that are not trained
 
 
 def init_params(model, shape, key):
@@ -35,10 +38,11 @@ def init_state(model, tx, shape, key, decay=0.9999, losses=()):
 
 
 def fresh_state(tx, params, decay=0.9999, losses=()):
-    """TrainState of step 0 around given parameters."""
+    """TrainState of step 0 around given parameters, of which adapters may be part."""
     zero, skipped = jnp.zeros((), jnp.int32), jnp.zeros(2, jnp.int32)
+    params, frozen = split(params)
     ema = averages.begin(params, decay)
-    return TrainState(zero, params, ema, tx.init(params), skipped, losses)
+    return TrainState(zero, params, ema, tx.init(params), skipped, losses, frozen)
 
 
 def make_train_step(
@@ -65,10 +69,10 @@ def make_train_step(
     """
     wants_rows = by_quartile or timesteps is not None
 
-    def loss(params, data, t, weights, passes):
-        terms = {}
-        for prefix, (inputs, noise) in passes.items():
-            net = partial(model.apply, {"params": params}, **inputs)
+    def loss(frozen, params, data, t, weights, passes):
+        terms, params = {}, join(params, frozen)
+        for prefix, (inputs, noise, keys) in passes.items():
+            net = partial(apply, model, dropping(params, keys), **inputs)
             found = process.loss(net, data, noise, t)
             terms |= {prefix + name: term for name, term in found.items()}
         rows = {"rows": terms} if wants_rows else {}
@@ -77,8 +81,6 @@ def make_train_step(
         means = jax.tree.map(jnp.mean, terms)
         return _total(passes, means), means | rows
 
-    grad = in_parts(jax.grad(loss, has_aux=True), accumulate)
-
     def train_step(state, codec, batch, key):
         key = jax.random.fold_in(key, state.step)
         keys = jax.random.split(key, 4)
@@ -86,12 +88,16 @@ def make_train_step(
         labels = drop_labels(keys[1], batch["label"], model.classes, drop)
         t, weights = _times(timesteps, process, keys[2], state.losses, len(data))
         noise = jax.random.normal(keys[3], data.shape)
-        passes = {"": ({"y": labels}, noise)}
+        rows = jax.random.split(jax.random.fold_in(key, 5), len(data))
+        passes = {"": ({"y": labels}, noise, rows)}
         for i, (prefix, inputs) in enumerate(_more_passes(model, key, data.shape)):
             label_key, noise_key = (jax.random.fold_in(keys[j], i) for j in (1, 3))
             labels = drop_labels(label_key, batch["label"], model.classes, drop)
             noise = jax.random.normal(noise_key, data.shape)
-            passes[prefix] = ({"y": labels, **inputs}, noise)
+            rows = jax.vmap(partial(jax.random.fold_in, data=i))(rows)
+            passes[prefix] = ({"y": labels, **inputs}, noise, rows)
+        grad = jax.grad(partial(loss, state.frozen), has_aux=True)
+        grad = in_parts(grad, accumulate)
         grads, metrics = grad(state.params, data, t, weights, passes)
         rows = metrics.pop("rows", {})
         norm = optax.tree.norm(grads)
@@ -165,7 +171,7 @@ def _times(timesteps, process, key, losses, n):
 def _more_passes(model, key, shape):
     """-> (prefix, inputs) of each pass after the plain one, for a batch's shape.
 
-    The keys of everything else are fold_in(key, i) for i < 4, or folded into those.
+    The keys of everything else are split or folded from key by other numbers than 4.
     """
     if not hasattr(model, "passes"):
         return []
@@ -193,7 +199,8 @@ def _updated(state, tx, grads, decay, good, losses):
     )
     total, streak = state.skipped
     skipped = jnp.where(good, jnp.stack([total, 0]), jnp.stack([total, streak]) + 1)
-    return TrainState(state.step + 1, params, ema, opt_state, skipped, losses)
+    new = (state.step + 1, params, ema, opt_state, skipped, losses)
+    return TrainState(*new, state.frozen)
 
 
 def _first_bad(tensors):

@@ -19,10 +19,10 @@ FLOORS = (
     "data.images data.arrays averages timesteps guidance_scales models.masking "
     "time_densities emulation probe samplers.walk torch_noise rounding gaussians "
     "array_files graph_files models.inception_layers metrics.gaussian metrics.score "
-    "metrics.manifold metrics.kernel",
+    "metrics.manifold metrics.kernel stored",
     "predictions guidance codec data.reading data.folders data.tars data.cache "
     "data.filling data.prepared command workdir logging outputs torch_files "
-    "job labels download models.vae_layers",
+    "job labels download models.vae_layers models.applied",
     "image_sets bundle paired effects models.inception parts releases models.vae",
     "features",
     "interpolant diffusion models.dit data data.archives data.cifar data.workers "
