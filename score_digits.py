@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from sit_jax import command
+from sit_jax.array_files import ArrayFile
 from sit_jax.data.sources import Digits
 from sit_jax.drafts import require_free
 from sit_jax.errors import UserError
@@ -68,11 +69,8 @@ def score(images, labels):
 
 
 def _samples(path):
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            images, labels = file["arr_0"], file["arr_1"]
-    except (ValueError, KeyError, EOFError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not an .npz of sample.py: {error}") from error
+    file = ArrayFile(path)
+    images, labels = file.array("arr_0"), file.array("arr_1")
     if images.shape[1:] != (8, 8, 1) or images.dtype != np.uint8:
         raise UserError(
             f"{path} holds {images.dtype} {images.shape}; digits are uint8 (N, 8, 8, 1)"

@@ -5,7 +5,10 @@ The rows of a member are taken from the zip stream, whether it is compressed or 
 early, hold objects or would have to be unpickled are refused.
 """
 
+import contextlib
+import lzma
 import math
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -15,7 +18,25 @@ from numpy.lib import format as npy
 
 from sit_jax.errors import UserError
 
-DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError)
+DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    ValueError,
+    NotImplementedError,
+    RuntimeError,  # a password, or what a damaged compressed stream is called
+    SyntaxError,  # of a header
+    TypeError,
+    RecursionError,
+    LookupError,
+    struct.error,
+    MemoryError,
+    lzma.LZMAError,
+    OSError,
+)
+SMALL = 2**26  # bytes that may be unpacked from anything
+TIMES = 100  # as large as it is packed may something larger be; photographs are 1 or 2
+ROW = 2**28  # bytes: the least that is read at once
 
 
 class ArrayFile:
@@ -25,13 +46,12 @@ class ArrayFile:
         self.path = Path(path).expanduser()
         if not self.path.is_file():
             raise UserError(f"no file at {self.path}")
-        try:
+        with _plainly(f"{self.path} is no .npz file, or ends too early"):
             with zipfile.ZipFile(self.path) as archive:
-                names = archive.namelist()
-        except DAMAGED as error:
-            raise UserError(
-                f"{self.path} is no .npz file, or ends too early ({error})"
-            ) from error
+                members = archive.infolist()
+        for member in members:
+            _require_tame(self.path, member)
+        names = [member.filename for member in members]
         self.names = [name[:-4] for name in names if name.endswith(".npy")]
 
     def __contains__(self, name):
@@ -47,6 +67,12 @@ class ArrayFile:
     def array(self, name):
         """A small array, whole."""
         member = self.member(name)
+        size, packed = math.prod(member.shape) * member.dtype.itemsize, member.packed
+        if size > max(SMALL, TIMES * packed):
+            raise UserError(
+                f"{self.path}: {name} unpacks from {packed} to {size} bytes, too many "
+                "to be measurements; save it uncompressed if it is what you want"
+            )
         if not member.shape:
             return next(member.parts(1)).reshape(())
         parts = list(member.parts(max(member.shape[0], 1)))
@@ -58,13 +84,8 @@ class Member:
 
     def __init__(self, path, name):
         self.path, self.name = path, name
-        self.shape, self.dtype, size, start = self._header()
-        wanted = start + math.prod(self.shape) * self.dtype.itemsize
-        if size != wanted:
-            raise UserError(
-                f"{path}: {name} is said to be {self.dtype} {list(self.shape)}, "
-                f"{wanted} bytes, but has {size}"
-            )
+        self.shape, self.dtype, size, start, self.packed = self._header()
+        _require_size(f"{path}: {name}", self.shape, self.dtype, size - start)
 
     def __len__(self):
         return self.shape[0]
@@ -72,7 +93,7 @@ class Member:
     def parts(self, rows):
         """Yields arrays [rows, ...] until the end; the last one may be shorter."""
         row, count = self.shape[1:], self.shape[0] if self.shape else 1
-        try:
+        with _plainly(f"{self.path}: {self.name} is damaged"):
             with zipfile.ZipFile(self.path) as archive, self._open(archive) as file:
                 _read_header(file)
                 for start in range(0, count, rows):
@@ -82,27 +103,19 @@ class Member:
                     if len(data) < wanted:
                         raise EOFError("it ends too early")
                     yield np.frombuffer(data, self.dtype).reshape(shape)
-        except DAMAGED as error:
-            raise UserError(f"{self.path}: {self.name} is damaged ({error})") from error
 
     def _header(self):
-        try:
+        with _plainly(f"{self.path}: {self.name} is damaged"):
             with zipfile.ZipFile(self.path) as archive, self._open(archive) as file:
                 shape, fortran, dtype = _read_header(file)
-                size, start = archive.getinfo(f"{self.name}.npy").file_size, file.tell()
-        except DAMAGED as error:
-            raise UserError(f"{self.path}: {self.name} is damaged ({error})") from error
-        if dtype.hasobject:
-            raise UserError(
-                f"{self.path}: {self.name} holds Python objects, which are not read: "
-                "save an array of numbers"
-            )
+                found, start = archive.getinfo(f"{self.name}.npy"), file.tell()
+        _require_numbers(f"{self.path}: {self.name}", dtype)
         if fortran and len(shape) > 1:
             raise UserError(
                 f"{self.path}: {self.name} is in Fortran order; save "
                 "np.ascontiguousarray of it"
             )
-        return shape, dtype, size, start
+        return shape, dtype, found.file_size, start, found.compress_size
 
     def _open(self, archive):
         return archive.open(f"{self.name}.npy")
@@ -115,3 +128,64 @@ def _read_header(file):
     if version == (2, 0):
         return npy.read_array_header_2_0(file)
     raise ValueError(f"version {version} of the .npy format")
+
+
+def load(path):
+    """The array of a .npy file, whole."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"no file at {path}")
+    with _plainly(f"{path} is no whole .npy file"):
+        with open(path, "rb") as file:
+            shape, fortran, dtype = _read_header(file)
+            start, size = file.tell(), path.stat().st_size
+            _require_numbers(path, dtype)
+            _require_size(path, shape, dtype, size - start)
+            array = np.frombuffer(file.read(size - start), dtype)
+            return array.reshape(shape, order="F" if fortran else "C")
+
+
+@contextlib.contextmanager
+def _plainly(what):
+    """Damage as one line; what the user may not read stays an OSError."""
+    try:
+        yield
+    except PermissionError:
+        raise
+    except DAMAGED as error:
+        words = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{what} ({words[:200]})") from error
+
+
+def _require_tame(path, member):
+    """Refuses names that climb, and what unpacks to more than a file is worth."""
+    name = member.filename
+    if name.startswith("/") or ".." in name.split("/") or "\\" in name:
+        raise UserError(f"{path}: {name[:200]!r} leads out of it; save it again")
+    packed = member.compress_size
+    if packed > path.stat().st_size:
+        raise UserError(f"{path}: {name[:200]} has {packed} bytes, more than the file")
+
+
+def _require_numbers(where, dtype):
+    if dtype.hasobject:
+        raise UserError(
+            f"{where} holds Python objects, which are not read: save an array of "
+            "numbers"
+        )
+
+
+def _require_size(where, shape, dtype, size):
+    """Refuses a shape that is not of so many bytes, or whose rows are no rows."""
+    wanted = math.prod(shape) * dtype.itemsize
+    if size != wanted or min(shape, default=0) < 0:
+        raise UserError(
+            f"{where} is said to be {dtype} {list(shape)}, {wanted} bytes, but has "
+            f"{size}"
+        )
+    row = math.prod(shape[1:]) * dtype.itemsize
+    if shape and shape[0] > 0 and not 0 < row <= ROW:
+        raise UserError(
+            f"{where} is {dtype} {list(shape)}: a row of {row} bytes, where up to "
+            f"{ROW} are read"
+        )

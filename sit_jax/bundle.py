@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sit_jax import json_text
 from sit_jax.array_files import ArrayFile
 from sit_jax.drafts import draft
 from sit_jax.errors import UserError
@@ -104,7 +105,7 @@ def require_same_network(a, b):
 
 def _record(path):
     try:
-        record = json.loads(path.read_text())
+        record = json_text.parse(path.read_text())
     except OSError as error:
         raise UserError(f"{path.parent} is no bundle: it has no {path.name}") from error
     except ValueError as error:

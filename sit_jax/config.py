@@ -18,9 +18,11 @@ from pathlib import Path
 
 from sit_jax.errors import UserError
 
+# Of data only the sources: other modules there also write.
 OURS = (
-    "adan codec data diffusion guidance guidance_scales interpolant min_snr models "
-    "paths predictions rounding samplers schedules time_densities timesteps"
+    "adan codec data.archives data.arrays data.cache data.cifar data.folders "
+    "data.prepared data.sources diffusion guidance guidance_scales interpolant min_snr "
+    "models paths predictions rounding samplers schedules time_densities timesteps"
 )
 ALLOWED = (*(f"sit_jax.{name}" for name in OURS.split()), "optax", "diffrax")
 

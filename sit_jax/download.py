@@ -10,6 +10,7 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
+from sit_jax import json_text
 from sit_jax.comparison import file_sha
 from sit_jax.drafts import require_space
 from sit_jax.errors import UserError
@@ -51,7 +52,7 @@ class _Told:
     def __init__(self, path, size, sha256):
         self.path, self.version, self.size, self.sha256 = path, None, size, sha256
         with contextlib.suppress(OSError, ValueError, KeyError):
-            known = json.loads(path.read_text())
+            known = json_text.parse(path.read_text())
             self.version, self.size = known["version"], size or known["size"]
             self.sha256 = sha256 or known["sha256"]
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from sit_jax import precision
+from sit_jax import json_text, precision
 from sit_jax.drafts import draft
 from sit_jax.errors import UserError
 from sit_jax.models.inception import NAME, RESIZE, Inception, prepared
@@ -185,7 +185,7 @@ def read_record(file):
     if "record" not in file:
         return {}
     try:
-        found = json.loads(str(file.array("record")))
+        found = json_text.parse(str(file.array("record")))
     except ValueError as error:
         raise UserError(f"{file.path}: its record is no JSON") from error
     if not isinstance(found, dict):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from sit_jax import config as configs
+from sit_jax import json_text
 from sit_jax.errors import UserError
 
 
@@ -63,7 +64,7 @@ def of_manifest(path):
     if path.is_dir():
         path = path / "manifest.json"
     try:
-        record = json.loads(path.read_text())
+        record = json_text.parse(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"--from-manifest {path}: no manifest to read") from error
     if not isinstance(record, dict) or "job" not in record:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sit_jax import noise
+from sit_jax import array_files, noise
 from sit_jax.errors import UserError
 
 
@@ -49,13 +49,15 @@ def _spread(listed, number):
 def _read(path):
     try:
         if path.suffix == ".npy":
-            found = np.load(path, allow_pickle=False)
+            found = array_files.load(path)
         else:
             found = np.loadtxt(path, dtype=np.int64, ndmin=1)
-    except (OSError, ValueError, EOFError) as error:
+    except UserError as error:
+        raise UserError(f"--labels: {error}") from error
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "no list of whole numbers"
         raise UserError(f"--labels {path}: {reason}") from error
-    if not isinstance(found, np.ndarray) or found.dtype.kind not in "iu":
+    if found.dtype.kind not in "iu":
         raise UserError(f"--labels {path}: no list of whole numbers")
     return found.ravel()
 

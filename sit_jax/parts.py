@@ -1,11 +1,11 @@
 """Batches on disk until all are there, so that a long run can be killed and go on."""
 
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 
+from sit_jax import json_text
 from sit_jax.drafts import draft
 from sit_jax.errors import UserError
 from sit_jax.workdir import write_json
@@ -39,7 +39,7 @@ class Parts:
     def _mark(self, digest, overwrite):
         mark = self.folder / "job.json"
         try:
-            found = json.loads(mark.read_text()).get("digest")
+            found = json_text.parse(mark.read_text()).get("digest")
         except (OSError, ValueError):
             found = None
         if found == digest:

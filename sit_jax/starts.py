@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sit_jax import noise
+from sit_jax import array_files, noise
 from sit_jax.errors import UserError
 from sit_jax.guidance import is_none
 from sit_jax.torch_noise import torch_noise
@@ -30,11 +30,9 @@ def noise_of(room):
 def given_noise(path, shape):
     """-> float32 [N, *shape] of a .npy."""
     try:
-        start = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"--noise {path} is not a .npy file of numbers") from error
-    if not isinstance(start, np.ndarray):
-        raise UserError(f"--noise {path} is not a .npy file of numbers")
+        start = array_files.load(path)
+    except UserError as error:
+        raise UserError(f"--noise: {error}") from error
     if start.shape[1:] != shape or start.dtype.kind != "f":
         raise UserError(
             f"--noise {path} is {start.dtype} {start.shape}; it must be float32 "

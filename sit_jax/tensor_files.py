@@ -6,7 +6,7 @@ Opening one gives names and shapes; a tensor is read when it is asked for.
 import argparse
 import errno
 import json
-import pickle
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sit_jax import torch_containers
 from sit_jax.errors import UserError
 
 KINDS = (".pt", ".pth", ".bin", ".safetensors")
@@ -33,9 +34,15 @@ class Tensors(Mapping):
         like = {name: opened.like(place) for name, place in places.items()}
         self.shapes = {name: shape for name, (shape, _) in like.items()}
         self.dtypes = sorted({dtype for _, dtype in like.values()})
-        for name, (_, dtype) in like.items():
+        size = opened.path.stat().st_size
+        for name, (shape, dtype) in like.items():
             if dtype not in FLOATS and not (dtype == "int64" and name.endswith(INDEX)):
                 raise UserError(f"{opened.path}: {name} is {dtype}, not {FLOATS[0]}")
+            if math.prod(shape) > size:  # a view that repeats one number
+                raise UserError(
+                    f"{opened.path}: {name} is {list(shape)}, but the whole file has "
+                    f"{size} bytes; get another one"
+                )
 
     def __getitem__(self, name):
         found = self._opened.read(self._places[name])
@@ -95,6 +102,8 @@ class _Opened:
 
 
 class _Pickled(_Opened):
+    _is_zip = None
+
     def is_state(self, value):
         import torch
 
@@ -117,24 +126,19 @@ class _Pickled(_Opened):
     def _open(self):
         import torch
 
-        with open(self.path, "rb") as file:
-            is_zip = file.read(4) == b"PK\x03\x04"  # else from before torch 1.6
         try:
+            if self._is_zip is None:  # the first time
+                self._is_zip = torch_containers.check(self.path)
             with (
                 torch.serialization.safe_globals([argparse.Namespace]),
                 warnings.catch_warnings(),
             ):
                 warnings.simplefilter("ignore")  # the error that follows says it
                 return torch.load(
-                    self.path, map_location="cpu", weights_only=True, mmap=is_zip
+                    self.path, map_location="cpu", weights_only=True, mmap=self._is_zip
                 )
-        except pickle.UnpicklingError as error:
-            if named := re.search(r"GLOBAL (\S+)", str(error)):
-                raise UserError(
-                    f"{self.path} was not read: it would run {named[1]}, and a file of "
-                    "weights must not run code"
-                ) from error
-            raise UserError(_damaged(self.path, error)) from error
+        except UserError:
+            raise
         except OSError as error:
             if error.errno != errno.EINVAL:  # mapping a file that ends too early
                 raise

@@ -6,7 +6,9 @@ args}; others keep a state dict under one of those names or under state_dict.
 
 import argparse
 import dataclasses
+import reprlib
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +79,7 @@ def read(path):
         if opened.is_state(content.get(key))
     }
     if not found:
-        held = ", ".join(map(str, content)) or "nothing"
+        held = ", ".join(str(key)[:50] for key in islice(content, 20)) or "nothing"
         raise UserError(f"{path} holds no weights, only {held}")
     model = found.get("model", found.get("state_dict"))
     ema = found.get("ema", model)
@@ -161,7 +163,8 @@ def adam_of(opened, opt, names, *place):
     known = kinds in (set(ADAM), set(ADAN))
     if l2 or group.get("maximize") or group.get("no_prox") or not known:
         raise UserError(
-            f"{opened.path}: opt is no plain AdamW: {sorted(kinds)}, {group}"
+            f"{opened.path}: opt is no plain AdamW: {reprlib.repr(sorted(kinds))}, "
+            f"{reprlib.repr(group)}"
         )
     if len(steps) > 1:
         raise UserError(f"{opened.path}: opt is at several steps, {sorted(steps)}")
@@ -177,5 +180,6 @@ def adam_of(opened, opt, names, *place):
 def _plain(path, args):
     for name, value in vars(args).items():
         if not isinstance(value, (str, int, float, bool, type(None))):
-            raise UserError(f"{path}: args.{name} is {value!r}, not a word or number")
+            kind = type(value).__name__
+            raise UserError(f"{path}: args.{name} is a {kind}, not a word or number")
     return dict(vars(args))

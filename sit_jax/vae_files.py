@@ -2,12 +2,11 @@
 
 import dataclasses
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
 
-from sit_jax import port, precision, releases, torch_files
+from sit_jax import json_text, port, precision, releases, torch_files
 from sit_jax.codec import Latents, Vae
 from sit_jax.errors import UserError
 from sit_jax.models.vae import AutoencoderKL
@@ -99,7 +98,7 @@ def described(path):
 def _read(path):
     """-> the dict of a config.json whose numbers are numbers."""
     try:
-        given = json.loads(path.read_text())
+        given = json_text.parse(path.read_text())
         sizes = [given[name] for name in FIELDS if name in given]
         numbers = [*given["block_out_channels"], *sizes[1:]]
         if all(isinstance(number, int) for number in numbers):

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from sit_jax import json_text
 from sit_jax.checkpoint import steps
 from sit_jax.config import difference
 from sit_jax.drafts import draft
@@ -75,8 +76,8 @@ def check_same(path, before, now):
 
 def read_json(path):
     try:
-        return json.loads(Path(path).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json_text.parse(Path(path).read_text())
+    except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
 
 

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 # still says what it is for.
 FLOORS = (
     "errors",
-    "drafts adan",
+    "drafts adan pickles json_text",
+    "torch_containers",
     # nouns of their own
     "paths schedules noise config port sharding checkpoint manifest metrics pictures "
     "chips meter tracking comparison tensor_files moments reference precision "

@@ -35,7 +35,7 @@ def test_files(tmp_path):
         (np.array([1, 10]), "10 is not a class; there are 0..9"),
         (np.array([1.5]), "no list of whole numbers"),
         (np.array([], int), "has no labels"),
-        (np.array([print], object), "no list of whole numbers"),
+        (np.array([print], object), "holds Python objects"),
     ],
     ids=["unknown class", "floats", "empty", "code"],
 )
@@ -51,7 +51,7 @@ def test_files_that_are_no_labels(tmp_path, content, said):
         ("3,4", 3, "3 is not divisible by the 2 labels"),
         ("3,10", None, "10 is not a class"),
         ("cat", None, "random, balanced, classes"),
-        ("no.npy", None, "No such file"),
+        ("no.npy", None, "no file at no.npy"),
         ("random", 0, "--num 0: at least 1"),
     ],
 )

@@ -1,8 +1,8 @@
 """Images in tars, read in place: ImageNet's tar of tars, and webdataset's shards."""
 
-import json
 from pathlib import Path
 
+from sit_jax import json_text
 from sit_jax.data.folders import ENDINGS, require_folder
 from sit_jax.data.images import BrokenImage, Images
 from sit_jax.data.tars import Members, read_members
@@ -116,7 +116,7 @@ def _samples(tar, field):
 def _label(tar, member, ending, field):
     try:
         data = Members([tar], [0], [member])[0]
-        value = int(data) if ending == "cls" else json.loads(data)[field]
+        value = int(data) if ending == "cls" else json_text.parse(data)[field]
         if not isinstance(value, int) or isinstance(value, bool):
             raise ValueError
         return value

@@ -12,6 +12,7 @@ import threading
 
 import numpy as np
 
+from sit_jax import json_text
 from sit_jax.errors import UserError
 
 HEAD = struct.Struct("<qii")
@@ -73,7 +74,7 @@ class ShardReader:
     def what(self):
         """The JSON at the end."""
         try:
-            return json.loads(self.read(-1))
+            return json_text.parse(self.read(-1))
         except ValueError as error:
             self._refuse(error)
 

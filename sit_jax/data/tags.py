@@ -1,8 +1,8 @@
 """How a cache of latents was made, so that it is not taken for another one."""
 
 import dataclasses
-import json
 
+from sit_jax import json_text
 from sit_jax.errors import UserError
 
 PLAN, DONE = "plan.json", "cache.json"  # the tags alone; the tags and what came out
@@ -47,7 +47,7 @@ def default_shards(records):
 def read_json(path):
     """-> the content of one of a cache's two JSON files."""
     try:
-        return json.loads(path.read_text())
+        return json_text.parse(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); extract again") from error
 
