@@ -6,6 +6,7 @@ preset, a config or the flags. Image i follows from the seed, its label and i al
 
 import dataclasses
 import importlib
+from pathlib import Path
 
 import numpy as np
 
@@ -149,12 +150,17 @@ def _job(args, overrides):
         noise=args.noise,
         batch_size=args.batch_size,
         weak=args.autoguidance,
-        vae=args.vae or (published.vae if published else None),
+        vae=args.vae or (published.vae if published else _own_vae(args, config)),
         rounding=args.rounding or (published.rounding if published else "brighter"),
         emulate=args.emulate,
     )
     _check_noise(args, made, tuple(config.shape))
     return made, None
+
+
+def _own_vae(args, config):
+    """The VAE that the run was trained with, if pictures are wanted."""
+    return config.get("vae") if outputs.wants_pictures(Path(args.out)) else None
 
 
 def _studio(wanted, expected):

@@ -5,12 +5,13 @@ The same command in the same workdir goes on where its last checkpoint left off.
 
 import contextlib
 import dataclasses
+import importlib
 import time
 from pathlib import Path
 
 import jax
 
-from sit_jax import averages, chips, command, precision, sharding
+from sit_jax import averages, chips, command, precision, releases, sharding
 from sit_jax import config as configs
 from sit_jax.checkpoint import Checkpoints, steps
 from sit_jax.data.cache import check_cache
@@ -24,7 +25,9 @@ from sit_jax.models.kinds import kind_of
 from sit_jax.preview import Preview
 from sit_jax.recipe import check_data, check_training, recipe
 from sit_jax.start import begin, pack
+from sit_jax.torch_config import FAMILIES
 from sit_jax.training import make_train_step, tensor_names
+from sit_jax.vae_files import load_vae, with_vae
 from sit_jax.workdir import check_workdir, open_workdir, write_json
 
 
@@ -33,32 +36,70 @@ def main():
     parser.add_argument("--config", required=True, metavar="FILE")
     parser.add_argument("--workdir", metavar="DIR", help="default: runs/CONFIG")
     parser.add_argument(
-        "--init", metavar="DIR", help="start from a workdir's or checkpoint's weights"
+        "--init", metavar="PATH", help="begin with weights: as sample.py's --weights"
     )
+    parser.add_argument(
+        "--weights-only",
+        action="store_true",
+        help="of --init: leave its optimizer, begin at step 0",
+    )
+    parser.add_argument("--family", choices=FAMILIES, help="of a bare .pt for --init")
+    parser.add_argument("--heads", type=int, help="of one whose width is not published")
     parser.add_argument("--wandb", metavar="PROJECT", help="also log to wandb")
     args, overrides = command.parse(parser)
     config = configs.load(args.config)
     configs.override(config, overrides)
     workdir = args.workdir or f"runs/{Path(args.config).stem}"
-    return train(config, workdir, args.init, args.wandb)
+    given = Given(args.init, args.weights_only, args.family, args.heads)
+    return train(config, workdir, given, args.wandb)
 
 
-def train(config, workdir, given=None, wandb=None):
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """The weights that --init names, if it does."""
+
+    path: str | None = None
+    weights_only: bool = False
+    family: str | None = None
+    heads: int | None = None
+
+    def torch_file(self, path):
+        from sit_jax.exchange import open_torch
+
+        told = getattr(releases.find(self.path), "family", None)
+        family = self.family or (told if told in FAMILIES else None)
+        return open_torch(path, _published, family, self.heads)
+
+
+def _published(family):
+    """The config of the published run that a torch file's network is put into."""
+    return importlib.import_module(f"configs.{family}_xl2").get_config()
+
+
+NOTHING = Given()
+
+
+def train(config, workdir, given=NOTHING, wandb=None):
     """Runs to config.steps, or until asked to stop; -> exit code."""
-    parts = _recipe(config)
     mesh = sharding.make_mesh(**config.mesh)
     source = _source(config)
+    if config.get("count_classes"):
+        config.model.classes = source.classes
+    parts = _recipe(config, mesh)
     check_training(config, source)
     check_cache(source, parts.codec, parts.shape)
     check_data(parts, source)
     stored = configs.to_json(config)
     folder = check_workdir(workdir, stored) / "checkpoints"
-    state, origin = begin(parts, mesh, config.seed, folder, given)
+    state, origin = begin(
+        *(parts, mesh, config.seed, folder),
+        *(given.path, given.weights_only, given.torch_file),
+    )
     first = int(state.step)
     if first >= config.steps and not steps(folder):
         raise UserError(
-            f"{given} is at step {first} and config.steps is {config.steps}; "
-            "set a larger --config.steps"
+            f"{given.path} is at step {first} and config.steps is {config.steps}; "
+            "set a larger --config.steps, or --weights-only to begin at step 0"
         )
     workdir = open_workdir(workdir, stored)  # from here on it is this run's
     with contextlib.ExitStack() as stack:
@@ -81,9 +122,12 @@ def train(config, workdir, given=None, wandb=None):
         return _loop(config, stored, parts, state, feed, log, saved, show, stop)
 
 
-def _recipe(config):
-    """The recipe, with a model that computes in bfloat16 if training shall."""
+def _recipe(config, mesh):
+    """The recipe with its VAE, and a model that computes as training shall."""
     parts, word = recipe(config), _precision(config)
+    if config.get("vae"):
+        place = sharding.everywhere(mesh)
+        parts = with_vae(parts, load_vae(config.vae, config.precision.vae, place))
     if word.dtype == "float32":  # then model.dtype decides
         return parts
     model = precision.computing(word, parts.model)

@@ -22,7 +22,9 @@ def get_config():
     c.model = spec(SiT, patch=2, remat="dots", **SIZES["XL"])
     c.process = spec(Interpolant)
     c.codec = spec(Latents)
+    c.vae = placeholder(str)  # name or path: encodes images, draws the sheets
     c.source = spec(LatentFolder, path="data/imagenet256")
+    c.count_classes = False  # model.classes becomes the number that the data has
     c.synthetic = False  # random latents instead of c.source
     c.optimizer = spec(optax.adamw, learning_rate=1e-4, weight_decay=0.0)
     c.clip = placeholder(float)  # global norm of the gradient; None: no clipping

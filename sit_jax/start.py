@@ -8,18 +8,22 @@ import numpy as np
 
 from sit_jax import averages, checkpoint
 from sit_jax.config import from_json
-from sit_jax.errors import UserError
-from sit_jax.models.kinds import kind_of
+from sit_jax.recipe import recipe
 from sit_jax.sharding import everywhere, shaped, split_weights
 from sit_jax.training import TrainState, init_state
+from sit_jax.transfer import require_kind, same_network, transferred
+from sit_jax.weights import Directory, open_weights
 
 
-def begin(parts, mesh, seed, directory, given=None):
+def begin(
+    parts, mesh, seed, directory, given=None, weights_only=False, torch_file=None
+):
     """-> TrainState on the mesh, and a sentence saying where it comes from.
 
-    directory: the run's own checkpoints; given: a workdir or checkpoint directory to
-    take weights from while the run has none of its own. An optimizer state found there
-    is taken too, with its step; without one the weights start a run at step 0.
+    directory: the run's own checkpoints; given: what to take weights from while the run
+    has none of its own, as sample.py's --weights (torch_file: see open_weights). An
+    optimizer state found in a checkpoint of the same network is taken too, with its
+    step, unless weights_only; else the weights start a run at step 0.
     """
     model, tx, decay = parts.model, parts.tx, parts.ema_decay
     init = partial(init_state, model, tx, parts.shape, decay=decay, losses=parts.losses)
@@ -32,12 +36,17 @@ def begin(parts, mesh, seed, directory, given=None):
         return state, f"goes on from step {own[-1]}"
     if given is None:
         return jax.jit(init, out_shardings=where)(key), "starts with fresh weights"
-    directory, step = checkpoint.find(given)
-    _require_kind(given, directory, step, model)
-    state = _restored(parts, directory, step, target, ("params", "ema"))
-    if "opt_state" in checkpoint.items(directory, step):
-        return state, f"goes on from {given}, step {int(state.step)}"
-    return state, f"starts from the weights of {given}, optimizer and step new"
+    opened = open_weights(given, torch_file)
+    theirs = _theirs(opened)
+    if not weights_only and _same(opened, theirs, parts, given):
+        held = (opened.path, opened.step)
+        state = _restored(parts, *held, target, ("params", "ema"))
+        if "opt_state" in checkpoint.items(*held):
+            return state, f"goes on from {given}, step {int(state.step)}"
+        return state, f"starts from the weights of {given}, optimizer and step new"
+    load = lambda item: opened.load(item, theirs, mesh)
+    state, told = transferred(parts, theirs, load, key, where, given)
+    return state, f"starts from the weights of {given}; {told}"
 
 
 def pack(state, decay):
@@ -82,14 +91,17 @@ def _restored(parts, directory, step, target, needed):
     )
 
 
-def _require_kind(given, directory, step, model):
-    """Refuses weights of a network of another family, whatever their shapes."""
-    meta = checkpoint.read_meta(directory, step)
-    if "config" not in meta:
-        return
-    theirs = from_json(meta["config"]).model.make
-    if kind_of(theirs).rules is not kind_of(type(model)).rules:
-        raise UserError(
-            f"{given} holds the weights of an {theirs.__name__}, but the config's "
-            f"network is an {type(model).__name__}"
-        )
+def _theirs(opened):
+    """The recipe of opened weights; None of a checkpoint that does not tell."""
+    if isinstance(opened, Directory):
+        meta = checkpoint.read_meta(opened.path, opened.step)
+        return recipe(from_json(meta["config"])) if "config" in meta else None
+    return recipe(opened.config)
+
+
+def _same(opened, theirs, parts, given):
+    """Whether these are a checkpoint's, of the network that the config wants."""
+    if theirs is not None:
+        require_kind(given, type(theirs.model), parts.model)
+    same = theirs is None or same_network(parts, theirs)
+    return same and isinstance(opened, Directory)

@@ -61,11 +61,16 @@ def open_workdir(path, config):
 
 
 def check_same(path, before, now):
-    """Refuses a config that differs where a run must not change, naming the fields."""
+    """Refuses a config that differs where a run must not change, naming the fields.
+
+    A field that came after the run was begun is none of its own while it does nothing.
+    """
+    idle = (("(absent)", "null"), ("(absent)", "false"))
     fixed = [
         f"{name} was {old}, is {new}"
         for name, old, new in difference(before, now)
         if not any(name == free or name.startswith(free + ".") for free in MAY_CHANGE)
+        and (old, new) not in idle
     ]
     if fixed:
         raise UserError(

@@ -112,7 +112,7 @@ def test_safetensors_hold_the_average(tmp_path, port, ported):
 def test_training_goes_on_from_a_ported_file(tmp_path, ported, capsys):
     config = from_json(checkpoint.read_meta(ported / "full", 20)["config"])
     config.update(synthetic=True, batch_size=8, steps=21, log_every=1, sample_every=100)
-    train.train(config, tmp_path, ported / "full")
+    train.train(config, tmp_path, train.Given(ported / "full"))
     assert "step 20" in capsys.readouterr().out
     assert list(losses(tmp_path)) == [21]
     assert checkpoint.steps(tmp_path / "checkpoints") == [21]

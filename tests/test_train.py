@@ -122,7 +122,7 @@ BAD = {
     "clip": (["--config.clip=-1.0"], "clip is -1.0"),
     "preview": (["--config.preview=-3"], "preview is -3"),
     "dtype": (["--config.model.dtype=bfloat17"], "bfloat17"),
-    "no checkpoint": (["--init", "nowhere"], "no checkpoint in nowhere"),
+    "no checkpoint": (["--init", "nowhere"], "no weights at nowhere"),
 }
 
 
