@@ -11,13 +11,14 @@ from pathlib import Path
 
 import jax
 
-from sit_jax import averages, chips, command, precision, releases, sharding
+from sit_jax import averages, chips, command, precision, sharding
 from sit_jax import config as configs
 from sit_jax.checkpoint import Checkpoints, steps
 from sit_jax.data.cache import check_cache
 from sit_jax.data.feed import batches
 from sit_jax.data.sources import Synthetic
 from sit_jax.errors import UserError
+from sit_jax.given import Given, add_flags
 from sit_jax.logging import RunLog
 from sit_jax.manifest import environment
 from sit_jax.meter import Meter
@@ -25,7 +26,6 @@ from sit_jax.models.kinds import kind_of
 from sit_jax.preview import Preview
 from sit_jax.recipe import check_data, check_training, recipe
 from sit_jax.start import begin, pack
-from sit_jax.torch_config import FAMILIES
 from sit_jax.training import make_train_step, tensor_names
 from sit_jax.vae_files import load_vae, with_vae
 from sit_jax.workdir import check_workdir, open_workdir, write_json
@@ -35,45 +35,14 @@ def main():
     parser = command.parser(__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, metavar="FILE")
     parser.add_argument("--workdir", metavar="DIR", help="default: runs/CONFIG")
-    parser.add_argument(
-        "--init", metavar="PATH", help="begin with weights: as sample.py's --weights"
-    )
-    parser.add_argument(
-        "--weights-only",
-        action="store_true",
-        help="of --init: leave its optimizer, begin at step 0",
-    )
-    parser.add_argument("--family", choices=FAMILIES, help="of a bare .pt for --init")
-    parser.add_argument("--heads", type=int, help="of one whose width is not published")
     parser.add_argument("--wandb", metavar="PROJECT", help="also log to wandb")
+    add_flags(parser)
     args, overrides = command.parse(parser)
     config = configs.load(args.config)
     configs.override(config, overrides)
     workdir = args.workdir or f"runs/{Path(args.config).stem}"
-    given = Given(args.init, args.weights_only, args.family, args.heads)
+    given = Given(args.init, args.weights_only, args.family, args.heads, _published)
     return train(config, workdir, given, args.wandb)
-
-
-@dataclasses.dataclass(frozen=True)
-class Given:
-    """The weights that --init names, if it does."""
-
-    path: str | None = None
-    weights_only: bool = False
-    family: str | None = None
-    heads: int | None = None
-
-    def torch_file(self, path):
-        from sit_jax.exchange import open_torch
-
-        told = getattr(releases.find(self.path), "family", None)
-        family = self.family or (told if told in FAMILIES else None)
-        return open_torch(path, _published, family, self.heads)
-
-
-def _published(family):
-    """The config of the published run that a torch file's network is put into."""
-    return importlib.import_module(f"configs.{family}_xl2").get_config()
 
 
 NOTHING = Given()
@@ -120,6 +89,11 @@ def train(config, workdir, given=NOTHING, wandb=None):
         show = _preview(log, config, parts, mesh)
         stop = stack.enter_context(command.Stop())
         return _loop(config, stored, parts, state, feed, log, saved, show, stop)
+
+
+def _published(family):
+    """The config of the published run that a torch file's network is put into."""
+    return importlib.import_module(f"configs.{family}_xl2").get_config()
 
 
 def _recipe(config, mesh):

@@ -41,7 +41,7 @@ FLOORS = (
     "weights transfer",
     "start preview released presets settings mdt_files starts",
     "inception_weights exchange sampling densities",
-    "stages",
+    "stages given",
     "train sample port_weights score_digits extract_features evaluate diagnose",
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names.split()}
