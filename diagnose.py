@@ -62,25 +62,30 @@ def make_bundle(args):
     if args.sides or not args.from_manifest:
         raise UserError("--collect OUT needs --from-manifest M, and no A and B")
     out = require_free(args.collect, args.overwrite)
-    wanted, expected = job.of_manifest(args.from_manifest)
-    if args.weights:
-        wanted = dataclasses.replace(wanted, weights=args.weights)
     given = bundle.read(args.inputs) if args.inputs else None
     if args.features:
         StoredFeatures(ArrayFile(args.features))  # or it is refused
-    room = sampling.studio(
-        wanted,
-        _open(wanted.weights, wanted.family, wanted.heads),
-        _open(wanted.weak) if wanted.weak else None,
-        None if args.force else expected,
-    )
-    manifest = read_json(job_file(args.from_manifest))
+    room, manifest = studio(args)
     made = collect(room, manifest, out, args.images, args.steps, given)
     bundle.write(made, args.features)
     size = sum(stage.nbytes for stage in made.stages.values()) / 1e6
     print(f"{len(made.stages)} stages of {len(made.inputs['t'])} images, {size:.3g} MB")
     print(out)
     return 0
+
+
+def studio(args):
+    """-> the sampling.Studio of --from-manifest, and the manifest."""
+    wanted, expected = job.of_manifest(args.from_manifest)
+    if args.weights:
+        wanted = dataclasses.replace(wanted, weights=args.weights)
+    room = sampling.studio(
+        wanted,
+        _open(wanted.weights, wanted.family, wanted.heads),
+        _open(wanted.weak) if wanted.weak else None,
+        None if args.force else expected,
+    )
+    return room, read_json(job_file(args.from_manifest))
 
 
 def report(args):

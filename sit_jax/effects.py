@@ -60,7 +60,7 @@ EFFECTS = (
     Effect("training", 0.0, ("job.config.",), (), "none on given weights"),
     Effect("the record", 0.0, ("",), (), "none"),
 )  # fmt: skip
-IGNORED = ("command", "seconds", "precision.line")
+IGNORED = ("command", "seconds", "precision.line", "precision.flags")  # prefixes
 BY_NAME = {effect.name: effect for effect in EFFECTS}
 
 
@@ -68,7 +68,7 @@ def manifest_differences(a, b):
     """Two manifests -> [(Effect, field, value, value)], the largest effect first."""
     found = []
     for field, one, other in difference(a, b):
-        if field not in IGNORED:
+        if not field.startswith(IGNORED):
             found.append((_effect(field), field, _short(one), _short(other)))
     return sorted(found, key=lambda row: -row[0].fid)
 

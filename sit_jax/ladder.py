@@ -18,6 +18,7 @@ EXACT = 1e-5
 BANDS = {24: EXACT, 11: 2e-3, 8: 1.5e-2}  # relative L2, by bits of the products
 BFLOAT16 = 3e-2  # the network's own dtype: sums and residuals are rounded too
 STEPS = 10  # how much the steps of a solver may multiply a difference by
+EQUAL = "Equal within the bands: no stage differs by more than exact precision allows."
 PIXELS = 1e-3  # share of bytes that may differ, by one level, between exact ones
 
 
@@ -103,10 +104,10 @@ def sentence(rungs):
     odd = first(rungs, lambda rung: rung.inexact)
     if odd is not None:
         return (
-            f"No stage differs by more than the declared precisions allow; exact ones "
-            f"would not differ by {odd.relative:.2g} at {odd.stage}."
+            "Equal within the bands of the declared precisions; exact ones would not "
+            f"differ by {odd.relative:.2g} at {odd.stage}."
         )
-    return "No stage differs by more than exact precision allows."
+    return EQUAL
 
 
 def _network_end(bundle):

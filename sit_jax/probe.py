@@ -35,8 +35,8 @@ def probe(apply=None, dtype="float32"):
         return default, dot, apply(lambda a, b: _patches(*low(a, b)))(image, kernel)
 
     names = ("default dot", "model dot", "convolution")
-    measured = jax.device_get(products(*_operands()))
-    return {name: _bits(product) for name, product in zip(names, measured, strict=True)}
+    measured = jax.device_get(products(*operands()))
+    return {name: bits(product) for name, product in zip(names, measured, strict=True)}
 
 
 def line(precision, measured, emulating=None, device=None):
@@ -70,7 +70,7 @@ def mismatch(precision, measured, mantissa_bits=None, device=None):
     )
 
 
-def _operands():
+def operands():
     """-> left and right [SIZE, SIZE], and the same as an image and a kernel of patches.
 
     The sums for BITS are in left @ right: in column 0, from row 1 on, those that show
@@ -104,8 +104,8 @@ def _patches(image, kernel):
     return out.reshape(SIZE, SIZE)
 
 
-def _bits(product):
-    """Bits of the operand that lost more of them."""
+def bits(product):
+    """left @ right of operands() -> bits of the operand that lost more of them."""
     product, last = product.astype(np.float64), 2.0 ** (1 - BITS)
     by_left, by_right = product[1:, 0], product[0, 1:]
     kept = (by_left[: len(BITS)] == last) & (by_right[: len(BITS)] == last)

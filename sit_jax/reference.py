@@ -34,7 +34,7 @@ def differences(module, model, shape, state, params, seed=0):
     ours. Times and labels include the first, the last and null.
     """
     inputs = _inputs(model, shape, seed)
-    theirs = _theirs(_network(module, model, shape, state), *inputs)
+    theirs = _theirs(network(module, model, shape, state), *inputs)
     ours = _ours(model, params, *inputs)
     return [(stage, _relative(ours[stage], theirs[stage])) for stage in theirs]
 
@@ -50,14 +50,14 @@ def _inputs(model, shape, seed):
     return x, np.asarray(t, np.float32), np.asarray(y)
 
 
-def _network(module, model, shape, state):
-    """The original's torch network with these weights."""
+def network(module, model, shape, state):
+    """The original's torch network with these weights; state: torch's names."""
     import torch
 
     name = type(model).__name__
     if not hasattr(module, name):
         raise UserError(f"--reference: {module.__file__} has no {name}")
-    network = getattr(module, name)(
+    made = getattr(module, name)(
         input_size=shape[0],
         patch_size=model.patch,
         in_channels=shape[2],
@@ -70,26 +70,26 @@ def _network(module, model, shape, state):
         learn_sigma=model.learn_sigma,
     )
     tensors = {name: torch.from_numpy(np.array(state[name])) for name in state}
-    network.load_state_dict(tensors, strict=True)
-    return network.eval()
+    made.load_state_dict(tensors, strict=True)
+    return made.eval()
 
 
-def _theirs(network, x, t, y):
+def _theirs(torch_network, x, t, y):
     import torch
 
     stages = {}
     keep = lambda name: lambda _, inputs, out: stages.__setitem__(name, out.numpy())
-    network.x_embedder.register_forward_hook(keep("patches"))
-    network.final_layer.register_forward_hook(
+    torch_network.x_embedder.register_forward_hook(keep("patches"))
+    torch_network.final_layer.register_forward_hook(
         lambda _, inputs, out: stages.update(
             {"time and label": inputs[1].numpy(), "final layer": out.numpy()}
         )
     )
-    for i, block in enumerate(network.blocks):
+    for i, block in enumerate(torch_network.blocks):
         block.register_forward_hook(keep(f"block {i}"))
     with torch.no_grad():
         x = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
-        out = network(x, torch.from_numpy(t), torch.from_numpy(y)).numpy()
+        out = torch_network(x, torch.from_numpy(t), torch.from_numpy(y)).numpy()
     order = ["patches", "time and label", *stages]
     found = {name: stages[name] for name in dict.fromkeys(order)}
     return found | {"output": out.transpose(0, 2, 3, 1)}

@@ -53,14 +53,11 @@ def collect(room, manifest, path, images=8, steps=50, given=None):
 
     given: a Bundle whose noise, times and labels are taken instead.
     """
-    line = _line(room, steps)
-    inputs = _own_inputs(room, line, images) if given is None else given.inputs
-    inputs = {name: np.asarray(inputs[name]) for name in INPUTS}
-    _check_inputs(room, inputs, given)
+    line, begin = line_of(room, steps), inputs(room, images, given)
     here = lambda tree: jax.device_put(tree, jax.local_devices()[0])
     params = here(room.params)
     weak = None if room.weak is None else here(room.weak[1])
-    x, t, y = (jnp.asarray(inputs[name]) for name in INPUTS)
+    x, t, y = (jnp.asarray(begin[name]) for name in INPUTS)
     stages = _named(line.model, _activations(line, params, x, t, y), params)
     found, count = _latents(line, params, weak, x, t, y)
     last = f"{steps} steps"
@@ -69,7 +66,7 @@ def collect(room, manifest, path, images=8, steps=50, given=None):
     stages |= _pictures(here(room.parts.codec), stages[last])
     record = {
         "manifest": manifest,
-        "architecture": _architecture(room),
+        "architecture": architecture(room),
         "weights": hashes(room.params),
         "precision": room.record["precision"],
         "environment": environment(),
@@ -80,7 +77,7 @@ def collect(room, manifest, path, images=8, steps=50, given=None):
         },
         "stages": list(stages),
     }
-    return Bundle(path, record, inputs, {n: np.asarray(s) for n, s in stages.items()})
+    return Bundle(path, record, begin, {n: np.asarray(s) for n, s in stages.items()})
 
 
 def hashes(params):
@@ -97,7 +94,8 @@ def hashes(params):
     return found
 
 
-def _line(room, steps):
+def line_of(room, steps):
+    """A sampling.Studio -> Line; the sampler's own method, where its grid is fixed."""
     parts, words = room.parts, room.record["precision"]
     if steps < 1:
         raise UserError(f"--steps {steps}: at least 1")
@@ -118,9 +116,17 @@ def _line(room, steps):
     )
 
 
-def _own_inputs(room, line, images):
+def inputs(room, images, given=None):
+    """-> {name: array} of INPUTS: a Bundle's, or the job's own."""
+    found = _own_inputs(room, images) if given is None else given.inputs
+    found = {name: np.asarray(found[name]) for name in INPUTS}
+    _check_inputs(room, found, given)
+    return found
+
+
+def _own_inputs(room, images):
     """Starting noise, labels, and times spread over the way, of the first images."""
-    job = room.job
+    job, process = room.job, room.parts.process
     count = min(images, len(job.labels))
     if job.noise is None:
         keys = noise.image_keys(job.seed, np.arange(count))
@@ -128,11 +134,11 @@ def _own_inputs(room, line, images):
     else:
         start = sampling.starts(room)[:count]
     share = (np.arange(count) + 0.5) / count
-    if hasattr(line.process, "field"):
-        t0, t1 = line.process.span()
+    if hasattr(process, "field"):
+        t0, t1 = process.span()
         t = t0 + share * (t1 - t0)
     else:
-        told = np.asarray(line.process.told)
+        told = np.asarray(process.told)
         t = told[(share * len(told)).astype(int)]
     labels = job.labels[:count].astype(np.int32)
     return {"noise": start, "t": t.astype(np.float32), "labels": labels}
@@ -151,7 +157,8 @@ def _check_inputs(room, inputs, given):
         raise UserError(f"--inputs {given.path} has labels beyond {classes} classes")
 
 
-def _architecture(room):
+def architecture(room):
+    """What must be the same on two sides for their stages to be compared."""
     model = room.parts.model
     fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
     leave = ("parent", "name", "dtype", "remat", "unroll")  # how, and not what

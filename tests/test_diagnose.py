@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from networks import quick_jit
 
 import diagnose
-from sit_jax import bundle, sampling, stages
+from sit_jax import bundle, ladder, sampling, stages
 from sit_jax.causes import causes
 from sit_jax.config import spec, to_json
 from sit_jax.diagnosis import diagnose as judge
@@ -153,7 +153,7 @@ def test_the_right_cause_is_named_first(name, good, made, tensors):
 def test_a_bundle_equals_itself(good, made):
     found = judged(good, made("again"))
     assert found["causes"] == [] and found["weights"]["differ"] == []
-    assert found["first"] == "No stage differs by more than exact precision allows."
+    assert found["first"] == ladder.EQUAL
     assert found["verdict"] == "Nothing differs that is known to move FID."
     names = [rung["stage"] for rung in found["ladder"]]
     network = ["time embedding", "label embedding", "patches", "patches + positions"]

@@ -128,6 +128,13 @@ class DiT(nn.Module):
         side = self.side * self.patch
         return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), self.out, side, side)
 
+    def forward_with_cfg(self, x, t, y, cfg_scale):
+        """Rows come twice, with labels and without: 3 channels are extrapolated."""
+        out = self(torch.cat([x[: len(x) // 2]] * 2), t, y)
+        with_label, without = out[:, :3].chunk(2)
+        guided = without + cfg_scale * (with_label - without)
+        return torch.cat([torch.cat([guided, guided]), out[:, 3:]], dim=1)
+
 
 class SiT(DiT):
     def forward(self, x, t, y):

@@ -1,0 +1,178 @@
+"""A bundle by an original in PyTorch: torch_bundle.py --reference DIR --collect OUT
+
+DIR is a clone of SiT, DiT or fast-DiT. The clone's own code computes what diagnose.py
+--collect does of --from-manifest M, from the same weights and inputs, and OUT takes its
+place beside another side's: python diagnose.py JAX TORCH --out report/. The clone needs
+timm, SiT's also torchdiffeq, and a VAE diffusers; torchvision is not needed.
+"""
+
+import argparse
+import contextlib
+import platform
+import sys
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import jax
+import numpy as np
+import torch
+import torch_stages
+from absent import stand_in
+
+import diagnose
+from sit_jax import bundle, command, port, probe, stages
+from sit_jax import reference as originals
+from sit_jax.drafts import require_free
+from sit_jax.interpolant import Interpolant
+from sit_jax.manifest import weights_hash
+from sit_jax.released import Released
+from sit_jax.samplers import ode
+
+PACKAGES = ("torch", "timm", "torchdiffeq", "diffusers", "numpy")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--reference", required=True, metavar="DIR", help="a clone of the original")
+    add("--collect", required=True, metavar="OUT", help="the bundle, a folder")
+    add("--from-manifest", required=True, metavar="M", help="of samples")
+    add("--weights", metavar="PATH", help="where they are on this machine")
+    add("--inputs", metavar="BUNDLE", help="take its noise, times and labels")
+    add("--images", type=int, default=8, metavar="N")
+    add("--steps", type=int, default=50, metavar="N", help="of the fixed grid")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--tf32", action="store_true", help="as the originals' scripts set it")
+    add("--force", action="store_true", help="other weights than the manifest's")
+    add("--overwrite", action="store_true")
+    args = parser.parse_args()
+    out = require_free(args.collect, args.overwrite)
+    given = bundle.read(args.inputs) if args.inputs else None
+    room, manifest = diagnose.studio(args)
+    torch_stages.check(room)
+    allow_tf32(args.tf32)
+    made = collect(room, manifest, out, args, given)
+    bundle.write(made)
+    print(f"{len(made.stages)} stages of {len(made.inputs['t'])} images")
+    print(made.record["precision"]["line"], out, sep="\n")
+    return 0
+
+
+def collect(room, manifest, out, args, given=None):
+    """A sampling.Studio and its manifest -> the Bundle of what the clone computes."""
+    parts, line = room.parts, stages.line_of(room, args.steps)
+    inputs = stages.inputs(room, args.images, given)
+    network, held = _network(room, args)
+    x, t, y = (torch.from_numpy(np.array(inputs[n])) for n in bundle.INPUTS)
+    x, t, y = (a.to(args.device) for a in (x.permute(0, 3, 1, 2), t, y.long()))
+    found = torch_stages.activations(network, x.contiguous(), t, y)
+    net, both, more = torch_stages.guided(parts, network, y)
+    if more:
+        found["guidance"] = torch_stages.nhwc(net(both(x), both(t))[: len(x)])
+    chain = not isinstance(parts.process, Interpolant)
+    run = torch_stages.chain
+    if not chain:
+        run = partial(torch_stages.flow, method=line.method)
+    last = run(parts, net, both(x), more, args.steps, found)[: len(x)]
+    found[f"{args.steps} steps"] = torch_stages.nhwc(last)
+    found |= torch_stages.pictures(room, last)
+    measured = _measured(args, room.record["precision"]["words"])
+    where = _environment(args)
+    drawn = ("job", "noise_sha256", "batch_size", "threefry_partitionable")
+    manifest = {
+        **{name: manifest[name] for name in drawn if name in manifest},
+        **room.record,
+        "weights_sha256": weights_hash(held),
+        "precision": measured,
+        **where,
+    }
+    count = args.steps * (1 if chain else ode.evaluations(line.method))
+    name = "Ddim" if chain else line.method.__name__
+    record = {
+        "manifest": manifest,
+        "architecture": stages.architecture(room),
+        "weights": stages.hashes(held),
+        "precision": measured,
+        "environment": where,
+        "solver": {"method": name, "steps": args.steps, "evaluations": count},
+        "stages": list(found),
+    }
+    return bundle.Bundle(out, record, inputs, found)
+
+
+def allow_tf32(allowed):
+    """Products by TF32 on a GPU that has it: two flags, of cuBLAS and of cuDNN."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def _network(room, args):
+    """-> the clone's network with the job's weights, and these as it holds them."""
+    parts = room.parts
+    released = Released(parts.model, parts.shape)
+    ours = jax.tree.map(np.asarray, room.params)
+    state = port.to_torch(released.rules, ours) | released.constants
+    sys.path.insert(0, str(Path(args.reference).expanduser()))
+    stand_in("torchvision")  # timm imports it for its data, and wants none here
+    module = originals.original(args.reference)
+    network = originals.network(module, parts.model, parts.shape, state)
+    network = network.to(args.device).requires_grad_(False)
+    kept = {n: v.cpu().numpy() for n, v in network.state_dict().items()}
+    return network, released.tree(kept)
+
+
+def _measured(args, words):
+    """What a manifest says of precision: probe.py's measurement, made by torch."""
+    left, right, image, kernel = (
+        torch.from_numpy(a).to(args.device) for a in probe.operands()
+    )
+    patches = torch.nn.functional.conv2d(
+        image.permute(0, 3, 1, 2), kernel.permute(3, 2, 0, 1), stride=2
+    )
+    dot = probe.bits(torch_stages.numpy(left @ right))
+    convolution = probe.bits(torch_stages.nhwc(patches).reshape(probe.SIZE, probe.SIZE))
+    word = "fast" if args.tf32 else "exact"
+    flags = {
+        "cuda.matmul.allow_tf32": torch.backends.cuda.matmul.allow_tf32,
+        "cudnn.allow_tf32": torch.backends.cudnn.allow_tf32,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+    name = _device_name(args)
+    return {
+        "words": {**words, "model": word, "vae": word},
+        "emulate": None,
+        "default dot": dot,
+        "model dot": dot,
+        "convolution": convolution,
+        "flags": flags,
+        "line": f"precision: torch, TF32 {'on' if args.tf32 else 'off'}; mantissa bits "
+        f"of a dot {dot}, convolution {convolution} ({name})",
+    }
+
+
+def _environment(args):
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "packages": found,
+        "platform": "cpu" if args.device == "cpu" else "gpu",
+        "device": _device_name(args),
+        "devices": 1,
+        "hosts": 1,
+    }
+
+
+def _device_name(args):
+    cpu = args.device == "cpu"
+    return "torch on a CPU" if cpu else torch.cuda.get_device_name(args.device)
+
+
+if __name__ == "__main__":
+    command.script(main)
