@@ -6,46 +6,20 @@ same whatever else a machine has. Programs are made once for each Line.
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sit_jax import emulation, noise, precision, predictions, sampling
+from sit_jax import noise, predictions, sampling
+from sit_jax.activations import Line, activations, named
 from sit_jax.bundle import INPUTS, Bundle
 from sit_jax.errors import UserError
 from sit_jax.guidance import guided, is_none
 from sit_jax.manifest import environment
-from sit_jax.models.layers import grid_embedding
 from sit_jax.samplers.chain import Ddim
 from sit_jax.samplers.ode import Ode, heun
-
-SEEN = ("time_out", "label", "patch", "head")  # modules whose output is a stage
-
-
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """All that decides the programs but the weights."""
-
-    model: Any
-    weak: Any
-    process: Any
-    guidance: Any
-    channels: int
-    steps: int
-    method: Callable  # of the fixed grid
-    word: str
-    emulate: str | None
-
-    def around(self, fn):
-        """fn with the products that the job asked for."""
-        fn = precision.applied(precision.chosen(self.word), fn)
-        if self.emulate is None:
-            return fn
-        return emulation.emulated(fn, emulation.chosen(self.emulate))
 
 
 def collect(room, manifest, path, images=8, steps=50, given=None):
@@ -58,7 +32,7 @@ def collect(room, manifest, path, images=8, steps=50, given=None):
     params = here(room.params)
     weak = None if room.weak is None else here(room.weak[1])
     x, t, y = (jnp.asarray(begin[name]) for name in INPUTS)
-    stages = _named(line.model, _activations(line, params, x, t, y), params)
+    stages = named(activations(line, params, x, t, y), params)
     found, count = _latents(line, params, weak, x, t, y)
     last = f"{steps} steps"
     later = ("guidance", "one Euler step", "one Ddim step", last)
@@ -164,53 +138,6 @@ def architecture(room):
     leave = ("parent", "name", "dtype", "remat", "unroll")  # how, and not what
     kept = {n: v for n, v in fields.items() if n not in leave}
     return {"network": type(model).__name__, "shape": list(room.parts.shape), **kept}
-
-
-@partial(jax.jit, static_argnums=0)
-def _activations(line, params, x, t, y):
-    wanted = lambda module, method: (
-        method in ("encode", "decode")
-        or method == "__call__"
-        and str(module.name).endswith((*SEEN, "blocks"))
-    )
-    see = dict(capture_intermediates=wanted, mutable=["intermediates"])
-    run = lambda params, *at: line.model.apply({"params": params}, *at, **see)
-    found = line.around(run)(params, x, t, y)[1]["intermediates"]
-    return jax.tree.map(lambda a: a.astype(jnp.float32), found)
-
-
-def _named(model, found, params):
-    """-> {stage: array [n, ...]} in the order of the computation."""
-    first = lambda node: np.asarray(node["__call__"][0])
-    patches = first(found["patch"])
-    tokens = patches.reshape(len(patches), -1, patches.shape[-1])
-    table = params.get("positions")
-    if table is None:
-        table = grid_embedding(patches.shape[1], patches.shape[-1])[None]
-    stages = {
-        "time embedding": first(found["cond"]["time_out"]),
-        "label embedding": first(found["cond"]["label"]),
-        "patches": tokens,
-        "patches + positions": tokens + np.asarray(table),
-    }
-    stages |= _blocks(found, ("blocks", "in_blocks", "out_blocks"))
-    if "encode" in found:
-        stages["encoder"] = np.asarray(found["encode"][0])
-    stages |= _blocks(found, ("decoder_blocks",))
-    if "decode" in found:
-        stages["decoder"] = np.asarray(found["decode"][0])
-    return stages | {"final layer": first(found["head"])}
-
-
-def _blocks(found, names):
-    stages = {}
-    for name in names:
-        if name not in found:
-            continue  # MDT runs its blocks outside of the module tree
-        output = np.asarray(found[name]["__call__"][0][0])  # [L, n, T, D]
-        word = name.removesuffix("s").replace("_", " ")
-        stages |= {f"{word} {i}": layer for i, layer in enumerate(output)}
-    return stages
 
 
 @partial(jax.jit, static_argnums=0)

@@ -40,7 +40,7 @@ FLOORS = (
     "training generation recipe samplers.names",
     "weights transfer",
     "start preview released presets settings mdt_files starts",
-    "inception_weights exchange sampling densities",
+    "inception_weights exchange sampling densities activations",
     "stages given",
     "train sample port_weights score_digits extract_features evaluate diagnose",
 )

@@ -161,8 +161,13 @@ class MDT(nn.Module):
             return x
         weights = jax.tree.map(lambda w: w[part], self.variables["params"]["blocks"])
         length = part.stop - (part.start or 0)
-        run = self._stack(length, side, "blocks", parent=None).apply
-        return run({"params": weights}, x, None, c, seen)[0]
+        watched = self.is_mutable_collection("intermediates")
+        stacked = self._stack(length, side, "blocks", parent=None, leaves=watched)
+        x, each = stacked.apply({"params": weights}, x, None, c, seen)
+        if watched:  # flax sees nothing that runs outside of the module tree
+            name = "encoder_blocks" if part.start is None else "decoder_blocks"
+            self.sow("intermediates", name, each)
+        return x
 
     def _stack(self, length, side, name, skips=nn.broadcast, **kinds):
         """-> a stack; skips: 0 if each block has its own; kinds: fields of a Block."""

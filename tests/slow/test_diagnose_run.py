@@ -47,7 +47,17 @@ def test_from_samples_to_a_report(tmp_path, monkeypatch, capsys):
 CHAIN = ["one Ddim step", "3 steps"]
 KINDS = {
     "DiT": (DiT, dict(depth=2), ["block 0", "block 1"]),
-    "MDT": (MDT, dict(depth=3, decoder=1), ["encoder", "decoder"]),
+    "MDT": (
+        MDT,
+        dict(depth=3, decoder=1),
+        [
+            "encoder block 0",
+            "encoder block 1",
+            "encoder",
+            "decoder block 0",
+            "decoder",
+        ],
+    ),
     "MDTv2": (
         MDTv2,
         dict(depth=3, decoder=1),
