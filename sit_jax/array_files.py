@@ -25,7 +25,6 @@ DAMAGED = (
     ValueError,
     NotImplementedError,
     RuntimeError,  # a password, or what a damaged compressed stream is called
-    SyntaxError,  # of a header
     TypeError,
     RecursionError,
     LookupError,
@@ -122,12 +121,16 @@ class Member:
 
 
 def _read_header(file):
+    """-> shape, whether it is in Fortran's order, dtype."""
     version = npy.read_magic(file)
-    if version == (1, 0):
-        return npy.read_array_header_1_0(file)
-    if version == (2, 0):
-        return npy.read_array_header_2_0(file)
-    raise ValueError(f"version {version} of the .npy format")
+    read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    if version not in read:
+        raise ValueError(f"version {version} of the .npy format")
+    try:
+        return read[version](file)
+    except Exception as error:  # Python's parser and tokenizer look at it
+        words = str(error).splitlines() or [type(error).__name__]
+        raise ValueError(words[0]) from error
 
 
 def load(path):

@@ -7,7 +7,7 @@ import sys
 import threading
 import warnings
 
-from sit_jax.errors import UserError
+from sit_jax.errors import UserError, one_line
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,11 +37,12 @@ def run(main):
     try:
         code = main()
     except UserError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{name}: {one_line(error)}", file=sys.stderr)
         code = 2
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"{name}: {where}{error.strerror or error}", file=sys.stderr)
+        line = one_line(f"{where}{error.strerror or error}")
+        print(f"{name}: {line}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

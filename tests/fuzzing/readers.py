@@ -1,0 +1,205 @@
+"""The readers of files from elsewhere, each with small files that are in order.
+
+Whatever the bytes, a reader returns or raises a UserError.
+"""
+
+import argparse
+import io
+import json
+import tarfile
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+import torch
+from PIL import Image
+
+from sit_jax import bundle, job, torch_files, vae_files, workdir
+from sit_jax.array_files import ArrayFile, load
+from sit_jax.config import from_json
+from sit_jax.data.images import rgb
+from sit_jax.data.shards import ShardReader, ShardWriter, unpack
+from sit_jax.data.tags import Tags, read_tags
+from sit_jax.data.tars import Members, read_members
+from sit_jax.errors import UserError, one_line
+from sit_jax.evaluated import open_side
+from sit_jax.graph_files import constants
+
+SPACE = Path("/dev/shm") if Path("/dev/shm").is_dir() else None  # no disk is worn
+
+
+def pt(path):
+    file = torch_files.read(path)
+    for part in file.parts().values():
+        dict(part.items()) if hasattr(part, "items") else part
+
+
+def npz(path):
+    file = ArrayFile(path)
+    for name in file.names[:8]:
+        file.array(name)
+
+
+def judged(path):
+    """What evaluate.py may be given."""
+    side = open_side(path)
+    if side.source is not None and not side.source.needs_network:
+        list(side.source.features())
+    elif side.source is not None:
+        for _ in zip(side.source.images.batches(2), range(2), strict=False):
+            pass
+
+
+def manifest(path):
+    found, _ = job.of_manifest(path)
+    assert found.digest
+
+
+def config(path):
+    from_json(workdir.read_json(path))
+
+
+def tags(path):
+    found = read_tags(workdir.read_json(path), path)
+    found.shard(0)
+
+
+def vae_config(path):
+    vae_files.described(path)
+
+
+def bundled(path):
+    bundle._record(path)
+
+
+def tar(path):
+    members = list(read_members(path, largest=2**20))
+    each = Members([path], [0] * len(members), members)
+    for i in range(min(len(members), 8)):
+        each[i]
+
+
+def image(path):
+    rgb(path.read_bytes())
+
+
+def shard(path):
+    reader = ShardReader(path)
+    reader.what()
+    unpack(reader.read(0), (2, 2, 2), np.dtype("<f4"))
+
+
+def written(write, ending=""):
+    """The bytes that write(path) leaves."""
+    with tempfile.TemporaryDirectory(dir=SPACE) as folder:
+        path = Path(folder) / f"x{ending}"
+        write(path)
+        return path.read_bytes()
+
+
+def as_json(value):
+    return [json.dumps(value).encode()]
+
+
+def pt_files():
+    state = {"a.weight": torch.ones(2, 3), "b": torch.ones(1)}
+    whole = {"model": state, "ema": state, "args": argparse.Namespace(model="x", n=3)}
+    for content in (state, whole):
+        for zipped in (True, False):
+            save = lambda path, content=content, zipped=zipped: torch.save(
+                content, path, _use_new_zipfile_serialization=zipped
+            )
+            yield written(save)
+
+
+def npz_files():
+    for save in (np.savez, np.savez_compressed):
+        images = np.arange(96, dtype=np.uint8).reshape(2, 4, 4, 3)
+        yield written(lambda path, s=save, i=images: s(path, arr_0=i), ".npz")
+    pools = {"pool": np.ones((3, 4), np.float32), "record": np.array('{"a": 1}')}
+    yield written(lambda path: np.savez(path, **pools), ".npz")
+    mu = {"mu": np.ones(2), "sigma": np.eye(2)}
+    yield written(lambda path: np.savez(path, **mu), ".npz")
+
+
+def npy_files():
+    yield written(lambda path: np.save(path, np.ones((2, 3), np.float32)), ".npy")
+
+
+def images():
+    picture = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    for kind in ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM"):
+        file = io.BytesIO()
+        picture.save(file, kind)
+        yield file.getvalue()
+
+
+def tars():
+    for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w", format=kind) as archive:
+            for name in ("a/b.png", "long" * 40 + "ö.cls"):
+                info = tarfile.TarInfo(name)
+                info.size = 3
+                archive.addfile(info, io.BytesIO(b"123"))
+        yield file.getvalue()
+
+
+def shards():
+    def write(path):
+        writer = ShardWriter(path)
+        writer.add(3, 1, np.ones((2, 2, 2, 2), np.float32))
+        writer.close({"images": 1})
+
+    yield written(write)
+
+
+def manifests():
+    made = job.Job("x", {"make": {"name": "sit_jax.paths.linear"}}, np.arange(3))
+    return as_json({"job": made.to_json(), "weights_sha256": "ab"})
+
+
+def graphs():
+    """A GraphDef of one node Const named a, float32 [2]."""
+    field = lambda number, data: bytes([number << 3 | 2, len(data)]) + data
+    shape = field(2, field(2, b"\x08\x02"))
+    tensor = b"\x08\x01" + shape + field(4, np.ones(2, "<f4").tobytes())
+    value = field(1, b"value") + field(2, field(8, tensor))
+    yield field(1, field(1, b"a") + field(2, b"Const") + field(5, value))
+
+
+TAGS = Tags(
+    "moments", (2, 2, 8), "float32", 2, "ab", "exact", 0.18, 16, "c", "d", 9, 3, 2
+)
+VAE = {"block_out_channels": [8, 16], "norm_num_groups": 4, "scaling_factor": 0.2}
+BUNDLE = {"format": bundle.FORMAT, **{k: kind() for k, kind in bundle.KEYS.items()}}
+SAFE = {"a": np.ones((2, 3), np.float32), "b": np.zeros(1, np.float16)}
+READERS = {  # name: ending of the file, its reader, files in order
+    "pt": (".pt", pt, pt_files),
+    "safetensors": (".safetensors", pt, lambda: [safetensors.numpy.save(SAFE)]),
+    "npz": (".npz", npz, npz_files),
+    "npy": (".npy", load, npy_files),
+    "judged": (".npz", judged, npz_files),
+    "manifest": (".json", manifest, manifests),
+    "config": (".json", config, lambda: as_json({"a": {"name": "optax.adamw"}})),
+    "tags": (".json", tags, lambda: as_json(vars(TAGS))),
+    "vae_config": (".json", vae_config, lambda: as_json(VAE)),
+    "bundle": (".json", bundled, lambda: as_json(BUNDLE)),
+    "shard": (".array_record", shard, shards),
+    "image": (".png", image, images),
+    "tar": (".tar", tar, tars),
+    "graph": (".pb", constants, graphs),
+}
+
+
+def check(name, data):
+    """Runs a reader over the bytes of a file; anything but a UserError is raised."""
+    ending, read, _ = READERS[name]
+    with tempfile.TemporaryDirectory(dir=SPACE) as folder:
+        path = Path(folder) / f"x{ending}"
+        path.write_bytes(data)
+        try:
+            read(path)
+        except UserError as error:
+            one_line(error).encode()
