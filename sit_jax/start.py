@@ -20,10 +20,11 @@ def begin(
 ):
     """-> TrainState on the mesh, and a sentence saying where it comes from.
 
-    directory: the run's own checkpoints; given: what to take weights from while the run
-    has none of its own, as sample.py's --weights (torch_file: see open_weights). An
-    optimizer state found in a checkpoint of the same network is taken too, with its
-    step, unless weights_only; else the weights start a run at step 0.
+    directory: the run's own checkpoints, of which damaged ones are passed over; given:
+    what to take weights from while the run has none of its own, as sample.py's
+    --weights (torch_file: see open_weights). An optimizer state found in a checkpoint
+    of the same network is taken too, with its step, unless weights_only; else the
+    weights start a run at step 0.
     """
     model, tx, decay = parts.model, parts.tx, parts.ema_decay
     init = partial(init_state, model, tx, parts.shape, decay=decay, losses=parts.losses)
@@ -31,9 +32,10 @@ def begin(
     shapes = jax.eval_shape(init, key)
     where = split_weights(mesh, shapes)
     target = shaped(shapes, where)
-    if own := checkpoint.steps(directory):
-        state = _restored(parts, directory, own[-1], target, _items(target, decay))
-        return state, f"goes on from step {own[-1]}"
+    if checkpoint.steps(directory):
+        needed = _items(target, decay)
+        use = lambda step: _restored(parts, directory, step, target, needed)
+        return checkpoint.newest_whole(directory, use)
     if given is None:
         return jax.jit(init, out_shardings=where)(key), "starts with fresh weights"
     opened = open_weights(given, torch_file)

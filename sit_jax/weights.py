@@ -1,6 +1,7 @@
 """Weights to sample from: a workdir's, a checkpoint's, or those of a torch file."""
 
 import dataclasses
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -53,4 +54,8 @@ def open_weights(path, torch_file):
         raise UserError(f"no weights at {path}; names are {', '.join(names)}")
     if path.suffix in KINDS:
         return torch_file(path)
-    return Directory(*checkpoint.find(path))
+    found = Directory(*checkpoint.find(path))
+    if not checkpoint.has_sums(found.path / str(found.step)):
+        line = f"{found.path}/{found.step} has no sums: damage would not be noticed"
+        print(line, file=sys.stderr)
+    return found

@@ -11,8 +11,10 @@ ROOT = Path(__file__).parents[1]
 # still says what it is for.
 FLOORS = (
     "errors",
-    "drafts adan pickles json_text",
-    "torch_containers",
+    "drafts adan pickles json_text checkpoint.folder checkpoint.sums checkpoint.trees",
+    "torch_containers checkpoint.whole",
+    "checkpoint.handling checkpoint.newest",
+    "checkpoint.saving checkpoint.reading",
     # nouns of their own
     "paths schedules noise config port sharding checkpoint manifest metrics pictures "
     "chips meter tracking comparison tensor_files moments reference precision "
@@ -24,6 +26,7 @@ FLOORS = (
     "predictions guidance codec data.reading data.folders data.tars data.cache "
     "data.filling data.prepared command workdir logging outputs torch_files "
     "job labels download models.vae_layers models.applied",
+    "checkpoint.__main__",
     "image_sets bundle paired effects models.inception parts releases models.vae",
     "features",
     "interpolant diffusion models.dit data data.archives data.cifar data.workers "
