@@ -7,11 +7,12 @@ import contextlib
 import dataclasses
 import importlib
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
 
-from sit_jax import averages, chips, command, precision, sharding
+from sit_jax import averages, chips, command, hosts, precision, sharding
 from sit_jax import config as configs
 from sit_jax.checkpoint import Checkpoints, steps
 from sit_jax.data.cache import check_cache
@@ -28,7 +29,7 @@ from sit_jax.recipe import check_data, check_training, recipe
 from sit_jax.start import begin, pack
 from sit_jax.training import make_train_step, tensor_names
 from sit_jax.vae_files import load_vae, with_vae
-from sit_jax.workdir import check_workdir, open_workdir, write_json
+from sit_jax.workdir import advice, agree, check_workdir, open_workdir, write_json
 
 
 def main():
@@ -37,7 +38,9 @@ def main():
     parser.add_argument("--workdir", metavar="DIR", help="default: runs/CONFIG")
     parser.add_argument("--wandb", metavar="PROJECT", help="also log to wandb")
     add_flags(parser)
+    hosts.add_flags(parser)
     args, overrides = command.parse(parser)
+    hosts.join(args, stops=True)
     config = configs.load(args.config)
     configs.override(config, overrides)
     workdir = args.workdir or f"runs/{Path(args.config).stem}"
@@ -60,6 +63,7 @@ def train(config, workdir, given=NOTHING, wandb=None):
     check_data(parts, source)
     stored = configs.to_json(config)
     folder = check_workdir(workdir, stored) / "checkpoints"
+    agree(stored, folder)
     state, origin = begin(
         *(parts, mesh, config.seed, folder),
         *(given.path, given.weights_only, given.torch_file),
@@ -71,6 +75,7 @@ def train(config, workdir, given=NOTHING, wandb=None):
             "set a larger --config.steps, or --weights-only to begin at step 0"
         )
     workdir = open_workdir(workdir, stored)  # from here on it is this run's
+    hosts.on_loss(partial(advice, folder))
     with contextlib.ExitStack() as stack:
         items = averages.item_names(parts.ema_decay)
         saved = Checkpoints(folder, config.keep_last, config.keep_every, items)
@@ -78,7 +83,9 @@ def train(config, workdir, given=NOTHING, wandb=None):
         log = RunLog(workdir, config.steps, first, wandb and {"project": wandb})
         stack.callback(log.close)
         log.say(f"{workdir} {origin}")
-        write_json(workdir / "manifest.json", {"config": stored, **environment()})
+        about = {"config": stored, **environment()}
+        if hosts.first():
+            write_json(workdir / "manifest.json", about)
         if first >= config.steps:
             log.say(f"nothing to do: config.steps is {config.steps}")
             return 0
@@ -126,7 +133,9 @@ def _loop(config, stored, parts, state, feed, log, saved, show, stop):
         batch = None
         _report(log, meter.add(at, metrics, feed.waited()), names, config, saved)
         log.progress(at)
-        asked = stop.asked  # once: a later signal must find its step saved too
+        asked = stop.after(
+            at - first
+        )  # once: a later signal must find its step saved too
         if asked or at == config.steps or at % config.save_every == 0:
             _report(log, meter.flush(), names, config, saved)
             meter.pause(_save(saved, at, stored, state, parts.ema_decay))

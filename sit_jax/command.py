@@ -5,9 +5,14 @@ import os
 import signal
 import sys
 import threading
+import time
+import traceback
 import warnings
 
+from sit_jax import hosts
 from sit_jax.errors import UserError, one_line
+
+SYMPTOM = 3.0  # seconds in which the loss of a process is noticed as its cause
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,24 +36,38 @@ def parse(arguments_parser, argv=None):
 
 
 def run(main):
-    """Runs a script's main: mistakes of the user end in one line, not a traceback."""
-    name = os.path.basename(sys.argv[0])
+    """Runs a script's main: mistakes of the user end in one line, not a traceback.
+
+    Of several processes each says its number, and an error ends them all.
+    """
     warnings.filterwarnings("ignore", module="orbax|grain|absl|PIL")
     try:
         code = main()
+        hosts.leave()
     except UserError as error:
-        print(f"{name}: {one_line(error)}", file=sys.stderr)
-        code = 2
+        code = _ended(str(error), 2)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        line = one_line(f"{where}{error.strerror or error}")
-        print(f"{name}: {line}", file=sys.stderr)
-        code = 2
+        code = _ended(f"{where}{error.strerror or error}", 2)
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-        code = 130
+        code = _ended("interrupted", 130)
+    except Exception as error:
+        if not hosts.several():
+            raise
+        time.sleep(SYMPTOM)
+        code = _ended(f"{type(error).__name__}: {error}".splitlines()[0], 1)
+        traceback.print_exc()
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _ended(words, code):
+    """Says why this process ends, to the others and on the console; -> code."""
+    words = one_line(words)
+    hosts.end(words, code)
+    name = os.path.basename(sys.argv[0])
+    print(f"{name}: {hosts.mark()}{words}", file=sys.stderr)
+    return code
 
 
 def script(main):
@@ -75,17 +94,27 @@ def script(main):
 
 
 class Stop:
-    """Inside it, the first SIGTERM or Ctrl-C only asks; the second one interrupts."""
+    """Inside it, the first SIGTERM or Ctrl-C only asks; the second one interrupts.
+
+    Of several processes one is asked and all stop, after the same step.
+    """
 
     def __init__(self):
         self.asked = False
 
     def __enter__(self):
         self._before = {}
+        numbers = (
+            (signal.SIGINT,) if hosts.several() else (signal.SIGTERM, signal.SIGINT)
+        )
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in numbers:
                 self._before[number] = signal.signal(number, self._ask)
         return self
+
+    def after(self, step):
+        """Whether to stop after this step; they are counted from 1 as it is begun."""
+        return hosts.stop_at(step) if hosts.several() else self.asked
 
     def __exit__(self, *error):
         for number, handler in self._before.items():
@@ -95,3 +124,5 @@ class Stop:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        if hosts.several():
+            os.kill(os.getpid(), signal.SIGTERM)  # JAX's, which tells the others

@@ -1,9 +1,10 @@
 """A run's folder: its config, and the refusal to mix two runs in one."""
 
+import hashlib
 import json
 from pathlib import Path
 
-from sit_jax import json_text
+from sit_jax import hosts, json_text
 from sit_jax.checkpoint import steps
 from sit_jax.config import difference
 from sit_jax.drafts import draft
@@ -49,15 +50,42 @@ def check_workdir(path, config):
 
 
 def open_workdir(path, config):
-    """Makes the folder for a JSON config, or checks that it is this config's."""
+    """Makes the folder for a JSON config, or checks that it is this config's.
+
+    Process 0 makes it; the others have to see it.
+    """
     path = check_workdir(path, config)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        write_json(path / "config.json", config)
+        if hosts.first():
+            path.mkdir(parents=True, exist_ok=True)
+            write_json(path / "config.json", config)
     except OSError as error:
         reason = f"{error.filename or path}: {error.strerror or error}"
         raise UserError(f"{reason}; take another --workdir") from error
+    hosts.require_shared(path / "config.json")
     return path
+
+
+def agree(config, folder):
+    """Refuses hosts that have another JSON config or see other checkpoints."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[
+        :12
+    ]
+    remedy = "their config files differ: bring them to the same version"
+    hosts.require_same("the config's sha256", digest, remedy)
+    remedy = "the workdir must be on a file system that all hosts share"
+    hosts.require_same(f"newest step in {folder}", steps(folder)[-1:], remedy)
+    if hosts.several():
+        print(f"config {digest} on all of them", flush=True)
+
+
+def advice(folder):
+    """How to go on when a host is lost."""
+    newest = steps(folder)[-1:] or ["no step"]
+    return (
+        f"{newest[0]} is the newest checkpoint in {folder}; the same command goes on "
+        "from there, on as many processes as there are"
+    )
 
 
 def check_same(path, before, now):

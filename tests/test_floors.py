@@ -11,9 +11,10 @@ ROOT = Path(__file__).parents[1]
 # still says what it is for.
 FLOORS = (
     "errors",
-    "drafts adan pickles json_text checkpoint.folder checkpoint.sums checkpoint.trees",
-    "torch_containers checkpoint.whole",
-    "checkpoint.handling checkpoint.newest",
+    "drafts adan pickles json_text checkpoint.folder checkpoint.sums checkpoint.trees "
+    "cluster rendezvous greeting",
+    "torch_containers checkpoint.whole party",
+    "checkpoint.handling checkpoint.newest hosts",
     "checkpoint.saving checkpoint.reading",
     # nouns of their own
     "paths schedules noise config port sharding checkpoint manifest metrics pictures "

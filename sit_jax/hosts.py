@@ -1,0 +1,178 @@
+"""Several hosts as one run: they meet, compare what they are, and end together.
+
+Nothing here does anything on a single machine. A script calls join() before it touches
+a device; process 0 alone prints and writes, all of them compute.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+
+import jax
+from jax.experimental import multihost_utils
+
+from sit_jax import cluster, greeting
+from sit_jax.errors import UserError
+from sit_jax.party import Party
+
+_place = None  # which of how many this process is, if it is not alone
+_party = None  # of this process, as jax.distributed has one state for each
+_remedy = None  # () -> a sentence: how to go on when a process is gone
+
+
+def add_flags(parser):
+    """What join() wants to know."""
+    add = cluster.add_flags(parser)
+    add("--join-timeout", type=float, default=300, metavar="S", help="seconds to meet")
+    add("--heartbeat-timeout", type=float, default=100, metavar="S", help="of silence")
+
+
+def join(args, stops=False):
+    """Meets the other processes, if there are any, and begins jax.distributed.
+
+    stops: SIGTERM is left to JAX, for stop_at(). Afterwards the processes are known to
+    have the same code, packages, arguments and kind of devices.
+    """
+    global _place, _party
+    for name in ("join_timeout", "heartbeat_timeout"):
+        if not getattr(args, name) >= 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} {getattr(args, name):g}: at least 1 second")
+    seconds, silence = args.join_timeout, args.heartbeat_timeout
+    place = _place = cluster.place(args, seconds)
+    if place is None:
+        return
+    _party = Party(place, greeting.hello(), seconds, silence, _say_lost)
+    greeting.require_alike(_party.hellos)
+    _begin(place, seconds, silence, stops)
+    if place.index:
+        sys.stdout = open(os.devnull, "w")
+        _delay_abort()
+    print(greeting.described(_party.hellos), flush=True)
+    with _party.within(seconds, "find its devices"):
+        here = jax.local_devices()
+        found = f"{len(here)} x {here[0].device_kind}"
+        require_same("the devices", found, "all processes need as many of one kind")
+    print(f"each of {place.count} processes has {found}", flush=True)
+
+
+def several():
+    return _party is not None
+
+
+def index():
+    """The number of this process, without touching a device."""
+    return _place.index if _place else 0
+
+
+def count():
+    return _place.count if _place else 1
+
+
+def first():
+    """Whether this process prints and writes; it must not compute alone."""
+    return index() == 0
+
+
+def exchange(value):
+    """-> values of all processes, each of JSON. All of them call this."""
+    return _party.exchange(value) if _party else [value]
+
+
+def wait():
+    """Until all processes are here."""
+    exchange(None)
+
+
+def told(value):
+    """-> process 0's value, for all."""
+    return exchange(value)[0]
+
+
+def require_same(what, value, remedy):
+    """Refuses a run whose processes do not have one value of JSON."""
+    found = exchange(value)
+    for i, other in enumerate(found):
+        if other != found[0]:
+            raise UserError(
+                f"{what}: {found[0]} in {_party.name(0)}, {other} in {_party.name(i)}; "
+                f"{remedy}"
+            )
+
+
+def require_shared(path):
+    """Waits for process 0, and refuses hosts that do not see what it has written."""
+    wait()
+    blind = [i for i, seen in enumerate(exchange(path.exists())) if not seen]
+    if blind:
+        raise UserError(
+            f"{_party.name(blind[0])} does not see {path}, which process 0 has "
+            "written; it must be on a file system that all hosts share"
+        )
+
+
+def stop_at(step):
+    """Whether one of the processes was asked, by SIGTERM, to stop after this step.
+
+    Steps count from 1 in all processes alike, which all call this after each. The
+    answer is yes at the same step everywhere: JAX agrees on the next that none has had.
+    """
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+def on_loss(remedy):
+    """remedy() -> a sentence: how to go on when a process is gone."""
+    global _remedy
+    _remedy = remedy
+
+
+def end(words, code):
+    """Says to the other processes why this one ends; they end too."""
+    if _party:
+        _party.end(words, code)
+
+
+def leave():
+    """The good end, of all at once."""
+    global _place, _party
+    if _party:
+        _party.exchange(None)
+        _party.close()
+        jax.distributed.shutdown()
+        _place = _party = None
+
+
+def _say_lost(index, words):
+    name = f"{os.path.basename(sys.argv[0])}: {mark()}{_party.name(index)}"
+    remedy = _remedy() if _remedy else "the same command goes on with what is there"
+    text = f"is gone without a word; {remedy}" if words is None else f"ended: {words}"
+    print(f"{name} {text}", file=sys.stderr, flush=True)
+
+
+def mark():
+    """What stands before a message of an error: nothing on a single machine."""
+    return f"process {index()} of {count()}: " if _place else ""
+
+
+def _begin(place, seconds, silence, stops):
+    jax.distributed.initialize(
+        *(place.address, place.count, place.index, place.devices),
+        cluster_detection_method="deactivate",
+        initialization_timeout=int(seconds),
+        heartbeat_timeout_seconds=int(silence),
+        shutdown_timeout_seconds=int(seconds),
+    )
+    if not stops:  # or JAX would note it and nobody heed it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _delay_abort():
+    """Gives us time to say that process 0 is gone.
+
+    JAX's client aborts within milliseconds of it. A handler gets its signal's number:
+    sleep(SIGABRT) is six seconds, and then abort goes on as it would have.
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
