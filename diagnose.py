@@ -11,7 +11,16 @@ from functools import partial
 
 import numpy as np
 
-from sit_jax import bundle, command, diagnosis, inception_weights, job, paired, sampling
+from sit_jax import (
+    bundle,
+    command,
+    diagnosis,
+    hosts,
+    inception_weights,
+    job,
+    paired,
+    sampling,
+)
 from sit_jax.array_files import ArrayFile
 from sit_jax.drafts import require_free
 from sit_jax.errors import UserError
@@ -48,12 +57,14 @@ def main():
     add("--steps", type=int, default=50, metavar="N", help="of the fixed grid")
     add("--features", metavar="X.npz", help="of the samples, to go with them")
     add("--force", action="store_true", help="other weights than the manifest's")
+    hosts.add_flags(parser)
     args, rest = command.parse(parser)
     if rest:
         raise UserError(f"{rest[0]}: this script has no config")
     for name, least in (("images", 1), ("steps", 1), ("resamples", 10)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} {getattr(args, name)}: at least {least}")
+    hosts.join(args)
     return make_bundle(args) if args.collect else report(args)
 
 
@@ -67,7 +78,9 @@ def make_bundle(args):
         StoredFeatures(ArrayFile(args.features))  # or it is refused
     room, manifest = studio(args)
     made = collect(room, manifest, out, args.images, args.steps, given)
-    bundle.write(made, args.features)
+    hosts.wait()  # until all have seen that this place is free
+    if hosts.first():
+        bundle.write(made, args.features)
     size = sum(stage.nbytes for stage in made.stages.values()) / 1e6
     print(f"{len(made.stages)} stages of {len(made.inputs['t'])} images, {size:.3g} MB")
     print(out)
@@ -104,7 +117,9 @@ def report(args):
     if pairs and None not in sets:
         worst, tiles = paired.worst_pairs(*sets)
     found = diagnosis.diagnose(a, b, gap, swaps, worst)
-    diagnosis.save(out, found, tiles)
+    hosts.wait()
+    if hosts.first():
+        diagnosis.save(out, found, tiles)
     print(found["verdict"], *filter(None, [found["first"]]), out, sep="\n")
     return 0
 

@@ -10,9 +10,7 @@ import os
 from functools import partial
 from pathlib import Path
 
-import jax
-
-from sit_jax import command, evaluation, inception_weights, outputs, summary
+from sit_jax import command, evaluation, hosts, inception_weights, outputs, summary
 from sit_jax.drafts import require_free
 from sit_jax.errors import UserError
 from sit_jax.evaluated import open_side
@@ -42,6 +40,7 @@ def main():
     add("--inception", metavar="FILE", help="weights of the 2015 network")
     add("--force", action="store_true", help="compare what is not comparable")
     add("--overwrite", action="store_true")
+    hosts.add_flags(parser)
     args, rest = command.parse(parser)
     if rest:
         raise UserError(f"{rest[0]}: this script has no config")
@@ -49,6 +48,7 @@ def main():
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: at least {least}")
+    hosts.join(args)
     return make_reference(args) if args.stats else evaluate(args)
 
 
@@ -64,6 +64,7 @@ def evaluate(args):
     reference = open_side(args.reference)
     out = _place(args.out or _beside(samples.path), args.overwrite)
     saved = args.save_features and _place(args.save_features, args.overwrite)
+    hosts.wait()  # until all have seen that these places are free
     needs = evaluation.needs_features(wanted) or args.bootstrap is not None
     missing = (
         samples.missing(needs, "inception_score" in wanted),
@@ -85,7 +86,7 @@ def evaluate(args):
         )
         found["resamples"] = count
     notes = evaluation.notes(ours.count, wanted, found)
-    if jax.process_index() == 0:
+    if hosts.first():
         print(*evaluation.lines(found), *notes, sep="\n")
         sides = {"samples": (samples, ours), "reference": (reference, theirs)}
         write_json(out, _record(sides, extractor, found, notes))
@@ -101,13 +102,14 @@ def make_reference(args):
         if getattr(args, name) is not None:
             raise UserError(f"--stats makes a reference, and takes no {name}")
     side, out = open_side(args.stats), _place(args.out, args.overwrite)
+    hosts.wait()  # until all have seen that this place is free
     if side.summary is not None:
         raise UserError(f"{side.path} holds statistics already: it is a reference")
     if not args.force:
         evaluation.require_enough(["fid"], side)
     extractor = _extractor(args, [side], [side.source])
     found = _summarized(side.source, extractor, KEPT)
-    if jax.process_index() == 0:
+    if hosts.first():
         record = {"data": str(side.path), "environment": environment()}
         summary.save(out, found, record)
         kept = len(found.features)
@@ -177,7 +179,7 @@ def _summarized(source, extractor, keep=None, saved=None):
         found = summary.summarize(
             batches, source.count, keep, pipeline, source.is_inception
         )
-    if saved and jax.process_index() == 0:
+    if saved and hosts.first():
         write_features(saved, store, {"pipeline": pipeline, "data": str(source.path)})
         print(f"features of {source.count} images", saved)
     return found

@@ -7,9 +7,7 @@ import sys
 import time
 from functools import partial
 
-import jax
-
-from sit_jax import command
+from sit_jax import cluster, command, hosts
 from sit_jax.data.archives import ImageNetTar, WebdatasetTars
 from sit_jax.data.cache import LatentCache
 from sit_jax.data.cifar import CifarBinary, CifarFolder
@@ -55,8 +53,6 @@ def main():
     add("--dtype", choices=DTYPES, default="float32", help="of what is stored")
     add("--no-flip", action="store_true", help="only one view of each image: half size")
     add("--shards", type=int, metavar="N", help="files; default: up to 256")
-    add("--process", type=int, metavar="I", help="which of --count this one is, from 0")
-    add("--count", type=int, metavar="N", help="processes that share the work")
     add("--threads", type=int, default=4, metavar="N", help="that read ahead")
     add("--workers", type=int, default=0, metavar="N", help="processes that decode")
     add("--broken-share", type=float, default=0.001, help="of images; more stop it")
@@ -64,11 +60,14 @@ def main():
     add("--split", default="train", help="for tfds")
     add("--tfds-dir", metavar="DIR", help="for tfds; default: its own")
     add("--seed", type=int, default=0, help="of draws and flips, for --kind cache")
+    hosts.add_flags(parser)
     args, rest = command.parse(parser)
     if rest:
         raise UserError(f"unknown argument {rest[0]!r}; see --help")
     if args.kind in PAIRS:
         return convert(args)
+    if not cluster.apart(args):
+        hosts.join(args)
     return run(args, load(args.vae, args.precision))
 
 
@@ -101,7 +100,9 @@ def run(args, codec):
         print(f"{args.out} waits for the shards of the other processes")
         return 0
     vae = {"path": args.vae, **codec.record()}
-    write_json(f"{args.out}/manifest.json", {"vae": vae, **environment()})
+    record = {"vae": vae, **environment()}
+    if hosts.first():
+        write_json(f"{args.out}/manifest.json", record)
     _check(about)
     print(
         f"{sum(about['images']):,} images in {args.out}, {len(about['broken'])} broken"
@@ -134,12 +135,10 @@ def load(vae, precision):
 
 
 def _share(args):
-    """-> which process this is, of how many: by the flags, or as JAX counts hosts."""
-    if (args.process is None) != (args.count is None):
-        raise UserError("--process and --count go together: --process 0 --count 2")
-    if args.process is None:
-        return jax.process_index(), jax.process_count()
-    return args.process, args.count
+    """-> which process this is, of how many that share the work."""
+    if cluster.apart(args):
+        return args.process, args.processes
+    return hosts.index(), hosts.count()
 
 
 def _kinds():

@@ -13,6 +13,7 @@ import numpy as np
 from sit_jax import (
     command,
     densities,
+    hosts,
     job,
     labels,
     outputs,
@@ -33,6 +34,7 @@ from sit_jax.weights import open_weights
 
 def main():
     args, overrides = command.parse(_parser())
+    hosts.join(args)
     check_seed("--seed", args.seed)
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size}: at least 1")
@@ -104,6 +106,7 @@ def _parser():
     add = how.add_argument
     add("--batch-size", type=int, default=64, metavar="N")
     add("--emulate", metavar="PLATFORM", help=", ".join(EMULATED))
+    hosts.add_flags(parser)
     return parser
 
 
@@ -200,7 +203,10 @@ def _save_noise(args, room):
     path = outputs.check(args.save_noise, args.overwrite)
     if path.suffix != ".npy":
         raise UserError(f"--save-noise {path}: write a name ending in .npy")
-    outputs.save_array(path, starts.starts(room))
+    array = starts.starts(room)
+    hosts.wait()  # until all have seen that the place is free
+    if hosts.first():
+        outputs.save_array(path, array)
 
 
 def _columns(args, wanted):

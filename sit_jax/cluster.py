@@ -55,6 +55,11 @@ def add_flags(parser):
     return add
 
 
+def apart(args):
+    """Whether processes share work by their numbers alone, and never meet."""
+    return args.coordinator is None and None not in (args.process, args.processes)
+
+
 def place(args, seconds, environ=os.environ):
     """-> Place, or None where this process is alone. seconds: to look around for."""
     given = (args.coordinator, args.processes, args.process)

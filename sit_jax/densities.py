@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sit_jax import noise, precision, sharding
+from sit_jax import hosts, noise, precision, sharding
 from sit_jax.codec import data_of
 from sit_jax.config import build, to_json
 from sit_jax.drafts import draft, require_free
@@ -73,7 +73,7 @@ def measure(weights, config, out, item, survey):
     source = _source(config)
     check_data(parts, source)
     ids = _chosen(len(source), survey)
-    mesh = sharding.make_mesh(data=-1, fsdp=1)
+    mesh = sharding.make_mesh(data=-1, fsdp=1, devices=jax.local_devices())
     params = weights.load(item, parts, mesh)
     word = precision.chosen(config.precision.model)
     likelihood = _likelihood(parts, survey)
@@ -82,7 +82,8 @@ def measure(weights, config, out, item, survey):
     run = jax.jit(_run(parts, likelihood, filling, mesh, word))
     rows = []
     with _bar(len(ids)) as bar:
-        for first in range(0, len(ids), batch):
+        firsts = range(0, len(ids), batch)
+        for first in firsts[hosts.index() :: hosts.count()]:
             index = np.minimum(np.arange(first, first + batch), len(ids) - 1)
             real = min(batch, len(ids) - first)
             records = [source[int(ids[i])] for i in index]
@@ -101,6 +102,9 @@ def measure(weights, config, out, item, survey):
                 for j, i in enumerate(index[:real])
             ]
             bar.update(real)
+    rows = sorted(row for some in hosts.exchange(rows) for row in some)
+    if not hosts.first():
+        return []
     return _written(out, rows, config, survey, item, params, parts, source)
 
 

@@ -9,16 +9,18 @@ import contextlib
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sit_jax import hosts
 from sit_jax.data.filling import finish, missing, open_plan, shard
 from sit_jax.data.images import CROP
 from sit_jax.data.reading import Broken, read_with_gaps
-from sit_jax.data.tags import Tags, default_shards
+from sit_jax.data.tags import PLAN, Tags, default_shards
 from sit_jax.data.workers import Workers
 from sit_jax.errors import UserError
 from sit_jax.sharding import BATCH, everywhere, make_mesh, split_batch
@@ -83,7 +85,7 @@ def extract(
     Process `process` of `count` takes every count-th shard. cache.json is None as long
     as other processes' shards are missing. show(images, of) hears of every batch.
     """
-    path = open_plan(out, tags)
+    path = _planned(out, tags)
     numbers = missing(path, tags, process, count)
     total = sum(len(tags.shard(k)[1]) for k in numbers)
     broken, encoder = Broken(source, say), Encoder(codec, tags, batch_size)
@@ -95,7 +97,21 @@ def extract(
                     broken.add(batch.broken, "it is left out")
                     filled.add(*_whole(batch, source), batch.broken)
                     show(len(batch.ids), total)
-    return total, finish(path, tags, source.class_names)
+    hosts.wait()
+    about = finish(path, tags, source.class_names) if hosts.first() else None
+    if hosts.several() and hosts.first() and about is None:
+        raise UserError(
+            f"{path} lacks shards that other processes have written; it must be on a "
+            "file system that all hosts share"
+        )
+    return total, hosts.told(about)
+
+
+def _planned(out, tags):
+    """-> the folder of the cache, which process 0 makes and the others see."""
+    path = open_plan(out, tags) if hosts.first() else Path(out).expanduser()
+    hosts.require_shared(path / PLAN)
+    return open_plan(out, tags)
 
 
 def _whole(batch, source):

@@ -16,7 +16,7 @@ from sit_jax import json_text, precision
 from sit_jax.drafts import draft
 from sit_jax.errors import UserError
 from sit_jax.models.inception import NAME, RESIZE, Inception, prepared
-from sit_jax.sharding import everywhere, split_batch
+from sit_jax.sharding import everywhere, put, split_batch
 
 PARTS = ("pool", "spatial", "logits")
 ROWS = 4096  # of stored features that are read together
@@ -48,7 +48,7 @@ class Extractor:
     def __post_init__(self):
         size = self.mesh.size
         self.batch_size = -(-self.batch_size // size) * size
-        self.params = jax.device_put(self.params, everywhere(self.mesh))
+        self.params = put(self.params, everywhere(self.mesh))
         self._split, all_of_it = split_batch(self.mesh), everywhere(self.mesh)
         run = precision.applied(precision.EXACT, self.network)
         self._run = jax.jit(run, out_shardings=all_of_it)

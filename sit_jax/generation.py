@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sit_jax import noise
 from sit_jax.guidance import guided, is_none, with_null_half
-from sit_jax.sharding import BATCH, split_batch
+from sit_jax.sharding import BATCH, everywhere, put, split_batch
 
 CHUNK = 4  # rows of a batch that go through the network together on a CPU
 
@@ -127,9 +127,9 @@ class Generator:
             keys = noise.image_keys(seed, jnp.asarray(index))
             begin = noise.start(keys, self._shape) if start is None else start[index]
             arguments = (keys, jnp.asarray(labels[index], jnp.int32), begin)
-            arguments = jax.device_put(arguments, self._where[:3])
+            arguments = put(arguments, self._where[:3])
             if self._kicks:
-                kicks = jax.device_put(given[:, index], self._where[3])
+                kicks = put(given[:, index], self._where[3])
                 arguments = (*arguments, kicks)
             data, stats = self._run(params, *arguments)
             yield np.asarray(data)[:real], _cut(stats, real)
@@ -147,7 +147,10 @@ class Generator:
         arguments = [
             shaped(*pair) for pair in zip(arguments, self._where, strict=False)
         ]
-        return jax.jit(generate).lower(self._params, *arguments).compile()
+        # of a mesh over several hosts, each gets all of the images
+        out = everywhere(mesh) if mesh.is_multi_process else None
+        generate = jax.jit(generate, out_shardings=out)
+        return generate.lower(self._params, *arguments).compile()
 
 
 def _cut(stats, real):

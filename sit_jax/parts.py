@@ -10,12 +10,19 @@ from sit_jax.drafts import draft
 from sit_jax.errors import UserError
 from sit_jax.workdir import write_json
 
+MARK = "job.json"
+
+
+def parts_mark(out):
+    """The file that says whose the parts of an output are."""
+    return Path(f"{str(out).rstrip('/')}.parts") / MARK
+
 
 class Parts:
     """A folder beside the output, with one file a batch; it belongs to one digest."""
 
     def __init__(self, out, digest, overwrite=False):
-        self.folder = Path(f"{str(out).rstrip('/')}.parts")
+        self.folder = parts_mark(out).parent
         self._mark(digest, overwrite)
 
     def missing(self, count):
@@ -37,7 +44,7 @@ class Parts:
         shutil.rmtree(self.folder)
 
     def _mark(self, digest, overwrite):
-        mark = self.folder / "job.json"
+        mark = self.folder / MARK
         try:
             found = json_text.parse(mark.read_text()).get("digest")
         except (OSError, ValueError):

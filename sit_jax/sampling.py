@@ -9,13 +9,13 @@ import jax
 import numpy as np
 
 from sit_jax import config as configs
-from sit_jax import emulation, outputs, precision, probe, sharding
+from sit_jax import emulation, hosts, outputs, precision, probe, sharding
 from sit_jax.codec import Latents
 from sit_jax.errors import UserError
 from sit_jax.generation import Generator
 from sit_jax.guidance import is_none
 from sit_jax.manifest import environment, weights_hash
-from sit_jax.parts import Parts
+from sit_jax.parts import Parts, parts_mark
 from sit_jax.recipe import recipe
 from sit_jax.rounding import ROUNDINGS
 from sit_jax.starts import noise_of
@@ -67,8 +67,9 @@ def studio(job, opened, weak=None, expected=None):
 def draw(room, out, overwrite=False, columns=None, frames=False):
     """Draws a Studio's job into `out`; -> lines that say how it went.
 
-    What is there already of the same job is taken over. frames: the sampler keeps
-    states, and out, a .png, becomes a strip of them with an animation beside it.
+    What is there already of the same job is taken over. Of several processes each
+    draws some of the batches, and process 0 puts them together. frames: the sampler
+    keeps states, and out, a .png, becomes a strip of them with an animation beside it.
     """
     job, begun = room.job, time.perf_counter()
     start, given, kicks = noise_of(room)
@@ -79,9 +80,9 @@ def draw(room, out, overwrite=False, columns=None, frames=False):
         kicks=kicks,
         around=room.around,
     )
-    parts = Parts(out, job.digest, overwrite)
+    parts = _parts(out, job, overwrite)
     count = -(-len(job.labels) // make.batch_size)
-    todo = parts.missing(count)[jax.process_index() :: jax.process_count()]
+    todo = hosts.told(parts.missing(count))[hosts.index() :: hosts.count()]
     ahead = make(job.seed, job.labels, start, given=given, todo=todo)
     drawing = time.perf_counter()
     with _bar(len(job.labels), count - len(todo), make.batch_size) as bar:
@@ -93,6 +94,10 @@ def draw(room, out, overwrite=False, columns=None, frames=False):
             parts.save(batch, np.asarray(made), _each(stats, make.batch_size, data))
             bar.update(make.batch_size)
     seconds = time.perf_counter() - drawing
+    drawn = sum(hosts.exchange(min(len(todo) * make.batch_size, len(job.labels))))
+    if not hosts.first():
+        return []
+    _require_all(parts, count)
     summary = _summary(parts, count)
     outputs.assemble(out, parts, count, job.labels, columns, frames)
     record = {
@@ -106,8 +111,25 @@ def draw(room, out, overwrite=False, columns=None, frames=False):
     }
     write_json(outputs.manifest_path(out), record)
     parts.remove()
-    drawn = min(len(todo) * make.batch_size, len(job.labels))
-    return _lines(room, summary, drawn, seconds, make.compile_seconds)
+    return _lines(
+        room, summary, min(drawn, len(job.labels)), seconds, make.compile_seconds
+    )
+
+
+def _parts(out, job, overwrite):
+    """-> Parts, made by process 0; two processes must not start over in turn."""
+    hosts.require_same("the job", job.digest[:12], "their configs or files differ")
+    parts = Parts(out, job.digest, overwrite) if hosts.first() else None
+    hosts.require_shared(parts_mark(out))
+    return parts or Parts(out, job.digest)
+
+
+def _require_all(parts, count):
+    if lacking := parts.missing(count):
+        raise UserError(
+            f"{parts.folder} lacks batch {lacking[0]}, which another process has "
+            "drawn; it must be on a file system that all hosts share"
+        )
 
 
 def _around(job, words):

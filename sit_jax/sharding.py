@@ -64,6 +64,14 @@ def split_weights(mesh, tree, floor=2**14):
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def put(tree, where):
+    """Arrays that every host holds alike -> the same arrays, placed as `where` says."""
+    places = jax.tree.leaves(where)  # one for each array, or one for all
+    if all(place.is_fully_addressable for place in places):
+        return jax.device_put(tree, where)
+    return jax.jit(lambda tree: tree, out_shardings=where)(tree)
+
+
 def shaped(tree, shardings):
     """Shapes with shardings, from eval_shape's tree: a target to restore into."""
     describe = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)

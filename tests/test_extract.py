@@ -227,7 +227,7 @@ def test_the_script_reports_and_checks(tmp_path, monkeypatch, capsys):
         ),
         (
             ["--data", "x", "--vae", "x", "--process", "1"],
-            "--process and --count go",
+            "--coordinator, --processes and --process go",
         ),
         (["--data", "x", "--vae", "x", "--config.a=1"], "unknown argument"),
         (["--data", "x", "--kind", "lmdb"], "invalid choice: 'lmdb'"),

@@ -53,7 +53,7 @@ def test_two_processes_and_a_kill_give_what_one_gives(tmp_path):
     root = photographs.folder(tmp_path / "images", each=IMAGES // 3, size=(10, 8))
     one, two, killed = (tmp_path / name for name in ("one", "two", "killed"))
     assert f"{IMAGES} images in {one}, 0 broken" in end(begin(root, one))
-    both = [begin(root, two, "--process", i, "--count", 2) for i in range(2)]
+    both = [begin(root, two, "--process", i, "--processes", 2) for i in range(2)]
     assert sum("waits for the shards" in end(each) for each in both) <= 1
     process = begin(root, killed, slow=0.02)
     while len(list(killed.glob("moments-*"))) < 2:
