@@ -17,7 +17,7 @@ demo: .venv/installed
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-slow: .venv/dev
+test-slow: .venv/slow
 	$(BIN)/python -m pytest tests -m slow -o addopts="-q --ignore=tests/slow"
 	$(BIN)/python -m pytest tests/slow -o addopts=-q
 
@@ -34,6 +34,10 @@ lint: .venv/dev
 
 .venv/dev: requirements-dev.txt .venv/installed
 	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	touch $@
+
+.venv/slow: requirements-slow.txt .venv/dev
+	$(BIN)/python -m pip install -q -r requirements-slow.txt
 	touch $@
 
 clean:

@@ -14,8 +14,19 @@ from pathlib import Path
 
 import jax
 
-from sit_jax import checkpoint, chips, command, mdt_files, reference, tensor_files
+from sit_jax import (
+    checkpoint,
+    chips,
+    command,
+    conversion,
+    diffusers_files,
+    mdt_files,
+    model_folder,
+    reference,
+    tensor_files,
+)
 from sit_jax import config as configs
+from sit_jax.card import card
 from sit_jax.comparison import compare, file_sha
 from sit_jax.drafts import draft, drafts, require_free, require_space
 from sit_jax.errors import UserError
@@ -28,21 +39,25 @@ from sit_jax.torch_config import FAMILIES
 def main():
     parser = command.parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="x.pt, x.safetensors, workdir or checkpoint")
+    add("source", metavar="SOURCE", help="x.pt, diffusers folder, workdir, ...")
     add("target", metavar="TARGET", help="the other kind; written whole or not at all")
     add("--family", choices=FAMILIES, help="of weights that do not tell")
     add("--heads", type=int, metavar="N", help="where the size is not a published one")
     add("--config", metavar="FILE", help="of the run; refused if the weights differ")
     add("--step", type=int, metavar="N", help="of a checkpoint; default: the newest")
+    add("--to", choices=model_folder.LAYOUTS, help="a folder, instead of a .pt")
+    add("--figures", metavar="FILE", nargs="+", help="of evaluate.py, for the card")
     add("--reference", metavar="DIR", help="clone of SiT or DiT to compare with")
     add("--overwrite", action="store_true")
     args, overrides = command.parse(parser)
     begun = time.perf_counter()
-    inwards = _inwards(args.source, args.target)
+    inwards = _inwards(args.source, args.target, args.to)
     _refuse_others(args, overrides, inwards)
     original = args.reference and reference.original(args.reference)
     if inwards:
         to_checkpoint(args, overrides, original)
+    elif args.to:
+        to_folder(args)
     else:
         to_torch(args, original)
     memory = (chips.peak_memory() or 0) / 1e9
@@ -74,25 +89,23 @@ def to_checkpoint(args, overrides, original=None):
         parts = weights.file.parts()
         found = compare(stored.tensors(*parts), parts)
         _require_equal(found)
-        _compare_networks(original, stored, weights.file.ema)
+        conversion.compare_networks(original, stored, weights.file.ema)
     file = weights.file
-    _describe(stored, file.ema.dtypes)
+    conversion.describe(stored, file.ema.dtypes)
     if file.ignored:
         print(f"left out: {', '.join(file.ignored)}")
-    _summary(found, (target, f"{file.path}, {file.layout}"))
+    conversion.summary(found, (target, f"{file.path}, {file.layout}"))
     print(f"{meta['sha256']}  {file.path}", f"{ema}  ema, as sample.py's", sep="\n")
     print(f"{target}/{meta['step']}")
 
 
 def to_torch(args, original=None):
     target = require_free(args.target, args.overwrite)
-    directory, step = checkpoint.find(args.source)
-    if args.step is not None:
-        step = args.step
-    stored = Stored(directory, step)
-    print(f"converting {directory}/{step}", flush=True)
+    stored = _stored(args)
     files, parts, left_out = _contents(stored, target)
-    paths = [require_free(target.with_name(n), args.overwrite) for n in files]
+    note = f"{target.name}.md"
+    names = [*files, note]
+    paths = [require_free(target.with_name(n), args.overwrite) for n in names]
     tensors = [tensor for part in parts.values() for tensor in part.values()]
     require_space(target, sum(tensor.nbytes for tensor in tensors))
     with drafts(paths) as folder:
@@ -105,14 +118,39 @@ def to_torch(args, original=None):
         each = ((p, name, array) for p in parts for name, array in parts[p].items())
         found = compare(each, theirs)
         _require_equal(found)
-        _compare_networks(original, stored, written.ema)
-        hashes = [(file_sha(folder / path.name), path) for path in paths]
-    _describe(stored, ["float32"])
+        conversion.compare_networks(original, stored, written.ema)
+        shas = {name: file_sha(folder / name) for name in files}
+        text = card(stored, target.name, "torch", shas, _figures(args))
+        (folder / note).write_text(text)
+    conversion.describe(stored, ["float32"])
     if left_out:
         print(f"written: {left_out}")
-    _summary(found, (f"{directory}/{step}", target))
-    for sha, path in hashes:
-        print(f"{sha}  {path}")
+    conversion.summary(found, (f"{stored.directory}/{stored.step}", target))
+    for name, sha in shas.items():
+        print(f"{sha}  {target.with_name(name)}")
+
+
+def to_folder(args):
+    target = require_free(args.target, args.overwrite)
+    stored = _stored(args)
+    shapes = stored.released.params.values()
+    require_space(target, sum(4 * leaf.size for leaf in shapes))
+    with draft(target) as folder:
+        print(f"writing {target}", flush=True)
+        figures = [Path(path).expanduser() for path in args.figures or ()]
+        found, lines = model_folder.write(folder, stored, args.to, target.name, figures)
+        _require_equal(found)
+    conversion.describe(stored, ["float32"])
+    conversion.summary(found, (f"{stored.directory}/{stored.step}", target))
+    print(*lines, target, sep="\n")
+
+
+def _stored(args):
+    """The step of the checkpoint that is asked for."""
+    directory, step = checkpoint.find(args.source)
+    step = step if args.step is None else args.step
+    print(f"converting {directory}/{step}", flush=True)
+    return Stored(directory, step)
 
 
 def _contents(stored, target):
@@ -132,22 +170,34 @@ def _contents(stored, target):
     return {target.name: content}, parts, why and f"the EMA alone, for {why}"
 
 
+def _figures(args):
+    return [Path(path).expanduser() for path in args.figures or ()]
+
+
 def published(family):
     """The config of the published run that a family's weights are taken for."""
     return importlib.import_module(f"configs.{family}_xl2").get_config()
 
 
-def _inwards(source, target):
+def _inwards(source, target, to):
     """Whether torch weights become a checkpoint, by the kinds of the two paths."""
     source, target = Path(source).expanduser(), Path(target).expanduser()
     if not source.exists():
         raise UserError(f"nothing at {source}")
-    inwards, ends = not source.is_dir(), ", ".join(tensor_files.KINDS)
-    if inwards and target.suffix in tensor_files.KINDS:
+    foreign = not source.is_dir() or diffusers_files.is_folder(source)
+    is_file, ends = target.suffix in tensor_files.KINDS, ", ".join(tensor_files.KINDS)
+    if foreign and to:
+        raise UserError(f"--to {to} is for a checkpoint; {source} is none")
+    if foreign and is_file:
         raise UserError(f"{source} and {target} are both torch files; name a directory")
-    if not inwards and target.suffix not in tensor_files.KINDS:
-        raise UserError(f"{source} and {target} are both directories; name a {ends}")
-    return inwards
+    if to and is_file:
+        raise UserError(f"--to {to} writes a folder, not {target}")
+    if not foreign and not is_file and not to:
+        raise UserError(
+            f"{source} and {target} are both directories; name a {ends}, or --to "
+            f"{' or '.join(model_folder.LAYOUTS)}"
+        )
+    return foreign
 
 
 def _refuse_others(args, overrides, inwards):
@@ -156,6 +206,10 @@ def _refuse_others(args, overrides, inwards):
         raise UserError(f"{overrides[0]} changes a --config, and none is given")
     if inwards and args.step is not None:
         raise UserError(f"--step {args.step} is for a checkpoint, not {args.source}")
+    if args.figures and inwards:
+        raise UserError(f"--figures {args.figures[0]} goes into the card of an export")
+    if args.to and args.reference:
+        raise UserError(f"--reference {args.reference} is for a .pt, not for --to")
     for name in () if inwards else ("family", "heads", "config"):
         if (value := getattr(args, name)) is not None:
             raise UserError(f"--{name} {value}: {args.source} brings its own config")
@@ -170,52 +224,6 @@ def _require_equal(found):
     for part, each in found.items():
         if each.left != each.right:
             raise UserError(f"{part} came back different by up to {each.difference}")
-
-
-def _describe(stored, dtypes):
-    """Prints the network and a row for each stack of layers."""
-    model, side = stored.released.model, stored.config.shape
-    print(
-        f"{type(model).__name__}: depth {model.depth}, width {model.width}, heads "
-        f"{model.heads}, patch {model.patch}, MLP ratio {model.mlp_ratio:g}, "
-        f"{model.classes} classes, null label {model.null_label}, learn_sigma "
-        f"{model.learn_sigma}, data {' x '.join(map(str, side))}, {', '.join(dtypes)}"
-    )
-    rows = [("torch", "tensors", "shape", "ours", "shape")]
-    trained, params = stored.released.trained, stored.released.params
-    for torch_name, path, _ in stored.released.rules:
-        stacked, shape = "*" in torch_name, params[path].shape
-        one = trained[torch_name.replace("*", "0")]
-        rows.append((torch_name, shape[0] if stacked else 1, one, path, shape))
-    for name, table in stored.released.constants.items():
-        rows.append((name, 1, table.shape, "(constant, spare)", ""))
-    _table(rows)
-
-
-def _summary(found, sides):
-    rows = [("part", "tensors", "largest difference", "sha256 of the tensors")]
-    for part, each in found.items():
-        rows.append((part, each.tensors, f"{each.difference:g}", each.left))
-        rows.append(("", "", "", each.right))
-    _table(rows)
-    print(f"upper of each two: {sides[0]}", f"lower: {sides[1]}", sep="\n")
-
-
-def _compare_networks(original, stored, state):
-    if original is None:
-        return
-    model, shape = stored.released.model, stored.released.shape
-    found = reference.differences(original, model, shape, state, stored.ema())
-    print(f"relative L2 difference to the network of {original.__file__}:")
-    _table([(stage, f"{value:.1e}") for stage, value in found])
-
-
-def _table(rows):
-    rows = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
 
 
 if __name__ == "__main__":

@@ -11,7 +11,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from sit_jax import averages, checkpoint, mdt_files, moments, port, torch_files
+from sit_jax import (
+    averages,
+    checkpoint,
+    diffusers_files,
+    mdt_files,
+    moments,
+    port,
+    torch_files,
+)
 from sit_jax.config import build, from_json, to_json
 from sit_jax.errors import UserError
 from sit_jax.recipe import recipe
@@ -69,12 +77,14 @@ class TorchWeights:
 
 
 def open_torch(path, base, family=None, heads=None, config=None):
-    """-> TorchWeights of a .pt or .safetensors, its names and shapes checked.
+    """-> TorchWeights of a .pt or .safetensors, or of a folder of diffusers' DiT.
 
     base(family) gives the config in which the file's network takes the place of the
     published one; a given config is kept as it is, and refused if it does not fit.
+    Names and shapes are checked.
     """
-    file = mdt_files.read(path)
+    in_folder = diffusers_files.is_folder(path)
+    file = diffusers_files.read(path) if in_folder else mdt_files.read(path)
     config = config_of(file, base, family, heads, config)
     released = Released(build(config.model), tuple(config.shape))
     released.check(path, file.ema)

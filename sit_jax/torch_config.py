@@ -54,7 +54,7 @@ def config_of(file, base, family=None, heads=None, config=None):
     """
     args, told = file.args or {}, _described(file)
     family = _family(file, args, family, config)
-    heads = _heads(file.path, told, heads, config)
+    heads = _heads(file, told, heads, config)
     given = config is not None
     config = config if given else base(family)
     before = to_json({name: config[name] for name in NETWORK})
@@ -145,6 +145,7 @@ def _family(file, args, flag, config):
         "--family": flag,
         "the file's args.model": named and named[1].lower(),
         f"{file.path}, by its tensors' names,": mdt_weights.family(file.ema),
+        f"{file.path}, by its config.json,": file.family,
         "--config": config and config.model.make.__name__.lower(),
     }
     family = _agreed("family", says)
@@ -156,11 +157,12 @@ def _family(file, args, flag, config):
     return family
 
 
-def _heads(path, told, flag, config):
-    width, depth = told["width"], told["depth"]
-    published = None if config else told["heads"]
+def _heads(file, told, flag, config):
+    path, width, depth = file.path, told["width"], told["depth"]
+    published = None if config or file.heads else told["heads"]
     says = {
         "--heads": flag,
+        f"the config.json beside {path.name}": file.heads,
         f"the published network of depth {depth} and width {width}": published,
         "--config": config and config.model.heads,
     }

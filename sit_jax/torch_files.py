@@ -54,6 +54,8 @@ class TorchFile:
         default_factory=dict
     )  # further ones, as ema_0.999
     updates: int | None = None  # that the weights have had, where their name tells
+    family: str | None = None  # these two where a config beside the weights tells them
+    heads: int | None = None
 
     def parts(self):
         """-> {part: names to arrays}: model, ema ...; exp_avg, ..., step if any."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from sit_jax import checkpoint, releases
+from sit_jax import checkpoint, diffusers_files, releases
 from sit_jax.config import from_json
 from sit_jax.errors import UserError
 from sit_jax.sharding import everywhere, shaped
@@ -40,9 +40,10 @@ class Directory:
 
 
 def open_weights(path, torch_file):
-    """-> an object with .config and .load; torch_file(path) opens .pt, .safetensors.
+    """-> an object with .config and .load; torch_file(path) opens what torch wrote.
 
-    path: also a name of releases.RELEASES, or hf:owner/repo/file.
+    path: a workdir, checkpoint, .pt, .safetensors or folder of diffusers; also a name
+    of releases.RELEASES, or hf:owner/repo/file.
     """
     path = releases.fetch(path)
     if not path.exists():
@@ -52,7 +53,7 @@ def open_weights(path, torch_file):
             if r.family not in ("vae", "inception")
         )
         raise UserError(f"no weights at {path}; names are {', '.join(names)}")
-    if path.suffix in KINDS:
+    if path.suffix in KINDS or diffusers_files.is_folder(path):
         return torch_file(path)
     found = Directory(*checkpoint.find(path))
     if not checkpoint.has_sums(found.path / str(found.step)):

@@ -28,7 +28,7 @@ SMALL = Diffusion(variance=fixed_small)
 def model(monkeypatch):
     """net(x, t, y) with the recorded weights and frequency table."""
     table = arrays("dit_forward_a")["freqs_f32"]
-    monkeypatch.setattr(layers, "frequencies", lambda half: table)
+    monkeypatch.setattr(layers, "frequencies", lambda half, shift: table)
     params, _ = port.to_flax(dit.RULES, weights("dit_a"))
     made = dit.DiT(depth=2, width=40, heads=4, classes=10)
     return partial(made.apply, {"params": params})

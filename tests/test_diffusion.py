@@ -36,7 +36,7 @@ EVERY = jnp.arange(1000)
 def network(monkeypatch):
     """net(x, t) with the recorded weights, labels and frequency table."""
     table = arrays("dit_forward_a")["freqs_f32"]
-    monkeypatch.setattr(layers, "frequencies", lambda half: table)
+    monkeypatch.setattr(layers, "frequencies", lambda half, shift: table)
     params, _ = port.to_flax(dit.RULES, weights("dit_a"))
     model = dit.DiT(depth=2, width=40, heads=4, classes=10)
     labels = jnp.asarray(arrays("dit_training_losses")["y"])

@@ -28,7 +28,9 @@ def captured(name, table):
     )
     with pytest.MonkeyPatch.context() as patch:
         if table == "recorded":
-            patch.setattr(layers, "frequencies", lambda half: golden["freqs_f32"])
+            patch.setattr(
+                layers, "frequencies", lambda half, shift: golden["freqs_f32"]
+            )
         inputs = nhwc(golden["x"]), golden["t"], golden["y"]
         out, seen = jax.jit(run)(recorded_params(name), *inputs)
     return nchw(out), activations(name, seen["intermediates"])
@@ -78,7 +80,7 @@ def test_every_activation_and_the_output_are_as_recorded(name, table, tolerance)
 @pytest.mark.parametrize("name", ["sit_forward_a", "sit_forward_b", *DIT])
 def test_guided_outputs_are_as_recorded(name, monkeypatch):
     golden, model = arrays(name), recorded_model(name)
-    monkeypatch.setattr(layers, "frequencies", lambda half: golden["freqs_f32"])
+    monkeypatch.setattr(layers, "frequencies", lambda half, shift: golden["freqs_f32"])
 
     @jax.jit
     def run(params, scale, x, t, y):

@@ -27,7 +27,7 @@ FLOORS = (
     "predictions guidance codec data.reading data.folders data.tars data.cache "
     "data.filling data.prepared command workdir logging outputs torch_files "
     "job labels download models.vae_layers models.applied",
-    "checkpoint.__main__",
+    "checkpoint.__main__ diffusers_files",
     "image_sets bundle paired effects models.inception parts releases models.vae",
     "features",
     "interpolant diffusion models.dit data data.archives data.cifar data.workers "
@@ -44,7 +44,8 @@ FLOORS = (
     "training generation recipe samplers.names",
     "weights transfer",
     "start preview released presets settings mdt_files starts",
-    "inception_weights exchange sampling densities activations",
+    "inception_weights exchange sampling densities activations card conversion",
+    "model_folder",
     "stages given",
     "train sample port_weights score_digits extract_features evaluate diagnose",
 )

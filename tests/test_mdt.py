@@ -68,7 +68,7 @@ def program(name):
     def run(params, table, x, t, y, masks):
         see = dict(capture_intermediates=True, mutable="intermediates")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(layers, "frequencies", lambda half: table)
+            patch.setattr(layers, "frequencies", lambda half, shift: table)
             return model.apply({"params": params}, x, t, y, **masks, **see)
 
     return quick_jit(run)
@@ -213,7 +213,7 @@ def test_a_chain_of_eight_steps_ends_as_recorded(name, run, cfg):
         return chain(lambda i: noise[i], Diffusion(), net, start)[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "frequencies", lambda half: FREQUENCIES)
+        patch.setattr(layers, "frequencies", lambda half, shift: FREQUENCIES)
         ours = sample(params(name), nhwc(golden["sample.z"]), noise)
     floor, size = told["f32_vs_f64"]
     theirs = golden[f"sample.{run}.final"][:1]
@@ -355,7 +355,7 @@ def test_tokens_hidden_by_a_larger_draw_are_as_if_not_gathered():
     exact = model.clone(hide=0.45, spread=0.0)
     assert masking.most(16, 0.45) == 8
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "frequencies", lambda half: FREQUENCIES)
+        patch.setattr(layers, "frequencies", lambda half, shift: FREQUENCIES)
         static = quick_jit(exact.apply)(
             {"params": params("mdt2")}, *(x, t, y), order=order
         )

@@ -38,6 +38,7 @@ class Block(nn.Module):
     heads: int
     mlp_ratio: float = 4.0
     dtype: jnp.dtype = jnp.float32
+    norm2_epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, x, c):
@@ -45,12 +46,16 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(6, c, self.dtype)
         y = modulate(norm("norm1")(x), shift1, scale1)
         x = x + gate1 * Attention(self.heads, self.dtype, name="attn")(y)
-        y = modulate(norm("norm2")(x), shift2, scale2)
+        y = modulate(norm("norm2", self.norm2_epsilon)(x), shift2, scale2)
         return x + gate2 * Mlp(self.mlp_ratio, self.dtype, name="mlp")(y), None
 
 
 class DiT(nn.Module):
-    """Fields default to XL/2 on ImageNet; `classes` is also the null label's number."""
+    """Fields default to XL/2 on ImageNet; `classes` is also the null label's number.
+
+    diffusers' DiTTransformer2DModel computes with frequency_shift=1 and
+    norm2_epsilon=1e-5, with whatever weights.
+    """
 
     depth: int = 28
     width: int = 1152
@@ -60,6 +65,8 @@ class DiT(nn.Module):
     classes: int = 1000
     null_label: bool = True  # a row for it; without one there is no guidance
     learn_sigma: bool = True
+    frequency_shift: float = 0.0
+    norm2_epsilon: float = 1e-6
     dtype: str = "float32"
     remat: str = "none"
     unroll: int = 1
@@ -75,9 +82,10 @@ class DiT(nn.Module):
         x = rearrange(x, "b h w d -> b (h w) d")
         x = (x + grid_embedding(side, self.width)[None]).astype(dtype)
         labels = self.classes + self.null_label
-        c = Conditioning(self.width, labels, name="cond")(t, y)
+        shift, epsilon = self.frequency_shift, self.norm2_epsilon
+        c = Conditioning(self.width, labels, shift, name="cond")(t, y)
         blocks = stack(Block, self.depth, self.remat, self.unroll)
-        x, _ = blocks(self.heads, self.mlp_ratio, dtype, name="blocks")(x, c)
+        x, _ = blocks(self.heads, self.mlp_ratio, dtype, epsilon, name="blocks")(x, c)
         x = Head(p * p * out, name="head")(x, c)
         return rearrange(
             x, "b (h w) (p q c) -> b (h p) (w q) c", h=side, p=p, q=p, c=out

@@ -80,11 +80,13 @@ class Conditioning(nn.Module):
 
     width: int
     labels: int
+    frequency_shift: float = 0.0  # see frequencies
 
     @nn.compact
     def __call__(self, t, y):
         small = nn.initializers.normal(0.02)
-        t = nn.Dense(self.width, kernel_init=small, name="time_in")(fourier(t))
+        waves = fourier(t, shift=self.frequency_shift)
+        t = nn.Dense(self.width, kernel_init=small, name="time_in")(waves)
         t = nn.Dense(self.width, kernel_init=small, name="time_out")(nn.silu(t))
         table = nn.Embed(self.labels, self.width, embedding_init=small, name="label")
         return t + table(y)
@@ -107,10 +109,10 @@ def attend(q, k, v, implementation="xla"):
     return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
 
 
-def norm(name):
+def norm(name, epsilon=1e-6):
     """No affine part, two passes as in torch: E[x^2] - E[x]^2 cancels in float32."""
     return nn.LayerNorm(
-        epsilon=1e-6,
+        epsilon=epsilon,
         use_bias=False,
         use_scale=False,
         use_fast_variance=False,
@@ -131,20 +133,23 @@ def modulation(n, c, dtype=jnp.float32):
     return jnp.split(dense(nn.silu(c))[:, None], n, axis=-1)
 
 
-def frequencies(half, period=10_000.0):
-    """period^(-i / half), i < half, as float32 [half].
+def frequencies(half, shift=0.0, period=10_000.0):
+    """period^(-i / (half - shift)), i < half, as float32 [half].
+
+    shift is 0 in the releases of DiT, SiT and MDT, and 1 in diffusers' DiT.
 
     At t = 999 one unit in the last place moves the embedding by 6e-5, so rounding is
     part of the definition: float32 exponent, correctly rounded exp. Of the obvious
     formulas this agrees best with the released code (125 of 128 entries).
     """
     exponent = np.float32(-math.log(period)) * np.arange(half, dtype=np.float32)
-    return np.exp((exponent / np.float32(half)).astype(np.float64)).astype(np.float32)
+    exponent = (exponent / np.float32(half - shift)).astype(np.float64)
+    return np.exp(exponent).astype(np.float32)
 
 
-def fourier(t, width=256):
+def fourier(t, width=256, shift=0.0):
     """t [B] -> cosines then sines of t at geometric frequencies, [B, width]."""
-    angles = t[:, None].astype(jnp.float32) * frequencies(width // 2)[None]
+    angles = t[:, None].astype(jnp.float32) * frequencies(width // 2, shift)[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
