@@ -1,6 +1,8 @@
-"""What a device could do at best, and how much of its memory was used."""
+"""What a device could do at best, and how much memory it has and was used."""
 
 import jax
+
+from sit_jax.errors import UserError
 
 # Dense bfloat16 peak in TFLOP/s for each JAX device, by a part of its device_kind;
 # makers' data sheets. The first match counts. A TPU v3 device is one core.
@@ -19,11 +21,55 @@ PEAKS = (
     ("TPU v3", 61.5),
 )
 
+# Memory of one such device in GB (of a TPU in GiB); makers' data sheets.
+MEMORY = (
+    ("B200", 180),
+    ("H200", 141),
+    ("H100", 80),
+    ("A100", 80),
+    ("TPU7x", 96 * 1.024**3),
+    ("TPU v6", 32 * 1.024**3),
+    ("TPU v5p", 95 * 1.024**3),
+    ("TPU v5 lite", 16 * 1.024**3),
+    ("TPU v5e", 16 * 1.024**3),
+    ("TPU v5", 95 * 1.024**3),
+    ("TPU v4", 32 * 1.024**3),
+    ("TPU v3", 16 * 1.024**3),
+)
+NAMES = {  # for the command line
+    "v3": "TPU v3",
+    "v4": "TPU v4",
+    "v5e": "TPU v5e",
+    "v5p": "TPU v5p",
+    "v6e": "TPU v6",
+    "tpu7x": "TPU7x",
+    "A100": "A100",
+    "H100": "H100",
+    "H200": "H200",
+    "B200": "B200",
+}
+
+
+def kind_named(name):
+    """-> device_kind of a name of NAMES."""
+    if name not in NAMES:
+        raise UserError(f"no chip {name!r}; there are {', '.join(NAMES)}")
+    return NAMES[name]
+
 
 def peak_flops(device=None):
     """FLOP/s of one device at its bfloat16 peak, or None where that is not known."""
-    kind = (device or jax.devices()[0]).device_kind
+    return peak_of((device or jax.devices()[0]).device_kind)
+
+
+def peak_of(kind):
+    """The same for a device_kind."""
     return next((peak * 1e12 for part, peak in PEAKS if part in kind), None)
+
+
+def memory_of(kind):
+    """Bytes that a device of this kind has, or None where that is not known."""
+    return next((size * 1e9 for part, size in MEMORY if part in kind), None)
 
 
 def peak_memory():

@@ -1,0 +1,152 @@
+"""What a compiled program says of itself, read from its text (XLA's HLO).
+
+Collectives are counted once for each channel: the compiler repeats one that it spreads
+over several steps of computation, and of these the rarest counts. How often one runs
+follows from the loops around it, whose number of turns is the constant that their
+condition compares with.
+"""
+
+import collections
+import math
+import re
+from typing import NamedTuple
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
+_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
+_ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e\d+m\d+\w*)?)\[([0-9,]*)\]")
+_LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{(.*?)\}")
+
+
+class Line(NamedTuple):
+    name: str
+    type: str
+    op: str
+    rest: str  # operands and attributes
+
+
+class Collective(NamedTuple):
+    kind: str
+    bytes: int  # of its result on one device
+    times: int  # in one run of the program
+    name: str  # of the operation that it is for
+
+
+class Product(NamedTuple):
+    left: str  # types of the operands
+    right: str
+    out: str
+    precision: str  # as asked: default, high, highest
+
+
+def collectives(text):
+    """-> [Collective] of a program, as often as it is written down."""
+    program = _computations(text)
+    times, found = _times(program), {}
+    for name, lines in program.items():
+        for line in lines:
+            kind = line.op.removesuffix("-start")
+            if kind in KINDS and times[name]:
+                channel = re.search(r"channel_id=(\d+)", line.rest)
+                key = channel[1] if channel else (name, line.name)
+                told = re.search(r'op_name="(.*?)"', line.rest)
+                size = _moved(line)
+                each = Collective(kind, size, times[name], told[1] if told else "")
+                found[key] = min(found.get(key, each), each, key=lambda c: c.times)
+    return list(found.values())
+
+
+def by_kind(found):
+    """-> {kind: (collectives written down, times run, bytes in all)}"""
+    table = {kind: [0, 0, 0] for kind in KINDS}
+    for each in found:
+        row = table[each.kind]
+        row[0], row[1] = row[0] + 1, row[1] + each.times
+        row[2] += each.times * each.bytes
+    return {kind: tuple(row) for kind, row in table.items() if row[0]}
+
+
+def products(text):
+    """-> Counter of the Products (dots and convolutions) that are written down."""
+    found = collections.Counter()
+    for lines in _computations(text).values():
+        types = {line.name: _first_type(line.type) for line in lines}
+        for line in lines:
+            if line.op in ("dot", "convolution"):
+                operands = re.findall(r"%([\w.\-]+)", line.rest.partition(")")[0])
+                left, right = (types.get(name, "?") for name in operands[:2])
+                asked = re.search(r"operand_precision=\{(\w+)", line.rest)
+                precision = asked[1] if asked else "default"
+                found[Product(left, right, types[line.name], precision)] += 1
+    return found
+
+
+def aliased(text):
+    """-> how many outputs take the memory of an input that was given away."""
+    first = text.partition("\n")[0]
+    begin = first.find("input_output_alias={")
+    if begin < 0:
+        return 0
+    return len(re.findall(r"(?:may|must)-alias", first[begin:]))
+
+
+def _computations(text):
+    """-> {name: [Line]}; the one that the program begins with under ''."""
+    program, lines = {}, None
+    for row in text.splitlines():
+        if head := _HEAD.match(row):
+            lines = program.setdefault("" if head[1] else head[2], [])
+        elif lines is not None and (line := _LINE.match(row)):
+            lines.append(Line(*line.groups()))
+    return program
+
+
+def _times(program):
+    """-> {computation: how often a run goes through it}"""
+    times = collections.Counter()
+
+    def visit(name, count):
+        times[name] += count
+        for line in program.get(name, ()):
+            turns = _turns(program, line) if line.op == "while" else 1
+            for called in _CALLED.findall(line.rest):
+                visit(called, count * turns)
+            for branches in _BRANCHES.findall(line.rest):
+                for called in re.findall(r"[\w.\-]+", branches):
+                    visit(called, count)
+
+    visit("", 1)
+    return times
+
+
+def _turns(program, loop):
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
+    lines = program.get(condition[1], ()) if condition else ()
+    numbers = [line.rest.partition(")")[0] for line in lines if line.op == "constant"]
+    counts = [int(number) for number in numbers if number.isdecimal()]
+    return counts[0] if len(counts) == 1 else 1
+
+
+def _moved(line):
+    """Bytes of the result; the -start of some holds operand and result."""
+    sizes = [_size(*array) for array in _ARRAY.findall(line.type)]
+    both = line.op.endswith("-start") and not line.op.startswith("all-reduce")
+    return max(sizes) if both else sum(sizes)
+
+
+def _size(type, dims):
+    width = _BYTES.get(type) or max(1, int(re.search(r"\d+|$", type)[0] or 32) // 8)
+    return width * math.prod(int(n) for n in dims.split(",") if n)
+
+
+def _first_type(type):
+    found = _ARRAY.search(type)
+    return found[1] if found else "?"

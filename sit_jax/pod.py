@@ -1,0 +1,96 @@
+"""What a TPU's compiler makes of a program for a slice: memory, traffic, products."""
+
+import dataclasses
+import time
+
+from sit_jax import hlo, topology
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """Of one device, in bytes, but for the seconds that compiling took."""
+
+    available: int
+    arguments: int
+    temporaries: int
+    output: int  # what of it is not in the memory of a donated argument
+    code: int
+    seconds: float
+    text: str
+
+    @property
+    def free(self):
+        used = self.arguments + self.temporaries + self.output + self.code
+        return self.available - used
+
+
+def compile_for(lowered, device):
+    """-> Compiled, or None if it needs more memory than a device has."""
+    begun = time.perf_counter()
+    program = topology.compiled(lowered)
+    if program is None:
+        return None
+    found = program.memory_analysis()
+    return Compiled(
+        available=topology.available(device),
+        arguments=found.argument_size_in_bytes,
+        temporaries=found.temp_size_in_bytes,
+        output=found.output_size_in_bytes - found.alias_size_in_bytes,
+        code=found.generated_code_size_in_bytes,
+        seconds=time.perf_counter() - begun,
+        text=program.as_text(),
+    )
+
+
+def lines(made):
+    """A Compiled in words."""
+    gb = lambda n: f"{n / 1e9:.3f}"
+    yield (
+        f"compiled in {made.seconds:.0f} s; GB a chip: arguments {gb(made.arguments)}, "
+        f"temporaries {gb(made.temporaries)}, program {gb(made.code)}, "
+        f"free {gb(made.free)} of {gb(made.available)}; "
+        f"{hlo.aliased(made.text)} arrays take the memory of donated ones"
+    )
+    found = hlo.collectives(made.text)
+    yield f"{'collectives':20} written      run  GB a chip  largest MB"
+    for kind, (written, run, size) in hlo.by_kind(found).items():
+        largest = max(each.bytes for each in found if each.kind == kind)
+        size, largest = size / 1e9, largest / 1e6
+        yield f"{kind:20} {written:7} {run:8} {size:10.3f} {largest:11.2f}"
+    yield "products, and how many are written down:"
+    for each, count in hlo.products(made.text).most_common():
+        told = f"{each.left} x {each.right} -> {each.out}"
+        yield f"  {told:24} {each.precision:8} {count:4}"
+
+
+def largest_batch(lower, device, known, step, attempts=4):
+    """-> the largest batch, in multiples of `step`, that was seen to fit, or 0.
+
+    lower(batch) -> a lowered program; known: {batch: Compiled or None}, to which what
+    is tried is added. Memory is taken to grow in proportion to the batch; the
+    compiler also trades time for memory near the limit, so a larger one might fit.
+    """
+    for _ in range(attempts):
+        guess = _guess(known, step)
+        if guess in known or guess < step:
+            break
+        known[guess] = compile_for(lower(guess), device)
+    return max((batch for batch, made in known.items() if made), default=0)
+
+
+def _guess(known, step):
+    """Where a straight line through what fits meets the limit; below what does not."""
+    fits = sorted(batch for batch, made in known.items() if made)
+    above = min((batch for batch, made in known.items() if not made), default=None)
+    if not fits:
+        return above // 2 // step * step
+    if len(fits) == 1:
+        guess = 2 * fits[0]
+    else:
+        low, high = fits[-2:]
+        slope = (known[low].free - known[high].free) / (high - low)
+        guess = high + int(known[high].free / max(slope, 1))
+    guess = guess // step * step
+    return (
+        guess if above is None else min(guess, (fits[-1] + above) // 2 // step * step)
+    )
