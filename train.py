@@ -4,7 +4,6 @@ The same command in the same workdir goes on where its last checkpoint left off.
 """
 
 import contextlib
-import dataclasses
 import importlib
 import time
 from functools import partial
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from sit_jax import averages, chips, command, hosts, precision, sharding
+from sit_jax import averages, chips, command, hosts, program, sharding
 from sit_jax import config as configs
 from sit_jax.checkpoint import Checkpoints, steps
 from sit_jax.data.cache import check_cache
@@ -25,9 +24,9 @@ from sit_jax.manifest import environment
 from sit_jax.meter import Meter
 from sit_jax.models.kinds import kind_of
 from sit_jax.preview import Preview
-from sit_jax.recipe import check_data, check_training, recipe
+from sit_jax.recipe import check_data, check_training
 from sit_jax.start import begin, pack
-from sit_jax.training import make_train_step, tensor_names
+from sit_jax.training import tensor_names
 from sit_jax.vae_files import load_vae, with_vae
 from sit_jax.workdir import advice, agree, check_workdir, open_workdir, write_json
 
@@ -95,7 +94,7 @@ def train(config, workdir, given=NOTHING, wandb=None):
         _introduce(log, config, parts, state, source)
         show = _preview(log, config, parts, mesh)
         stop = stack.enter_context(command.Stop())
-        return _loop(config, stored, parts, state, feed, log, saved, show, stop)
+        return _loop(config, stored, parts, mesh, state, feed, log, saved, show, stop)
 
 
 def _published(family):
@@ -105,26 +104,18 @@ def _published(family):
 
 def _recipe(config, mesh):
     """The recipe with its VAE, and a model that computes as training shall."""
-    parts, word = recipe(config), _precision(config)
+    parts = program.training_recipe(config)
     if config.get("vae"):
         place = sharding.everywhere(mesh)
         parts = with_vae(parts, load_vae(config.vae, config.precision.vae, place))
-    if word.dtype == "float32":  # then model.dtype decides
-        return parts
-    model = precision.computing(word, parts.model)
-    return dataclasses.replace(parts, model=model)
+    return parts
 
 
-def _precision(config):
-    words = config.get("precision")  # absent in configs from before there was a choice
-    return precision.chosen(words.training if words else "fast")
-
-
-def _loop(config, stored, parts, state, feed, log, saved, show, stop):
+def _loop(config, stored, parts, mesh, state, feed, log, saved, show, stop):
     first, key = int(state.step), jax.random.key(config.seed)
     names = tensor_names(state)
     batch = next(feed)
-    step = _compiled(log, config, parts, state, batch, key)
+    step = _compiled(log, config, parts, mesh, state, batch, key)
     meter = _meter(config, parts)
     feed.waited()  # the first batch was waited for beside the compiler
     for at in range(first + 1, config.steps + 1):
@@ -150,21 +141,10 @@ def _loop(config, stored, parts, state, feed, log, saved, show, stop):
     return 0
 
 
-def _compiled(log, config, parts, state, batch, key):
+def _compiled(log, config, parts, mesh, state, batch, key):
     begun = time.perf_counter()
-    step = make_train_step(
-        parts.model,
-        parts.process,
-        parts.tx,
-        parts.ema_decay,
-        config.label_drop,
-        config.accumulate,
-        parts.timesteps,
-        config.get("log_quartiles", False),
-    )
-    step = precision.applied(_precision(config), step)
     where = jax.tree.map(lambda x: x.sharding, state)
-    step = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+    step = program.train_step(config, parts, mesh, where)
     compiled = step.lower(state, parts.codec, batch, key).compile()
     log.say(f"compiled the training step in {time.perf_counter() - begun:.1f} s")
     return compiled

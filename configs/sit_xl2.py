@@ -14,6 +14,7 @@ from sit_jax.data.sources import LatentFolder
 from sit_jax.interpolant import Interpolant
 from sit_jax.models.dit import SIZES, SiT
 from sit_jax.samplers.adaptive import AdaptiveOde
+from sit_jax.sharding import fully_sharded
 
 
 def get_config():
@@ -46,5 +47,5 @@ def get_config():
     c.guidance = 4.0
     c.guidance_channels = 3
     c.precision = ConfigDict({"training": "fast", "model": "exact", "vae": "exact"})
-    c.mesh = ConfigDict({"data": 1, "fsdp": -1})
+    c.mesh = ConfigDict(fully_sharded())
     return c

@@ -1,33 +1,63 @@
-"""Where arrays live: batches split over all devices, large weights split too.
+"""The mesh of devices, and how batches are split over it.
 
-One mesh with the axes `data` and `fsdp`. Batches are split over both, weights over
-`fsdp`: fsdp=1 is plain data parallelism, fsdp=-1 (all devices) keeps no copy twice.
+Three axes. A batch is split over `data` and `fsdp`; weights over `fsdp`, and over
+`tensor` the heads and hidden units that a device computes; optimizer, averages and
+gradients over `data` as well (placement.py). Sizes alone say which kind of parallelism
+that is; data_parallel() and its neighbours name the usual ones.
+
 Axis types are Auto: diffrax's loops fail on the Explicit ones that are JAX's default.
 """
 
+import functools
+import math
+
 import jax
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from sit_jax.errors import UserError
 
+AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
+HEADS = "tensor"  # the axis that attention heads and hidden units are split over
+_AUTO = (jax.sharding.AxisType.Auto,) * len(AXES)
 
 
-def make_mesh(data=1, fsdp=-1, devices=None):
+def data_parallel():
+    """Sizes of a mesh: weights on every device, optimizer and averages split (ZeRO-1).
+
+    Rajbhandari et al., arXiv:1910.02054.
+    """
+    return {"data": -1, "fsdp": 1, "tensor": 1}
+
+
+def fully_sharded():
+    """Nothing is held twice; a layer's weights are gathered when they are needed."""
+    return {"data": 1, "fsdp": -1, "tensor": 1}
+
+
+def with_tensor(size):
+    """fully_sharded, and `size` devices share each image's heads and hidden units."""
+    return {"data": 1, "fsdp": -1, "tensor": size}
+
+
+def hybrid(slices):
+    """fully_sharded inside each of so many slices, data parallel between them."""
+    return {"data": slices, "fsdp": -1, "tensor": 1}
+
+
+def make_mesh(data=1, fsdp=-1, tensor=1, devices=None):
     """-> Mesh of all devices (or those given); one size may be -1, for the rest."""
     devices = jax.devices() if devices is None else devices
-    sizes, n = [data, fsdp], len(devices)
-    if sizes.count(-1) == 1:
-        known = -np.prod(sizes)
-        sizes[sizes.index(-1)] = n // known if known > 0 else 0
-    if min(sizes) < 1 or np.prod(sizes) != n:
-        raise UserError(
-            f"mesh data={data} x fsdp={fsdp} does not make up {n} devices; "
-            "set one of the two to -1 for the rest"
-        )
-    axis = jax.sharding.AxisType.Auto
-    return jax.make_mesh(sizes, BATCH, axis_types=(axis, axis), devices=devices)
+    sizes = _sizes(data, fsdp, tensor, len(devices))
+    slices = {getattr(device, "slice_index", None) for device in devices}
+    if len(slices) == 1:
+        return jax.make_mesh(sizes, AXES, axis_types=_AUTO, devices=devices)
+    return jax.sharding.Mesh(_across(sizes, len(slices), devices), AXES, _AUTO)
+
+
+def planned_mesh(count, data=1, fsdp=-1, tensor=1):
+    """The mesh of `count` devices that need not exist; nothing can be put there."""
+    return AbstractMesh(_sizes(data, fsdp, tensor, count), AXES, _AUTO)
 
 
 def split_batch(mesh):
@@ -38,30 +68,6 @@ def split_batch(mesh):
 def everywhere(mesh):
     """Sharding of arrays that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
-
-
-def split_weights(mesh, tree, floor=2**14):
-    """Shardings for a tree of weights (arrays or shapes), leaf by leaf.
-
-    The longest axis that divides is split over `fsdp`; leaves of at most `floor`
-    elements are copied everywhere. Stacked blocks are never split along the layers,
-    so that the scan gathers one layer at a time.
-    """
-
-    def place(path, leaf):
-        stacked = any("blocks" in str(key) for key in path)
-        if leaf.size <= floor or mesh.shape["fsdp"] == 1:
-            return everywhere(mesh)
-        spec = [None] * leaf.ndim
-        for axis in np.argsort(leaf.shape)[::-1]:
-            if leaf.shape[axis] % mesh.shape["fsdp"] == 0 and not (
-                stacked and axis == 0
-            ):
-                spec[axis] = "fsdp"
-                break
-        return NamedSharding(mesh, PartitionSpec(*spec))
-
-    return jax.tree_util.tree_map_with_path(place, tree)
 
 
 def put(tree, where):
@@ -76,3 +82,65 @@ def shaped(tree, shardings):
     """Shapes with shardings, from eval_shape's tree: a target to restore into."""
     describe = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
     return jax.tree.map(describe, tree, shardings)
+
+
+def rows(mesh):
+    """Into how many parts a batch is split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def on(mesh, fn):
+    """fn, in which by_rows() knows the mesh; for use inside jit."""
+    mesh = getattr(mesh, "abstract_mesh", mesh)
+
+    @functools.wraps(fn)
+    def run(*args, **kwargs):
+        with jax.sharding.use_abstract_mesh(mesh):
+            return fn(*args, **kwargs)
+
+    return run
+
+
+def by_rows(x, *axes):
+    """x [B, ...], stated to be split over BATCH, and its other axes over `axes`.
+
+    Without this the compiler may split what passes between layers by features, as the
+    weights are, and send whole batches around. Does nothing outside `on`, or where a
+    dimension does not divide.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or any(mode != _AUTO[0] for mode in mesh.axis_types):
+        return x
+    spec = [BATCH, *axes, *[None] * (x.ndim - 1 - len(axes))]
+    for i, names in enumerate(spec):
+        names = (names,) if isinstance(names, str) else names or ()
+        if x.shape[i] % math.prod(mesh.shape[name] for name in names):
+            spec[i] = None
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def _sizes(data, fsdp, tensor, count):
+    sizes = [data, fsdp, tensor]
+    if sizes.count(-1) == 1:
+        known = -math.prod(sizes)
+        sizes[sizes.index(-1)] = count // known if known > 0 else 0
+    if min(sizes) < 1 or math.prod(sizes) != count:
+        raise UserError(
+            f"mesh data={data} x fsdp={fsdp} x tensor={tensor} does not make up "
+            f"{count} devices; set one of the three to -1 for the rest"
+        )
+    return tuple(sizes)
+
+
+def _across(sizes, slices, devices):
+    """Devices of several slices in order: only `data` leaves a slice."""
+    from jax.experimental.mesh_utils import create_hybrid_device_mesh
+
+    data, *inside = sizes
+    if data % slices:
+        raise UserError(
+            f"mesh.data is {data} on {slices} slices; between slices only `data` is "
+            f"split, so make it a multiple of {slices}"
+        )
+    shape, between = (data // slices, *inside), (slices, 1, 1)
+    return create_hybrid_device_mesh(shape, between, devices)

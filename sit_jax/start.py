@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sit_jax import averages, checkpoint
+from sit_jax import averages, checkpoint, placement
 from sit_jax.config import from_json
 from sit_jax.recipe import recipe
-from sit_jax.sharding import everywhere, shaped, split_weights
+from sit_jax.sharding import everywhere, shaped
 from sit_jax.training import TrainState, init_state
 from sit_jax.transfer import require_kind, same_network, transferred
 from sit_jax.weights import Directory, open_weights
@@ -30,7 +30,7 @@ def begin(
     init = partial(init_state, model, tx, parts.shape, decay=decay, losses=parts.losses)
     key = jax.random.key(seed)
     shapes = jax.eval_shape(init, key)
-    where = split_weights(mesh, shapes)
+    where = placement.of_state(mesh, shapes)
     target = shaped(shapes, where)
     if checkpoint.steps(directory):
         needed = _items(target, decay)

@@ -54,6 +54,7 @@ def make_train_step(
     accumulate=1,
     timesteps=None,
     by_quartile=False,
+    place=lambda grads: grads,
 ):
     """-> step(state, codec, batch, key) -> (state, metrics).
 
@@ -62,7 +63,8 @@ def make_train_step(
     metrics["bad"] is the place of the first such tensor in tensor_names(state).
     accumulate > 1 goes through the batch in that many parts, for the same gradient.
     timesteps: see timesteps.py; None: the process draws its times. by_quartile: losses
-    are also given for each quarter of the times.
+    are also given for each quarter of the times. place(grads) -> grads says where they
+    live; see placement.py.
 
     A model with .passes(key, shape) -> {prefix: inputs} is trained on the sum of the
     losses of all passes, at the same times but with other noise and dropped labels.
@@ -100,6 +102,7 @@ def make_train_step(
         grad = in_parts(grad, accumulate)
         grads, metrics = grad(state.params, data, t, weights, passes)
         rows = metrics.pop("rows", {})
+        grads = place(grads)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(_total(passes, metrics)) & jnp.isfinite(norm)
         losses = state.losses

@@ -21,7 +21,8 @@ from sit_jax.checkpoint import (
     steps,
 )
 from sit_jax.errors import UserError
-from sit_jax.sharding import make_mesh, shaped, split_weights
+from sit_jax.placement import once
+from sit_jax.sharding import make_mesh, shaped
 
 META = {"step": 7, "config": {"model": {"depth": 2}, "clip": None}, "skipped": [1, 0]}
 
@@ -30,12 +31,12 @@ def trees(mesh, seed=0):
     """A state's items on a mesh, some leaves split over it, and what to load into."""
     rng = np.random.default_rng(seed)
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    params = {"blocks": {"w": draw(2, 16, 64)}, "table": draw(64, 8), "b": draw(3)}
+    params = {"blocks": {"w": draw(2, 64, 256)}, "table": draw(2048, 16), "b": draw(3)}
     ema = jax.tree.map(lambda x: x / 3, params)
     opt_state = optax.adam(1e-3).init(params)
     opt_state = jax.tree.map(lambda x: np.asarray(x + 1), opt_state)
     state = {"params": params, "ema": ema, "opt_state": opt_state}
-    where = split_weights(mesh, state, floor=2**6)
+    where = once(mesh, state)
     like = shaped(jax.eval_shape(lambda: state), where)
     return jax.device_put(state, where), like
 
@@ -81,7 +82,7 @@ def test_one_device_saves_and_eight_load(tmp_path):
     found = load(tmp_path, 3, **like)
     assert equal(found, state)
     held = found["params"]["blocks"]["w"].addressable_shards
-    assert {shard.data.shape for shard in held} == {(2, 16, 8)}
+    assert {shard.data.shape for shard in held} == {(2, 64, 32)}
 
 
 def test_only_what_is_asked_for_is_read(one_step, tmp_path):

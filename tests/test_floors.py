@@ -12,16 +12,16 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     "errors",
     "drafts adan pickles json_text checkpoint.folder checkpoint.sums checkpoint.trees "
-    "cluster rendezvous greeting",
+    "cluster rendezvous greeting sharding hlo topology",
     "torch_containers checkpoint.whole party",
     "checkpoint.handling checkpoint.newest hosts",
     "checkpoint.saving checkpoint.reading",
     # nouns of their own
-    "paths schedules noise config port sharding checkpoint manifest metrics pictures "
+    "paths schedules noise config port placement checkpoint manifest metrics pictures "
     "chips meter tracking comparison tensor_files moments reference precision "
     "models.layers data.sources data.names data.coins data.tags data.shards "
     "data.images data.arrays averages timesteps guidance_scales models.masking "
-    "time_densities emulation probe samplers.walk torch_noise rounding gaussians "
+    "time_densities emulation probe samplers.walk torch_noise rounding gaussians pod "
     "array_files graph_files models.inception_layers metrics.gaussian metrics.score "
     "metrics.manifold metrics.kernel stored",
     "predictions guidance codec data.reading data.folders data.tars data.cache "
@@ -43,8 +43,8 @@ FLOORS = (
     "samplers.adams samplers.likelihood",
     "training generation recipe samplers.names",
     "weights transfer",
-    "start preview released presets settings mdt_files starts",
-    "inception_weights exchange sampling densities activations card conversion",
+    "start preview released presets settings mdt_files starts program residuals",
+    "inception_weights exchange sampling densities activations card conversion plan",
     "model_folder",
     "stages given",
     "train sample port_weights score_digits extract_features evaluate diagnose",

@@ -1,32 +1,37 @@
-"""Meshes, and where weights and batches live on them."""
+"""Meshes, batches split over them, and what programs are told of both."""
+
+import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from sit_jax import sharding
 from sit_jax.errors import UserError
-from sit_jax.sharding import everywhere, make_mesh, shaped, split_batch, split_weights
-
-
-def shapes(**leaves):
-    return {k: jax.ShapeDtypeStruct(v, np.float32) for k, v in leaves.items()}
+from sit_jax.sharding import by_rows, everywhere, make_mesh, on, shaped, split_batch
 
 
 @pytest.mark.parametrize(
     "asked, made",
     [
-        ({}, (1, 8)),
-        ({"data": -1, "fsdp": 1}, (8, 1)),
-        ({"data": 2, "fsdp": 4}, (2, 4)),
-        ({"data": -1, "fsdp": 2}, (4, 2)),
-        ({"data": 8, "fsdp": -1}, (8, 1)),
+        ({}, (1, 8, 1)),
+        ({"data": -1, "fsdp": 1}, (8, 1, 1)),  # as earlier runs have it, no tensor
+        ({"data": 2, "fsdp": 4}, (2, 4, 1)),
+        ({"data": -1, "fsdp": 2, "tensor": 2}, (2, 2, 2)),
+        ({"data": 2, "fsdp": 2, "tensor": -1}, (2, 2, 2)),
+        (sharding.data_parallel(), (8, 1, 1)),
+        (sharding.fully_sharded(), (1, 8, 1)),
+        (sharding.with_tensor(4), (1, 2, 4)),
+        (sharding.hybrid(2), (2, 4, 1)),
     ],
 )
 def test_sizes_of_a_mesh(asked, made):
     mesh = make_mesh(**asked)
-    assert dict(mesh.shape) == {"data": made[0], "fsdp": made[1]}
-    assert mesh.axis_types == (AxisType.Auto, AxisType.Auto)  # diffrax needs it
+    assert tuple(mesh.shape.items()) == tuple(zip(sharding.AXES, made, strict=True))
+    assert set(mesh.axis_types) == {AxisType.Auto}  # diffrax needs it
+    assert sharding.planned_mesh(8, **asked).shape == mesh.shape
 
 
 def test_a_mesh_of_some_devices():
@@ -35,61 +40,82 @@ def test_a_mesh_of_some_devices():
 
 
 @pytest.mark.parametrize(
-    "data, fsdp", [(3, -1), (2, 2), (-1, -1), (0, -1), (-2, -4), (-2, -1), (16, 1)]
+    "sizes",
+    [(3, -1), (2, 2), (-1, -1), (0, -1), (-2, -4), (-2, -1), (16, 1), (1, -1, 3)],
 )
-def test_sizes_that_do_not_make_up_the_devices_are_refused(data, fsdp):
-    with pytest.raises(UserError, match=f"data={data} x fsdp={fsdp} .* 8 devices"):
-        make_mesh(data, fsdp)
+def test_sizes_that_do_not_make_up_the_devices_are_refused(sizes):
+    data, fsdp, tensor = (*sizes, 1)[:3]
+    told = f"data={data} x fsdp={fsdp} x tensor={tensor} .* 8 devices"
+    with pytest.raises(UserError, match=told):
+        make_mesh(*sizes)
 
 
-@pytest.mark.parametrize("data, fsdp", [(8, 1), (2, 4), (1, 8)])
-def test_each_device_gets_its_own_rows_of_a_batch(data, fsdp):
-    batch = jax.device_put(np.arange(16), split_batch(make_mesh(data, fsdp)))
+@dataclasses.dataclass(frozen=True)
+class Device:
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "cpu"
+    device_kind: str = "a chip"
+
+
+def test_only_data_leaves_a_slice():
+    devices = [Device(i, slice_index=i // 4) for i in range(8)]
+    mesh = make_mesh(data=2, devices=devices)
+    found = [[d.slice_index for d in row.ravel()] for row in mesh.devices]
+    assert found == [[0] * 4, [1] * 4]
+    with pytest.raises(UserError, match="mesh.data is 1 on 2 slices"):
+        make_mesh(devices=devices)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1), (2, 4), (1, 8)])
+def test_each_device_gets_its_own_rows_of_a_batch(sizes):
+    mesh = make_mesh(*sizes)
+    batch = jax.device_put(np.arange(16), split_batch(mesh))
     rows = sorted(tuple(np.asarray(s.data)) for s in batch.addressable_shards)
-    assert rows == [(i, i + 1) for i in range(0, 16, 2)]
+    assert rows == [(i, i + 1) for i in range(0, 16, 2)] and sharding.rows(mesh) == 8
 
 
-def test_large_weights_are_split_along_their_longest_axis_that_divides():
-    tree = shapes(
-        wide=(256, 1024), tall=(1024, 256), odd=(1001, 24), prime=(1009, 1013)
-    )
-    found = split_weights(make_mesh(), tree)
-    assert {name: s.spec for name, s in found.items()} == {
-        "wide": PartitionSpec(None, "fsdp"),
-        "tall": PartitionSpec("fsdp", None),
-        "odd": PartitionSpec(None, "fsdp"),
-        "prime": PartitionSpec(None, None),
-    }
-
-
-def test_small_weights_and_all_without_fsdp_stay_whole():
-    tree = shapes(bias=(2**14,), table=(2**15, 8))
-    assert split_weights(make_mesh(), tree)["bias"].is_fully_replicated
-    assert not split_weights(make_mesh(), tree)["table"].is_fully_replicated
-    whole = split_weights(make_mesh(data=-1, fsdp=1), tree)
-    assert all(s.is_fully_replicated for s in whole.values())
-
-
-def test_stacked_blocks_are_never_split_along_the_layers():
-    leaf = shapes(kernel=(1024, 64, 48))
-    tree = {"params": {"blocks": leaf}, "moments": [{"blocks": leaf}], "other": leaf}
-    found = split_weights(make_mesh(), tree)
-    for stacked in (found["params"]["blocks"], found["moments"][0]["blocks"]):
-        assert stacked["kernel"].spec == PartitionSpec(None, "fsdp", None)
-    assert found["other"]["kernel"].spec == PartitionSpec("fsdp", None, None)
-
-
-def test_a_split_weight_is_held_once():
-    mesh = make_mesh()
-    weight = np.arange(2**16, dtype=np.float32).reshape(256, 256)
-    where = split_weights(mesh, {"w": weight})["w"]
-    placed = jax.device_put(weight, where)
-    assert sum(s.data.size for s in placed.addressable_shards) == weight.size
-    np.testing.assert_array_equal(placed, weight)
+def test_devices_of_a_tensor_axis_share_their_rows():
+    mesh = make_mesh(1, -1, 2)
+    batch = jax.device_put(np.arange(8), split_batch(mesh))
+    assert {s.data.shape for s in batch.addressable_shards} == {(2,)}
+    assert sharding.rows(mesh) == 4
 
 
 def test_shapes_with_places_are_targets_to_restore_into():
-    mesh, tree = make_mesh(), shapes(a=(3,), b=(256, 256))
-    target = shaped(tree, split_weights(mesh, tree))
-    assert target["a"].shape == (3,) and target["a"].sharding == everywhere(mesh)
-    assert target["b"].sharding.spec == PartitionSpec(None, "fsdp")
+    mesh = make_mesh()
+    where = {"a": everywhere(mesh), "b": split_batch(mesh)}
+    tree = {k: jax.ShapeDtypeStruct((16, 3), np.float32) for k in where}
+    target = shaped(tree, where)
+    assert target["a"].shape == (16, 3) and target["a"].sharding == everywhere(mesh)
+    assert target["b"].sharding == split_batch(mesh)
+
+
+def placed_by(mesh, x, *axes, inside=True):
+    """How a program leaves an array that it says is kept so."""
+    fn = lambda x: by_rows(2 * x, *axes)
+    x = jax.device_put(x, everywhere(mesh))
+    return jax.jit(on(mesh, fn) if inside else fn)(x).sharding
+
+
+def test_what_is_kept_is_split_by_rows_and_the_axes_named():
+    mesh, x = make_mesh(1, -1, 2), jnp.ones((8, 3, 4))
+    expect = PartitionSpec(("data", "fsdp"), None, "tensor")
+    found = placed_by(mesh, x, None, "tensor")
+    assert found.is_equivalent_to(NamedSharding(mesh, expect), 3)
+    assert placed_by(mesh, x, None, "tensor", inside=False).is_fully_replicated
+
+
+def test_what_does_not_divide_is_left_alone():
+    mesh = make_mesh(1, -1, 2)
+    found = placed_by(mesh, jnp.ones((3, 3, 4)), None, "tensor")
+    expect = NamedSharding(mesh, PartitionSpec(None, None, "tensor"))
+    assert found.is_equivalent_to(expect, 3)
+
+
+def test_nothing_is_stated_where_code_is_written_per_device():
+    mesh, rows = make_mesh(), PartitionSpec(("data", "fsdp"))
+    per_device = jax.shard_map(by_rows, mesh=mesh, in_specs=rows, out_specs=rows)
+    x = jnp.arange(16.0).reshape(8, 2)
+    np.testing.assert_array_equal(jax.jit(on(mesh, per_device))(x), x)

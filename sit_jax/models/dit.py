@@ -25,6 +25,7 @@ from sit_jax.models.layers import (
     norm,
     stack,
 )
+from sit_jax.sharding import by_rows
 
 SIZES = {
     "S": dict(depth=12, width=384, heads=6),
@@ -45,9 +46,10 @@ class Block(nn.Module):
         """tokens [B, T, D], c [B, D] -> tokens, and nothing to stack."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(6, c, self.dtype)
         y = modulate(norm("norm1")(x), shift1, scale1)
-        x = x + gate1 * Attention(self.heads, self.dtype, name="attn")(y)
+        x = by_rows(x + gate1 * Attention(self.heads, self.dtype, name="attn")(y))
         y = modulate(norm("norm2", self.norm2_epsilon)(x), shift2, scale2)
-        return x + gate2 * Mlp(self.mlp_ratio, self.dtype, name="mlp")(y), None
+        x = by_rows(x + gate2 * Mlp(self.mlp_ratio, self.dtype, name="mlp")(y))
+        return x, None
 
 
 class DiT(nn.Module):
@@ -80,7 +82,7 @@ class DiT(nn.Module):
         out = x.shape[-1] * (2 if self.learn_sigma else 1)
         x = Patches(self.width, (p, p), (p, p), dtype=dtype, name="patch")(x)
         x = rearrange(x, "b h w d -> b (h w) d")
-        x = (x + grid_embedding(side, self.width)[None]).astype(dtype)
+        x = by_rows((x + grid_embedding(side, self.width)[None]).astype(dtype))
         labels = self.classes + self.null_label
         shift, epsilon = self.frequency_shift, self.norm2_epsilon
         c = Conditioning(self.width, labels, shift, name="cond")(t, y)

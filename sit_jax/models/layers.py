@@ -14,6 +14,7 @@ import numpy as np
 from einops import rearrange
 
 from sit_jax.errors import UserError
+from sit_jax.sharding import HEADS, by_rows
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -58,7 +59,7 @@ class Attention(nn.Module):
     def __call__(self, x):
         width = x.shape[-1]
         qkv = Dense(3 * width, dtype=self.dtype, name="qkv")(x)
-        q, k, v = rearrange(qkv, "b t (n h d) -> n b t h d", n=3, h=self.heads)
+        q, k, v = by_head(qkv, self.heads)
         x = rearrange(attend(q, k, v), "b t h d -> b t (h d)")
         return Dense(width, dtype=self.dtype, name="proj")(x)
 
@@ -71,7 +72,7 @@ class Mlp(nn.Module):
     def __call__(self, x):
         width = x.shape[-1]
         x = Dense(int(width * self.ratio), dtype=self.dtype, name="fc1")(x)
-        x = nn.gelu(x, approximate=True)
+        x = nn.gelu(by_rows(x, None, HEADS), approximate=True)
         return Dense(width, dtype=self.dtype, name="fc2")(x)
 
 
@@ -89,7 +90,7 @@ class Conditioning(nn.Module):
         t = nn.Dense(self.width, kernel_init=small, name="time_in")(waves)
         t = nn.Dense(self.width, kernel_init=small, name="time_out")(nn.silu(t))
         table = nn.Embed(self.labels, self.width, embedding_init=small, name="label")
-        return t + table(y)
+        return by_rows(t + table(y))
 
 
 class Head(nn.Module):
@@ -102,6 +103,12 @@ class Head(nn.Module):
         shift, scale = modulation(2, c)
         x = modulate(norm("norm")(x), shift, scale)
         return nn.Dense(self.out, kernel_init=nn.initializers.zeros, name="out")(x)
+
+
+def by_head(qkv, heads):
+    """[B, T, 3D], columns ordered (q k v, head) -> q, k, v [B, T, heads, D/heads]."""
+    parts = rearrange(qkv, "b t (n h d) -> n b t h d", n=3, h=heads)
+    return [by_rows(part, None, HEADS) for part in parts]
 
 
 def attend(q, k, v, implementation="xla"):

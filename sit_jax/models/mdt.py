@@ -20,6 +20,7 @@ from sit_jax.models.layers import (
     Head,
     Mlp,
     Patches,
+    by_head,
     choose,
     grid_embedding,
     modulate,
@@ -27,6 +28,7 @@ from sit_jax.models.layers import (
     norm,
     stack,
 )
+from sit_jax.sharding import by_rows
 
 
 class Attention(nn.Module):
@@ -51,7 +53,7 @@ class Attention(nn.Module):
             bias = masking.among(bias, seen)
             mask = None if seen.valid is None else seen.valid[:, None, None]
         qkv = Dense(3 * width, dtype=self.dtype, name="qkv")(x)
-        q, k, v = rearrange(qkv, "b t (n h d) -> n b t h d", n=3, h=self.heads)
+        q, k, v = by_head(qkv, self.heads)
         x = jax.nn.dot_product_attention(q, k, v, bias, mask, implementation="xla")
         x = rearrange(x, "b t h d -> b t (h d)")
         return Dense(width, dtype=self.dtype, name="proj")(x)
@@ -74,9 +76,9 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(6, c, self.dtype)
         y = modulate(norm("norm1")(x), shift1, scale1)
         attention = Attention(self.heads, self.side, self.dtype, name="attn")
-        x = x + gate1 * attention(y, seen)
+        x = by_rows(x + gate1 * attention(y, seen))
         y = modulate(norm("norm2")(x), shift2, scale2)
-        x = x + gate2 * Mlp(self.mlp_ratio, self.dtype, name="mlp")(y)
+        x = by_rows(x + gate2 * Mlp(self.mlp_ratio, self.dtype, name="mlp")(y))
         return x, x if self.leaves else None
 
 
@@ -134,7 +136,7 @@ class MDT(nn.Module):
             seen = masking.seen(order, kept, size)
         x = Patches(self.width, (p, p), (p, p), dtype=dtype, name="patch")(x)
         x = rearrange(x, "b h w d -> b (h w) d")
-        x = whole = (x + self._positions("positions", side)).astype(dtype)
+        x = whole = by_rows((x + self._positions("positions", side)).astype(dtype))
         labels = self.classes + self.null_label
         c = Conditioning(self.width, labels, name="cond")(t, y)
         x = self.encode(x if seen is None else masking.take(x, seen), c, seen, side)

@@ -1,0 +1,109 @@
+"""Training on eight devices, however split, is training on one."""
+
+from functools import cache, partial
+
+import jax
+import numpy as np
+import pytest
+import small
+
+from sit_jax import placement, program, sharding
+from sit_jax.config import spec
+from sit_jax.diffusion import Diffusion
+from sit_jax.interpolant import Interpolant
+from sit_jax.models.dit import DiT, SiT
+from sit_jax.models.mdt import MDTv2
+from sit_jax.plan import bytes_of
+from sit_jax.training import fresh_state
+
+# Wide enough that most kernels have more than placement.SMALL elements.
+SIZE = dict(depth=2, width=64, heads=4, patch=2, classes=5)
+FAMILIES = {
+    "SiT": (spec(SiT, **SIZE), spec(Interpolant)),
+    "DiT": (spec(DiT, **SIZE), spec(Diffusion)),
+    "MDTv2": (spec(MDTv2, **SIZE | {"depth": 3}, decoder=1), spec(Diffusion)),
+}
+PRESETS = {
+    "data parallel": sharding.data_parallel(),
+    "fsdp": sharding.fully_sharded(),
+    "fsdp and tensor": sharding.with_tensor(2),
+    "hybrid": sharding.hybrid(2),
+}
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+def config(family):
+    c = small.config(shape=(8, 8, 2), batch_size=8)
+    c.model, c.process = FAMILIES[family]
+    c.optimizer.learning_rate = 1e-4
+    return c
+
+
+def batch(seed):
+    rng = np.random.default_rng(seed)
+    latent = rng.standard_normal((8, 8, 8, 2)).astype(np.float32)
+    return {"latent": latent, "label": rng.integers(5, size=8).astype(np.int32)}
+
+
+def run(family, mesh, steps=5):
+    """-> losses of a few steps as train.py takes them, and the state after them."""
+    c = config(family)
+    parts = program.training_recipe(c)
+    begin = partial(fresh_state, parts.tx, decay=parts.ema_decay)
+    _, where = program.state_shapes(parts, mesh)
+    params = small.random_params(parts, 0)
+    state = jax.jit(begin, out_shardings=where, compiler_options=QUICK)(params)
+    place = lambda i: jax.device_put(batch(i), sharding.split_batch(mesh))
+    step = program.train_step(c, parts, mesh, where)
+    step = step.lower(state, parts.codec, place(0), jax.random.key(1))
+    step, losses = step.compile(QUICK), []
+    for i in range(steps):
+        state, metrics = step(state, parts.codec, place(i), jax.random.key(1))
+        losses.append(float(metrics["loss"]))
+    return losses, state
+
+
+@cache
+def alone(family):
+    return run(family, sharding.make_mesh(devices=jax.devices()[:1]))[0]
+
+
+def check(family, preset):
+    """The losses, and the bytes that the table of placements tells beforehand."""
+    mesh = sharding.make_mesh(**PRESETS[preset])
+    losses, state = run(family, mesh)
+    assert len(set(losses)) == 5
+    # only the order of sums differs, a few units of 1e-7
+    np.testing.assert_allclose(losses, alone(family), rtol=1e-6)
+    shapes, where = program.state_shapes(program.training_recipe(config(family)), mesh)
+    assert jax.tree.map(lambda x: x.sharding, state) == where
+    for item in ("params", "ema", "opt_state"):
+        told = bytes_of(getattr(shapes, item), getattr(where, item))
+        held = [
+            leaf.addressable_shards[0].data.nbytes
+            for leaf in jax.tree.leaves(getattr(state, item))
+        ]
+        assert told == sum(held), item
+    return shapes, mesh
+
+
+# Two pairs here, the others among the slow ones: each compiles two training steps.
+QUICKLY = [("SiT", "hybrid"), ("DiT", "fsdp and tensor")]
+
+
+@pytest.mark.parametrize("family, preset", QUICKLY)
+def test_eight_devices_give_the_losses_of_one_and_hold_what_was_planned(family, preset):
+    shapes, mesh = check(family, preset)
+    split = [
+        leaf
+        for leaf in jax.tree.leaves(placement.once(mesh, shapes.params))
+        if not leaf.is_fully_replicated
+    ]
+    assert len(split) >= 4  # or the pair shows nothing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_under_every_preset(family, preset):
+    check(family, preset)

@@ -1,0 +1,118 @@
+"""Which mesh axes split which weights, and that nothing is held twice unsaid."""
+
+import re
+from functools import partial
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from sit_jax import placement, plan
+from sit_jax.models.dit import SiT
+from sit_jax.models.mdt import MDT, MDTv2
+from sit_jax.sharding import make_mesh, planned_mesh
+from sit_jax.training import init_params, init_state
+
+WEIGHTS, ALL = ("fsdp", "tensor"), ("fsdp", "tensor", "data")
+
+
+def sizes(data=1, fsdp=1, tensor=1):
+    return {"data": data, "fsdp": fsdp, "tensor": tensor}
+
+
+def spec(name, shape, axes=WEIGHTS, **mesh):
+    return placement.place(name, shape, sizes(**mesh), axes)
+
+
+@pytest.mark.parametrize(
+    "name, shape, expected",
+    [
+        ("blocks/attn/qkv/kernel", (28, 1152, 3456), (None, ("fsdp", "tensor"), None)),
+        ("blocks/mlp/fc1/kernel", (28, 1152, 4608), (None, "fsdp", "tensor")),
+        ("blocks/mlp/fc2/kernel", (28, 4608, 1152), (None, "tensor", "fsdp")),
+        ("blocks/attn/proj/kernel", (28, 1152, 1152), (None, "tensor", "fsdp")),
+        ("head/adaLN/kernel", (1152, 2304), (("fsdp", "tensor"), None)),
+        ("cond/label/embedding", (1001, 1152), (None, ("fsdp", "tensor"))),
+        ("patch/kernel", (2, 2, 4, 1152), (None, None, None, ("fsdp", "tensor"))),
+    ],
+)
+def test_the_table(name, shape, expected):
+    assert spec(name, shape, fsdp=8, tensor=2) == (P(*expected), ())
+    plain = [
+        "fsdp" if "fsdp" in (names if isinstance(names, tuple) else [names]) else None
+        for names in expected
+    ]
+    assert spec(f"opt_state/0/mu/{name}", shape, fsdp=16) == (P(*plain), ())
+
+
+def test_optimizer_and_averages_are_split_over_replicas_too():
+    kernel = "ema/blocks/attn/qkv/kernel", (28, 1152, 3456)
+    assert spec(*kernel, data=8) == (P(None, None, None), ())  # as weights are
+    assert spec(*kernel, axes=ALL, data=8) == (P(None, None, "data"), ())
+    both = P(None, "fsdp", "data")
+    assert spec(*kernel, axes=ALL, data=2, fsdp=128) == (both, ())
+
+
+def test_where_the_best_axis_does_not_divide_the_next_best_does():
+    name, shape = "blocks/mlp/fc1/kernel", (2, 1152, 4608)
+    assert spec(name, shape, fsdp=256) == (P(None, None, "fsdp"), ())  # 1152 / 256
+    assert spec(name, shape, fsdp=256, tensor=3) == (
+        P(None, "tensor", "fsdp"),
+        (),
+    )
+
+
+def test_what_nothing_divides_is_named():
+    name, shape = "blocks/attn/qkv/kernel", (28, 1152, 3456)
+    assert spec(name, shape, fsdp=256) == (P(None, None, None), ("fsdp",))
+    tree = {"blocks": {"attn": {"qkv": {"kernel": np.zeros((2, 144, 432))}}}}
+    found = placement.undivided(planned_mesh(256), tree)
+    assert found == [("blocks/attn/qkv/kernel", (2, 144, 432), ("fsdp",))]
+    assert placement.undivided(planned_mesh(256, data=2), tree) == [
+        ("blocks/attn/qkv/kernel", (2, 144, 432), ("fsdp",))
+    ]
+    assert not placement.undivided(planned_mesh(256, data=16), tree)
+
+
+def test_an_array_that_the_table_does_not_know_is_split_along_its_longest_axis():
+    assert spec("table", (64, 1024), fsdp=8) == (P(None, "fsdp"), ())
+    assert spec("blocks/w", (1024, 64, 512), fsdp=8) == (P(None, None, "fsdp"), ())
+    # as of an optimizer that keeps another shape than the weight's
+    factored = "opt_state/v_row/blocks/attn/qkv/kernel", (8, 4096)
+    assert spec(*factored, fsdp=8) == (P(None, "fsdp"), ())
+
+
+def test_small_arrays_are_held_whole():
+    assert spec("table", (2**14,), fsdp=8) == (P(), ())
+    assert spec("table", (2**15,), fsdp=8) == (P("fsdp"), ())
+
+
+@pytest.mark.parametrize("network", [SiT, MDT, MDTv2])
+def test_every_weight_of_an_xl_is_in_the_table(network):
+    init = partial(init_params, network(), (32, 32, 4))
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        layers = 1 if "blocks" in name else 0
+        if leaf.ndim - layers > 1 and not name.endswith("hidden_token"):
+            assert any(re.search(pattern, name) for pattern, _ in placement.TABLE), name
+    # 128 divides every width of the releases; what is left has 7 MB at most
+    left = placement.undivided(planned_mesh(512, data=4), shapes)
+    assert all(np.prod(shape) * 4 < plan.NOTABLE for _, shape, _ in left)
+
+
+def test_arrays_hold_what_the_table_says():
+    """ZeRO-1: replicas have the weights whole, all else once between them."""
+    model = SiT(depth=2, width=64, heads=4, patch=2, classes=5)
+    mesh = make_mesh(data=2, fsdp=4)
+    begin = partial(init_state, model, optax.adamw(1e-3), (8, 8, 4))
+    shapes = jax.eval_shape(begin, jax.random.key(0))
+    where = placement.of_state(mesh, shapes)
+    state = jax.jit(begin, out_shardings=where)(jax.random.key(0))
+    held = lambda x: {shard.data.size for shard in x.addressable_shards}
+    kernel = state.params["blocks"]["mlp"]["fc1"]["kernel"]
+    assert held(kernel) == {kernel.size // 4}
+    for other in (state.ema, state.opt_state[0].mu, state.opt_state[0].nu):
+        assert held(other["blocks"]["mlp"]["fc1"]["kernel"]) == {kernel.size // 8}
