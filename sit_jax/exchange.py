@@ -35,6 +35,16 @@ class TorchWeights:
     file: torch_files.TorchFile
     config: Any
     released: Released
+    meta = {}  # what a checkpoint's would add
+
+    def shapes(self):
+        """Shapes of the parameters, by path."""
+        return self.released.params
+
+    def leaves(self, item):
+        """Yields (path, array) of item "ema" or "params", the largest first."""
+        state = self.file.model if item == "params" else self.file.ema
+        return self.released.leaves(state)
 
     def load(self, item, parts, mesh):
         """item "ema" or "params" -> the model's parameters, whole on every device."""
@@ -105,6 +115,11 @@ class Stored:
         self.meta = checkpoint.read_meta(directory, step)
         if "config" not in self.meta:
             raise UserError(f"{directory}/{step} has no config in its meta")
+        if form := self.meta.get("quantized"):
+            raise UserError(
+                f"{directory}/{step} holds {form['form']} weights, which torch files "
+                f"have no place for; convert what it was made from: {self.meta['from']}"
+            )
         self.config = from_json(self.meta["config"])
         self._recipe = recipe(self.config)
         self.released = Released(self._recipe.model, self._recipe.shape)

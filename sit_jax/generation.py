@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sit_jax import noise
 from sit_jax.guidance import guided, is_none, with_null_half
+from sit_jax.models.applied import apply
 from sit_jax.sharding import BATCH, everywhere, put, split_batch
 
 CHUNK = 4  # rows of a batch that go through the network together on a CPU
@@ -26,8 +27,8 @@ def make_generate(parts, mesh, weak=None, around=lambda fn: fn):
     on_cpu = mesh.devices.flat[0].platform == "cpu"
 
     def network(model, params):
-        apply = around(lambda params, *at: model.apply({"params": params}, *at))
-        return partial(in_chunks(apply, mesh) if on_cpu else apply, params)
+        run = around(partial(apply, model))
+        return partial(in_chunks(run, mesh) if on_cpu else run, params)
 
     def generate(params, keys, labels, start, given=None):
         strong, worse = params if weak else (params, None)

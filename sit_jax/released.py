@@ -69,11 +69,13 @@ class Released:
 
     def tree(self, state, put=lambda leaf: leaf):
         """State dict -> params, each leaf passed through put."""
-        flat = {}
+        return nest({path: put(leaf) for path, leaf in self.leaves(state)})
+
+    def leaves(self, state):
+        """Yields (path, array) of a state dict's params, the largest first."""
         for rule in sorted(self.rules, key=lambda rule: -self.params[rule[1]].size):
             leaf, _ = port.to_flax([rule], state)
-            flat[rule[1]] = put(flatten_dict(leaf, sep="/")[rule[1]])
-        return nest(flat)
+            yield rule[1], flatten_dict(leaf, sep="/")[rule[1]]
 
     def check(self, path, state):
         """Refuses a state dict with other names or shapes, listing them."""

@@ -116,11 +116,9 @@ def over(vector, x):
     return vector.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
-STORED = (Quantized, Adapted, Grown)
-
-
 def is_stored(node):
-    return isinstance(node, STORED)
+    """Whether it is one of these forms, or one of quantized.py: no array has .read."""
+    return hasattr(node, "read") and hasattr(node, "shape")
 
 
 def read(tree):
@@ -214,9 +212,14 @@ def quantize(path, weight):
     """float [..., in, out] -> Quantized to int8, symmetric, the largest as 127."""
     if not bool(jnp.isfinite(weight).all()):
         raise UserError(f"{path} has values that are not finite: nothing to quantize")
+    return Quantized(*to_int8(weight))
+
+
+def to_int8(weight):
+    """float [..., in, out] -> codes, and the scale of each output channel."""
     largest = jnp.max(jnp.abs(weight), axis=-2, keepdims=True)
     scale = jnp.where(largest > 0, largest, 1) / 127
-    return Quantized(jnp.round(weight / scale).astype(jnp.int8), scale)
+    return jnp.round(weight / scale).astype(jnp.int8), scale
 
 
 def _part(node, trained):

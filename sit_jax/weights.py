@@ -2,14 +2,16 @@
 
 import dataclasses
 import sys
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sit_jax import checkpoint, diffusers_files, releases
+from sit_jax import checkpoint, diffusers_files, quantizing, releases
 from sit_jax.config import from_json
 from sit_jax.errors import UserError
+from sit_jax.recipe import recipe
 from sit_jax.sharding import everywhere, shaped
 from sit_jax.tensor_files import KINDS
 from sit_jax.training import init_params
@@ -22,21 +24,37 @@ class Directory:
     path: Path
     step: int
 
+    @cached_property
+    def meta(self):
+        return checkpoint.read_meta(self.path, self.step)
+
     @property
     def config(self):
-        meta = checkpoint.read_meta(self.path, self.step)
-        if "config" not in meta:
+        if "config" not in self.meta:
             raise UserError(f"{self.path}/{self.step} has no config in its meta")
-        return from_json(meta["config"])
+        return from_json(self.meta["config"])
+
+    def shapes(self):
+        """Shapes of the parameters as floats, by path."""
+        parts = recipe(self.config)
+        return flatten_dict(_shapes(parts), sep="/")
+
+    def leaves(self, item):
+        """Yields (path, float array), the largest first, little of it at a time."""
+        like = unflatten_dict(self.shapes(), sep="/")
+        return checkpoint.leaves(self.path, self.step, item, like)
 
     def load(self, item, parts, mesh):
         """item "ema" or "params" -> the model's parameters, whole on every device."""
-        shapes = jax.eval_shape(
-            partial(init_params, parts.model, parts.shape), jax.random.key(0)
-        )
+        shapes = quantizing.shapes(_shapes(parts), self.meta)
         where = jax.tree.map(lambda _: everywhere(mesh), shapes)
         target = shaped(shapes, where)
         return checkpoint.load(self.path, self.step, **{item: target})[item]
+
+
+def _shapes(parts):
+    init = partial(init_params, parts.model, parts.shape)
+    return jax.eval_shape(init, jax.random.key(0))
 
 
 def open_weights(path, torch_file):

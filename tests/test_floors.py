@@ -25,7 +25,7 @@ FLOORS = (
     "array_files graph_files models.inception_layers metrics.gaussian metrics.score "
     "metrics.manifold metrics.kernel stored",
     "predictions guidance codec data.reading data.folders data.tars data.cache "
-    "data.filling data.prepared command workdir logging outputs torch_files "
+    "quantized data.filling data.prepared command workdir logging outputs torch_files "
     "job labels download models.vae_layers models.applied",
     "checkpoint.__main__ diffusers_files",
     "image_sets bundle paired effects models.inception parts releases models.vae",
@@ -41,13 +41,14 @@ FLOORS = (
     "samplers.flow samplers.sde samplers.chain torch_config",
     "samplers.ode samplers.adaptive samplers.torchdiffeq",
     "samplers.adams samplers.likelihood",
-    "training generation recipe samplers.names",
+    "training generation recipe samplers.names quantizing",
     "weights transfer",
     "start preview released presets settings mdt_files starts program residuals",
     "inception_weights exchange sampling densities activations card conversion plan",
     "model_folder",
     "stages given",
-    "train sample port_weights score_digits extract_features evaluate diagnose",
+    "train sample port_weights quantize score_digits extract_features evaluate "
+    "diagnose",
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names.split()}
 SCRIPTS = {file.stem for file in ROOT.glob("*.py")}
