@@ -19,13 +19,16 @@ from sit_jax.data.feed import batches
 from sit_jax.data.sources import Synthetic
 from sit_jax.errors import UserError
 from sit_jax.given import Given, add_flags
+from sit_jax.history import history
+from sit_jax.keeper import Keeper
 from sit_jax.logging import RunLog
 from sit_jax.manifest import environment
 from sit_jax.meter import Meter
 from sit_jax.models.kinds import kind_of
 from sit_jax.preview import Preview
 from sit_jax.recipe import check_data, check_training
-from sit_jax.start import begin, pack
+from sit_jax.replicas import Replicas
+from sit_jax.start import begin
 from sit_jax.training import tensor_names
 from sit_jax.vae_files import load_vae, with_vae
 from sit_jax.workdir import advice, agree, check_workdir, open_workdir, write_json
@@ -73,6 +76,8 @@ def train(config, workdir, given=NOTHING, wandb=None):
             f"{given.path} is at step {first} and config.steps is {config.steps}; "
             "set a larger --config.steps, or --weights-only to begin at step 0"
         )
+    past = history(folder, first, stored, mesh)
+    watch = Replicas(config.get("check_replicas", 0), state)
     workdir = open_workdir(workdir, stored)  # from here on it is this run's
     hosts.on_loss(partial(advice, folder))
     with contextlib.ExitStack() as stack:
@@ -82,6 +87,8 @@ def train(config, workdir, given=NOTHING, wandb=None):
         log = RunLog(workdir, config.steps, first, wandb and {"project": wandb})
         stack.callback(log.close)
         log.say(f"{workdir} {origin}")
+        for line in past.changes:
+            log.say(line)
         about = {"config": stored, **environment()}
         if hosts.first():
             write_json(workdir / "manifest.json", about)
@@ -89,12 +96,14 @@ def train(config, workdir, given=NOTHING, wandb=None):
             log.say(f"nothing to do: config.steps is {config.steps}")
             return 0
         how = {"workers": config.get("workers", 0), "say": log.say}
+        how["skip"] = past.skip
         feed = batches(source, config.batch_size, config.seed, first, mesh, **how)
         stack.callback(feed.close)
         _introduce(log, config, parts, state, source)
         show = _preview(log, config, parts, mesh)
         stop = stack.enter_context(command.Stop())
-        return _loop(config, stored, parts, mesh, state, feed, log, saved, show, stop)
+        keeper = Keeper(saved, watch, past, stored, parts.ema_decay)
+        return _loop(config, parts, mesh, state, feed, log, saved, keeper, show, stop)
 
 
 def _published(family):
@@ -111,7 +120,7 @@ def _recipe(config, mesh):
     return parts
 
 
-def _loop(config, stored, parts, mesh, state, feed, log, saved, show, stop):
+def _loop(config, parts, mesh, state, feed, log, saved, keeper, show, stop):
     first, key = int(state.step), jax.random.key(config.seed)
     names = tensor_names(state)
     batch = next(feed)
@@ -124,12 +133,12 @@ def _loop(config, stored, parts, mesh, state, feed, log, saved, show, stop):
         batch = None
         _report(log, meter.add(at, metrics, feed.waited()), names, config, saved)
         log.progress(at)
-        asked = stop.after(
-            at - first
-        )  # once: a later signal must find its step saved too
+        keeper.look(at, state)
+        # once: a later signal must find its step saved too
+        asked = stop.after(at - first)
         if asked or at == config.steps or at % config.save_every == 0:
             _report(log, meter.flush(), names, config, saved)
-            meter.pause(_save(saved, at, stored, state, parts.ema_decay))
+            meter.pause(keeper.save(at, state))
         every = config.sample_every
         if every and (at % every == 0 or at == config.steps):
             meter.pause(show(at, averages.first(state.ema, parts.ema_decay)))
@@ -179,14 +188,6 @@ def _meter(config, parts):
     peak = chips.peak_flops()
     peak = peak and peak * jax.device_count()
     return Meter(config.log_every, config.batch_size, flops, peak)
-
-
-def _save(saved, at, stored, state, decay):
-    """-> seconds until the state was handed over; the writing goes on beside."""
-    begun = time.perf_counter()
-    items, meta = pack(state, decay)
-    saved.save(at, {"config": stored, **meta}, **items)
-    return time.perf_counter() - begun
 
 
 def _preview(log, config, parts, mesh):

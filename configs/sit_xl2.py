@@ -37,6 +37,7 @@ def get_config():
     c.seed = 0
     c.steps = 7_000_000
     c.max_skipped = 10  # steps in a row without a finite gradient, then it stops
+    c.check_replicas = 1_000  # steps between comparisons of what devices copy; 0: never
     c.log_every = 100
     c.save_every = 5_000
     c.keep_last = 3

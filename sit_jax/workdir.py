@@ -10,9 +10,12 @@ from sit_jax.config import difference
 from sit_jax.drafts import draft
 from sit_jax.errors import UserError
 
-# Fields that a run may be continued with at other values than it began with: none of
-# them changes what a training step computes.
+# Fields that a run may be continued with at other values than it began with. None of
+# them changes what a training step computes, but for the batch's size: history.py.
 MAY_CHANGE = (
+    "batch_size",
+    "accumulate",
+    "check_replicas",
     "steps",
     "log_every",
     "log_quartiles",

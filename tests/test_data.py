@@ -342,6 +342,14 @@ def test_order_reaches_far_without_going_there():
     assert len(set(far)) == 4 and max(far) < 1_281_167
 
 
+def test_batches_of_another_size_go_on_in_the_same_order():
+    """Three steps of 8, then steps of 16: no record twice, none left out."""
+    source = Numbered(100)
+    long = ids_of(source, 8, 7).ravel()
+    then = ids_of(source, 16, 2, first_step=3, skip=3 * 8 - 3 * 16).ravel()
+    np.testing.assert_array_equal(then, long[24:56])
+
+
 @pytest.mark.parametrize("batch_size, shards", [(12, 8), (0, 8), (5, 2)])
 def test_batches_must_divide_over_devices(batch_size, shards):
     with pytest.raises(UserError, match=rf"batch_size={batch_size} .* {shards} dev"):

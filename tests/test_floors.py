@@ -26,7 +26,7 @@ FLOORS = (
     "metrics.manifold metrics.kernel stored",
     "predictions guidance codec data.reading data.folders data.tars data.cache "
     "quantized data.filling data.prepared command workdir logging outputs torch_files "
-    "job labels download models.vae_layers models.applied",
+    "job labels download models.vae_layers models.applied replicas history",
     "checkpoint.__main__ diffusers_files",
     "image_sets bundle paired effects models.inception parts releases models.vae",
     "features",
@@ -44,7 +44,8 @@ FLOORS = (
     "training generation recipe samplers.names quantizing",
     "weights transfer",
     "start preview released presets settings mdt_files starts program residuals",
-    "inception_weights exchange sampling densities activations card conversion plan",
+    "inception_weights exchange sampling densities activations card conversion plan "
+    "keeper",
     "model_folder",
     "stages given",
     "train sample port_weights quantize score_digits extract_features evaluate "

@@ -21,12 +21,23 @@ from sit_jax.data.workers import Workers
 from sit_jax.errors import UserError
 
 
-def batches(source, batch_size, seed, first_step, mesh, threads=4, workers=0, say=None):
+def batches(
+    source,
+    batch_size,
+    seed,
+    first_step,
+    mesh,
+    threads=4,
+    workers=0,
+    say=None,
+    skip=0,
+):
     """-> endless iterator of {"image" | "moments" | "latent", "label"} from first_step.
 
     The arrays are global, [batch_size, ...], and split over the mesh. `threads` batches
     are read ahead; with workers > 0 that many processes do the reading for them, which
     helps where images are decoded on many cores. say(line) hears of broken images.
+    skip: records taken beyond first_step * batch_size, by steps of another size.
     """
     from sit_jax.sharding import BATCH, split_batch
 
@@ -44,7 +55,8 @@ def batches(source, batch_size, seed, first_step, mesh, threads=4, workers=0, sa
     mirrors = partial(coins, seed) if getattr(source, "flip", False) else _never
     broken = Broken(source, say or partial(print, file=sys.stderr, flush=True))
     reader = Workers(source, workers) if workers else partial(read, source)
-    return Feed(reader, batch_size, ids, mirrors, sharding, first_step, threads, broken)
+    first = first_step * batch_size + skip
+    return Feed(reader, batch_size, ids, mirrors, sharding, first, threads, broken)
 
 
 def order(length, seed):
@@ -76,7 +88,7 @@ class Feed:
     """Reads ahead in threads; keeps one more batch on the devices if it is ready."""
 
     def __init__(
-        self, reader, batch_size, ids, mirrors, sharding, first_step, threads, broken
+        self, reader, batch_size, ids, mirrors, sharding, first, threads, broken
     ):
         self._reader, self._batch_size, self._ids = reader, batch_size, ids
         self._mirrors, self._sharding, self._broken = mirrors, sharding, broken
@@ -84,7 +96,7 @@ class Feed:
         self._rows = rows(places.values(), batch_size)
         self._first = {row: i for i, row in enumerate(self._rows)}
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="feed")
-        self._next_step, self._waited, self._placed = first_step, 0.0, None
+        self._next, self._waited, self._placed = first, 0.0, None
         self._pending = collections.deque()
         for _ in range(threads):
             self._submit()
@@ -123,8 +135,8 @@ class Feed:
         self.close()
 
     def _submit(self):
-        self._pending.append(self._pool.submit(self._read, self._next_step))
-        self._next_step += 1
+        self._pending.append(self._pool.submit(self._read, self._next))
+        self._next += self._batch_size
 
     def _ready(self):
         future = self._pending[0]
@@ -139,9 +151,9 @@ class Feed:
         self._submit()
         return {name: self._place(array) for name, array in batch.items()}
 
-    def _read(self, step):
+    def _read(self, first):
         """This process's rows of a batch, as numpy arrays, and what was broken."""
-        positions = [step * self._batch_size + row for row in self._rows]
+        positions = [first + row for row in self._rows]
         ids = [int(self._ids[position]) for position in positions]
         return self._reader(ids, self._mirrors(positions))
 

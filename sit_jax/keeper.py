@@ -1,0 +1,28 @@
+"""Keeps a run's states, and stops it when that fails or a device has gone astray."""
+
+import time
+
+from sit_jax.start import pack
+
+
+class Keeper:
+    """saved: Checkpoints; watch: Replicas; past: History; config: JSON."""
+
+    def __init__(self, saved, watch, past, config, decay):
+        self._saved, self._watch, self._past = saved, watch, past
+        self._config, self._decay = config, decay
+
+    def look(self, step, state):
+        """Cheap, after every step: raises what has gone wrong since the last one."""
+        self._saved.check()
+        if self._watch.due(step):
+            self._watch.check(step, state)
+
+    def save(self, step, state):
+        """-> seconds until the state was handed over; the writing goes on beside."""
+        begun = time.perf_counter()
+        self._watch.check(step, state)
+        items, meta = pack(state, self._decay)
+        meta = {"config": self._config, **self._past.meta(step), **meta}
+        self._saved.save(step, meta, **items)
+        return time.perf_counter() - begun
