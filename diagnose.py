@@ -22,9 +22,10 @@ from sit_jax import (
     sampling,
 )
 from sit_jax.array_files import ArrayFile
+from sit_jax.digit_features import WIDTHS, DigitFeatures
 from sit_jax.drafts import require_free
 from sit_jax.errors import UserError
-from sit_jax.evaluated import OfFeatures, OfImages, open_side
+from sit_jax.evaluated import OfFeatures, open_side
 from sit_jax.features import StoredFeatures, inception_extractor
 from sit_jax.metrics.gaussian import Gaussian
 from sit_jax.sharding import make_mesh
@@ -45,6 +46,7 @@ def main():
     add("--paired", action="store_true", help="image i of both has one noise and label")
     add("--resamples", type=int, default=30, metavar="N")
     add("--inception", metavar="FILE", help="weights of the 2015 network, for images")
+    add("--network", choices=list(WIDTHS), default="inception", help="of the features")
     add("--batch-size", type=int, default=64, metavar="N")
     add("--overwrite", action="store_true")
     make = parser.add_argument_group("to make a bundle")
@@ -106,7 +108,7 @@ def report(args):
     if len(args.sides) != 2 or not args.out:
         raise UserError("name A and B and --out FOLDER, or --collect OUT")
     out = require_free(args.out, args.overwrite)
-    a, b = map(diagnosis.open_evidence, args.sides)
+    a, b = (diagnosis.open_evidence(side, WIDTHS[args.network]) for side in args.sides)
     if None in (a.bundle, b.bundle) and None in (a.manifest, b.manifest):
         if not (args.reference or a.samples and b.samples):
             raise UserError("A and B have no bundles, manifests or samples in common")
@@ -145,9 +147,9 @@ def _statistics(args, a, b, pairs):
         name, found, path = text.partition("=")
         if not found:
             raise UserError(f"--swap {text}: NAME=FEATURES.npz")
-        chain.append((name, pool(open_side(path))))
+        chain.append((name, pool(_side(args, path))))
     chain.append(("the rest: B", theirs))
-    seeds = [paired.distance(pool(open_side(path)), reference) for path in args.seeds]
+    seeds = [paired.distance(pool(_side(args, path)), reference) for path in args.seeds]
     other = _gaussian(args, args.reference_b) if args.reference_b else None
     gap = paired.compare(
         *(ours, theirs, reference, pairs, seeds, args.resamples), progress=_bar
@@ -155,8 +157,12 @@ def _statistics(args, a, b, pairs):
     return gap, paired.swaps(chain, reference, other)
 
 
+def _side(args, path):
+    return open_side(path, width=WIDTHS[args.network])
+
+
 def _gaussian(args, path):
-    side = open_side(path)
+    side = _side(args, path)
     if side.summary is not None:
         return side.summary.pool
     return Gaussian.of(_pool(args, side))
@@ -168,10 +174,16 @@ def _pool(args, side):
     if source is None:
         raise UserError(f"{side.path} holds statistics; samples need all features")
     extractor = None
-    if isinstance(source, OfImages):
-        weights, mesh = inception_weights.load(args.inception), make_mesh(-1, 1)
-        extractor = inception_extractor(weights, mesh, args.batch_size)
+    if source.needs_network:
+        extractor = _extractor(args)
     return np.concatenate([batch["pool"] for batch in source.features(extractor)])
+
+
+def _extractor(args):
+    if args.network == "digits":
+        return DigitFeatures()
+    weights, mesh = inception_weights.load(args.inception), make_mesh(-1, 1)
+    return inception_extractor(weights, mesh, args.batch_size)
 
 
 def _images(evidence):

@@ -2,7 +2,8 @@
 
 Inception Score, FID, sFID, precision and recall, as ADM's evaluator prints them, and a
 JSON file beside the samples. python evaluate.py --stats DATA --out ref.npz makes a
-reference; --features takes features that were stored, and needs no network.
+reference; --features takes features that were stored, and needs no network. The
+likelihood of a data set is sample.py --likelihood's.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from sit_jax import command, evaluation, hosts, inception_weights, outputs, summary
+from sit_jax.digit_features import WIDTHS, DigitFeatures
 from sit_jax.drafts import require_free
 from sit_jax.errors import UserError
 from sit_jax.evaluated import open_side
@@ -38,6 +40,7 @@ def main():
     add("--bootstrap", type=int, metavar="N", help="resamples for an interval of FID")
     add("--batch-size", type=int, default=64, metavar="N")
     add("--inception", metavar="FILE", help="weights of the 2015 network")
+    add("--network", choices=list(WIDTHS), default="inception", help="of the features")
     add("--force", action="store_true", help="compare what is not comparable")
     add("--overwrite", action="store_true")
     hosts.add_flags(parser)
@@ -60,8 +63,9 @@ def evaluate(args):
         raise UserError("--reference REF names what the samples are compared with")
     wanted = evaluation.wanted(args.metrics, args.kid)
     only = args.features is not None
-    samples = open_side(args.features if only else args.samples, only)
-    reference = open_side(args.reference)
+    width = WIDTHS[args.network]
+    samples = open_side(args.features if only else args.samples, only, width)
+    reference = open_side(args.reference, width=width)
     out = _place(args.out or _beside(samples.path), args.overwrite)
     saved = args.save_features and _place(args.save_features, args.overwrite)
     hosts.wait()  # until all have seen that these places are free
@@ -101,7 +105,8 @@ def make_reference(args):
     for name in ("samples", "features", "reference", "bootstrap", "save_features"):
         if getattr(args, name) is not None:
             raise UserError(f"--stats makes a reference, and takes no {name}")
-    side, out = open_side(args.stats), _place(args.out, args.overwrite)
+    side = open_side(args.stats, width=WIDTHS[args.network])
+    out = _place(args.out, args.overwrite)
     hosts.wait()  # until all have seen that this place is free
     if side.summary is not None:
         raise UserError(f"{side.path} holds statistics already: it is a reference")
@@ -145,6 +150,8 @@ def _extractor(args, sides, missing):
     ]
     if not needs:
         return None
+    if args.network == "digits":
+        return DigitFeatures()
     most = max(source.count for _, source in needs)
     try:
         weights = inception_weights.load(args.inception)

@@ -5,7 +5,6 @@ that was asked for, and its hidden layer gives the features for a Frechet distan
 same two figures for real digits stand beside them.
 """
 
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,8 @@ import numpy as np
 from sit_jax import command
 from sit_jax.array_files import ArrayFile
 from sit_jax.data.sources import Digits
-from sit_jax.drafts import require_free
+from sit_jax.digit_features import DigitFeatures
+from sit_jax.drafts import draft, require_free
 from sit_jax.errors import UserError
 from sit_jax.metrics import Gaussian, frechet
 from sit_jax.workdir import write_json
@@ -23,15 +23,21 @@ def main():
     parser = command.parser(__doc__.splitlines()[0])
     parser.add_argument("samples", metavar="X.npz", help="from sample.py")
     parser.add_argument("--out", metavar="X.json", help="default: score.json beside it")
+    parser.add_argument("--held-out", metavar="X.npz", help="write those digits too")
     parser.add_argument("--overwrite", action="store_true")
     args, rest = command.parse(parser)
     if rest:
         raise UserError(f"{rest[0]}: this script has no config")
     out = Path(args.out) if args.out else Path(args.samples).with_name("score.json")
     require_free(out, args.overwrite)
+    held_out = args.held_out and require_free(args.held_out, args.overwrite)
     images, labels = _samples(args.samples)
     figures = score(images, labels)
     write_json(out, figures)
+    if held_out:  # a --reference for evaluate.py and diagnose.py
+        digits = Digits(train=False)
+        with draft(held_out) as name:
+            np.savez(name, arr_0=digits.images, arr_1=digits.labels)
     print(
         f"recognised as the digit asked for: {figures['samples_recognised']:.3f} of "
         f"{len(labels)} samples, {figures['real_recognised']:.3f} of "
@@ -48,15 +54,13 @@ def main():
 def score(images, labels):
     """images uint8 [N, 8, 8, 1], labels int [N] -> figures for samples and for real."""
     train, held_out = Digits(train=True), Digits(train=False)
-    classifier = _classifier(train)
-    target = Gaussian.of(_features(classifier, held_out.images))
+    judge = DigitFeatures()
+    target = Gaussian.of(judge.hidden(held_out.images))
     count = min(len(images), len(train))  # as many real ones, for the same bias
     chosen = np.random.default_rng(0).permutation(len(train))[:count]
-    real = _features(classifier, train.images[chosen])
-    drawn = _features(classifier, images)
-    share = lambda images, labels: float(
-        np.mean(classifier.predict(_flat(images)) == labels)
-    )
+    real = judge.hidden(train.images[chosen])
+    drawn = judge.hidden(images)
+    share = lambda images, labels: float(np.mean(judge.recognised(images) == labels))
     return {
         "samples": len(images),
         "held_out": len(held_out),
@@ -78,25 +82,6 @@ def _samples(path):
     if len(images) < 2:
         raise UserError(f"{path} holds {len(images)} image; draw at least 2")
     return images, labels
-
-
-def _classifier(digits):
-    from sklearn.neural_network import MLPClassifier
-
-    classifier = MLPClassifier((64,), alpha=0.1, max_iter=200, random_state=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that 200 rounds are not all it could have
-        return classifier.fit(_flat(digits.images), digits.labels)
-
-
-def _features(classifier, images):
-    """The hidden layer, [N, 64]."""
-    hidden = _flat(images) @ classifier.coefs_[0] + classifier.intercepts_[0]
-    return np.maximum(hidden, 0)
-
-
-def _flat(images):
-    return images.reshape(len(images), -1) / 255.0
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from sit_jax import averages, chips, command, hosts, program, sharding
+from sit_jax import averages, chips, command, curve, hosts, program, sharding
 from sit_jax import config as configs
 from sit_jax.checkpoint import Checkpoints, steps
 from sit_jax.data.cache import check_cache
@@ -25,12 +25,12 @@ from sit_jax.logging import RunLog
 from sit_jax.manifest import environment
 from sit_jax.meter import Meter
 from sit_jax.models.kinds import kind_of
-from sit_jax.preview import Preview
 from sit_jax.recipe import check_data, check_training
 from sit_jax.replicas import Replicas
 from sit_jax.start import begin
 from sit_jax.training import tensor_names
 from sit_jax.vae_files import load_vae, with_vae
+from sit_jax.watching import viewer
 from sit_jax.workdir import advice, agree, check_workdir, open_workdir, write_json
 
 
@@ -61,6 +61,7 @@ def train(config, workdir, given=NOTHING, wandb=None):
         config.model.classes = source.classes
     parts = _recipe(config, mesh)
     check_training(config, source)
+    curve.check(config)
     check_cache(source, parts.codec, parts.shape)
     check_data(parts, source)
     stored = configs.to_json(config)
@@ -100,10 +101,10 @@ def train(config, workdir, given=NOTHING, wandb=None):
         feed = batches(source, config.batch_size, config.seed, first, mesh, **how)
         stack.callback(feed.close)
         _introduce(log, config, parts, state, source)
-        show = _preview(log, config, parts, mesh)
+        look = viewer(log, config, parts, mesh)
         stop = stack.enter_context(command.Stop())
         keeper = Keeper(saved, watch, past, stored, parts.ema_decay)
-        return _loop(config, parts, mesh, state, feed, log, saved, keeper, show, stop)
+        return _loop(config, parts, mesh, state, feed, log, saved, keeper, look, stop)
 
 
 def _published(family):
@@ -120,7 +121,7 @@ def _recipe(config, mesh):
     return parts
 
 
-def _loop(config, parts, mesh, state, feed, log, saved, keeper, show, stop):
+def _loop(config, parts, mesh, state, feed, log, saved, keeper, look, stop):
     first, key = int(state.step), jax.random.key(config.seed)
     names = tensor_names(state)
     batch = next(feed)
@@ -139,9 +140,7 @@ def _loop(config, parts, mesh, state, feed, log, saved, keeper, show, stop):
         if asked or at == config.steps or at % config.save_every == 0:
             _report(log, meter.flush(), names, config, saved)
             meter.pause(keeper.save(at, state))
-        every = config.sample_every
-        if every and (at % every == 0 or at == config.steps):
-            meter.pause(show(at, averages.first(state.ema, parts.ema_decay)))
+        meter.pause(look(at, averages.first(state.ema, parts.ema_decay)))
         if asked:
             log.say(f"stopped at step {at}; the same command goes on from there")
             break
@@ -188,25 +187,6 @@ def _meter(config, parts):
     peak = chips.peak_flops()
     peak = peak and peak * jax.device_count()
     return Meter(config.log_every, config.batch_size, flops, peak)
-
-
-def _preview(log, config, parts, mesh):
-    """-> show(step, ema), which draws and logs a sheet and returns the seconds."""
-    if not config.preview:
-        return lambda at, ema: 0.0
-    try:
-        preview = Preview(parts, mesh, config.seed, config.preview)
-    except UserError as reason:
-        log.say(f"no sheets of samples: {reason}")
-        return lambda at, ema: 0.0
-
-    def show(at, ema):
-        picture, seconds = preview(ema)
-        log.image(at, "samples", picture)
-        log.say(f"drew the samples of step {at} in {seconds:.1f} s")
-        return seconds
-
-    return show
 
 
 def _introduce(log, config, parts, state, source):

@@ -6,6 +6,7 @@ from configs.sit_xl2 import get_config as sit_xl2
 from sit_jax.codec import Pixels
 from sit_jax.config import spec
 from sit_jax.data.sources import Digits
+from sit_jax.digit_features import DigitFeatures
 from sit_jax.models.dit import SiT
 
 
@@ -30,5 +31,8 @@ def get_config():
     c.save_every = 500
     c.sample_every = 500
     c.preview = 100
+    c.evaluate_images = 500
+    c.reference = spec(Digits, train=False)
+    c.features = spec(DigitFeatures)
     c.guidance = 1.5
     return c

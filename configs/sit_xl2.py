@@ -44,6 +44,10 @@ def get_config():
     c.keep_every = 50_000
     c.sample_every = 10_000
     c.preview = 32  # images on the sheet made every sample_every steps
+    c.evaluate_every = 0  # steps between points of a curve of FIDs; 0: none
+    c.evaluate_images = 10_000  # drawn for a point
+    c.reference = placeholder(object)  # what they are held against: a file, a source
+    c.features = placeholder(object)  # of what network; None: Inception
     c.sampler = spec(AdaptiveOde, rtol=1e-3, atol=1e-6)
     c.guidance = 4.0
     c.guidance_channels = 3

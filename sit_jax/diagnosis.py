@@ -11,6 +11,7 @@ from sit_jax.drafts import draft
 from sit_jax.effects import BY_NAME, manifest_differences
 from sit_jax.errors import UserError
 from sit_jax.evaluated import Side, open_side
+from sit_jax.models.inception_layers import POOL
 from sit_jax.pictures import save_png, sheet
 from sit_jax.workdir import read_json, write_json
 
@@ -28,8 +29,11 @@ class Evidence:
     samples: Side | None
 
 
-def open_evidence(path):
-    """-> Evidence of a bundle, or of samples with a manifest or bundle beside them."""
+def open_evidence(path, width=POOL):
+    """-> Evidence of a bundle, or of samples with a manifest or bundle beside them.
+
+    width: as of evaluated.open_side.
+    """
     path = Path(path).expanduser()
     if bundles.is_bundle(path):
         found = bundles.read(path)
@@ -46,7 +50,9 @@ def open_evidence(path):
     silent = path.suffix in SILENT or not record.is_file() and found and path.is_dir()
     if silent and manifest is None:
         raise UserError(f"{path} has no manifest {record.name} beside it")
-    return Evidence(path, found, manifest, None if silent else open_side(path))
+    return Evidence(
+        path, found, manifest, None if silent else open_side(path, width=width)
+    )
 
 
 def are_pairs(a, b):

@@ -12,15 +12,17 @@ from sit_jax.array_files import ArrayFile
 from sit_jax.errors import UserError
 from sit_jax.features import StoredFeatures
 from sit_jax.image_sets import FolderImages, NpzImages
+from sit_jax.models.inception_layers import POOL
 
 
 class OfImages:
-    """Features that a network has to make of images."""
+    """Features that a network has to make of images: Inception, or a smaller one."""
 
-    needs_network, is_inception, pipeline = True, True, None
+    needs_network, pipeline = True, None
 
-    def __init__(self, images):
+    def __init__(self, images, width=POOL):
         self.images, self.path, self.count = images, images.path, len(images)
+        self.width, self.is_inception = width, width == POOL
 
     def widths(self, extractor):
         """Numbers in the features, by name; nothing is computed."""
@@ -38,6 +40,7 @@ class OfFeatures:
     def __init__(self, stored):
         self._stored, self.path, self.count = stored, stored.path, len(stored)
         self.is_inception, self.pipeline = stored.is_inception, stored.pipeline
+        self.width = stored.widths()["pool"]
 
     def widths(self, extractor=None):
         return self._stored.widths()
@@ -82,11 +85,16 @@ class Side:
         return f"{self.path}: {used}"
 
 
-def open_side(path, only_features=False):
-    """-> Side: a folder, images, features, ADM's statistics or ours."""
+def open_side(path, only_features=False, width=POOL):
+    """-> Side: a folder, images, features, ADM's statistics or ours.
+
+    width: numbers in the features that a network will make of images.
+    """
     path = Path(path).expanduser()
     if path.is_dir() and not only_features:
-        return Side(path, None, OfImages(FolderImages(path)), {"all": "its images"})
+        return Side(
+            path, None, OfImages(FolderImages(path), width), {"all": "its images"}
+        )
     if not path.exists():
         raise UserError(f"nothing at {path}")
     file = ArrayFile(path)
@@ -95,7 +103,7 @@ def open_side(path, only_features=False):
     if only_features or "pool" in file or "features" in file:
         stored = StoredFeatures(file)
         return Side(path, None, OfFeatures(stored), {"all": ", ".join(stored.names)})
-    return Side(path, None, OfImages(NpzImages(file)), {"all": "arr_0"})
+    return Side(path, None, OfImages(NpzImages(file), width), {"all": "arr_0"})
 
 
 def _statistics(file):

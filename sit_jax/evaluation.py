@@ -111,10 +111,12 @@ def needs_features(names):
 def require_enough(names, *sides):
     """Refuses covariances of too few images, where their number is known."""
     for side in sides if {"fid", "sfid"} & set(names) else ():
-        count = side.known.count
-        if count is not None and count < LEAST:
+        count, least = side.known.count, LEAST
+        if side.known.is_inception is False:
+            least = side.known.width
+        if count is not None and count < least:
             raise UserError(
-                f"{side.path} has {count} images; FID and sFID need {LEAST} for their "
+                f"{side.path} has {count} images; FID and sFID need {least} for their "
                 "covariances; --force computes them nevertheless, --metrics without "
                 "them"
             )

@@ -47,6 +47,8 @@ class Gap:
         if self.interval is not None:
             low, high = self.interval
             said += f", paired 95 % interval {low:+.3g} to {high:+.3g}"
+            if self.within_noise and low * high > 0:
+                said += ": a real difference that unpaired sets would not show"
         return f"{'Within' if self.within_noise else 'Beyond'} noise: {said}."
 
 

@@ -37,6 +37,10 @@ class Summary:
     pipeline: dict | None = None
     is_inception: bool | None = True  # None: a file does not say
 
+    @property
+    def width(self):
+        return len(self.pool.mean)
+
     def widths(self, extractor=None):
         """Numbers in the features, by name."""
         parts = {"pool": self.pool, "spatial": self.spatial}

@@ -71,7 +71,7 @@ def test_it_begins_with_a_sentence_and_states_only_a_difference(name):
     text = (FOLDER / f"{name}.py").read_text()
     first = ast.get_docstring(ast.parse(text)).split("\n\n")[0]
     assert first.endswith(".") and "\n" not in first, first
-    assert len(text.splitlines()) <= (50 if name == "sit_xl2" else 40)
+    assert len(text.splitlines()) <= (60 if name == "sit_xl2" else 40)
 
 
 @pytest.mark.parametrize("name", NAMES)

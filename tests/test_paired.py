@@ -44,6 +44,9 @@ def test_pairs_tell_what_sets_cannot():
     gap = paired.compare(a, b, REFERENCE, are_pairs=True)
     low, high = gap.interval
     assert low < gap.gap < high and low > 0 and gap.within_noise
+    assert gap.sentence().endswith(
+        "a real difference that unpaired sets would not show."
+    )
     assert gap.between == pytest.approx(WIDTH * 0.02**2, rel=1e-6)
     size = np.sqrt((a**2).sum(1).mean())
     assert gap.feature_gap == pytest.approx(0.02 * np.sqrt(WIDTH) / size, rel=1e-9)

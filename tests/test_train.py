@@ -88,15 +88,15 @@ def test_a_signal_during_a_picture_finds_its_step_saved(tmp_path, monkeypatch):
 
     stop = Stop()
 
-    def show(at, ema):
-        stop.asked = True
+    def look(at, ema):
+        stop.asked = stop.asked or at == 3
         return 0.0
 
     monkeypatch.setattr(train.command, "Stop", lambda: contextlib.nullcontext(stop))
-    monkeypatch.setattr(train, "_preview", lambda *arguments: show)
-    assert train.train(small.config(sample_every=2, save_every=99), tmp_path) == 0
-    assert checkpoint.steps(tmp_path / "checkpoints") == [3]
-    assert list(small.losses(tmp_path)) == [1, 2, 3]
+    monkeypatch.setattr(train, "viewer", lambda *arguments: look)
+    assert train.train(small.config(save_every=99), tmp_path) == 0
+    assert checkpoint.steps(tmp_path / "checkpoints") == [4]
+    assert list(small.losses(tmp_path)) == [1, 2, 3, 4]
 
 
 BAD = {

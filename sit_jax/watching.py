@@ -1,0 +1,59 @@
+"""What is seen of a network in training: sheets of samples and a curve of FIDs."""
+
+from sit_jax.curve import curve
+from sit_jax.errors import UserError
+from sit_jax.preview import Preview
+
+
+def viewer(log, config, parts, mesh):
+    """-> look(step, average), which does what the step is due for -> seconds."""
+    looks = [
+        (config.sample_every, _sheets(log, config, parts, mesh)),
+        (config.get("evaluate_every", 0), _curve(log, config, parts, mesh)),
+    ]
+
+    def look(at, average):
+        due = lambda every: every and (at % every == 0 or at == config.steps)
+        return sum((each(at, average) for every, each in looks if due(every)), 0.0)
+
+    return look
+
+
+def _nothing(at, average):
+    return 0.0
+
+
+def _sheets(log, config, parts, mesh):
+    if not config.preview:
+        return _nothing
+    try:
+        preview = Preview(parts, mesh, config.seed, config.preview)
+    except UserError as reason:
+        log.say(f"no sheets of samples: {reason}")
+        return _nothing
+
+    def show(at, average):
+        picture, seconds = preview(average)
+        log.image(at, "samples", picture)
+        log.say(f"drew the samples of step {at} in {seconds:.1f} s")
+        return seconds
+
+    return show
+
+
+def _curve(log, config, parts, mesh):
+    if not config.get("evaluate_every", 0):
+        return _nothing
+    try:
+        judge = curve(config, parts, mesh)
+    except UserError as reason:
+        log.say(f"no curve of FIDs: {reason}")
+        return _nothing
+
+    def evaluate(at, average):
+        found, seconds = judge(average)
+        log.scalars(at, {judge.name: found})
+        log.say(f"judged step {at} in {seconds:.1f} s")
+        return seconds
+
+    return evaluate

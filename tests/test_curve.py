@@ -1,0 +1,116 @@
+"""FID-k of the average in training, with a toy in the place of Inception."""
+
+import numpy as np
+import pytest
+import small
+
+from sit_jax import curve, evaluation, inception_weights, watching
+from sit_jax.config import spec
+from sit_jax.data.sources import Digits
+from sit_jax.digit_features import DigitFeatures
+from sit_jax.errors import UserError
+from sit_jax.generation import Generator
+from sit_jax.metrics import Gaussian, frechet
+from sit_jax.recipe import recipe
+from sit_jax.sharding import make_mesh
+
+
+class Toy:
+    """Twelve pixels are the features."""
+
+    pipeline, batch_size, is_inception = {"network": "toy"}, 32, False
+
+    def __call__(self, batches):
+        for images in batches:
+            yield {"pool": images.reshape(len(images), -1)[:, :12] / np.float32(255)}
+
+
+class Pictures(list):
+    """Random ones, in the place of a data set."""
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        super().__init__({"image": i} for i in rng.integers(0, 256, (40, 4, 4, 1)))
+
+
+class Log:
+    def __init__(self):
+        self.said, self.values = [], {}
+
+    def say(self, line):
+        self.said.append(line)
+
+    def scalars(self, step, values):
+        self.values[step] = values
+
+
+def config(**fields):
+    c = small.config(preview=0, steps=8)
+    c.evaluate_every, c.evaluate_images = 3, 20
+    c.features, c.reference = spec(Toy), spec(Pictures)
+    c.update(fields)
+    return c
+
+
+def test_points_of_a_curve(monkeypatch):
+    c, log, mesh = config(), Log(), make_mesh(data=-1, fsdp=1)
+    parts = recipe(c)
+    params = small.random_params(parts, 0)
+    look = watching.viewer(log, c, parts, mesh)
+    seconds = [look(step, params) for step in range(1, 9)]
+    assert [s > 0 for s in seconds] == [s in (3, 6, 8) for s in range(1, 9)]
+    assert set(log.values) == {3, 6, 8} and log.values[3] == log.values[8]
+    draw = Generator(parts, params, mesh, 20)
+    ((data, _),) = draw(0, np.arange(20, dtype=np.int32) % 5)
+    drawn = np.asarray(parts.codec.decode(data)).repeat(3, -1)
+    there = np.stack([each["image"] for each in Pictures()]).repeat(3, -1)
+    ours, theirs = (Gaussian.of(next(Toy()([x]))["pool"]) for x in (drawn, there))
+    assert log.values[3] == {"frechet_20": pytest.approx(frechet(ours, theirs), 1e-6)}
+
+
+def test_without_weights_there_is_one_line_and_no_curve(monkeypatch, tmp_path):
+    monkeypatch.setattr(inception_weights, "places", lambda: [tmp_path / "none"])
+    c, log = config(features=None), Log()
+    look = watching.viewer(log, c, recipe(c), make_mesh(data=-1, fsdp=1))
+    assert look(3, None) == 0 and log.values == {}
+    (line,) = log.said
+    assert line.startswith("no curve of FIDs: no Inception weights; put pt_inception")
+
+
+def test_latents_have_no_curve():
+    from sit_jax.codec import Latents
+
+    c, log = config(codec=spec(Latents)), Log()
+    watching.viewer(log, c, recipe(c), make_mesh(data=-1, fsdp=1))
+    assert log.said[0].startswith("no curve of FIDs: latents need a VAE")
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(evaluate_every=-1), "evaluate_every is -1"),
+        (dict(evaluate_images=1), "evaluate_images is 1; at least 2"),
+        (dict(reference=None), "evaluate_every needs a reference"),
+        (dict(reference="nowhere.npz"), "no file at nowhere.npz"),
+    ],
+)
+def test_what_makes_no_curve_is_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        curve.check(config(**fields))
+
+
+def test_digits_have_features_of_their_own():
+    """The classifier knows digits, and real ones are nearer to real ones than noise."""
+    judge, digits = DigitFeatures(), Digits(train=False)
+    assert (judge.recognised(digits.images) == digits.labels).mean() > 0.95
+    noise = np.random.default_rng(0).integers(0, 256, digits.images.shape, np.uint8)
+    halves = digits.images[::2], digits.images[1::2], noise
+    real, other, odd = (Gaussian.of(judge.hidden(x)) for x in halves)
+    assert frechet(real, other) < frechet(real, odd) / 10
+    grey = digits.images.repeat(3, -1)
+    (batch,) = judge([grey])
+    np.testing.assert_allclose(batch["pool"], judge.hidden(digits.images), rtol=1e-6)
+    assert judge.widths((8, 8, 3)) == {"pool": batch["pool"].shape[1]}
+    with pytest.raises(UserError, match="digits are .8, 8, 1."):
+        judge.widths((4, 4, 3))
+    assert evaluation.unlike(judge.pipeline, {"network": "x"}) == ["network"]
