@@ -24,6 +24,7 @@ from sit_jax.keeper import Keeper
 from sit_jax.logging import RunLog
 from sit_jax.manifest import environment
 from sit_jax.meter import Meter
+from sit_jax.models import attention
 from sit_jax.models.kinds import kind_of
 from sit_jax.recipe import check_data, check_training
 from sit_jax.replicas import Replicas
@@ -196,7 +197,8 @@ def _introduce(log, config, parts, state, source):
     log.say(
         f"{type(parts.model).__name__} with {count:,} parameters, "
         f"{macs / 1e9:.3g} GMAC an image; {len(source):,} "
-        f"records; batch {config.batch_size} on {jax.device_count()} x {device}"
+        f"records; batch {config.batch_size} on {jax.device_count()} x {device}; "
+        f"attention {attention.of(parts.model)}"
     )
 
 

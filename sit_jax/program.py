@@ -6,6 +6,7 @@ from functools import partial
 import jax
 
 from sit_jax import placement, precision, sharding
+from sit_jax.models import attention
 from sit_jax.recipe import recipe
 from sit_jax.training import init_state, make_train_step
 
@@ -39,7 +40,7 @@ def train_step(config, parts, mesh, where, platform=None):
     if not on this process's backend.
     """
     step = make_train_step(
-        parts.model,
+        attention.settled(parts.model, platform),
         parts.process,
         parts.tx,
         parts.ema_decay,

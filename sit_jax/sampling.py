@@ -15,6 +15,7 @@ from sit_jax.errors import UserError
 from sit_jax.generation import Generator
 from sit_jax.guidance import is_none
 from sit_jax.manifest import environment, weights_hash
+from sit_jax.models import attention
 from sit_jax.parts import Parts, parts_mark
 from sit_jax.recipe import recipe
 from sit_jax.rounding import ROUNDINGS
@@ -60,7 +61,8 @@ def studio(job, opened, weak=None, expected=None):
         _check_weak(parts, other, job.weak)
         weak = other.model, weak.load(job.item, other, mesh)
         record["weak_sha256"] = weights_hash(weak[1])
-    print(measured["line"], *filter(None, [warning]), sep="\n")
+    program = f"attention: {attention.of(parts.model)}"
+    print(measured["line"], program, *filter(None, [warning]), sep="\n")
     return Studio(job, parts, params, mesh, weak, around, record)
 
 

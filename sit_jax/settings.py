@@ -14,7 +14,8 @@ from sit_jax.samplers.names import (
 )
 
 NETWORK = ("model", "process", "shape")
-COMPUTING = ("model.remat", "model.unroll", "model.dtype")  # how, and not what
+# how it is computed, and not what
+COMPUTING = ("model.remat", "model.unroll", "model.attention", "model.dtype")
 
 
 def add_flags(parser):

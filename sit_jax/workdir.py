@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "precision.vae",
     "model.remat",
     "model.unroll",
+    "model.attention",
 )
 
 

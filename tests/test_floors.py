@@ -13,7 +13,7 @@ FLOORS = (
     "errors",
     "drafts adan pickles json_text checkpoint.folder checkpoint.sums checkpoint.trees "
     "cluster rendezvous greeting sharding hlo topology",
-    "torch_containers checkpoint.whole party",
+    "torch_containers checkpoint.whole party models.attention",
     "checkpoint.handling checkpoint.newest hosts",
     "checkpoint.saving checkpoint.reading",
     # nouns of their own

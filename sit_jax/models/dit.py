@@ -40,13 +40,15 @@ class Block(nn.Module):
     mlp_ratio: float = 4.0
     dtype: jnp.dtype = jnp.float32
     norm2_epsilon: float = 1e-6
+    attention: str = "auto"
 
     @nn.compact
     def __call__(self, x, c):
         """tokens [B, T, D], c [B, D] -> tokens, and nothing to stack."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(6, c, self.dtype)
         y = modulate(norm("norm1")(x), shift1, scale1)
-        x = by_rows(x + gate1 * Attention(self.heads, self.dtype, name="attn")(y))
+        attention = Attention(self.heads, self.dtype, self.attention, name="attn")
+        x = by_rows(x + gate1 * attention(y))
         y = modulate(norm("norm2", self.norm2_epsilon)(x), shift2, scale2)
         x = by_rows(x + gate2 * Mlp(self.mlp_ratio, self.dtype, name="mlp")(y))
         return x, None
@@ -72,6 +74,8 @@ class DiT(nn.Module):
     dtype: str = "float32"
     remat: str = "none"
     unroll: int = 1
+    attention: str = "auto"  # the program that computes it, of attention.NAMES
+    biased = False  # its scores get no bias
 
     @nn.compact
     def __call__(self, x, t, y):
@@ -87,7 +91,8 @@ class DiT(nn.Module):
         shift, epsilon = self.frequency_shift, self.norm2_epsilon
         c = Conditioning(self.width, labels, shift, name="cond")(t, y)
         blocks = stack(Block, self.depth, self.remat, self.unroll)
-        x, _ = blocks(self.heads, self.mlp_ratio, dtype, epsilon, name="blocks")(x, c)
+        block = (self.heads, self.mlp_ratio, dtype, epsilon, self.attention)
+        x, _ = blocks(*block, name="blocks")(x, c)
         x = Head(p * p * out, name="head")(x, c)
         return rearrange(
             x, "b (h w) (p q c) -> b (h p) (w q) c", h=side, p=p, q=p, c=out

@@ -14,6 +14,7 @@ import numpy as np
 from einops import rearrange
 
 from sit_jax.errors import UserError
+from sit_jax.models.attention import attend
 from sit_jax.sharding import HEADS, by_rows
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -54,13 +55,14 @@ class Attention(nn.Module):
 
     heads: int
     dtype: jnp.dtype = jnp.float32
+    program: str = "auto"  # of attention.NAMES
 
     @nn.compact
     def __call__(self, x):
         width = x.shape[-1]
         qkv = Dense(3 * width, dtype=self.dtype, name="qkv")(x)
         q, k, v = by_head(qkv, self.heads)
-        x = rearrange(attend(q, k, v), "b t h d -> b t (h d)")
+        x = rearrange(attend(q, k, v, by=self.program), "b t h d -> b t (h d)")
         return Dense(width, dtype=self.dtype, name="proj")(x)
 
 
@@ -109,11 +111,6 @@ def by_head(qkv, heads):
     """[B, T, 3D], columns ordered (q k v, head) -> q, k, v [B, T, heads, D/heads]."""
     parts = rearrange(qkv, "b t (n h d) -> n b t h d", n=3, h=heads)
     return [by_rows(part, None, HEADS) for part in parts]
-
-
-def attend(q, k, v, implementation="xla"):
-    """q, k, v [B, T, heads, D/heads] -> the same shape; softmax in float32."""
-    return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
 
 
 def norm(name, epsilon=1e-6):

@@ -13,6 +13,7 @@ from einops import rearrange
 
 from sit_jax.errors import UserError
 from sit_jax.models import dit, masking
+from sit_jax.models.attention import attend
 from sit_jax.models.layers import (
     DTYPES,
     Conditioning,
@@ -40,6 +41,7 @@ class Attention(nn.Module):
     heads: int
     side: int
     dtype: jnp.dtype = jnp.float32
+    program: str = "auto"  # of attention.NAMES
 
     @nn.compact
     def __call__(self, x, seen=None):
@@ -54,7 +56,7 @@ class Attention(nn.Module):
             mask = None if seen.valid is None else seen.valid[:, None, None]
         qkv = Dense(3 * width, dtype=self.dtype, name="qkv")(x)
         q, k, v = by_head(qkv, self.heads)
-        x = jax.nn.dot_product_attention(q, k, v, bias, mask, implementation="xla")
+        x = attend(q, k, v, bias, mask, self.program)
         x = rearrange(x, "b t h d -> b t (h d)")
         return Dense(width, dtype=self.dtype, name="proj")(x)
 
@@ -64,6 +66,7 @@ class Block(nn.Module):
     side: int
     mlp_ratio: float = 4.0
     dtype: jnp.dtype = jnp.float32
+    attention: str = "auto"
     joins: bool = False  # merges a skip into x first
     leaves: bool = False  # its output is a later block's skip
 
@@ -75,7 +78,8 @@ class Block(nn.Module):
             x = Dense(x.shape[-1], dtype=self.dtype, name="skip")(both)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(6, c, self.dtype)
         y = modulate(norm("norm1")(x), shift1, scale1)
-        attention = Attention(self.heads, self.side, self.dtype, name="attn")
+        how = (self.heads, self.side, self.dtype, self.attention)
+        attention = Attention(*how, name="attn")
         x = by_rows(x + gate1 * attention(y, seen))
         y = modulate(norm("norm2")(x), shift2, scale2)
         x = by_rows(x + gate2 * Mlp(self.mlp_ratio, self.dtype, name="mlp")(y))
@@ -103,6 +107,8 @@ class MDT(nn.Module):
     dtype: str = "float32"
     remat: str = "none"
     unroll: int = 1
+    attention: str = "auto"  # the program that computes it, of attention.NAMES
+    biased = True  # its scores get a bias by position
 
     @nn.nowrap
     def passes(self, key, shape):
@@ -175,8 +181,8 @@ class MDT(nn.Module):
         """-> a stack; skips: 0 if each block has its own; kinds: fields of a Block."""
         in_axes = (skips, nn.broadcast, nn.broadcast)
         stacked = stack(Block, length, self.remat, self.unroll, in_axes)
-        dtype = DTYPES[self.dtype]
-        return stacked(self.heads, side, self.mlp_ratio, dtype, name=name, **kinds)
+        how = (self.mlp_ratio, DTYPES[self.dtype], self.attention)
+        return stacked(self.heads, side, *how, name=name, **kinds)
 
     def _fill_in(self, x, c, seen, side):
         """Adds positions to all tokens, and guesses those that were hidden."""

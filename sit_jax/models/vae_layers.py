@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from sit_jax.models.layers import attend
+from sit_jax.models.attention import attend
 
 QUERIES = 4096  # that attend at a time: more would need too large a table of scores
 

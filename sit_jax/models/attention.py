@@ -1,0 +1,111 @@
+"""Attention: softmax(q k' / sqrt(D) + bias) v, by the program that fits the device.
+
+All of them sum in float32 and give the same numbers but for rounding; which is the
+quickest is measured, see docs/performance.md.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from sit_jax.errors import UserError
+from sit_jax.sharding import HEADS
+
+CACHE = 2**22  # bytes of scores from which a CPU takes one head at a time
+CUDNN_TYPES = ("bfloat16", "float16")
+CUDNN_HEAD = 128  # most values of a head that cuDNN takes on every GPU from Ampere on
+
+
+def attend(q, k, v, bias=None, mask=None, by="auto"):
+    """q [B, T, heads, D/heads], k, v [B, S, ...] -> like q, by a program of PROGRAMS.
+
+    bias float [B or 1, heads, T, S] is added to the scores, mask bool [B or 1, heads or
+    1, T or 1, S] tells which of them count.
+    """
+    return PROGRAMS[chosen(by, q.dtype, q.shape[-1], bias is not None)](
+        q, k, v, bias, mask
+    )
+
+
+def xla(q, k, v, bias=None, mask=None):
+    return jax.nn.dot_product_attention(q, k, v, bias, mask, implementation="xla")
+
+
+def cudnn(q, k, v, bias=None, mask=None):
+    """Fused: scores never reach the memory. No forward-mode derivative."""
+    return jax.nn.dot_product_attention(q, k, v, bias, mask, implementation="cudnn")
+
+
+def head_by_head(q, k, v, bias=None, mask=None):
+    """One head after another, so that its scores stay in a CPU's cache.
+
+    Backward they are computed again: reading them from memory would take longer. Heads
+    and not images take turns, since a batch may be split over devices; heads that are
+    split over devices themselves are left in one piece.
+    """
+    rows, length, heads, _ = q.shape
+    small = rows * heads * length * k.shape[1] * 4 <= CACHE
+    split = jax.sharding.get_abstract_mesh().shape.get(HEADS, 1) > 1
+    if small or heads == 1 or split:
+        return xla(q, k, v, bias, mask)
+    each = lambda x, axis: jnp.moveaxis(x, axis, 0)
+    parts = {"q": each(q, 2), "k": each(k, 2), "v": each(v, 2)}
+    if bias is not None:
+        parts["bias"] = each(bias, 1)
+    if mask is not None and mask.shape[1] > 1:
+        parts["mask"] = each(mask, 1)
+
+    @jax.checkpoint
+    def one(part):
+        q, k, v = (part[name][:, :, None] for name in "qkv")
+        bias = part["bias"][:, None] if "bias" in part else None
+        seen = part["mask"][:, None] if "mask" in part else mask
+        return xla(q, k, v, bias, seen)[:, :, 0]
+
+    return jnp.moveaxis(jax.lax.map(one, parts), 0, 2)
+
+
+PROGRAMS = {"xla": xla, "cudnn": cudnn, "head_by_head": head_by_head}
+NAMES = ("auto", *PROGRAMS)
+
+
+def chosen(by, dtype, head, biased, platform=None):
+    """-> the name in PROGRAMS that `by` stands for, where it will run.
+
+    dtype of the products, head: values of one; biased: scores get a bias, whose
+    gradient cuDNN does not have for every shape. platform: by default this process's.
+    """
+    platform = platform or jax.default_backend()
+    if by not in NAMES:
+        raise UserError(f"attention is {by!r}: choose one of {', '.join(NAMES)}")
+    gpu = platform in ("gpu", "cuda")
+    fits = (
+        gpu
+        and str(jnp.dtype(dtype)) in CUDNN_TYPES
+        and head % 8 == 0
+        and head <= CUDNN_HEAD
+    )
+    if by == "cudnn" and not (fits and not biased):
+        kind = "a bias" if biased else "none"
+        raise UserError(
+            "attention is 'cudnn', which needs a GPU, bfloat16, heads of a multiple of "
+            f"8 and at most {CUDNN_HEAD} values and no bias; here are {platform}, "
+            f"{jnp.dtype(dtype).name}, {head} and {kind}: choose auto"
+        )
+    if by != "auto":
+        return by
+    if platform == "cpu":
+        return "head_by_head"
+    return "cudnn" if fits and not biased else "xla"
+
+
+def of(model, platform=None):
+    """-> the name in PROGRAMS of a DiT, SiT or MDT."""
+    head, dtype = model.width // model.heads, jnp.dtype(model.dtype)
+    return chosen(model.attention, dtype, head, model.biased, platform)
+
+
+def settled(model, platform=None):
+    """The model with its program named, for a platform that may not be this one."""
+    return dataclasses.replace(model, attention=of(model, platform))

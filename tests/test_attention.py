@@ -1,0 +1,135 @@
+"""Attention's programs: equal numbers, and each only where it can run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from networks import SMALL, equations, noisy, quick_jit
+from recorded import relative
+
+from sit_jax.errors import UserError
+from sit_jax.models import attention
+from sit_jax.models.dit import SiT
+from sit_jax.models.mdt import MDT
+
+
+def inputs(rows=2, heads=3, length=6, keys=6, width=4):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape, np.float32)
+    q, k, v = (draw(rows, n, heads, width) for n in (length, keys, keys))
+    return q, k, v, draw(1, heads, length, keys), rng.random((rows, 1, 1, keys)) < 0.7
+
+
+def exact(q, k, v, bias=0.0, mask=True):
+    """The formula in float64."""
+    q, k, v = (np.float64(x).transpose(0, 2, 1, 3) for x in (q, k, v))
+    scores = q @ k.swapaxes(2, 3) / np.sqrt(q.shape[-1]) + bias
+    weights = np.where(mask, np.exp(scores), 0)
+    return (weights / weights.sum(-1, keepdims=True) @ v).transpose(0, 2, 1, 3)
+
+
+@pytest.mark.parametrize("n", [3, 4, 5])  # without and with a bias and a mask
+@pytest.mark.parametrize("by", ["xla", "head_by_head", "auto"])
+def test_every_program_computes_the_formula(by, n, monkeypatch):
+    monkeypatch.setattr(attention, "CACHE", 0)  # as if these were large
+    q, k, v, *more = inputs()[:n]
+    out = attention.attend(q, k, v, *more, by=by)
+    # ten float32 operations deep
+    assert relative(out, exact(q, k, v, *more)) < 1e-6
+
+
+def test_head_head_by_head_has_the_same_derivatives(monkeypatch):
+    monkeypatch.setattr(attention, "CACHE", 0)
+    q, k, v, bias, mask = inputs(keys=5)
+
+    def slopes(by):
+        loss = lambda *a: jnp.square(attention.attend(*a, mask, by=by)).sum()
+        return quick_jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(q, k, v, bias)
+
+    for ours, usual in zip(slopes("head_by_head"), slopes("xla"), strict=True):
+        assert relative(ours, usual) < 3e-6
+
+
+def test_small_scores_are_taken_at_once():
+    q, k, v, *_ = inputs()
+    program = lambda: str(jax.make_jaxpr(attention.head_by_head)(q, k, v))
+    assert "scan" not in program()
+
+
+def test_large_scores_are_taken_head_head_by_head_and_not_kept(monkeypatch):
+    monkeypatch.setattr(attention, "CACHE", 2 * 3 * 6 * 6 * 4 - 1)
+    q, k, v, *_ = inputs()
+    slope = jax.grad(lambda q: attention.head_by_head(q, k, v).sum())
+    loops = [
+        e
+        for e in equations(jax.make_jaxpr(slope)(q).jaxpr)
+        if e.primitive.name == "scan"
+    ]
+    assert [e.params["length"] for e in loops] == [3, 3]
+    handed_on = [x.aval.shape for x in loops[0].outvars]
+    assert (3, 2, 6, 6) not in [s[:2] + s[-2:] for s in handed_on]
+
+
+def test_the_field_reaches_every_block(monkeypatch):
+    monkeypatch.setattr(attention, "CACHE", 0)
+    params, *given = noisy()
+
+    def loops(by):
+        run = lambda p: SiT(**SMALL, attention=by).apply({"params": p}, *given)
+        found = equations(jax.make_jaxpr(run)(params).jaxpr)
+        return sum(e.primitive.name == "scan" for e in found)
+
+    assert (loops("xla"), loops("head_by_head"), loops("auto")) == (1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    "platform, dtype, head, biased, name",
+    [
+        ("cpu", jnp.float32, 64, False, "head_by_head"),
+        ("tpu", jnp.bfloat16, 72, False, "xla"),
+        ("gpu", jnp.float32, 64, False, "xla"),
+        ("cuda", jnp.bfloat16, 72, False, "cudnn"),
+        ("gpu", jnp.float16, 128, False, "cudnn"),
+        ("gpu", jnp.bfloat16, 68, False, "xla"),
+        ("gpu", jnp.bfloat16, 136, False, "xla"),
+        ("gpu", jnp.bfloat16, 64, True, "xla"),
+    ],
+)
+def test_auto_takes_what_the_device_can(platform, dtype, head, biased, name):
+    assert attention.chosen("auto", dtype, head, biased, platform) == name
+
+
+def test_a_program_for_another_platform_is_named_beforehand():
+    model = SiT(**SMALL, dtype="bfloat16")
+    assert attention.of(model) == "head_by_head"  # on this CPU
+    assert attention.settled(model, "tpu") == model.clone(attention="xla")
+    assert MDT(**SMALL, dtype="bfloat16").biased  # and hence not for cuDNN
+
+
+def test_an_unknown_program_lists_the_known_ones():
+    with pytest.raises(UserError, match="'flash': choose one of auto, xla, cudnn, "):
+        attention.attend(*inputs()[:3], by="flash")
+
+
+@pytest.mark.parametrize(
+    "platform, dtype, head, biased, found",
+    [
+        ("cpu", jnp.bfloat16, 64, False, "cpu, bfloat16, 64 and none"),
+        ("gpu", jnp.float32, 64, False, "gpu, float32, 64 and none"),
+        ("gpu", jnp.bfloat16, 68, False, "gpu, bfloat16, 68 and none"),
+        ("gpu", jnp.bfloat16, 64, True, "gpu, bfloat16, 64 and a bias"),
+    ],
+)
+def test_cudnn_is_refused_where_it_cannot_run(platform, dtype, head, biased, found):
+    with pytest.raises(UserError, match=f"{found}: choose auto"):
+        attention.chosen("cudnn", dtype, head, biased, platform)
+
+
+def test_attention_scores_are_not_rounded_to_bfloat16():
+    """Scores 256 and 257 over sqrt(2): in bfloat16 they would be 181 and 182."""
+    array = lambda *rows: jnp.array(rows, jnp.bfloat16)[None, :, None]
+    q, k, v = array([1, 1]), array([256, 0], [256, 1]), array([0, 0], [1, 1])
+    exact = 1 / (1 + np.exp(-np.sqrt(0.5)))  # 0.670 against 0.731
+    ours = attention.attend(q, k, v)
+    assert ours.dtype == jnp.bfloat16
+    assert abs(float(ours[0, 0, 0, 0]) - exact) < 4e-3  # result is one bfloat16
