@@ -1,7 +1,9 @@
 """Checkpoints: moved between devices, kept, cleaned, compared, refused."""
 
+import errno
 import os
 import shutil
+import time
 from pathlib import Path
 
 import jax
@@ -18,11 +20,15 @@ from sit_jax.checkpoint import (
     items,
     load,
     read_meta,
+    saving,
     steps,
 )
 from sit_jax.errors import UserError
 from sit_jax.placement import once
+from sit_jax.recipe import recipe
 from sit_jax.sharding import make_mesh, shaped
+from sit_jax.start import pack
+from sit_jax.training import init_state
 
 META = {"step": 7, "config": {"model": {"depth": 2}, "clip": None}, "skipped": [1, 0]}
 
@@ -214,3 +220,42 @@ def test_a_damaged_step_is_refused(one_step, tmp_path):
     _, like = trees(mesh(1))
     with pytest.raises(UserError, match="7"):
         load(tmp_path, 7, ema=like["ema"])
+
+
+@pytest.mark.parametrize(
+    "number, said", [(errno.ENOSPC, "No space left"), (errno.EACCES, "Permission den")]
+)
+def test_what_fails_in_the_background_is_raised_at_the_next_look(
+    tmp_path, monkeypatch, number, said
+):
+    def fails(_):
+        raise OSError(number, os.strerror(number))
+
+    state = {"params": {"w": np.arange(5.0)}}
+    saver = Checkpoints(tmp_path, keep_last=1)
+    saver.save(1, META, **state)
+    saver.wait()
+    saver.check()
+    monkeypatch.setattr(saving, "write_sums", fails)
+    saver.save(2, META, **state)
+    with pytest.raises(UserError, match=f"{tmp_path}: {said}"):
+        for _ in range(1000):
+            saver.check()
+            time.sleep(0.01)
+    assert steps(tmp_path) == [1]  # keep_last=1, and yet the good one is kept
+    checkpoint.require_whole(tmp_path, 1)
+
+
+def test_every_item_that_is_read_has_been_written():
+    """The items of a run are named in one place, for saving and for restoring."""
+    parts = recipe(small.config())
+    state = jax.eval_shape(
+        lambda key: init_state(parts.model, parts.tx, parts.shape, key, (0.9, 0.99)),
+        jax.random.key(0),
+    )
+    concrete = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
+    written, _ = pack(concrete, (0.9, 0.99))
+    assert set(written) == {"params", "ema", "ema_0.99", "opt_state"}
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    in_meta = count(state.step) + count(state.skipped)
+    assert sum(map(count, written.values())) + in_meta == count(state)

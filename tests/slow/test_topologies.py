@@ -1,0 +1,62 @@
+"""A run that moves from 8 devices to 1, to 2, to 4, step by step."""
+
+import jax
+import numpy as np
+import pytest
+import small
+
+from sit_jax import checkpoint
+from sit_jax.data.feed import batches
+from sit_jax.data.sources import Synthetic
+from sit_jax.history import history
+from sit_jax.program import train_step, training_recipe
+from sit_jax.sharding import make_mesh
+from sit_jax.start import begin, pack
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def setting():
+    config = small.config()
+    return config, training_recipe(config), Synthetic((4, 4, 1), 5)
+
+
+def steps_on(setting, directory, devices, many):
+    """Goes on for so many steps and saves; -> losses, params at first, labels seen."""
+    config, parts, source = setting
+    mesh = make_mesh(devices=jax.devices()[:devices])
+    state, _ = begin(parts, mesh, config.seed, directory)
+    first, at_first = int(state.step), jax.device_get(state.params)
+    where = jax.tree.map(lambda x: x.sharding, state)
+    step = train_step(config, parts, mesh, where)
+    losses, seen = [], []
+    with batches(source, config.batch_size, config.seed, first, mesh) as feed:
+        for _ in range(many):
+            batch = next(feed)
+            seen.append(jax.device_get(batch))
+            state, metrics = step(state, parts.codec, batch, jax.random.key(0))
+            losses.append(float(metrics["loss"]))
+    items, meta = pack(state, parts.ema_decay)
+    past = history(directory, first, small.to_json(config), mesh)
+    about = {"config": small.to_json(config), **past.meta(first + many), **meta}
+    small.save(directory, first + many, about, **items)
+    return losses, at_first, seen, jax.device_get(state.params)
+
+
+def equal(one, other):
+    return jax.tree.all(jax.tree.map(np.array_equal, one, other))
+
+
+def test_8_1_2_4_devices(setting, tmp_path):
+    stayed, _, data, _ = steps_on(setting, tmp_path / "stayed", 8, 4 * STEPS)
+    losses, seen, before = [], [], None
+    for devices in (8, 1, 2, 4):
+        found, first, read, last = steps_on(setting, tmp_path / "moved", devices, STEPS)
+        assert before is None or equal(first, before)  # to the last bit
+        before = last
+        losses, seen = losses + found, seen + read
+    assert checkpoint.steps(tmp_path / "moved") == [4, 8, 12, 16]
+    assert equal(seen, data)
+    # sums over devices are in another order, and each step adds to what that moved
+    np.testing.assert_allclose(losses, stayed, rtol=1e-5)
