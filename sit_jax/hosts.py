@@ -137,7 +137,6 @@ def leave():
     """The good end, of all at once."""
     global _place, _party
     if _party:
-        _party.exchange(None)
         _party.close()
         jax.distributed.shutdown()
         _place = _party = None

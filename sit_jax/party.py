@@ -89,8 +89,10 @@ class Party:
         self._see_off()
 
     def close(self):
-        """From here on the end of a process means nothing."""
-        self._claim.acquire(blocking=False)
+        """The good end, of all at once."""
+        self.exchange(None)
+        self._claim.acquire(blocking=False)  # from here on an end means nothing
+        self.exchange(None)  # and to none of the others
         for peer in self._peers.values():
             peer.close()
 
@@ -100,6 +102,8 @@ class Party:
 
     def _first_answer(self, seconds):
         answer = self._peers[0].read(seconds + FAREWELL)
+        if answer is None or "end" in answer:
+            self._peers[0].close()
         if answer is None:
             raise UserError(
                 f"process 0 at {self.place.address} ended before all were there"

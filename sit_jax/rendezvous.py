@@ -47,7 +47,8 @@ class Peer:
 
     def close(self):
         with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+            self._sock.shutdown(socket.SHUT_RDWR)  # ends a read in another thread
+        self._file.close()
         self._sock.close()
 
 
@@ -70,6 +71,7 @@ def listen(place, hello, seconds, silence):
     except UserError as error:
         for peer in peers.values():
             peer.send(end=str(error), code=2, of=0)
+            peer.close()
         raise
     return peers, hellos
 

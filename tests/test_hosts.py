@@ -1,0 +1,319 @@
+"""Processes that meet: who is missing, unlike or gone is named, and nobody hangs.
+
+Most of it without JAX, in threads or in small programs; two real processes train in
+tests/slow/test_processes.py.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import ROOT
+
+from sit_jax import cluster, command, greeting, hosts
+from sit_jax.errors import UserError
+from sit_jax.party import LOST, Party
+
+SLURM = {
+    "SLURM_JOB_ID": "17",
+    "SLURM_STEP_NODELIST": "node[003-004],other",
+    "SLURM_NTASKS": "3",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+}
+TORCH = {"MASTER_ADDR": "a", "MASTER_PORT": "29500", "WORLD_SIZE": "4", "RANK": "3"}
+
+
+def free_port():
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+def flags(*words):
+    parser = argparse.ArgumentParser()
+    hosts.add_flags(parser)
+    return parser.parse_args(words)
+
+
+def place(*words, environ=None):
+    return cluster.place(flags(*words), 1, environ or {})
+
+
+def test_alone_unless_something_says_otherwise():
+    assert place() is None
+    assert place("--processes", "1") is None
+    assert place(environ={**TORCH, "WORLD_SIZE": "1", "RANK": "0"}) is None
+    assert (hosts.index(), hosts.count(), hosts.first()) == (0, 1, True)
+    assert hosts.exchange(3) == [3] and hosts.told(3) == 3
+    hosts.join(flags())
+    assert not hosts.several() and hosts.mark() == ""
+
+
+def test_places_by_flags_torch_and_slurm(monkeypatch):
+    words = ("--coordinator", "[::1]:99", "--processes", "2", "--process", "1")
+    found = place(*words)
+    assert (found.host, found.port, found.count, found.index) == ("::1", 99, 2, 1)
+    found = place(environ=TORCH)
+    assert (found.address, found.count, found.index) == ("a:29500", 4, 3)
+    assert found.devices is None  # all of the host's
+    by_torchrun = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "1"}
+    found = place(environ={**TORCH, **by_torchrun, "LOCAL_WORLD_SIZE": "2"})
+    assert (found.port, found.devices) == (29501, [1])  # torchrun has the port itself
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    found = place()
+    assert (found.host, found.count, found.index) == ("node003", 3, 1)
+
+
+@pytest.mark.parametrize(
+    "words, environ, says",
+    [
+        (["--process", "1"], {}, "--coordinator, --processes and --process go tog"),
+        (
+            ["--coordinator", "a:1", "--processes", "2", "--process", "2"],
+            {},
+            "process 2 of 2 (flags): they count from 0 to 1",
+        ),
+        (
+            ["--coordinator", "a:1", "--processes", "0", "--process", "0"],
+            {},
+            "0 processes",
+        ),
+        (
+            ["--coordinator", "a", "--processes", "2", "--process", "0"],
+            {},
+            "'a' (flags); it must be HOST:PORT",
+        ),
+        ([], {**TORCH, "RANK": "4"}, "process 4 of 4 (MASTER_ADDR"),
+        ([], {**TORCH, "RANK": "one"}, "RANK is 'one'"),
+    ],
+    ids="lonely range none address rank word".split(),
+)
+def test_wrong_places_are_named(words, environ, says):
+    with pytest.raises(UserError) as refused:
+        place(*words, environ=environ)
+    assert says in str(refused.value)
+
+
+def test_a_time_limit_of_nothing_is_refused():
+    with pytest.raises(UserError, match="--join-timeout 0: at least 1 second"):
+        hosts.join(flags("--join-timeout", "0"))
+
+
+def together(count, run, seconds=5.0):
+    """run(party) in a thread for each of `count` processes -> what they give or say."""
+    port, found = free_port(), [None] * count
+
+    def one(index):
+        try:
+            where = cluster.Place(f"localhost:{port}", count, index)
+            hello = {"host": f"host{index}"}
+            party = Party(where, hello, seconds, 10.0, lambda *words: None)
+            found[index] = run(party)
+            party.close()
+        except UserError as error:
+            found[index] = str(error)
+
+    threads = [threading.Thread(target=one, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    return found
+
+
+def test_values_reach_all_in_order():
+    def run(party):
+        first = party.exchange({"from": party.place.index})
+        return first, [party.exchange(10 * turn) for turn in range(5)]
+
+    first = [{"from": index} for index in range(4)]
+    assert together(4, run) == [(first, [[10 * t] * 4 for t in range(5)])] * 4
+
+
+def alone(index, count, seconds, port):
+    where = cluster.Place(f"localhost:{port}", count, index)
+    begun = time.monotonic()
+    with pytest.raises(UserError) as refused:
+        Party(where, {"host": "here"}, seconds, 10.0, None)
+    assert time.monotonic() - begun < seconds + 2
+    return str(refused.value)
+
+
+def test_a_missing_process_is_named_within_the_limit():
+    said = alone(0, 3, 1.0, port := free_port())
+    assert f"processes 1, 2 of 3 did not come to localhost:{port} within 1 s" in said
+    assert "there were 0 (here)" in said
+    said = alone(1, 2, 1.0, port := free_port())
+    assert f"process 0 does not answer at localhost:{port} within 1 s (Conn" in said
+    assert "unknown.invalid" in unknown_host()
+
+
+def unknown_host():
+    where = cluster.Place("unknown.invalid:9", 2, 1)
+    with pytest.raises(UserError) as refused:
+        Party(where, {"host": "here"}, 1.0, 10.0, None)
+    return str(refused.value)
+
+
+def test_those_that_came_hear_who_is_missing():
+    port, said = free_port(), {}
+
+    def come(index):
+        where = cluster.Place(f"localhost:{port}", 3, index)
+        try:
+            Party(where, {"host": f"host{index}"}, 1.5, 10.0, None)
+        except UserError as error:
+            said[index] = str(error)
+
+    threads = [threading.Thread(target=come, args=(index,)) for index in (0, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert "process 1 of 3 did not come" in said[0]
+    assert "there were 0 (host0), 2 (host2)" in said[0] and said[2] == said[0]
+
+
+def test_two_of_one_number_and_another_count_are_named():
+    port, said = free_port(), []
+
+    def come(index, count):
+        where = cluster.Place(f"localhost:{port}", count, index)
+        try:
+            Party(where, {"host": f"h{index}"}, 3.0, 10.0, None)
+        except UserError as error:
+            said.append(str(error))
+
+    for pair in ([(0, 3), (1, 3), (1, 3)], [(0, 2), (1, 4)]):
+        threads = [threading.Thread(target=come, args=each) for each in pair]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        assert len(set(said)) == 1 and len(said) == len(pair), said
+        port = free_port()
+        if len(pair) == 3:
+            assert (
+                "two processes say that they are number 1: on h1 and on h1" in said[0]
+            )
+            said.clear()
+    assert "process 1 (h1) expects 4 processes, process 0 (h0) 2" in said[0]
+
+
+def test_strangers_at_the_port_are_not_heard():
+    port = free_port()
+
+    def knock():
+        for text in (b"GET / HTTP/1.1\r\n\r\n", b'{"greeting": "sit_jax 0"}\n', b"\n"):
+            while True:
+                try:
+                    with socket.create_connection(("localhost", port)) as sock:
+                        sock.sendall(text)
+                        break
+                except ConnectionRefusedError:
+                    time.sleep(0.01)
+
+    stranger = threading.Thread(target=knock)
+    stranger.start()
+    found = []
+
+    def come(index):
+        where = cluster.Place(f"localhost:{port}", 2, index)
+        if index:
+            stranger.join()
+        party = Party(where, {"host": "h"}, 10.0, 10.0, None)
+        found.append(party.exchange(index))
+        party.close()
+
+    threads = [threading.Thread(target=come, args=(index,)) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert found == [[0, 1]] * 2
+
+
+@pytest.mark.parametrize(
+    "part, value, says",
+    [
+        ("versions", {"jax": "0.9.0"}, "jax 0.9.0, not 0.10.2"),
+        ("settings", {"XLA_FLAGS": "--a"}, "XLA_FLAGS --a, not nothing"),
+        ("arguments", ["--seed=2"], "started with '--seed=2', not with '--seed=1'"),
+    ],
+)
+def test_version_skew_and_other_arguments_are_named(part, value, says):
+    one = {
+        "host": "a",
+        "versions": {"jax": "0.10.2"},
+        "settings": {"XLA_FLAGS": ""},
+        "arguments": ["--seed=1"],
+    }
+    greeting.require_alike([one, one, one])
+    with pytest.raises(UserError) as refused:
+        greeting.require_alike([one, one, {**one, "host": "c", part: value}])
+    assert str(refused.value) == f"process 2 (c) is not like process 0 (a): {says}"
+
+
+def test_a_greeting_tells_what_decides_a_program(monkeypatch):
+    said = greeting.hello()
+    assert {"jax", "jaxlib", "flax", "python", "sit_jax"} <= set(said["versions"])
+    assert len(said["versions"]["sit_jax"]) == 12 and said["host"]
+    json.dumps(said)
+    words = ["--a", "1", "--process", "3", "--processes=4", "--coordinator", "x", "b"]
+    assert greeting.arguments(words) == ["--a", "1", "b"]
+
+
+PROGRAM = """
+import os, sys, threading, time
+from sit_jax import cluster
+from sit_jax.party import Party
+index, port, what = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+say = lambda i, words: print(f"{i}: {words}", flush=True)
+party = Party(cluster.Place(f"localhost:{port}", 3, index), {"host": "h"}, 20, 9, say)
+party.exchange(None)
+if index == int(sys.argv[4]):
+    if what == "words":
+        party.end("no disk", 2)
+    os._exit(9)
+threading.Event().wait(30)  # as in a collective that never comes back
+"""
+
+
+@pytest.mark.parametrize("what", ["words", "silence"])
+@pytest.mark.parametrize("victim", [0, 2])
+def test_the_end_of_one_is_the_end_of_all(what, victim):
+    """With the words and the code of the one that ended, or with that of a loss."""
+    port, begun = free_port(), time.monotonic()
+    words = lambda i: [sys.executable, "-c", PROGRAM, str(i), str(port), what]
+    pipe = {"stdout": subprocess.PIPE, "text": True, "cwd": ROOT, "env": os.environ}
+    started = [
+        subprocess.Popen([*words(index), str(victim)], **pipe) for index in range(3)
+    ]
+    for index, process in enumerate(started):
+        said, _ = process.communicate(timeout=25)
+        if index != victim:
+            last = "no disk" if what == "words" else "None"
+            assert said == f"{victim}: {last}\n"
+            assert process.returncode == (2 if what == "words" else LOST)
+    assert time.monotonic() - begun < 25
+
+
+def test_an_error_carries_the_number_of_its_process(monkeypatch, capsys):
+    monkeypatch.setattr(hosts, "_place", cluster.Place("a:1", 4, 3))
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+
+    def main():
+        raise UserError("no such thing")
+
+    with pytest.raises(SystemExit) as end:
+        command.run(main)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "train.py: process 3 of 4: no such thing\n"
