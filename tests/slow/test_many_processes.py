@@ -1,0 +1,234 @@
+"""Every script that computes, in two and four real processes: what one gives.
+
+Some minutes: pytest tests/slow/test_many_processes.py
+"""
+
+import json
+import signal
+import time
+
+import numpy as np
+import photographs
+import processes
+import pytest
+import small
+from PIL import Image
+
+from sit_jax import checkpoint
+
+LONG = ("--config.steps=400", "--config.save_every=20", "--config.preview=0")
+SHORT = ("--config.steps=6", "--config.save_every=3", "--config.preview=5")
+EXTRACT = """
+import extract_features
+from sit_jax import command
+from toy_codec import toy
+extract_features.load = lambda vae, precision: toy()
+command.script(extract_features.main)
+"""
+EVALUATE = """
+import evaluate
+from sit_jax import command
+import test_evaluate as t
+evaluate.inception_weights.load = lambda path: t.weights()
+evaluate.inception_extractor = t.extractor
+t.evaluation.LEAST = 205
+command.script(evaluate.main)
+"""
+
+
+def words(workdir, *fields):
+    return (
+        "train.py",
+        "--config",
+        "tests/small_config.py",
+        "--workdir",
+        workdir,
+        *fields,
+    )
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """The workdir of a short run in one process."""
+    workdir = tmp_path_factory.mktemp("one")
+    processes.run(1, *words(workdir, *SHORT))
+    return workdir
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_training_on_many_then_on_fewer(tmp_path, short, count):
+    """Six steps on many processes; three more on half, as by one process alone.
+
+    Losses to 1e-5: Adam's steps carry the rounding of the first ones further.
+    """
+    processes.run(count, *words(tmp_path / "many", *SHORT))
+    one, many = small.losses(short), small.losses(tmp_path / "many")
+    np.testing.assert_allclose(list(many.values()), list(one.values()), rtol=1e-5)
+    sheets = [path / "samples" / "0000006.png" for path in (short, tmp_path / "many")]
+    assert np.abs(np.subtract(*map(pixels, sheets))).max() <= 1
+    more = ("--config.steps=9", *SHORT[1:])
+    said = processes.run(count // 2, *words(tmp_path / "many", *more))
+    assert "goes on from step 6" in said
+    processes.run(1, *words(tmp_path / "alone", *more))
+    one, many = small.losses(tmp_path / "alone"), small.losses(tmp_path / "many")
+    assert list(many) == list(range(1, 10))
+    np.testing.assert_allclose(list(many.values()), list(one.values()), rtol=1e-5)
+
+
+def pixels(path):
+    return np.asarray(Image.open(path), int)
+
+
+def started(workdir, count):
+    """A long run of `count` processes, in the middle."""
+    each = processes.begin(count, *words(workdir, *LONG, "--heartbeat-timeout", 20))
+    log = workdir / "metrics.jsonl"
+    while not log.exists() or log.read_text().count("\n") < 50:
+        assert all(process.poll() is None for process in each), processes.end(each)
+        time.sleep(0.02)
+    return each
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_killed_the_others_end_and_fewer_go_on(tmp_path, victim):
+    each, begun = started(tmp_path, 2), time.monotonic()
+    each[victim].kill()
+    found = processes.end(each)
+    assert time.monotonic() - begun < 20
+    code, _, errors = found[1 - victim]
+    line = errors.splitlines()[-1]
+    assert code == 75, errors
+    assert line.startswith(f"train.py: process {1 - victim} of 2: process {victim} (")
+    newest = checkpoint.steps(tmp_path / "checkpoints")[-1]
+    assert f"is gone without a word; {newest} is the newest checkpoint in" in line
+    assert "the same command goes on from there" in line
+    said = processes.run(1, *words(tmp_path, f"--config.steps={newest + 5}", *LONG[1:]))
+    assert f"goes on from step {newest}" in said
+    losses = small.losses(tmp_path)
+    assert sorted(losses) == list(range(1, newest + 6))
+
+
+def test_sigterm_on_one_saves_the_same_step_on_all(tmp_path):
+    each = started(tmp_path, 2)
+    each[1].send_signal(signal.SIGTERM)
+    found = processes.end(each)
+    assert [code for code, *_ in found] == [0, 0], found
+    newest = checkpoint.steps(tmp_path / "checkpoints")[-1]
+    assert f"stopped at step {newest}; the same command" in found[0][1]
+    assert newest < 400 and max(small.losses(tmp_path)) == newest
+
+
+def test_a_disk_that_only_one_cannot_write_ends_all(tmp_path):
+    """Process 0 alone finds the workdir in the way; the other hears it, with code 2."""
+    (tmp_path / "file").write_text("in the way")
+    found = processes.end(processes.begin(2, *words(tmp_path / "file", *SHORT)))
+    assert [code for code, *_ in found] == [2, 2], found
+    for _, _, errors in found:
+        assert str(tmp_path / "file") in errors and errors.count("\n") == 1, errors
+
+
+BAD = {
+    "batch": ((), ("--config.batch_size=9",), "9 is not divisible by 2"),
+    "other arguments": (("--config.seed=1",), (), "process 1 ("),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_of_each(tmp_path, name):
+    last, all_of_them, says = BAD[name]
+    port = f"localhost:{processes.free_port()}"
+    each = []
+    for index in range(2):
+        place = ("--coordinator", port, "--processes", 2, "--process", index)
+        more = last if index else ()
+        each += processes.begin(1, *words(tmp_path / "x", *all_of_them, *more, *place))
+    for index, (code, _, errors) in enumerate(processes.end(each, 60)):
+        assert code == 2 and says in errors and errors.count("\n") == 1, errors
+        assert errors.startswith(f"train.py: process {index} of 2: ")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_missing_process_ends_the_run_in_time(tmp_path):
+    more = ("--join-timeout", 3, "--processes", 2, "--process", 0)
+    address = ("--coordinator", f"localhost:{processes.free_port()}")
+    begun = time.monotonic()
+    [(code, _, errors)] = processes.end(
+        processes.begin(1, *words(tmp_path / "x", *more, *address))
+    )
+    assert code == 2 and time.monotonic() - begun < 40
+    assert errors.startswith("train.py: process 0 of 2: process 1 of 2 did not come to")
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("kind", ["x.npz", "x/"])
+def test_ten_images_exactly_once(tmp_path, short, count, kind):
+    """Bytes of one process: an image follows from the seed and its number."""
+    draw = ("sample.py", "--weights", short, "--num", 10, "--batch-size", 4)
+    for number in (1, count):
+        out = f"{tmp_path}/{number}-{kind}"
+        said = processes.run(number, *draw, "--labels", "random", "--out", out)
+        assert "10 images" in said
+        assert not list(tmp_path.glob("*.parts"))
+    one, many = tmp_path / f"1-{kind}", tmp_path / f"{count}-{kind}"
+    if kind == "x/":
+        names = sorted(path.name for path in many.glob("*.png"))
+        assert names == [f"{i:06d}.png" for i in range(10)]
+        assert all((one / n).read_bytes() == (many / n).read_bytes() for n in names)
+        return
+    with np.load(one) as ours, np.load(many) as theirs:
+        assert ours["arr_0"].shape[0] == 10
+        assert ours["arr_0"].tobytes() == theirs["arr_0"].tobytes()
+        assert ours["arr_1"].tobytes() == theirs["arr_1"].tobytes()
+    records = [
+        json.loads(path.with_name(f"{path.name}.manifest.json").read_text())
+        for path in (one, many)
+    ]
+    for name in ("job", "weights_sha256", "batch_size", "stats", "precision", "codec"):
+        assert records[0][name] == records[1][name], name
+    assert [record["hosts"] for record in records] == [1, count]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_extraction_by_many_is_that_by_one(tmp_path, count):
+    root = photographs.folder(tmp_path / "images", each=20, size=(10, 8))
+    for number in (1, count):
+        out = tmp_path / str(number)
+        more = ("--vae", "x", "--size", 8, "--out", out, "--shards", 6)
+        said = processes.run(
+            number, "-c", EXTRACT, "--data", root, *more, "--batch-size", 8
+        )
+        assert f"\n60 images in {out}, 0 broken" in said
+    files = [
+        {
+            file.name: file.read_bytes()
+            for file in (tmp_path / str(number)).iterdir()
+            if file.name != "manifest.json"
+        }
+        for number in (1, count)
+    ]
+    assert files[0] == files[1] and len(files[0]) == 8
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_figures_of_many_are_those_of_one(tmp_path, count):
+    """Every image once: 211 of them are no multiple of anything here.
+
+    To 1e-5: features differ by the last bit with the rows on a device.
+    """
+    rng = np.random.default_rng(0)
+    for name, bright in (("s", 256), ("r", 200)):
+        image = rng.integers(0, bright, (211, 2, 2, 3)).astype(np.uint8)
+        np.savez(tmp_path / name, arr_0=image)
+    found = []
+    for number in (1, count):
+        out, kept = tmp_path / f"{number}.json", tmp_path / f"f{number}.npz"
+        sides = (tmp_path / "s.npz", "--reference", tmp_path / "r.npz")
+        more = ("--out", out, "--save-features", kept, "--batch-size", 16)
+        processes.run(number, "-c", EVALUATE, *sides, *more)
+        found.append(json.loads(out.read_text()))
+        with np.load(kept) as features:
+            assert len(features["pool"]) == 211
+    ours, theirs = (each["figures"] for each in found)
+    assert ours.keys() == theirs.keys() and found[1]["samples"]["images"] == 211
+    for name, value in ours.items():
+        np.testing.assert_allclose(theirs[name], value, rtol=1e-5, err_msg=name)
