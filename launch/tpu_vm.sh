@@ -1,0 +1,26 @@
+#!/bin/bash
+# A TPU pod slice as TPU VMs: bash launch/tpu_vm.sh NAME ZONE TYPE SHARE [train.py's flags]
+#   REPO=https://... bash launch/tpu_vm.sh sit us-central2-b v4-32 10.0.0.2:/vol1 \
+#       --config configs/sit_xl2.py
+# SHARE is an NFS share (Filestore), for checkpoints and latents: all hosts must see them
+# under one path, and a directory must be renamed at once, which gcsfuse does not do. Each
+# host runs the same command; JAX asks the metadata server which one it is.
+set -eu
+name=$1 zone=$2 type=$3 share=$4
+shift 4
+repo=${REPO:?the address of a git repository with this code}
+ssh=(gcloud compute tpus tpu-vm ssh "$name" --zone "$zone" --worker all --command)
+
+gcloud compute tpus tpu-vm create "$name" --zone "$zone" --accelerator-type "$type" \
+    --version "${RUNTIME:-tpu-ubuntu2204-base}"
+
+"${ssh[@]}" "git clone $repo sit && cd sit && python3 -m venv .venv \
+    && .venv/bin/pip install -q -r requirements.txt 'jax[tpu]' \
+    && sudo apt-get install -qy nfs-common && sudo mkdir -p /shared \
+    && sudo mount -t nfs $share /shared"
+
+"${ssh[@]}" "cd sit && .venv/bin/python train.py --workdir /shared/run $*"
+
+# to end it so that all hosts save the same step:
+#   gcloud compute tpus tpu-vm ssh NAME --zone ZONE --worker 0 --command 'pkill -TERM -f train.py'
+# gcloud compute tpus tpu-vm delete NAME --zone ZONE
