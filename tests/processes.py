@@ -16,7 +16,7 @@ FLAGS = (
     "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0 "
     "--xla_llvm_disable_expensive_passes=true"
 )
-LIMIT = 240  # seconds; these processes never wait for long unless one hangs
+LIMIT = 600  # seconds; these processes never wait for long unless one hangs
 
 
 def free_port():
