@@ -15,11 +15,13 @@ from pathlib import Path
 import jax
 
 from sit_jax import (
+    adapter_exchange,
     checkpoint,
     chips,
     command,
     conversion,
     diffusers_files,
+    lora_files,
     mdt_files,
     model_folder,
     reference,
@@ -48,13 +50,19 @@ def main():
     add("--to", choices=model_folder.LAYOUTS, help="a folder, instead of a .pt")
     add("--figures", metavar="FILE", nargs="+", help="of evaluate.py, for the card")
     add("--reference", metavar="DIR", help="clone of SiT or DiT to compare with")
+    add("--adapter", choices=("peft", "diffusers", "merged"), help="what LoRA becomes")
+    add("--base", metavar="DIR", help="workdir or checkpoint that LoRA files belong to")
     add("--overwrite", action="store_true")
     args, overrides = command.parse(parser)
     begun = time.perf_counter()
-    inwards = _inwards(args.source, args.target, args.to)
-    _refuse_others(args, overrides, inwards)
+    is_adapter = args.adapter or args.base or lora_files.is_adapter_folder(args.source)
+    inwards = not is_adapter and _inwards(args.source, args.target, args.to)
+    _refuse_others(args, overrides, inwards or is_adapter)
     original = args.reference and reference.original(args.reference)
-    if inwards:
+    if is_adapter:
+        how = (args.step, args.adapter, args.base, args.overwrite)
+        print(*adapter_exchange.port(args.source, args.target, *how), sep="\n")
+    elif inwards:
         to_checkpoint(args, overrides, original)
     elif args.to:
         to_folder(args)

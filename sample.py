@@ -92,6 +92,13 @@ def _parser():
     add("--out", required=True, metavar="X", help="x.png | x.npy | x.npz | folder/")
     add("--noise", metavar="FILE.npy", help="start from it; or torch:SEED")
     add("--save-noise", metavar="FILE.npy", help="keep what the images started from")
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[:WEIGHT]",
+        help="adapters put on the weights: a run, or files of PEFT or diffusers",
+    )
     add("--autoguidance", metavar="PATH", help="worse weights, to lead away from")
     add("--no-ema", action="store_true", help="the weights themselves, not their mean")
     add("--vae", metavar="PATH", help="or sd-vae-ft-mse, sd-vae-ft-ema")
@@ -156,6 +163,7 @@ def _job(args, overrides):
         vae=args.vae or (published.vae if published else _own_vae(args, config)),
         rounding=args.rounding or (published.rounding if published else "brighter"),
         emulate=args.emulate,
+        lora=tuple(args.lora),
     )
     _check_noise(args, made, tuple(config.shape))
     return made, None

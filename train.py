@@ -13,6 +13,7 @@ import jax
 
 from sit_jax import averages, chips, command, curve, hosts, program, sharding
 from sit_jax import config as configs
+from sit_jax.adapting import begin_adapted
 from sit_jax.checkpoint import Checkpoints, steps
 from sit_jax.data.cache import check_cache
 from sit_jax.data.feed import batches
@@ -29,6 +30,7 @@ from sit_jax.models.kinds import kind_of
 from sit_jax.recipe import check_data, check_training
 from sit_jax.replicas import Replicas
 from sit_jax.start import begin
+from sit_jax.stored import join
 from sit_jax.training import tensor_names
 from sit_jax.vae_files import load_vae, with_vae
 from sit_jax.watching import viewer
@@ -68,10 +70,7 @@ def train(config, workdir, given=NOTHING, wandb=None):
     stored = configs.to_json(config)
     folder = check_workdir(workdir, stored) / "checkpoints"
     agree(stored, folder)
-    state, origin = begin(
-        *(parts, mesh, config.seed, folder),
-        *(given.path, given.weights_only, given.torch_file),
-    )
+    state, origin, more = _begin(config, parts, mesh, folder, given)
     first = int(state.step)
     if first >= config.steps and not steps(folder):
         raise UserError(
@@ -104,8 +103,19 @@ def train(config, workdir, given=NOTHING, wandb=None):
         _introduce(log, config, parts, state, source)
         look = viewer(log, config, parts, mesh)
         stop = stack.enter_context(command.Stop())
-        keeper = Keeper(saved, watch, past, stored, parts.ema_decay)
+        keeper = Keeper(
+            saved, watch, past, {"config": stored, **about}, parts.ema_decay
+        )
         return _loop(config, parts, mesh, state, feed, log, saved, keeper, look, stop)
+
+
+def _begin(config, parts, mesh, folder, given):
+    """-> TrainState, a sentence about it, and what the checkpoints' meta say too."""
+    where = (parts, mesh, config.seed, folder)
+    if parts.adapter is None:
+        more = (given.path, given.weights_only, given.torch_file)
+        return (*begin(*where, *more), {})
+    return begin_adapted(*where, given.path)
 
 
 def _published(family):
@@ -141,13 +151,18 @@ def _loop(config, parts, mesh, state, feed, log, saved, keeper, look, stop):
         if asked or at == config.steps or at % config.save_every == 0:
             _report(log, meter.flush(), names, config, saved)
             meter.pause(keeper.save(at, state))
-        meter.pause(look(at, averages.first(state.ema, parts.ema_decay)))
+        meter.pause(look(at, _average(state, parts)))
         if asked:
             log.say(f"stopped at step {at}; the same command goes on from there")
             break
     saved.wait()
     log.say(f"saved step {saved.latest()} in {saved.directory}")
     return 0
+
+
+def _average(state, parts):
+    """What is sampled: the whole network's weights, also where few are trained."""
+    return join(averages.first(state.ema, parts.ema_decay), state.frozen)
 
 
 def _compiled(log, config, parts, mesh, state, batch, key):
@@ -191,11 +206,15 @@ def _meter(config, parts):
 
 
 def _introduce(log, config, parts, state, source):
-    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    count, rest = (
+        sum(leaf.size for leaf in jax.tree.leaves(tree))
+        for tree in (state.params, state.frozen)
+    )
+    kept = f", {rest:,} more are frozen" if rest else ""
     device = jax.devices()[0].device_kind
     macs = kind_of(type(parts.model)).macs(parts.model, parts.shape)
     log.say(
-        f"{type(parts.model).__name__} with {count:,} parameters, "
+        f"{type(parts.model).__name__} with {count:,} parameters{kept}, "
         f"{macs / 1e9:.3g} GMAC an image; {len(source):,} "
         f"records; batch {config.batch_size} on {jax.device_count()} x {device}; "
         f"attention {attention.of(parts.model)}"

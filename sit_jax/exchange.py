@@ -120,6 +120,11 @@ class Stored:
                 f"{directory}/{step} holds {form['form']} weights, which torch files "
                 f"have no place for; convert what it was made from: {self.meta['from']}"
             )
+        if "base" in self.meta:
+            raise UserError(
+                f"{directory}/{step} holds adapters; say what they shall become: "
+                "--adapter peft, diffusers or merged"
+            )
         self.config = from_json(self.meta["config"])
         self._recipe = recipe(self.config)
         self.released = Released(self._recipe.model, self._recipe.shape)

@@ -35,21 +35,26 @@ class Job:
     vae: str | None = None
     rounding: str = "brighter"
     emulate: str | None = None
+    lora: tuple[str, ...] = ()  # PATH or PATH:WEIGHT of adapters put on the weights
 
     def to_json(self):
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields["lora"] = list(self.lora)
         return {**fields, "labels": np.asarray(self.labels).tolist()}
 
     @classmethod
     def from_json(cls, record, where):
         """The job of a manifest's "job"; unknown and missing fields are refused."""
         known = {f.name for f in dataclasses.fields(cls)}
+        if isinstance(record, dict):
+            record = {"lora": (), **record}  # from before there were adapters
         if not isinstance(record, dict) or set(record) != known:
             raise UserError(f"{where} is not the manifest of samples of this version")
         labels = np.asarray(record["labels"])
         if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) == 0:
             raise UserError(f"{where}: its labels are no list of whole numbers")
-        return cls(**{**record, "labels": labels.astype(np.int32)})
+        lists = {"labels": labels.astype(np.int32), "lora": tuple(record["lora"])}
+        return cls(**{**record, **lists})
 
     @property
     def digest(self):

@@ -6,11 +6,11 @@ from sit_jax.start import pack
 
 
 class Keeper:
-    """saved: Checkpoints; watch: Replicas; past: History; config: JSON."""
+    """saved: Checkpoints; watch: Replicas; past: History; about: JSON for the meta."""
 
-    def __init__(self, saved, watch, past, config, decay):
+    def __init__(self, saved, watch, past, about, decay):
         self._saved, self._watch, self._past = saved, watch, past
-        self._config, self._decay = config, decay
+        self._about, self._decay = about, decay
 
     def look(self, step, state):
         """Cheap, after every step: raises what has gone wrong since the last one."""
@@ -23,6 +23,6 @@ class Keeper:
         begun = time.perf_counter()
         self._watch.check(step, state)
         items, meta = pack(state, self._decay)
-        meta = {"config": self._config, **self._past.meta(step), **meta}
+        meta = {**self._about, **self._past.meta(step), **meta}
         self._saved.save(step, meta, **items)
         return time.perf_counter() - begun

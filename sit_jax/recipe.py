@@ -28,6 +28,7 @@ class Recipe:
     guidance_channels: int
     ema_decay: float | tuple = 0.9999
     timesteps: Any = None  # see timesteps.py; None: the process draws its times
+    adapter: Any = None  # lora.Lora; None: the network itself is trained
 
     @property
     def losses(self):
@@ -53,6 +54,7 @@ def recipe(config):
         guidance_channels=config.guidance_channels,
         ema_decay=config.ema_decay,
         timesteps=build(config.get("timesteps")),
+        adapter=build(config.get("adapter")),
     )
     _check(parts)
     return parts

@@ -10,6 +10,7 @@ import numpy as np
 
 from sit_jax import config as configs
 from sit_jax import emulation, hosts, outputs, precision, probe, sharding
+from sit_jax.adapters import put_all
 from sit_jax.codec import Latents
 from sit_jax.errors import UserError
 from sit_jax.generation import Generator
@@ -53,8 +54,11 @@ def studio(job, opened, weak=None, expected=None):
             f"{job.weights} has other weights than the manifest's ({found[:12]}, not "
             f"{expected[:12]}); --weights names the right ones, --force takes these"
         )
-    parts = dataclasses.replace(parts, model=precision.computing(word, parts.model))
     record = {"weights_sha256": found, "precision": measured}
+    if job.lora:
+        worn = put_all(params, job.lora, parts.model, found, job.item)
+        params, record["lora"] = worn
+    parts = dataclasses.replace(parts, model=precision.computing(word, parts.model))
     parts, record["codec"] = _with_codec(parts, job, config.precision.vae, mesh)
     if weak is not None:
         other = recipe(weak.config)

@@ -33,8 +33,8 @@ def begin(
     where = placement.of_state(mesh, shapes)
     target = shaped(shapes, where)
     if checkpoint.steps(directory):
-        needed = _items(target, decay)
-        use = lambda step: _restored(parts, directory, step, target, needed)
+        needed = items_of(target, decay)
+        use = lambda step: restored(parts, directory, step, target, needed)
         return checkpoint.newest_whole(directory, use)
     if given is None:
         return jax.jit(init, out_shardings=where)(key), "starts with fresh weights"
@@ -42,7 +42,7 @@ def begin(
     theirs = _theirs(opened)
     if not weights_only and _same(opened, theirs, parts, given):
         held = (opened.path, opened.step)
-        state = _restored(parts, *held, target, ("params", "ema"))
+        state = restored(parts, *held, target, ("params", "ema"))
         if "opt_state" in checkpoint.items(*held):
             return state, f"goes on from {given}, step {int(state.step)}"
         return state, f"starts from the weights of {given}, optimizer and step new"
@@ -54,22 +54,22 @@ def begin(
 def pack(state, decay):
     """TrainState -> the items of a checkpoint, and its part of the meta."""
     meta = {"step": int(state.step), "skipped": state.skipped.tolist()}
-    return _items(state, decay), meta
+    return items_of(state, decay), meta
 
 
-def _items(state, decay):
+def items_of(state, decay):
     items = {"params": state.params, **averages.split(state.ema, decay)}
     items["opt_state"] = state.opt_state
     return items | ({"losses": state.losses} if jax.tree.leaves(state.losses) else {})
 
 
-def _restored(parts, directory, step, target, needed):
+def restored(parts, directory, step, target, needed):
     """-> the TrainState of a saved step, placed as target says.
 
     Items that are not needed may lack: then averages begin as `ema`, the others anew.
     Without an optimizer state the step is 0.
     """
-    wanted = _items(target, parts.ema_decay)
+    wanted = items_of(target, parts.ema_decay)
     held = checkpoint.items(directory, step)
     asked = {name: wanted[name] for name in wanted if name in held or name in needed}
     found = checkpoint.load(directory, step, **asked)

@@ -118,13 +118,25 @@ def over(vector, x):
 
 def is_stored(node):
     """Whether it is one of these forms, or one of quantized.py: no array has .read."""
-    return hasattr(node, "read") and hasattr(node, "shape")
+    return hasattr(type(node), "read") and hasattr(type(node), "shape")
 
 
 def read(tree):
     """The same tree, or leaf, in plain arrays."""
     plain = lambda node: node.read() if is_stored(node) else node
     return jax.tree.map(plain, tree, is_leaf=is_stored)
+
+
+def merged(tree):
+    """Adapters and new rows read into their base where that is an array, not int8."""
+
+    def one(node):
+        below = node
+        while isinstance(below, Adapted | Grown):
+            below = below.base
+        return node if is_stored(below) else read(node)
+
+    return jax.tree.map(one, tree, is_leaf=is_stored)
 
 
 def product(x, weight, dtype):

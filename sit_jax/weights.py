@@ -9,10 +9,12 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sit_jax import checkpoint, diffusers_files, quantizing, releases
+from sit_jax.base import load_adapted
 from sit_jax.config import from_json
 from sit_jax.errors import UserError
 from sit_jax.recipe import recipe
 from sit_jax.sharding import everywhere, shaped
+from sit_jax.stored import merged
 from sit_jax.tensor_files import KINDS
 from sit_jax.training import init_params
 
@@ -46,10 +48,18 @@ class Directory:
 
     def load(self, item, parts, mesh):
         """item "ema" or "params" -> the model's parameters, whole on every device."""
+        if parts.adapter is not None:
+            return self._adapted(item, parts, mesh)
         shapes = quantizing.shapes(_shapes(parts), self.meta)
         where = jax.tree.map(lambda _: everywhere(mesh), shapes)
         target = shaped(shapes, where)
         return checkpoint.load(self.path, self.step, **{item: target})[item]
+
+    def _adapted(self, item, parts, mesh):
+        """With the adapters of this step merged into their base."""
+        params, _ = load_adapted(parts, mesh, self.path, self.step, item)
+        params = jax.device_put(params, everywhere(mesh))
+        return merged(params)
 
 
 def _shapes(parts):

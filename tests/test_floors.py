@@ -20,15 +20,17 @@ FLOORS = (
     "paths schedules noise config port placement checkpoint manifest metrics pictures "
     "chips meter tracking comparison tensor_files moments reference precision "
     "models.layers data.sources data.names data.coins data.tags data.shards "
-    "data.images data.arrays averages timesteps guidance_scales models.masking "
-    "time_densities emulation probe samplers.walk torch_noise rounding gaussians pod "
-    "array_files graph_files models.inception_layers metrics.gaussian metrics.score "
-    "metrics.manifold metrics.kernel stored",
+    "data.images data.arrays data.styles averages timesteps guidance_scales "
+    "models.masking time_densities emulation probe samplers.walk torch_noise rounding "
+    "gaussians pod array_files graph_files models.inception_layers metrics.gaussian "
+    "metrics.score metrics.manifold metrics.kernel stored",
     "predictions guidance codec data.reading data.folders data.tars data.cache "
     "quantized data.filling data.prepared command workdir logging outputs torch_files "
-    "job labels download models.vae_layers models.applied replicas history",
+    "job labels download models.vae_layers models.applied replicas history lora "
+    "lora_names",
     "checkpoint.__main__ diffusers_files",
-    "image_sets bundle paired effects models.inception parts releases models.vae",
+    "image_sets bundle paired effects models.inception parts releases models.vae "
+    "lora_files",
     "features",
     "interpolant diffusion models.dit data data.archives data.cifar data.workers "
     "data.pairs",
@@ -42,13 +44,14 @@ FLOORS = (
     "samplers.ode samplers.adaptive samplers.torchdiffeq",
     "samplers.adams samplers.likelihood",
     "training generation recipe samplers.names quantizing",
-    "weights transfer",
+    "base",
+    "weights transfer adapters",
     "start preview digit_features released presets settings mdt_files starts program "
     "residuals",
-    "inception_weights exchange sampling densities activations card conversion plan "
-    "keeper",
+    "inception_weights exchange adapter_exchange sampling densities activations card "
+    "conversion plan keeper",
     "model_folder",
-    "stages given curve",
+    "stages given curve adapting",
     "watching",
     "train sample port_weights quantize score_digits extract_features evaluate "
     "diagnose",

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict
+from networks import quick_jit
 
 from sit_jax.codec import Pixels
 from sit_jax.errors import UserError
@@ -74,12 +75,20 @@ def equal(one, other):
     return jax.tree.all(jax.tree.map(np.array_equal, one, other))
 
 
-@pytest.mark.parametrize("model", MODELS, ids=lambda model: type(model).__name__)
-@pytest.mark.parametrize("dora", [False, True])
+EACH = [(model, dora) for model in MODELS for dora in (False, True)]
+KEPT = [EACH[1], EACH[6]]  # a SiT with lengths and MDTv2 without; all when slow
+EACH = [e if e in KEPT else pytest.param(*e, marks=pytest.mark.slow) for e in EACH]
+
+
+@pytest.mark.parametrize(
+    "model, dora",
+    EACH,
+    ids=lambda x: type(x).__name__ if hasattr(x, "depth") else str(x),
+)
 def test_a_network_computes_the_same_with_and_without_merging(model, dora):
     """Float32 products in another order; every layer but the patches is adapted."""
     stored = replace(weights(model), EVERY, partial(adapter, dora=dora))
-    run = jax.jit(partial(apply, model))
+    run = quick_jit(partial(apply, model))
     unmerged, merged = run(stored, *inputs()), run(read(stored), *inputs())
     assert relative(unmerged, merged) < 3e-6
     assert relative(merged, run(weights(model), *inputs())) > 0.05
@@ -88,7 +97,7 @@ def test_a_network_computes_the_same_with_and_without_merging(model, dora):
 def test_an_adapter_of_zeros_changes_no_bit():
     model = MODELS[0]
     stored = replace(weights(model), EVERY, partial(adapter, zero=True))
-    run = jax.jit(partial(apply, model))
+    run = quick_jit(partial(apply, model))
     plain = run(weights(model), *inputs())
     np.testing.assert_array_equal(run(stored, *inputs()), plain)
     np.testing.assert_array_equal(run(read(stored), *inputs()), plain)
@@ -165,7 +174,9 @@ def test_an_adapter_over_another_trains_both():
     assert equal(join(trained, frozen), tree)
 
 
-@pytest.mark.parametrize("kind", ["float", "int8"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("float", marks=pytest.mark.slow), "int8"]
+)
 def test_a_step_moves_the_adapters_alone(kind):
     """QLoRA: int8 has no gradient, and none is asked of it."""
     model, tree = MODELS[0].clone(classes=7), adapted(dropout=0.2)
@@ -182,7 +193,7 @@ def test_a_step_moves_the_adapters_alone(kind):
     rng = np.random.default_rng(0)
     latent = rng.standard_normal((8, *SHAPE)).astype(np.float32)
     batch = {"latent": latent, "label": np.arange(8, dtype=np.int32) % 7}
-    step = jax.jit(make_train_step(model, Interpolant(), tx, decay=0.5))
+    step = quick_jit(make_train_step(model, Interpolant(), tx, decay=0.5))
     before = state
     for _ in range(2):
         state, metrics = step(state, Pixels(), batch, jax.random.key(0))
@@ -214,7 +225,7 @@ def test_dropout_is_of_a_row_by_its_key_and_keeps_the_mean():
     assert not np.array_equal(found[0], found[1])
     other = jax.tree.map(lambda leaf: leaf[1], stored)
     assert not np.array_equal(found, other._dropped(x))
-    run = jax.jit(partial(apply, model.clone(classes=7)))
+    run = quick_jit(partial(apply, model.clone(classes=7)))
     x, t, y = inputs(4)
     both = run(dropping(tree, keys), x, t, y)
     half = run(dropping(tree, keys[2:]), x[2:], t[2:], y[2:])

@@ -1,0 +1,316 @@
+"""LoRA as a run: its start, its checkpoints and their base, sampling, refusals."""
+
+import json
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+import small
+from flax.traverse_util import flatten_dict
+from networks import quick_jit
+
+import port_weights
+import sample
+import train
+from configs.lora_xl2 import get_config as lora_xl2
+from sit_jax import checkpoint
+from sit_jax.adapters import put_all
+from sit_jax.adapting import begin_adapted
+from sit_jax.base import base_shapes, load_adapted, trained_shapes
+from sit_jax.config import spec, to_json
+from sit_jax.data.styles import inverted, slanted
+from sit_jax.errors import UserError
+from sit_jax.given import Given
+from sit_jax.lora import TABLE, Lora
+from sit_jax.models.applied import apply
+from sit_jax.recipe import recipe
+from sit_jax.sharding import make_mesh
+from sit_jax.start import pack
+from sit_jax.stored import Adapted, Grown, join, read
+
+FIELDS = dict(targets="blocks/(attn/qkv|mlp/fc2)/kernel", rank=2, alpha=3.0)
+
+
+def config(adapter=None, **fields):
+    c = small.config(**{"steps": 2, "save_every": 2, "preview": 0, **fields})
+    c.adapter = spec(Lora, **{**FIELDS, **(adapter or {})})
+    return c
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return small.checkpoint(tmp_path_factory.mktemp("base"), small.config())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, base):
+    """What train.py leaves of adapters, with random ones."""
+    workdir = tmp_path_factory.mktemp("run") / "run"
+    parts, state, record = begun(base)
+    rng = np.random.default_rng(0)
+    kick = lambda x: 0.1 * rng.standard_normal(x.shape).astype(np.float32)
+    items, meta = pack(state, parts.ema_decay)
+    items |= {name: jax.tree.map(kick, items["params"]) for name in ("params", "ema")}
+    meta |= {"config": to_json(config()), "base": record, "step": 2}
+    small.save(workdir / "checkpoints", 2, meta, **items)
+    (workdir / "config.json").write_text(json.dumps(to_json(config())))
+    return workdir
+
+
+@pytest.fixture
+def called(monkeypatch, capsys):
+    return lambda script, *words: small.called(script.main, monkeypatch, capsys, *words)
+
+
+def begun(base, **adapter):
+    c = config(adapter)
+    c.model.classes += adapter.get("new_classes", 0)
+    state, _, about = begin_adapted(recipe(c), make_mesh(), 0, "nowhere", str(base))
+    return recipe(c), state, about["base"]
+
+
+# How adapters begin
+
+
+def test_the_start_is_pefts(base):
+    """Kaiming-uniform with a = sqrt(5) is U(-1, 1) / sqrt(in)."""
+    _, state, _ = begun(base, rank=64, rank_stabilized=True)
+    node = state.params["blocks"]["mlp"]["fc2"]["kernel"]
+    down = np.asarray(node.down)
+    assert down.shape == (2, 64, 64) and not np.any(node.up)
+    assert 0.97 / 8 < down.max() <= 1 / 8 and -1 / 8 <= down.min() < -0.97 / 8
+    assert down.std() == pytest.approx(1 / 8 / 3**0.5, rel=0.03)
+    assert not np.array_equal(down[0], down[1])
+    assert node.scale == 3.0 / 8
+    assert Lora(rank=4, alpha=6.0).scale == 1.5
+
+
+def test_new_classes_begin_as_the_null_label_and_tables_by_their_other_side(base):
+    parts, state, _ = begun(base, new_classes=2, targets=TABLE)
+    node = join(state.params, state.frozen)["cond"]["label"]["embedding"]
+    assert isinstance(node, Adapted) and isinstance(node.base, Grown)
+    assert not np.any(node.down) and np.std(node.up) > 0.5
+    table = np.asarray(node.read())
+    assert table.shape == (8, 16)
+    np.testing.assert_array_equal(table[5:], np.broadcast_to(table[7], (3, 16)))
+    assert parts.model.classes == 7
+
+
+@pytest.mark.parametrize("dora", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_step_0_gives_what_the_base_gives(base, dora):
+    parts, state, _ = begun(base, dora=dora, targets="blocks/.*")
+    stored = join(state.params, state.frozen)
+    plain = jax.tree.map(np.asarray, small.random_params(recipe(small.config()), 10))
+    x = np.random.default_rng(0).standard_normal((2, 4, 4, 1)).astype(np.float32)
+    at = (x, np.array([0.2, 0.7], np.float32), np.array([1, 5]))
+    run = quick_jit(partial(apply, parts.model))
+    ours, theirs = run(stored, *at), run(plain, *at)
+    if dora:  # lengths over lengths that were summed in another program
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    else:
+        np.testing.assert_array_equal(ours, theirs)
+
+
+# What is kept of them
+
+
+def test_a_checkpoint_holds_adapters_and_says_what_they_are_of(run, base):
+    directory, step = checkpoint.find(run)
+    meta = checkpoint.read_meta(directory, step)
+    assert meta["base"]["path"] == str(base) and meta["base"]["step"] == 8
+    assert len(meta["base"]["sha256"]) == 64
+    parts = recipe(config())
+    shapes = trained_shapes(parts)
+    held = checkpoint.load(directory, step, params=placed(shapes))["params"]
+    sizes = {name: x.shape for name, x in checkpoint.named(held).items()}
+    assert sizes == {
+        "blocks/attn/qkv/kernel/down": (2, 16, 2),
+        "blocks/attn/qkv/kernel/up": (2, 2, 48),
+        "blocks/mlp/fc2/kernel/down": (2, 64, 2),
+        "blocks/mlp/fc2/kernel/up": (2, 2, 16),
+    }
+    assert all(np.any(x) for x in jax.tree.leaves(held))
+
+
+def placed(shapes):
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    return jax.tree.map(put, shapes)
+
+
+def test_adapters_of_xl_are_33_mb():
+    """Of 2.7 GB; the widths are 1152, 3456 and 4608, the depth is 28."""
+    parts = recipe(lora_xl2())
+    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    d, rank = 1152, 16
+    pairs = [(d, 3 * d), (d, d), (d, 4 * d), (4 * d, d)]
+    assert size(trained_shapes(parts)) == 4 * 28 * rank * sum(map(sum, pairs))
+    assert size(trained_shapes(parts)) == 33_030_144
+    assert size(base_shapes(parts)) > 2.69e9
+
+
+@pytest.mark.slow  # compiles a training step; test_stored.py takes one too
+def test_a_run_begins_over_its_base_and_goes_on_without_being_told(base, tmp_path):
+    assert train.train(config(), tmp_path, Given(str(base))) == 0
+    assert train.train(config(steps=3), tmp_path) == 0  # the meta tell the base
+    assert checkpoint.steps(tmp_path / "checkpoints") == [2, 3]
+    records = [
+        checkpoint.read_meta(tmp_path / "checkpoints", n)["base"] for n in (2, 3)
+    ]
+    assert records[0] == records[1] and records[0]["path"] == str(base)
+    before, after = (checkpoint.items(tmp_path / "checkpoints", n) for n in (2, 3))
+    assert before == after >= {"params", "ema", "opt_state"}
+    whole = tmp_path / "whole"
+    assert train.train(config(steps=3), whole, Given(str(base))) == 0
+    assert small.losses(whole) == small.losses(tmp_path)
+
+
+def test_another_base_is_refused_by_its_hash(run, tmp_path):
+    parts = recipe(small.config())
+    other = small.random_params(parts, 3)
+    meta = {"config": json.loads((run / "config.json").read_text())}
+    del meta["config"]["adapter"]
+    small.save(tmp_path / "other", 8, {**meta, "step": 8}, params=other, ema=other)
+    directory, step = checkpoint.find(run)
+    told = f"{tmp_path}/other/8 is not the base of these adapters"
+    with pytest.raises(UserError, match=told):
+        load_adapted(
+            recipe(config()), make_mesh(), directory, step, "ema", tmp_path / "other"
+        )
+
+
+def test_int8_stays_int8(base):
+    parts, state, _ = begun(base, int8="blocks/.*/kernel")
+    kinds = {x.dtype for x in jax.tree.leaves(state.frozen["blocks"])}
+    assert {str(kind) for kind in kinds} == {"int8", "float32"}
+    assert state.frozen["blocks"]["attn"]["qkv"]["kernel"].base.codes.dtype == "int8"
+
+
+# Sampling
+
+
+def drawn(called, tmp_path, name, *words):
+    out = tmp_path / f"{name}.npy"
+    code, _, err = called(sample, "--labels", "0,3", "--out", out, *words)
+    assert code == 0, err
+    return np.load(out)
+
+
+def test_adapters_are_sampled_alone_and_on_their_base(called, run, base, tmp_path):
+    draw = partial(drawn, called, tmp_path)
+    alone = draw("alone", "--weights", run)
+    half = ("--lora", f"{run}:0.75", "--lora", f"{run}:0.25")
+    both = draw("both", "--weights", base, *half)
+    np.testing.assert_allclose(both, alone, atol=1e-5)
+    record = json.loads((tmp_path / "both.npy.manifest.json").read_text())
+    assert [each["weight"] for each in record["lora"]] == [0.75, 0.25]
+    none = draw("none", "--weights", base, "--lora", f"{run}:0")
+    assert np.abs(none - alone).max() > 1e-4
+
+
+@pytest.mark.slow  # the same at more weights, and again from the record
+def test_a_weight_of_nothing_is_the_base_and_a_record_draws_again(
+    called, run, base, tmp_path
+):
+    draw = partial(drawn, called, tmp_path)
+    on = draw("on", "--weights", base, "--lora", f"{run}")
+    np.testing.assert_array_equal(on, draw("alone", "--weights", run))
+    none = draw("none", "--weights", base, "--lora", f"{run}:0")
+    np.testing.assert_array_equal(none, draw("plain", "--weights", base))
+    half = draw("half", "--weights", base, "--lora", f"{run}:0.5")
+    assert np.abs(half - on).max() > 1e-5 < np.abs(half - none).max()
+    again = draw("again", "--from-manifest", tmp_path / "half.npy.manifest.json")
+    np.testing.assert_array_equal(again, half)
+
+
+@pytest.mark.slow
+def test_merging_writes_a_network_that_draws_the_same(called, run, tmp_path):
+    words = (run, tmp_path / "merged", "--adapter", "merged")
+    assert called(port_weights, *words)[0] == 0
+    draw = partial(drawn, called, tmp_path)
+    merged = draw("merged", "--weights", tmp_path / "merged")
+    np.testing.assert_array_equal(merged, draw("run", "--weights", run))
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("adapter", "told"),
+    [
+        (dict(rank=0), "adapter.rank is 0; it must be at least 1"),
+        (dict(alpha=0.0), "adapter.alpha is 0.0"),
+        (dict(dropout=1.0), "adapter.dropout is 1.0"),
+        (dict(dora=True, dropout=0.1), "adapter.dora with dropout"),
+        (dict(targets="blocks/atn/.*"), "nearest: blocks/attn/"),
+        (dict(targets=TABLE, dora=True), "is for products"),
+        (dict(new_classes=-1), "new_classes is -1"),
+        (dict(new_classes=5), "all of them new"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_line(base, tmp_path, adapter, told):
+    with pytest.raises(UserError, match=told) as raised:
+        train.train(config(adapter), tmp_path / "work", Given(str(base)))
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_base_of_another_network_is_refused(base, tmp_path):
+    for field, told in (("heads", 4), ("depth", 3), ("classes", 6)):
+        c = config()
+        c.model[field] = told
+        with pytest.raises(UserError, match=f"another network: model.{field} is"):
+            train.train(c, tmp_path / "work", Given(str(base)))
+    with pytest.raises(UserError, match="add --init BASE"):
+        train.train(config(), tmp_path / "work")
+
+
+def test_adapters_where_they_do_not_belong(called, run, base, tmp_path):
+    parts = recipe(small.config())
+    params = small.random_params(parts, 10)
+    wider = small.random_params(recipe(wide()), 10)
+    told = [
+        ((params, [str(run)], "0" * 64), "belongs to other weights"),
+        ((wider, [str(run)], None), r"another network: its blocks/attn/qkv/kernel is"),
+        ((params, [f"{run}:much"], None), "PATH, or PATH:WEIGHT"),
+        ((params, [str(base)], None), "no adapters: use --weights"),
+        ((params, ["nowhere"], None), "no checkpoint in nowhere"),
+    ]
+    for (weights, words, sha), line in told:
+        with pytest.raises(UserError, match=line) as raised:
+            put_all(weights, words, parts.model, sha)
+        assert "\n" not in str(raised.value)
+    code, _, err = called(port_weights, run, tmp_path / "x.pt")
+    assert code == 2 and "say what they shall become" in err
+    words = ("--weights", base, "--lora", base, "--out", tmp_path / "x.npy")
+    code, _, err = called(sample, *words)
+    assert code == 2 and err.count("\n") == 1 and not (tmp_path / "x.npy").exists()
+
+
+def wide():
+    c = small.config()
+    c.model.width = 32
+    return c
+
+
+# Styles
+
+
+def test_a_style_is_another_look_of_the_same_record():
+    image = np.zeros((8, 8, 1), np.uint8)
+    image[:, 4] = 200
+    np.testing.assert_array_equal(inverted(image), 255 - image)
+    leaning = slanted(image, slope=1.0)
+    top, bottom = leaning[0, :, 0], leaning[7, :, 0]
+    assert top.tolist() == [0, 0, 0, 0, 0, 0, 0, 100]  # half of it has left
+    assert bottom.tolist() == [100, 100, 0, 0, 0, 0, 0, 0]
+
+
+def test_reading_a_run_gives_the_base_where_nothing_was_adapted(run, base):
+    directory, step = checkpoint.find(run)
+    params, _ = load_adapted(recipe(config()), make_mesh(), directory, step, "ema")
+    ours = flatten_dict(read(params), sep="/")
+    theirs = flatten_dict(small.random_params(recipe(small.config()), 10), sep="/")
+    changed = {name for name in theirs if not np.array_equal(ours[name], theirs[name])}
+    assert changed == {"blocks/attn/qkv/kernel", "blocks/mlp/fc2/kernel"}
