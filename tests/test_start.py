@@ -110,3 +110,15 @@ def test_a_save_that_was_cut_off_is_told(parts, saved):
     assert (
         int(state.step) == 8 and "the save of step 9 was cut off and is removed" in said
     )
+
+
+def test_a_run_goes_on_from_its_own_steps_and_not_from_what_it_began_with(
+    parts, weights, saved
+):
+    """--init stays on the command line; the weights it names are not taken again."""
+    mesh = make_mesh(devices=jax.devices()[:1])
+    (saved / "given").mkdir()
+    shutil.copytree(saved / "3", saved / "given" / "3")
+    shutil.rmtree(saved / "3")
+    state, _ = begin(parts, mesh, 0, saved, given=saved / "given")
+    assert holds(state, weights, 8)

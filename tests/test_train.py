@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import socket
 
 import jax
 import numpy as np
@@ -42,6 +43,14 @@ def test_a_run_leaves_everything_behind(run, tmp_path):
     manifest = json.loads((work / "manifest.json").read_text())
     assert manifest["packages"]["jax"] == jax.__version__
     assert manifest["config"]["batch_size"] == 8
+
+
+def test_a_run_connects_to_nothing(run, tmp_path, monkeypatch):
+    def refused(self, address):
+        raise AssertionError(f"connects to {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    assert run("--config", TINY, "--workdir", tmp_path, "--config.steps=1")[0] == 0
 
 
 def test_the_same_command_again_has_nothing_to_do(run, tmp_path):
