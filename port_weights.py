@@ -10,7 +10,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no accelerator is needed, so no
 
 import importlib
 import time
-from pathlib import Path
 
 import jax
 
@@ -35,6 +34,7 @@ from sit_jax.errors import UserError
 from sit_jax.exchange import Stored, open_torch
 from sit_jax.manifest import weights_hash
 from sit_jax.models.mdt import MDT
+from sit_jax.places import local
 from sit_jax.torch_config import FAMILIES
 
 
@@ -145,7 +145,7 @@ def to_folder(args):
     require_space(target, sum(4 * leaf.size for leaf in shapes))
     with draft(target) as folder:
         print(f"writing {target}", flush=True)
-        figures = [Path(path).expanduser() for path in args.figures or ()]
+        figures = [local(path) for path in args.figures or ()]
         found, lines = model_folder.write(folder, stored, args.to, target.name, figures)
         _require_equal(found)
     conversion.describe(stored, ["float32"])
@@ -179,7 +179,7 @@ def _contents(stored, target):
 
 
 def _figures(args):
-    return [Path(path).expanduser() for path in args.figures or ()]
+    return [local(path) for path in args.figures or ()]
 
 
 def published(family):
@@ -189,7 +189,7 @@ def published(family):
 
 def _inwards(source, target, to):
     """Whether torch weights become a checkpoint, by the kinds of the two paths."""
-    source, target = Path(source).expanduser(), Path(target).expanduser()
+    source, target = local(source), local(target)
     if not source.exists():
         raise UserError(f"nothing at {source}")
     foreign = not source.is_dir() or diffusers_files.is_folder(source)

@@ -11,12 +11,12 @@ import math
 import struct
 import zipfile
 import zlib
-from pathlib import Path
 
 import numpy as np
 from numpy.lib import format as npy
 
 from sit_jax.errors import UserError
+from sit_jax.places import local
 
 DAMAGED = (
     zipfile.BadZipFile,
@@ -42,7 +42,7 @@ class ArrayFile:
     """An opened .npz; its members by name."""
 
     def __init__(self, path):
-        self.path = Path(path).expanduser()
+        self.path = local(path)
         if not self.path.is_file():
             raise UserError(f"no file at {self.path}")
         with _plainly(f"{self.path} is no .npz file, or ends too early"):
@@ -135,7 +135,7 @@ def _read_header(file):
 
 def load(path):
     """The array of a .npy file, whole."""
-    path = Path(path).expanduser()
+    path = local(path)
     if not path.is_file():
         raise UserError(f"no file at {path}")
     with _plainly(f"{path} is no whole .npy file"):

@@ -14,6 +14,7 @@ from sit_jax import json_text
 from sit_jax.array_files import ArrayFile
 from sit_jax.drafts import draft
 from sit_jax.errors import UserError
+from sit_jax.places import local
 
 FORMAT = "sit_jax bundle 1"
 FILES = ("bundle.json", "arrays.npz")
@@ -66,7 +67,7 @@ def write(bundle, features=None):
 
 def read(path):
     """-> Bundle; what is no bundle, or not whole, is refused."""
-    path = Path(path).expanduser()
+    path = local(path)
     record = _record(path / FILES[0])
     file = ArrayFile(path / FILES[1])
     inputs = {name: _array(file, f"input {name}") for name in INPUTS}

@@ -13,6 +13,7 @@ from sit_jax.errors import UserError
 from sit_jax.evaluated import Side, open_side
 from sit_jax.models.inception_layers import POOL
 from sit_jax.pictures import save_png, sheet
+from sit_jax.places import local
 from sit_jax.workdir import read_json, write_json
 
 NAMES = ("report.json", "report.md", "worst_pairs.png")
@@ -34,7 +35,7 @@ def open_evidence(path, width=POOL):
 
     width: as of evaluated.open_side.
     """
-    path = Path(path).expanduser()
+    path = local(path)
     if bundles.is_bundle(path):
         found = bundles.read(path)
         samples = open_side(found.features) if found.features else None

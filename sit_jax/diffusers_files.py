@@ -7,13 +7,13 @@ holds a copy of the embedders of time and label. The table of positions is not s
 import dataclasses
 import json
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
 from sit_jax import torch_files
 from sit_jax.errors import UserError
 from sit_jax.models.layers import grid_embedding
+from sit_jax.places import local
 from sit_jax.port import listed
 
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second until 2024
@@ -52,7 +52,7 @@ FIXED = {
 
 def is_folder(path):
     """Whether a path is a folder of a model as diffusers saves it."""
-    return _is_model(Path(path).expanduser() / "config.json")
+    return _is_model(local(path) / "config.json")
 
 
 def read(path):
@@ -61,7 +61,7 @@ def read(path):
     Refused are other networks, missing and spare tensors, and blocks whose copies of
     an embedder differ.
     """
-    folder = Path(path).expanduser()
+    folder = local(path)
     config = _config(folder / "config.json")
     file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if file is None:

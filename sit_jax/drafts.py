@@ -6,11 +6,12 @@ import shutil
 from pathlib import Path
 
 from sit_jax.errors import UserError
+from sit_jax.places import local
 
 
 def require_free(path, overwrite):
     """-> absolute Path; refuses what exists already unless it may be overwritten."""
-    path = Path(path).expanduser().absolute()
+    path = local(path).absolute()
     if os.path.lexists(path) and not overwrite:
         raise UserError(f"{path} exists; --overwrite replaces it")
     return path

@@ -13,6 +13,7 @@ from sit_jax.errors import UserError
 from sit_jax.features import StoredFeatures
 from sit_jax.image_sets import FolderImages, NpzImages
 from sit_jax.models.inception_layers import POOL
+from sit_jax.places import local
 
 
 class OfImages:
@@ -90,7 +91,7 @@ def open_side(path, only_features=False, width=POOL):
 
     width: numbers in the features that a network will make of images.
     """
-    path = Path(path).expanduser()
+    path = local(path)
     if path.is_dir() and not only_features:
         return Side(
             path, None, OfImages(FolderImages(path), width), {"all": "its images"}

@@ -9,7 +9,6 @@ import contextlib
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +22,7 @@ from sit_jax.data.reading import Broken, read_with_gaps
 from sit_jax.data.tags import PLAN, Tags, default_shards
 from sit_jax.data.workers import Workers
 from sit_jax.errors import UserError
+from sit_jax.places import local
 from sit_jax.sharding import BATCH, everywhere, make_mesh, split_batch
 
 MOST = 1024  # shards of a cache
@@ -109,7 +109,7 @@ def extract(
 
 def _planned(out, tags):
     """-> the folder of the cache, which process 0 makes and the others see."""
-    path = open_plan(out, tags) if hosts.first() else Path(out).expanduser()
+    path = open_plan(out, tags) if hosts.first() else local(out)
     hosts.require_shared(path / PLAN)
     return open_plan(out, tags)
 

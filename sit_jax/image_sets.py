@@ -5,13 +5,13 @@ Never all of them are in memory. Grey images count as coloured ones, as in PIL.
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
 from sit_jax.array_files import ArrayFile
 from sit_jax.data.images import pillow, rgb
 from sit_jax.errors import UserError
+from sit_jax.places import local
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 THREADS = 8
@@ -19,7 +19,7 @@ THREADS = 8
 
 def open_images(path):
     """-> NpzImages or FolderImages; what is neither is refused."""
-    path = Path(path).expanduser()
+    path = local(path)
     if path.is_dir():
         return FolderImages(path)
     return NpzImages(ArrayFile(path))
@@ -44,7 +44,7 @@ class FolderImages:
     """The images in a folder and below it, by name; all of one size."""
 
     def __init__(self, path):
-        self.path = Path(path).expanduser()
+        self.path = local(path)
         found = (
             each for each in self.path.rglob("*") if each.suffix.lower() in ENDINGS
         )

@@ -3,13 +3,13 @@
 import dataclasses
 import hashlib
 import json
-from pathlib import Path
 
 import numpy as np
 
 from sit_jax import config as configs
 from sit_jax import json_text
 from sit_jax.errors import UserError
+from sit_jax.places import local
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Job:
 
 def of_manifest(path):
     """-> the Job recorded in a manifest.json, and the sha256 of its weights."""
-    path = Path(path).expanduser()
+    path = local(path)
     if path.is_dir():
         path = path / "manifest.json"
     try:

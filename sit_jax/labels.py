@@ -6,6 +6,7 @@ import numpy as np
 
 from sit_jax import array_files, noise
 from sit_jax.errors import UserError
+from sit_jax.places import local
 
 
 def labels(word, number, classes, seed):
@@ -27,7 +28,7 @@ def labels(word, number, classes, seed):
         listed = [int(part) for part in word.split(",")]
         return _spread(_checked(listed, classes, "--labels"), number)
     if Path(word).suffix in (".npy", ".txt") or Path(word).exists():
-        found = _checked(_read(Path(word).expanduser()), classes, f"--labels {word}")
+        found = _checked(_read(local(word)), classes, f"--labels {word}")
         if number not in (None, len(found)):
             raise UserError(f"--num {number}, but {word} has {len(found)} labels")
         return found

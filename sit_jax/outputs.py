@@ -6,7 +6,6 @@ Everything appears by rename, so that an output is whole or not there.
 import io
 import os
 import zipfile
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from sit_jax.drafts import draft
 from sit_jax.errors import UserError
 from sit_jax.pictures import save_gif, save_png, sheet
+from sit_jax.places import local
 
 KINDS = (".png", ".npy", ".npz")
 
@@ -21,7 +21,7 @@ KINDS = (".png", ".npy", ".npz")
 def check(path, overwrite):
     """-> Path; refuses what exists already and endings that mean nothing."""
     is_folder = str(path).endswith(("/", os.sep))
-    path = Path(path).expanduser()
+    path = local(path)
     if not is_folder and path.suffix not in KINDS:
         raise UserError(
             f"--out {path}: write a name ending in {', '.join(KINDS)}, or a folder/"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sit_jax.download import download
 from sit_jax.errors import UserError
+from sit_jax.places import local
 
 HUB = "https://huggingface.co"  # or a mirror of it, in HF_ENDPOINT
 
@@ -109,7 +110,7 @@ def fetch(name):
     """-> Path of a release's file, loaded if it is not there; of a path, itself."""
     release = find(name)
     if release is None:
-        return Path(name).expanduser()
+        return local(name)
     path = cache() / release.place
     if not path.exists():
         print(f"{name}: from {release.url}, licence {release.licence}", file=sys.stderr)

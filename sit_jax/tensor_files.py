@@ -16,6 +16,7 @@ import numpy as np
 
 from sit_jax import torch_containers
 from sit_jax.errors import UserError
+from sit_jax.places import local
 
 KINDS = (".pt", ".pth", ".bin", ".safetensors")
 WINDOW = 2**26  # bytes
@@ -57,7 +58,7 @@ class Tensors(Mapping):
 
 def open_file(path):
     """-> an object with .content(), the nested dicts of the file, for Tensors."""
-    path = Path(path).expanduser()
+    path = local(path)
     if path.suffix not in KINDS:
         raise UserError(f"{path} does not end in {', '.join(KINDS)}")
     if not path.is_file():

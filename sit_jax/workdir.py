@@ -9,6 +9,7 @@ from sit_jax.checkpoint import steps
 from sit_jax.config import difference
 from sit_jax.drafts import draft
 from sit_jax.errors import UserError
+from sit_jax.places import local
 
 # Fields that a run may be continued with at other values than it began with. None of
 # them changes what a training step computes, but for the batch's size: history.py.
@@ -42,7 +43,7 @@ MAY_CHANGE = (
 
 def check_workdir(path, config):
     """-> Path; refuses a folder that is not free for this JSON config."""
-    path = Path(path).expanduser()
+    path = local(path)
     if steps(path):
         raise UserError(
             f"{path} is a checkpoint directory, not a workdir; begin from it with "

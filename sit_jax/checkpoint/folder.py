@@ -4,11 +4,12 @@ import re
 from pathlib import Path
 
 from sit_jax.errors import UserError
+from sit_jax.places import local
 
 
 def steps(directory):
     """Complete steps in a checkpoint directory, ascending; [] where there is none."""
-    directory = Path(directory).expanduser()
+    directory = local(directory)
     if not directory.is_dir():
         return []
     names = (child.name for child in directory.iterdir() if child.is_dir())
@@ -20,7 +21,7 @@ def find(path):
 
     Of several steps, the newest.
     """
-    path = Path(path).expanduser()
+    path = local(path)
     if path.is_file():
         raise UserError(
             f"{path} is a file and no checkpoint; port_weights.py makes one of .pt"
@@ -41,7 +42,7 @@ def items(directory, step):
 
 def unfinished(directory):
     """Steps of which only a part was written when a run was killed, ascending."""
-    directory = Path(directory).expanduser()
+    directory = local(directory)
     if not directory.is_dir():
         return []
     names = (child.name for child in directory.iterdir())

@@ -1,12 +1,12 @@
 """Saves steps in the background, and says so when that has failed."""
 
 from functools import partial
-from pathlib import Path
 
 import orbax.checkpoint as ocp
 
 from sit_jax.checkpoint.handling import TREES, handlers, plainly
 from sit_jax.checkpoint.sums import write_sums
+from sit_jax.places import local
 
 
 class Checkpoints:
@@ -17,7 +17,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory, keep_last=None, keep_every=None, items=()):
-        self.directory, self._saving = Path(directory).expanduser().absolute(), None
+        self.directory, self._saving = local(directory).absolute(), None
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last,
             keep_period=keep_every,

@@ -7,6 +7,7 @@ from sit_jax.data.folders import ENDINGS, require_folder
 from sit_jax.data.images import BrokenImage, Images
 from sit_jax.data.tars import Members, read_members
 from sit_jax.errors import UserError
+from sit_jax.places import local
 
 IMAGENET = (
     "ILSVRC2012_img_train.tar (147,897,477,120 bytes, from image-net.org with an "
@@ -28,7 +29,7 @@ class ImageNetTar(Images):
         flip: bool = True,
         broken_share: float = 0.001,
     ):
-        path = Path(path).expanduser()
+        path = local(path)
         if not path.is_file():
             raise UserError(f"no file {path}; put {IMAGENET} there")
         outer = sorted(read_members(path, largest=2**40))

@@ -6,20 +6,20 @@ from the start; cache.json, with the counts, is written when all shards are ther
 
 import bisect
 import itertools
-from pathlib import Path
 
 import numpy as np
 
 from sit_jax.data.shards import ShardReader, unpack
 from sit_jax.data.tags import DONE, PLAN, read_json, read_tags, require_same
 from sit_jax.errors import UserError
+from sit_jax.places import local
 
 
 class LatentCache:
     """Moments (or latents) from a cache; where it has both flips, batches take both."""
 
     def __init__(self, path: str, flip: bool = True):
-        self.path = Path(path).expanduser()
+        self.path = local(path)
         self.about = _about(self.path)
         self.tags = tags = read_tags(self.about["tags"], self.path)
         if flip and tags.views < 2 and tags.kind == "moments":

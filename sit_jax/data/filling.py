@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-from pathlib import Path
 
 import numpy as np
 
@@ -11,11 +10,12 @@ from sit_jax.data.shards import HEAD, ShardReader, ShardWriter
 from sit_jax.data.tags import DONE, PLAN, read_json, read_tags, require_same
 from sit_jax.drafts import draft, require_space
 from sit_jax.errors import UserError
+from sit_jax.places import local
 
 
 def open_plan(path, tags):
     """Makes the folder of a cache, or checks that the one there is being made alike."""
-    path = Path(path).expanduser()
+    path = local(path)
     path.mkdir(parents=True, exist_ok=True)
     if (path / PLAN).exists():
         found = read_tags(read_json(path / PLAN), path)

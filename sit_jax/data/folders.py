@@ -1,11 +1,11 @@
 """Folders of image files: a folder a class, or the class in the file's name."""
 
 import os
-from pathlib import Path
 
 from sit_jax.data.images import BrokenImage, Images
 from sit_jax.data.names import Names
 from sit_jax.errors import UserError
+from sit_jax.places import local
 
 # what torchvision's ImageFolder takes for images, and what ADM's loader does
 ENDINGS = ".jpg .jpeg .png .ppm .bmp .pgm .tif .tiff .webp".split()
@@ -107,7 +107,7 @@ class AdmFolder(Images):
 
 def require_folder(path):
     """-> Path of a folder that is there."""
-    path = Path(path).expanduser()
+    path = local(path)
     if not path.is_dir():
         raise UserError(f"no folder {path}; name one that holds images")
     return path

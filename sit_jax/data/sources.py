@@ -11,11 +11,11 @@ replaced by another record. Sources can be pickled and need no JAX.
 import dataclasses
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 
 from sit_jax.errors import UserError
+from sit_jax.places import local
 
 KINDS = {"image": np.uint8, "moments": np.float32, "latent": np.float32}
 HEADER = (  # of a .npy file: {'descr': '<f4', 'fortran_order': False, 'shape': (1,), }
@@ -88,7 +88,7 @@ class LatentFolder:
     """
 
     def __init__(self, path: str, classes: int = 1000):
-        folder = Path(path).expanduser()
+        folder = local(path)
         self.features = folder / "imagenet256_features"
         self.targets = folder / "imagenet256_labels"
         self.classes = classes

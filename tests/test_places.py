@@ -1,0 +1,53 @@
+"""Addresses are refused where paths are meant, and no folder "gs:" is made."""
+
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from sit_jax import checkpoint, drafts, outputs
+from sit_jax.checkpoint import Checkpoints
+from sit_jax.data.cache import LatentCache
+from sit_jax.data.folders import ImageFolder
+from sit_jax.data.sources import LatentFolder
+from sit_jax.errors import UserError
+from sit_jax.places import local
+from sit_jax.releases import fetch
+from sit_jax.workdir import check_workdir
+
+ASKS = {
+    "workdir": lambda path: check_workdir(path, {}),
+    "steps": checkpoint.find,
+    "saving": Checkpoints,
+    "weights": fetch,
+    "output": lambda path: outputs.check(f"{path}.png", False),
+    "draft": lambda path: drafts.require_free(path, False),
+    "latents": LatentFolder,
+    "cache": LatentCache,
+    "images": ImageFolder,
+}
+
+
+@pytest.mark.parametrize("ask", ASKS)
+def test_a_bucket_is_refused_with_what_to_do(ask, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        ASKS[ask]("gs://bucket/run")
+    said = str(error.value)
+    assert said.startswith("gs://bucket/run") and "gcsfuse BUCKET DIR" in said
+    assert "\n" not in said and not list(tmp_path.iterdir())
+
+
+def test_other_storage_too():
+    with pytest.raises(UserError, match="s3://b/x: only paths of files"):
+        local("s3://b/x")
+
+
+@pytest.mark.parametrize("name", ["a:b", "a/b://c", "hf:owner/repo/file", "C://x", "x"])
+def test_odd_names_are_paths(name):
+    assert local(name) == Path(name)
+
+
+def test_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert local("~/x") == Path("/somewhere/x") and local(ROOT) == ROOT
