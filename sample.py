@@ -17,6 +17,7 @@ from sit_jax import (
     job,
     labels,
     outputs,
+    planning,
     presets,
     releases,
     sampling,
@@ -34,10 +35,15 @@ from sit_jax.weights import open_weights
 
 def main():
     args, overrides = command.parse(_parser())
-    hosts.join(args)
-    check_seed("--seed", args.seed)
+    planning.check(args)
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size}: at least 1")
+    if args.plan:
+        return plan(args, overrides)
+    if not args.out:
+        raise UserError("--out X is needed: x.png, x.npy, x.npz or folder/")
+    hosts.join(args)
+    check_seed("--seed", args.seed)
     if args.likelihood:
         return likelihood(args, overrides)
     return sample(args, overrides)
@@ -58,6 +64,18 @@ def sample(args, overrides):
     )
     print(*lines, out, sep="\n")
     return 0
+
+
+def plan(args, overrides):
+    """-> exit code, after what a batch would take is printed."""
+    if args.weights:
+        config = _open(args.weights, args.family, args.heads).config
+    elif args.config:
+        config, args.config = configs.load(args.config), None
+    else:
+        raise UserError("--plan needs --weights PATH or --config FILE")
+    config = settings.apply(config, args, overrides, args.weights)
+    return planning.sampling(args, config)
 
 
 def likelihood(args, overrides):
@@ -89,7 +107,7 @@ def _parser():
     add("--labels", metavar="A,B,...", help="classes | random | balanced | FILE")
     add("--num", type=int, metavar="N", help="images; default: one for each label")
     add("--seed", type=int, default=0)
-    add("--out", required=True, metavar="X", help="x.png | x.npy | x.npz | folder/")
+    add("--out", metavar="X", help="x.png | x.npy | x.npz | folder/")
     add("--noise", metavar="FILE.npy", help="start from it; or torch:SEED")
     add("--save-noise", metavar="FILE.npy", help="keep what the images started from")
     add(
@@ -114,6 +132,7 @@ def _parser():
     add("--batch-size", type=int, default=64, metavar="N")
     add("--emulate", metavar="PLATFORM", help=", ".join(EMULATED))
     hosts.add_flags(parser)
+    planning.add_flags(parser)
     return parser
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from sit_jax import averages, chips, command, curve, hosts, program, sharding
+from sit_jax import averages, chips, command, curve, hosts, planning, program, sharding
 from sit_jax import config as configs
 from sit_jax.adapting import begin_adapted
 from sit_jax.checkpoint import Checkpoints, steps
@@ -27,7 +27,8 @@ from sit_jax.manifest import environment
 from sit_jax.meter import Meter
 from sit_jax.models import attention
 from sit_jax.models.kinds import kind_of
-from sit_jax.recipe import check_data, check_training
+from sit_jax.plan import held_whole
+from sit_jax.recipe import check_batch, check_data, check_training
 from sit_jax.replicas import Replicas
 from sit_jax.start import begin
 from sit_jax.stored import join
@@ -44,10 +45,15 @@ def main():
     parser.add_argument("--wandb", metavar="PROJECT", help="also log to wandb")
     add_flags(parser)
     hosts.add_flags(parser)
+    planning.add_flags(parser)
     args, overrides = command.parse(parser)
-    hosts.join(args, stops=True)
+    planning.check(args)
+    if not args.plan:
+        hosts.join(args, stops=True)
     config = configs.load(args.config)
     configs.override(config, overrides)
+    if args.plan:
+        return planning.training(args, config)
     workdir = args.workdir or f"runs/{Path(args.config).stem}"
     given = Given(args.init, args.weights_only, args.family, args.heads, _published)
     return train(config, workdir, given, args.wandb)
@@ -64,6 +70,7 @@ def train(config, workdir, given=NOTHING, wandb=None):
         config.model.classes = source.classes
     parts = _recipe(config, mesh)
     check_training(config, source)
+    check_batch(config, sharding.rows(mesh))
     curve.check(config)
     check_cache(source, parts.codec, parts.shape)
     check_data(parts, source)
@@ -100,7 +107,7 @@ def train(config, workdir, given=NOTHING, wandb=None):
         how["skip"] = past.skip
         feed = batches(source, config.batch_size, config.seed, first, mesh, **how)
         stack.callback(feed.close)
-        _introduce(log, config, parts, state, source)
+        _introduce(log, config, parts, mesh, state, source)
         look = viewer(log, config, parts, mesh)
         stop = stack.enter_context(command.Stop())
         keeper = Keeper(
@@ -205,7 +212,7 @@ def _meter(config, parts):
     return Meter(config.log_every, config.batch_size, flops, peak)
 
 
-def _introduce(log, config, parts, state, source):
+def _introduce(log, config, parts, mesh, state, source):
     count, rest = (
         sum(leaf.size for leaf in jax.tree.leaves(tree))
         for tree in (state.params, state.frozen)
@@ -219,6 +226,8 @@ def _introduce(log, config, parts, state, source):
         f"records; batch {config.batch_size} on {jax.device_count()} x {device}; "
         f"attention {attention.of(parts.model)}"
     )
+    for line in held_whole(mesh, state.params):
+        log.say(line)
 
 
 def _source(config):

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sit_jax import noise
 from sit_jax.guidance import guided, is_none, with_null_half
 from sit_jax.models.applied import apply
-from sit_jax.sharding import BATCH, everywhere, put, split_batch
+from sit_jax.sharding import BATCH, everywhere, on, put, shaped, split_batch
 
 CHUNK = 4  # rows of a batch that go through the network together on a CPU
 
@@ -104,9 +104,11 @@ class Generator:
         self._shape, self._kicks = parts.shape, kicks
         self._params = (params, weak[1]) if weak else params
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
+        self._where = _places(mesh)
         begun = time.perf_counter()
-        generate = make_generate(parts, mesh, weak[0] if weak else None, around)
-        self._run = self._compiled(generate, mesh)
+        model = weak[0] if weak else None
+        run = lowered(parts, self._params, mesh, self.batch_size, model, kicks, around)
+        self._run = run.compile()
         self.compile_seconds = time.perf_counter() - begun
 
     def __call__(self, seed, labels, start=None, params=None, given=None, todo=None):
@@ -135,23 +137,25 @@ class Generator:
             data, stats = self._run(params, *arguments)
             yield np.asarray(data)[:real], _cut(stats, real)
 
-    def _compiled(self, generate, mesh):
-        rows = split_batch(mesh)
-        later = NamedSharding(mesh, PartitionSpec(None, BATCH))
-        self._where = (rows, rows, rows, later)
-        keys = jax.eval_shape(partial(noise.image_keys, 0), jnp.arange(self.batch_size))
-        start = jax.ShapeDtypeStruct((self.batch_size, *self._shape), jnp.float32)
-        labels = jax.ShapeDtypeStruct((self.batch_size,), jnp.int32)
-        given = jax.ShapeDtypeStruct((self._kicks, *start.shape), jnp.float32)
-        arguments = (keys, labels, start, given)[: 4 if self._kicks else 3]
-        shaped = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-        arguments = [
-            shaped(*pair) for pair in zip(arguments, self._where, strict=False)
-        ]
-        # of a mesh over several hosts, each gets all of the images
-        out = everywhere(mesh) if mesh.is_multi_process else None
-        generate = jax.jit(generate, out_shardings=out)
-        return generate.lower(self._params, *arguments).compile()
+
+def lowered(parts, params, mesh, size, weak=None, kicks=0, around=lambda fn: fn):
+    """A batch's program, of params that may be shapes; for the rest see Generator."""
+    keys = jax.eval_shape(partial(noise.image_keys, 0), jnp.arange(size))
+    start = jax.ShapeDtypeStruct((size, *parts.shape), jnp.float32)
+    labels = jax.ShapeDtypeStruct((size,), jnp.int32)
+    given = jax.ShapeDtypeStruct((kicks, *start.shape), jnp.float32)
+    arguments = (keys, labels, start, given)[: 4 if kicks else 3]
+    arguments = map(shaped, arguments, _places(mesh))
+    # of a mesh over several hosts, each gets all of the images
+    out = everywhere(mesh) if mesh.is_multi_process else None
+    generate = on(mesh, make_generate(parts, mesh, weak, around))
+    return jax.jit(generate, out_shardings=out).lower(params, *arguments)
+
+
+def _places(mesh):
+    """Shardings of keys, labels, start, and the noise of later steps."""
+    rows = split_batch(mesh)
+    return rows, rows, rows, NamedSharding(mesh, PartitionSpec(None, BATCH))
 
 
 def _cut(stats, real):

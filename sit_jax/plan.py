@@ -25,7 +25,7 @@ class Plan:
     parameters: int
     items: dict  # {name: (bytes in all, bytes on a device)}
     flops: float  # of a step, on all devices together
-    whole: list  # (name, shape, mesh axes that divide none of it)
+    whole: tuple  # lines that say what could not be split
 
     @property
     def bytes(self):
@@ -63,7 +63,7 @@ def plan(config, parts, mesh):
         parameters=sum(leaf.size for leaf in jax.tree.leaves(shapes.params)),
         items=items,
         flops=6.0 * macs * config.batch_size,
-        whole=placement.undivided(mesh, shapes.params),
+        whole=tuple(held_whole(mesh, shapes.params)),
     )
 
 
@@ -82,7 +82,7 @@ def lines(made, share, peak=None, memory=None):
         room = memory - made.bytes
         told = f"{room / 1e9:.1f} GB free" if room > 0 else "DOES NOT FIT"
         yield f"a device has {memory / 1e9:.1f} GB: {told}, before what layers need"
-    yield from _held_whole(made)
+    yield from made.whole
     yield (
         f"{made.flops / 1e12:.4g} TFLOP a step, "
         f"{made.flops / made.batch_size / 1e9:.4g} GFLOP an image"
@@ -106,8 +106,10 @@ def better_mesh(tree, count):
     return None
 
 
-def _held_whole(made):
-    large = [each for each in made.whole if 4 * math.prod(each[1]) >= NOTABLE]
+def held_whole(mesh, params):
+    """Lines that say which large weights no axis of the mesh divides, and which can."""
+    whole = placement.undivided(mesh, params)
+    large = [each for each in whole if 4 * math.prod(each[1]) >= NOTABLE]
     if not large:
         return
     names = ", ".join(name for name, *_ in large[:6])
@@ -117,7 +119,7 @@ def _held_whole(made):
         f"NOT SPLIT over {axes}, whose size divides none of their dimensions: {names} "
         f"({size / 1e9:.2f} GB of weights, and as much of each moment and average)"
     )
-    if found := better_mesh(large, made.mesh.size):
+    if found := better_mesh(large, mesh.size):
         data, fsdp = found
         yield f"  --config.mesh.data={data} --config.mesh.fsdp={fsdp} splits all of it"
 

@@ -1,14 +1,16 @@
-"""The training step of a config: as train.py runs it, and as a plan compiles it."""
+"""The programs of a config, as the scripts run them and as a plan compiles them."""
 
 import dataclasses
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 
 from sit_jax import placement, precision, sharding
+from sit_jax.generation import lowered
 from sit_jax.models import attention
 from sit_jax.recipe import recipe
-from sit_jax.training import init_state, make_train_step
+from sit_jax.training import init_params, init_state, make_train_step
 
 
 def training_recipe(config):
@@ -31,6 +33,36 @@ def state_shapes(parts, mesh):
     begin = partial(begin, decay=parts.ema_decay, losses=parts.losses)
     shapes = jax.eval_shape(begin, jax.random.key(0))
     return shapes, placement.of_state(mesh, shapes)
+
+
+def sampling_recipe(config, platform):
+    """-> the recipe with a model of the config's sampling precision, and fn -> fn."""
+    parts, word = recipe(config), precision.chosen(config.precision.model)
+    parts = dataclasses.replace(parts, model=precision.computing(word, parts.model))
+    return parts, partial(precision.applied, word, platform=platform)
+
+
+def lowered_sampling(parts, mesh, batch_size, around):
+    """What draws a batch from a recipe, lowered from shapes alone."""
+    init = partial(init_params, parts.model, parts.shape)
+    params = jax.eval_shape(init, jax.random.key(0))
+    where = jax.tree.map(lambda _: sharding.everywhere(mesh), params)
+    params = sharding.shaped(params, where)
+    return lowered(parts, params, mesh, batch_size, around=around)
+
+
+def lowered_step(config, parts, mesh, batch_size, platform):
+    """train_step on batches of latents, lowered from shapes alone."""
+    shapes, where = state_shapes(parts, mesh)
+    rows, whole = sharding.split_batch(mesh), sharding.everywhere(mesh)
+    shape = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, dtype, sharding=rows)
+    batch = {
+        "latent": shape(jnp.float32, batch_size, *parts.shape),
+        "label": shape(jnp.int32, batch_size),
+    }
+    key = sharding.shaped(jax.eval_shape(lambda: jax.random.key(0)), whole)
+    step = train_step(config, parts, mesh, where, platform)
+    return step.lower(sharding.shaped(shapes, where), parts.codec, batch, key)
 
 
 def train_step(config, parts, mesh, where, platform=None):

@@ -78,11 +78,16 @@ def check_training(config, source):
             f"the data has {source.classes} classes, the model {config.model.classes}; "
             f"set --config.model.classes={source.classes}"
         )
-    parts = jax.device_count() * config.accumulate
-    if config.batch_size % parts:
+
+
+def check_batch(config, rows):
+    """Refuses a batch that cannot be split into so many rows of devices."""
+    parts = rows * max(config.accumulate, 1)
+    if config.batch_size < 1 or config.batch_size % parts:
         raise UserError(
             f"batch_size {config.batch_size} is not divisible by {parts} "
-            f"({jax.device_count()} devices x accumulate {config.accumulate})"
+            f"({rows} parts of the mesh x accumulate {config.accumulate}); "
+            f"the nearest that is: {max(config.batch_size // parts, 1) * parts}"
         )
 
 

@@ -5,6 +5,7 @@ be run here, but its memory, its collectives and its products are the real ones.
 """
 
 import contextlib
+import importlib.util
 import os
 import re
 
@@ -41,17 +42,14 @@ def devices(name):
     options = _OPTIONS.get(kind, {})
     if count:
         options = {**options, "num_slices": int(count)}
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(f"a TPU's compiler is in libtpu, which is not here: {REMEDY}")
     try:
         found = topologies.get_topology_desc(
             platform="tpu", topology_name=slice_, **options
         )
-    except ModuleNotFoundError as error:
-        raise UserError(f"--topology needs libtpu: {REMEDY}") from error
-    except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0]
-        lacking = "libtpu" in reason or "UNIMPLEMENTED" in reason
-        remedy = f"; {REMEDY}" if lacking else ""
-        raise UserError(f"--topology {name}: {reason}{remedy}") from error
+    except (RuntimeError, jax.errors.JaxRuntimeError) as error:
+        raise UserError(f"topology {name}: {str(error).splitlines()[0]}") from error
     return found.devices
 
 

@@ -51,7 +51,7 @@ FLOORS = (
     "residuals",
     "inception_weights exchange adapter_exchange sampling densities activations card "
     "conversion plan keeper",
-    "model_folder",
+    "model_folder planning",
     "stages given curve adapting",
     "watching",
     "train sample port_weights quantize score_digits extract_features evaluate "

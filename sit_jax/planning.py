@@ -1,0 +1,92 @@
+"""--plan: what a run would hold, compute and send, printed instead of running it."""
+
+import jax
+
+from sit_jax import chips, plan, pod, program, sharding, topology
+from sit_jax.errors import UserError
+from sit_jax.recipe import check_batch
+
+FLAGS = ("devices", "chip", "mfu", "topology", "once")
+
+
+def add_flags(parser):
+    group = parser.add_argument_group("a plan, for devices that need not exist")
+    add = group.add_argument
+    add("--plan", action="store_true", help="print it instead of running")
+    add("--topology", metavar="v5p:4x4x8", help="compile for this TPU slice (libtpu)")
+    add("--once", action="store_true", help="do not look for the largest batch")
+    add("--devices", type=int, metavar="N", help="how many; default: those here")
+    add("--chip", metavar="NAME", help=", ".join(chips.NAMES))
+    add("--mfu", type=float, metavar="X", help="share of the peak; default 0.5")
+
+
+def check(args):
+    """Refuses flags of a plan without one, and values that none can have."""
+    given = [flag for flag in FLAGS if getattr(args, flag) not in (None, False)]
+    if given and not args.plan:
+        raise UserError(f"--{given[0]} goes with --plan")
+    if args.topology and (args.devices or args.chip):
+        raise UserError("--topology says which chips and how many; give it alone")
+    if args.devices is not None and args.devices < 1:
+        raise UserError(f"--devices {args.devices}: at least 1")
+    if args.mfu is not None and not 0 < args.mfu <= 1:
+        raise UserError(f"--mfu {args.mfu}: more than 0, at most 1")
+
+
+def training(args, config):
+    """Prints the plan of a training run; -> exit code."""
+    # first, for libtpu is not to look for a TPU here when JAX finds its devices
+    devices = topology.devices(args.topology) if args.topology else None
+    parts = program.training_recipe(config)
+    if devices:
+        mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    else:
+        count = args.devices or jax.device_count()
+        mesh = sharding.planned_mesh(count, **config.mesh)
+    check_batch(config, sharding.rows(mesh))
+    kind = _kind(args, devices)
+    memory = topology.available(devices[0]) if devices else chips.memory_of(kind)
+    made, share = plan.plan(config, parts, mesh), args.mfu or 0.5
+    _print(*plan.lines(made, share, chips.peak_of(kind), memory))
+    if devices:
+        lower = lambda batch: program.lowered_step(config, parts, mesh, batch, "tpu")
+        step = sharding.rows(mesh) * config.accumulate
+        _compile(args, devices[0], lower, config.batch_size, step)
+    return 0
+
+
+def sampling(args, config):
+    """Prints the plan of drawing one batch of samples; -> exit code."""
+    if not args.topology:
+        raise UserError("--plan needs --topology here: samples are planned for TPUs")
+    devices = topology.devices(args.topology)
+    mesh = sharding.make_mesh(data=-1, fsdp=1, devices=devices)
+    parts, around = program.sampling_recipe(config, "tpu")
+    lower = lambda batch: program.lowered_sampling(parts, mesh, batch, around)
+    size = -(-args.batch_size // mesh.size) * mesh.size
+    _print(f"{type(parts.model).__name__}, {parts.sampler}, batch {size}")
+    _compile(args, devices[0], lower, size, mesh.size)
+    return 0
+
+
+def _kind(args, devices):
+    if devices:
+        return devices[0].device_kind
+    return chips.kind_named(args.chip) if args.chip else jax.devices()[0].device_kind
+
+
+def _compile(args, device, lower, batch, step):
+    name, made = args.topology, pod.compile_for(lower(batch), device)
+    if made is None:
+        _print(f"{name}, batch {batch}: DOES NOT FIT")
+    else:
+        _print(f"{name}, batch {batch}:", *pod.lines(made))
+    if args.once:
+        return
+    _print("looking for the largest batch that fits ...")
+    most = pod.largest_batch(lower, device, {batch: made}, step)
+    _print(f"largest batch seen to fit: {most or f'none; less than {batch}'}")
+
+
+def _print(*lines):
+    print(*lines, sep="\n", flush=True)
