@@ -16,20 +16,20 @@ from sit_jax import (
     command,
     diagnosis,
     hosts,
-    inception_weights,
     job,
     paired,
     sampling,
 )
 from sit_jax.array_files import ArrayFile
-from sit_jax.digit_features import WIDTHS, DigitFeatures
+from sit_jax.digit_features import WIDTHS
 from sit_jax.drafts import require_free
 from sit_jax.errors import UserError
-from sit_jax.evaluated import OfFeatures, open_side
-from sit_jax.features import StoredFeatures, inception_extractor
+from sit_jax.evaluated import OfFeatures, of_images, open_side
+from sit_jax.features import StoredFeatures
+from sit_jax.judges import judge
 from sit_jax.metrics.gaussian import Gaussian
-from sit_jax.sharding import make_mesh
 from sit_jax.stages import collect
+from sit_jax.swapping import decoded, exchanged_sides
 from sit_jax.weights import open_weights
 from sit_jax.workdir import read_json
 
@@ -43,6 +43,8 @@ def main():
     add("--reference-b", metavar="REF", help="B's, if it was another")
     add("--seeds", action="append", default=[], metavar="X", help="one more seed's set")
     add("--swap", action="append", default=[], metavar="NAME=FEATURES.npz")
+    add("--swapped", metavar="X.npy", help="latents of A's network from B's noise")
+    add("--features-b", metavar="X.npz", help="B's pictures by B's own evaluator")
     add("--paired", action="store_true", help="image i of both has one noise and label")
     add("--resamples", type=int, default=30, metavar="N")
     add("--inception", metavar="FILE", help="weights of the 2015 network, for images")
@@ -79,7 +81,8 @@ def make_bundle(args):
     if args.features:
         StoredFeatures(ArrayFile(args.features))  # or it is refused
     room, manifest = studio(args)
-    made = collect(room, manifest, out, args.images, args.steps, given)
+    eye = _judge(args)
+    made = collect(room, manifest, out, args.images, args.steps, given, eye)
     hosts.wait()  # until all have seen that this place is free
     if hosts.first():
         bundle.write(made, args.features)
@@ -108,17 +111,23 @@ def report(args):
     if len(args.sides) != 2 or not args.out:
         raise UserError("name A and B and --out FOLDER, or --collect OUT")
     out = require_free(args.out, args.overwrite)
-    a, b = (diagnosis.open_evidence(side, WIDTHS[args.network]) for side in args.sides)
+    width = WIDTHS[args.network]
+    a, b = (_seen(args, diagnosis.open_evidence(side, width)) for side in args.sides)
     if None in (a.bundle, b.bundle) and None in (a.manifest, b.manifest):
         if not (args.reference or a.samples and b.samples):
             raise UserError("A and B have no bundles, manifests or samples in common")
     pairs = args.paired or diagnosis.are_pairs(a, b)
-    gap, swaps = _statistics(args, a, b, pairs) if args.reference else (None, ())
+    reference = _gaussian(args, args.reference) if args.reference else None
+    gap, swaps = None, ()
+    if reference is not None and (
+        a.samples or b.samples or None in (a.bundle, b.bundle)
+    ):
+        gap, swaps = _statistics(args, a, b, pairs, reference)
     worst, tiles = (), None
     sets = [_images(each) for each in (a, b)]
     if pairs and None not in sets:
         worst, tiles = paired.worst_pairs(*sets)
-    found = diagnosis.diagnose(a, b, gap, swaps, worst)
+    found = diagnosis.diagnose(a, b, gap, swaps, worst, reference)
     hosts.wait()
     if hosts.first():
         diagnosis.save(out, found, tiles)
@@ -134,27 +143,45 @@ def job_file(path):
     return path / "manifest.json" if path.is_dir() else path
 
 
-def _statistics(args, a, b, pairs):
+def _statistics(args, a, b, pairs, reference):
     """-> paired.Gap and rows of swaps."""
     for each in (a, b):
         if each.samples is None:
             raise UserError(f"{each.path} has no images or features for --reference")
     pool = partial(_pool, args)
-    ours, theirs = pool(a.samples), pool(b.samples)
-    reference = _gaussian(args, args.reference)
-    chain = [("A", ours)]
+    chain = _chain(args, a.samples, b.samples, pairs)
+    sets = {id(side): pool(side) for side in {id(s): s for _, s in chain}.values()}
+    chain = [(name, sets[id(side)]) for name, side in chain]
+    seeds = [paired.distance(pool(_side(args, path)), reference) for path in args.seeds]
+    other = _gaussian(args, args.reference_b) if args.reference_b else None
+    both = chain[0][1], chain[-1][1]
+    gap = paired.compare(
+        *(*both, reference, pairs, seeds, args.resamples), progress=_bar
+    )
+    return gap, paired.swaps(chain, reference, other)
+
+
+def _chain(args, a, b, pairs):
+    """Sides -> [(what was exchanged, Side)] from A to B."""
+    chain = exchanged_sides(a, b, pairs, WIDTHS[args.network], args.swapped)
     for text in args.swap:
         name, found, path = text.partition("=")
         if not found:
             raise UserError(f"--swap {text}: NAME=FEATURES.npz")
-        chain.append((name, pool(_side(args, path))))
-    chain.append(("the rest: B", theirs))
-    seeds = [paired.distance(pool(_side(args, path)), reference) for path in args.seeds]
-    other = _gaussian(args, args.reference_b) if args.reference_b else None
-    gap = paired.compare(
-        *(ours, theirs, reference, pairs, seeds, args.resamples), progress=_bar
-    )
-    return gap, paired.swaps(chain, reference, other)
+        chain.append((name, _side(args, path)))
+    if args.features_b:
+        return [*chain, ("features", open_side(args.features_b, only_features=True))]
+    return chain if chain[-1][1] is b else [*chain, ("the rest: B", b)]
+
+
+def _seen(args, evidence):
+    """Evidence whose latents, if it has them and a VAE, are pictures."""
+    known = evidence.path.suffix == ".npy" and evidence.manifest is not None
+    if not (known and args.reference):
+        return evidence
+    images = decoded(evidence.path, evidence.manifest)
+    samples = images and of_images(images, WIDTHS[args.network])
+    return dataclasses.replace(evidence, samples=samples)
 
 
 def _side(args, path):
@@ -179,11 +206,19 @@ def _pool(args, side):
     return np.concatenate([batch["pool"] for batch in source.features(extractor)])
 
 
+def _judge(args):
+    """An Extractor for a bundle; without Inception's weights it has no such stages."""
+    try:
+        return _extractor(args)
+    except UserError as error:
+        if args.inception:
+            raise
+        print(f"no features among the stages: {error}")
+        return None
+
+
 def _extractor(args):
-    if args.network == "digits":
-        return DigitFeatures()
-    weights, mesh = inception_weights.load(args.inception), make_mesh(-1, 1)
-    return inception_extractor(weights, mesh, args.batch_size)
+    return judge(args.network, args.inception, args.batch_size)
 
 
 def _images(evidence):

@@ -29,6 +29,7 @@ KEYS = {  # of bundle.json, and what each must be
     "solver": dict,  # of the fixed grid: steps, evaluations
     "stages": list,  # names, in the order in which they are computed
 }
+MAYBE = "evaluation"  # the pipeline of features among the stages, if there are any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,9 @@ import numpy as np
 
 from sit_jax.effects import BY_NAME, manifest_differences
 
+# Stages that nothing else enters after the one before them
+ONLY = {"decoded": "decoder", "uint8": "rounding", "resized": "resize"}
+
 
 @dataclasses.dataclass
 class Cause:
@@ -113,10 +116,13 @@ def _judge_ladder(found, rungs):
     odd = next((i for i, rung in enumerate(rungs) if rung.outside), None)
     if odd is None or any(_explains(one, rungs, odd) for one in found.values()):
         return
-    said = (
-        f"nothing declared explains {rungs[odd].stage}, {rungs[odd].relative:.2g} off"
-    )
-    found["unexplained"] = Cause("unexplained", 1e3, [], [said])
+    stage, size = rungs[odd].stage, f"{rungs[odd].relative:.2g} off"
+    said = f"nothing declared explains {stage}, {size}"
+    name = ONLY.get(stage)
+    if name is None:
+        found["unexplained"] = Cause("unexplained", 1e3, [], [said])
+    else:  # measured, so it comes before all that is declared
+        found[name] = Cause(name, 1e3, [], [f"undeclared: {stage} is {size}"])
 
 
 def _explains(one, rungs, odd):

@@ -1,7 +1,6 @@
 """What is known of A and B, held against each other, as Markdown and as JSON."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 from sit_jax import bundle as bundles
@@ -14,9 +13,10 @@ from sit_jax.evaluated import Side, open_side
 from sit_jax.models.inception_layers import POOL
 from sit_jax.pictures import save_png, sheet
 from sit_jax.places import local
+from sit_jax.report import PICTURE, markdown
 from sit_jax.workdir import read_json, write_json
 
-NAMES = ("report.json", "report.md", "worst_pairs.png")
+NAMES = ("report.json", "report.md", PICTURE)
 SILENT = (".npy", ".png")  # outputs of which only the manifest is read
 
 
@@ -68,17 +68,22 @@ def are_pairs(a, b):
     return start[0] == start[1]
 
 
-def diagnose(a, b, gap=None, swaps=(), worst=()):
-    """Two Evidences, a paired.Gap and rows of swaps -> the report, a dict for JSON."""
+def diagnose(a, b, gap=None, swaps=(), worst=(), reference=None):
+    """Two Evidences, a paired.Gap and rows of swaps -> the report, a dict for JSON.
+
+    reference: a Gaussian for the last rung, the FID.
+    """
     both = None
     rungs, found, rows = [], [], []
     if None not in (a.bundle, b.bundle):
         both = (a.bundle, b.bundle)
         bundles.require_same_network(*both)
         rungs = ladder.climb(*both)
+        rungs += ladder.figures(*both, rungs, reference)
     if None not in (a.manifest, b.manifest):
-        rows = manifest_differences(a.manifest, b.manifest)
-        found = causes((a.manifest, b.manifest), both, rungs)
+        manifests = [_with_evaluation(each) for each in (a, b)]
+        rows = manifest_differences(*manifests)
+        found = causes(manifests, both, rungs)
     return {
         "a": str(a.path),
         "b": str(b.path),
@@ -111,6 +116,12 @@ def diagnose(a, b, gap=None, swaps=(), worst=()):
     }
 
 
+def _with_evaluation(evidence):
+    """Its manifest, and what made the features in its bundle."""
+    made = evidence.bundle and evidence.bundle.record.get(bundles.MAYBE)
+    return evidence.manifest | ({bundles.MAYBE: made} if made else {})
+
+
 def verdict(found, gap, known=True):
     """One or two sentences, the likeliest cause first."""
     real = [c for c in found if not c.contradicted]
@@ -139,78 +150,6 @@ def save(out, report, tiles=None):
             save_png(folder / NAMES[2], sheet(tiles, 3))
         (folder / NAMES[1]).write_text(markdown(report, tiles is not None))
         write_json(folder / NAMES[0], report)
-
-
-def markdown(report, pictured=False):
-    """-> the report as one page."""
-    parts = [
-        f"# {report['a']} and {report['b']}",
-        f"**{report['verdict']}**",
-        _table("Causes, the likeliest first", report["causes"], _cause_row, CAUSE),
-        _table("Manifests", report["manifest"], _manifest_row, MANIFEST),
-        _table("Precision measured", filter(None, report["probes"]), _values, PROBE),
-    ]
-    if report["weights"]:
-        one = report["weights"]
-        names = ", ".join(one["differ"][:20]) or "none"
-        said = f"{len(one['differ'])} of {one['tensors']} tensors differ: {names}"
-        parts.append(f"## Weights\n\n{said}")
-    parts.append(_table("Stages", report["ladder"], _rung_row, LADDER))
-    if report["first"]:
-        parts.append(f"**{report['first']}**")
-    if any(report["solver"]):
-        lines = [
-            f"* {n}: {json.dumps(s)}"
-            for n, s in zip("AB", report["solver"], strict=True)
-        ]
-        parts.append("## Solver\n\n" + "\n".join(lines))
-    if report["paired"]:
-        lines = [f"* {name}: {value}" for name, value in report["paired"].items()]
-        parts.append("## Statistics\n\n" + "\n".join(lines))
-    parts.append(_table("Swaps, from A to B", report["swaps"], _values, SWAPS))
-    if pictured:
-        parts.append(f"## Worst pairs: A, B, stretched difference\n\n![]({NAMES[2]})")
-        parts.append(_table("Their numbers", report["worst"], _values, WORST))
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-CAUSE = ("cause", "FID near 2", "evidence", "source")
-MANIFEST = ("field", "A", "B", "FID near 2", "belongs to")
-PROBE = ("default dot", "model dot", "convolution", "said")
-LADDER = ("stage", "relative L2", "max-abs / rms", "cosine", "band", "")
-SWAPS = ("after taking B's", "FID", "step")
-WORST = ("image", "rms of the difference")
-
-
-def _table(title, rows, row, heads):
-    lines = [" | ".join(str(x).replace("|", "/") for x in row(each)) for each in rows]
-    if not lines:
-        return ""
-    head = [" | ".join(heads), "|".join("-" for _ in heads)]
-    return f"## {title}\n\n" + "\n".join(f"| {line} |" for line in head + lines)
-
-
-def _cause_row(cause):
-    said = cause["said"] or [f"{n}: {x}, {y}" for n, x, y in cause["facts"][:4]]
-    name = cause["name"]
-    if cause["contradicted"]:
-        name += " (the stages contradict it)"
-    effect = BY_NAME.get(name.partition(" (")[0])
-    return name, f"{cause['fid']:g}", "; ".join(said), effect.source if effect else ""
-
-
-def _manifest_row(row):
-    return row["field"], row["a"], row["b"], f"{row['fid']:g}", row["cause"]
-
-
-def _rung_row(rung):
-    mark = "**outside**" if rung["outside"] else "inexact" if rung["inexact"] else ""
-    numbers = (f"{rung[n]:.3g}" for n in ("relative", "peak"))
-    return rung["stage"], *numbers, f"{rung['cosine']:.6f}", f"{rung['band']:.2g}", mark
-
-
-def _values(row):
-    return [f"{v:.6g}" if isinstance(v, float) else v for v in row.values()]
 
 
 def _probe(evidence):

@@ -86,6 +86,11 @@ class Side:
         return f"{self.path}: {used}"
 
 
+def of_images(images, width=POOL):
+    """A set as in image_sets.py -> Side; width: see open_side."""
+    return Side(images.path, None, OfImages(images, width), {"all": "its images"})
+
+
 def open_side(path, only_features=False, width=POOL):
     """-> Side: a folder, images, features, ADM's statistics or ours.
 

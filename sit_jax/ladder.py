@@ -12,11 +12,14 @@ import numpy as np
 
 from sit_jax.emulation import EMULATED
 from sit_jax.errors import UserError
+from sit_jax.metrics.gaussian import Gaussian, frechet
 from sit_jax.precision import PLATFORMS, PRECISIONS
 
 EXACT = 1e-5
 BANDS = {24: EXACT, 11: 2e-3, 8: 1.5e-2}  # relative L2, by bits of the products
 BFLOAT16 = 3e-2  # the network's own dtype: sums and residuals are rounded too
+FEATURES = 1e-3  # one level in one of a thousand bytes is 5e-4 of an enlarged picture
+JUDGED = ("resized", "features", "spatial features")
 STEPS = 10  # how much the steps of a solver may multiply a difference by
 EQUAL = "Equal within the bands: no stage differs by more than exact precision allows."
 PIXELS = 1e-3  # share of bytes that may differ, by one level, between exact ones
@@ -61,12 +64,35 @@ def climb(a, b):
             factor = scale
             if name != "guidance" and not name.startswith("one "):
                 factor *= STEPS
-        if ours.dtype == np.uint8:
+        if name in JUDGED:
+            bands = (max(FEATURES, size * factor) for size in (wide, EXACT))
+            rungs.append(_rung(name, ours, theirs, *bands))
+        elif ours.dtype == np.uint8:
             allowed = min(1.0, PIXELS * wide / EXACT)
             rungs.append(_bytes(name, ours, theirs, allowed))
         else:
             rungs.append(_rung(name, ours, theirs, wide * factor, EXACT * factor))
     return rungs
+
+
+def figures(a, b, rungs, reference=None):
+    """Rungs of what features of the few pictures add up to; reference: a Gaussian.
+
+    Of so few, FID itself means nothing, but both sides' have to agree.
+    """
+    below = next((rung for rung in rungs if rung.stage == "features"), None)
+    if below is None:
+        return []
+    sides = [Gaussian.of(each.stages["features"]) for each in (a, b)]
+    bands = 2 * below.band, 2 * below.exact  # products, and squares
+    found = [
+        _rung(f"{word} of the features", *(getattr(s, name) for s in sides), *bands)
+        for word, name in (("mean", "mean"), ("covariance", "cov"))
+    ]
+    if reference is not None and len(reference.mean) == len(sides[0].mean):
+        fids = [np.array([frechet(side, reference)]) for side in sides]
+        found.append(_rung("FID of the few", *fids, *bands))
+    return found
 
 
 def band(record):

@@ -59,7 +59,7 @@ def studio(job, opened, weak=None, expected=None):
         worn = put_all(params, job.lora, parts.model, found, job.item)
         params, record["lora"] = worn
     parts = dataclasses.replace(parts, model=precision.computing(word, parts.model))
-    parts, record["codec"] = _with_codec(parts, job, config.precision.vae, mesh)
+    parts, record["codec"] = with_codec(parts, job, config.precision.vae, mesh)
     if weak is not None:
         other = recipe(weak.config)
         _check_weak(parts, other, job.weak)
@@ -153,7 +153,7 @@ def _around(job, words):
     return around, measured, probe.mismatch(word, found, bits)
 
 
-def _with_codec(parts, job, word, mesh):
+def with_codec(parts, job, word, mesh):
     """-> the recipe with the job's VAE and rounding, and what is recorded of them."""
     if job.rounding not in ROUNDINGS:
         raise UserError(f"--rounding {job.rounding!r}: {' or '.join(ROUNDINGS)}")

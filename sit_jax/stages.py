@@ -18,14 +18,16 @@ from sit_jax.bundle import INPUTS, Bundle
 from sit_jax.errors import UserError
 from sit_jax.guidance import guided, is_none
 from sit_jax.manifest import environment
+from sit_jax.models import inception
 from sit_jax.samplers.chain import Ddim
 from sit_jax.samplers.ode import Ode, heun
 
 
-def collect(room, manifest, path, images=8, steps=50, given=None):
+def collect(room, manifest, path, images=8, steps=50, given=None, judge=None):
     """A sampling.Studio and its manifest -> Bundle of its first `images` images.
 
-    given: a Bundle whose noise, times and labels are taken instead.
+    given: a Bundle whose noise, times and labels are taken instead. judge: an Extractor
+    for the features of the pictures, if there are any.
     """
     line, begin = line_of(room, steps), inputs(room, images, given)
     here = lambda tree: jax.device_put(tree, jax.local_devices()[0])
@@ -38,6 +40,8 @@ def collect(room, manifest, path, images=8, steps=50, given=None):
     later = ("guidance", "one Euler step", "one Ddim step", last)
     stages |= {name: found[name] for name in later if name in found}
     stages |= _pictures(here(room.parts.codec), stages[last])
+    judged = {} if judge is None else _judged(judge, stages.get("uint8"))
+    stages |= judged
     record = {
         "manifest": manifest,
         "architecture": architecture(room),
@@ -50,6 +54,7 @@ def collect(room, manifest, path, images=8, steps=50, given=None):
             "evaluations": int(count),
         },
         "stages": list(stages),
+        **({"evaluation": judge.pipeline} if judged else {}),
     }
     return Bundle(path, record, begin, {n: np.asarray(s) for n, s in stages.items()})
 
@@ -180,6 +185,19 @@ def _pictures(codec, latents):
         "decoded": codec.replace(rounding=_as_it_is).decode(latents),
         "uint8": images,
     }
+
+
+def _judged(judge, images):
+    """uint8 [n, H, W, 1 or 3] or None -> what a network for figures makes of them."""
+    if images is None or images.shape[-1] not in (1, 3):
+        return {}
+    images = np.broadcast_to(images, (*images.shape[:3], 3))
+    found = next(judge([images]))
+    stages = {"features": found["pool"]}
+    if "spatial" in found:  # Inception, which looks at enlarged pictures
+        resized = {"resized": np.asarray(inception.prepared(images))}
+        stages = resized | stages | {"spatial features": found["spatial"]}
+    return stages
 
 
 def _as_it_is(x):

@@ -38,7 +38,7 @@ FLOORS = (
     "models.mdt min_snr data.feed extraction models.tiles models.vae_weights",
     "models.mdt_weights models.mdt_cost vae_files",
     "summary evaluation",
-    "evaluated causes ladder",
+    "evaluated causes ladder report",
     "diagnosis",
     "models.kinds",
     "samplers.flow samplers.sde samplers.chain torch_config",
@@ -52,7 +52,7 @@ FLOORS = (
     "inception_weights exchange adapter_exchange sampling densities activations card "
     "conversion plan keeper",
     "model_folder planning",
-    "stages given curve adapting",
+    "stages given curve adapting judges swapping",
     "watching",
     "train sample port_weights quantize score_digits extract_features evaluate "
     "diagnose",

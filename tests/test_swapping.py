@@ -1,0 +1,100 @@
+"""The way from A's pictures to B's, one component at a time."""
+
+import json
+
+import numpy as np
+import pytest
+import small
+from flax import struct
+
+import diagnose
+from sit_jax.config import to_json
+from sit_jax.job import Job
+from sit_jax.rounding import to_uint8, to_uint8_darker
+from sit_jax.swapping import Decoded, exchanged
+
+
+class Scaled(struct.PyTreeNode):
+    """A codec of one number."""
+
+    gain: float
+    rounding: object = struct.field(pytree_node=False, default=to_uint8)
+
+    def decode(self, x):
+        return self.rounding(self.gain * x)
+
+
+def pictures(images):
+    return np.concatenate(list(images.batches(2)))
+
+
+def test_one_component_is_exchanged_at_a_time():
+    rng = np.random.default_rng(0)
+    x, y, z = rng.uniform(-1, 1, (3, 5, 2, 2, 1)).astype(np.float32)
+    a, b = Decoded("a", Scaled(0.5), x), Decoded("b", Scaled(0.7, to_uint8_darker), y)
+    by = lambda latents, gain, rule: np.asarray(rule(gain * latents)).repeat(3, -1)
+    want = {
+        "A": by(x, 0.5, to_uint8),
+        "noise and labels": by(z, 0.5, to_uint8),
+        "latents": by(y, 0.5, to_uint8),
+        "decode": by(y, 0.7, to_uint8),
+        "rounding": by(y, 0.7, to_uint8_darker),
+    }
+    found = exchanged(a, b, Decoded("z", a.codec, z))
+    assert [name for name, _ in found] == list(want) and found[-1][1] is b
+    for name, images in found:
+        np.testing.assert_array_equal(pictures(images), want[name])
+    names = [name for name, _ in exchanged(a, b)]
+    assert names == ["A", "noise, labels and latents", "decode", "rounding"]
+    same = dict(exchanged(a, b, same_start=True))
+    assert same["noise and labels"] is a  # nothing to exchange
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    return lambda *words: small.called(diagnose.main, monkeypatch, capsys, *words)
+
+
+def side(path, latents, **fields):
+    c = small.config(shape=(8, 8, 1))
+    labels = np.arange(len(latents), dtype=np.int32) % 5
+    np.save(path, latents)
+    record = {"job": Job("w", to_json(c), labels, **fields).to_json()}
+    path.with_name(f"{path.name}.manifest.json").write_text(json.dumps(record))
+    return path
+
+
+def test_the_steps_add_up_to_the_gap(tmp_path, run):
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-1, 1, (200, 8, 8, 1)).astype(np.float32)
+    a = side(tmp_path / "a.npy", x)
+    b = side(tmp_path / "b.npy", x + np.float32(0.1), rounding="darker")
+    images = rng.integers(0, 256, (150, 8, 8, 1)).astype(np.uint8)
+    np.savez(tmp_path / "ref", arr_0=images)
+    np.savez(tmp_path / "ref_b", arr_0=images // 2)
+    features = np.abs(rng.standard_normal((200, 64))).astype(np.float32)
+    np.savez(tmp_path / "f", features=features)
+    flags = ("--network", "digits", "--reference", tmp_path / "ref.npz")
+    flags += ("--reference-b", tmp_path / "ref_b.npz", "--resamples", 10)
+    flags += ("--features-b", tmp_path / "f.npz")
+    code, _, err = run(a, b, *flags, "--out", tmp_path / "out")
+    assert code == 0, err
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    names = [row["after"] for row in found["swaps"]]
+    assert names == [
+        *("A", "noise and labels", "latents", "decode", "rounding", "features"),
+        "reference",
+    ]
+    steps = {row["after"]: row["step"] for row in found["swaps"]}
+    assert steps["noise and labels"] == steps["decode"] == 0
+    assert min(abs(steps[n]) for n in ("latents", "rounding", "features")) > 0
+    total = found["swaps"][-1]["fid"] - found["swaps"][0]["fid"]
+    assert sum(steps.values()) == pytest.approx(total, abs=1e-6)
+    assert found["swaps"][0]["fid"] == found["paired"]["fids"][0]
+    assert len(found["worst"]) == 8
+    assert (tmp_path / "out" / "worst_pairs.png").exists()
+    flags = ("--reference", tmp_path / "ref.npz", "--out", tmp_path / "no")
+    sides = (tmp_path / "f.npz", tmp_path / "f.npz", *flags[:1], tmp_path / "f.npz")
+    code, _, err = run(*sides, *flags[2:], "--swapped", a)
+    assert code == 2 and "goes with latents (.npy)" in err
+    assert not (tmp_path / "no").exists()
