@@ -77,6 +77,8 @@ def evaluate(args):
     if not args.force:
         evaluation.require_enough(wanted, samples, reference)
     extractor = _extractor(args, (samples, reference), missing)
+    needed = extractor is not None  # what only some hosts compute would hang the others
+    hosts.require_same("Inception weights found", needed, "give them to all hosts")
     evaluation.require_comparable(samples, reference, extractor, args.force)
     print("samples", samples.describe())
     print("reference", reference.describe(), flush=True)

@@ -24,7 +24,7 @@ from sit_jax.config import build, from_json, to_json
 from sit_jax.errors import UserError
 from sit_jax.recipe import recipe
 from sit_jax.released import Released, nest
-from sit_jax.sharding import everywhere
+from sit_jax.sharding import everywhere, put
 from sit_jax.torch_config import args_of, config_of, group_of
 
 
@@ -237,4 +237,4 @@ class Stored:
 
 def _put(leaf, place):
     """Waits, so that the array that was put can be freed."""
-    return jax.block_until_ready(jax.device_put(leaf, place))
+    return jax.block_until_ready(put(leaf, place))

@@ -71,9 +71,13 @@ def everywhere(mesh):
 
 
 def put(tree, where):
-    """Arrays that every host holds alike -> the same arrays, placed as `where` says."""
-    places = jax.tree.leaves(where)  # one for each array, or one for all
-    if all(place.is_fully_addressable for place in places):
+    """Arrays that every host holds alike -> the same arrays, placed as `where` says.
+
+    where: a device or sharding (None: the usual device), or one for each array. To
+    devices of other hosts, device_put would first compare all values between hosts.
+    """
+    places = jax.tree.leaves(where)
+    if all(getattr(place, "is_fully_addressable", True) for place in places):
         return jax.device_put(tree, where)
     return jax.jit(lambda tree: tree, out_shardings=where)(tree)
 

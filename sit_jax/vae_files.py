@@ -11,6 +11,7 @@ from sit_jax.codec import Latents, Vae
 from sit_jax.errors import UserError
 from sit_jax.models.vae import AutoencoderKL
 from sit_jax.models.vae_weights import as_linear, rules, translated
+from sit_jax.sharding import put
 
 FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 FIELDS = {  # of a config.json -> ours
@@ -48,7 +49,7 @@ def load_vae(source, word="exact", place=None, **fields):
     params = _params(path, model, config)
     chosen = precision.chosen(word)
     return Vae(
-        params=jax.device_put(params, place),
+        params=put(params, place),
         model=precision.computing(chosen, model),
         precision=chosen,
         **{"scale": scale, **fields},

@@ -1,5 +1,6 @@
 """What is seen of a network in training: sheets of samples and a curve of FIDs."""
 
+from sit_jax import hosts
 from sit_jax.curve import curve
 from sit_jax.errors import UserError
 from sit_jax.preview import Preview
@@ -11,6 +12,10 @@ def viewer(log, config, parts, mesh):
         (config.sample_every, _sheets(log, config, parts, mesh)),
         (config.get("evaluate_every", 0), _curve(log, config, parts, mesh)),
     ]
+    able = [each is not _nothing for _, each in looks]
+    hosts.require_same(
+        "able to draw sheets and FIDs", able, "give all hosts the Inception weights"
+    )
 
     def look(at, average):
         due = lambda every: every and (at % every == 0 or at == config.steps)
