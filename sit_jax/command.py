@@ -66,7 +66,7 @@ def _ended(words, code):
     words = one_line(words)
     hosts.end(words, code)
     name = os.path.basename(sys.argv[0])
-    print(f"{name}: {hosts.mark()}{words}", file=sys.stderr)
+    print(f"{name}: {words}", file=sys.stderr)
     return code
 
 

@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 
 from sit_jax import cluster, greeting
 from sit_jax.errors import UserError
+from sit_jax.numbered import Numbered
 from sit_jax.party import Party
 
 _place = None  # which of how many this process is, if it is not alone
@@ -32,7 +33,8 @@ def join(args, stops=False):
     """Meets the other processes, if there are any, and begins jax.distributed.
 
     stops: SIGTERM is left to JAX, for stop_at(). Afterwards the processes are known to
-    have the same code, packages, arguments and kind of devices.
+    have the same code, packages, arguments and kind of devices. What goes to stderr
+    carries the number of the process, and only process 0 has a stdout.
     """
     global _place, _party
     for name in ("join_timeout", "heartbeat_timeout"):
@@ -43,6 +45,8 @@ def join(args, stops=False):
     place = _place = cluster.place(args, seconds)
     if place is None:
         return
+    words = f"process {place.index} of {place.count}: "
+    sys.stderr = Numbered(sys.stderr, words, first())
     _party = Party(place, greeting.hello(), seconds, silence, _say_lost)
     greeting.require_alike(_party.hellos)
     _begin(place, seconds, silence, stops)
@@ -143,15 +147,10 @@ def leave():
 
 
 def _say_lost(index, words):
-    name = f"{os.path.basename(sys.argv[0])}: {mark()}{_party.name(index)}"
+    name = f"{os.path.basename(sys.argv[0])}: {_party.name(index)}"
     remedy = _remedy() if _remedy else "the same command goes on with what is there"
     text = f"is gone without a word; {remedy}" if words is None else f"ended: {words}"
     print(f"{name} {text}", file=sys.stderr, flush=True)
-
-
-def mark():
-    """What stands before a message of an error: nothing on a single machine."""
-    return f"process {index()} of {count()}: " if _place else ""
 
 
 def _begin(place, seconds, silence, stops):

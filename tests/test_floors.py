@@ -13,7 +13,7 @@ FLOORS = (
     "errors",
     "places",
     "drafts adan pickles json_text checkpoint.folder checkpoint.sums checkpoint.trees "
-    "cluster rendezvous greeting sharding hlo topology",
+    "cluster rendezvous greeting numbered sharding hlo topology",
     "torch_containers checkpoint.whole party models.attention",
     "checkpoint.handling checkpoint.newest hosts",
     "checkpoint.saving checkpoint.reading",

@@ -5,6 +5,7 @@ tests/slow/test_processes.py.
 """
 
 import argparse
+import io
 import json
 import os
 import socket
@@ -18,6 +19,7 @@ from conftest import ROOT
 
 from sit_jax import cluster, command, greeting, hosts
 from sit_jax.errors import UserError
+from sit_jax.numbered import Numbered
 from sit_jax.party import LOST, Party
 
 SLURM = {
@@ -52,7 +54,7 @@ def test_alone_unless_something_says_otherwise():
     assert (hosts.index(), hosts.count(), hosts.first()) == (0, 1, True)
     assert hosts.exchange(3) == [3] and hosts.told(3) == 3
     hosts.join(flags())
-    assert not hosts.several() and hosts.mark() == ""
+    assert not hosts.several()
 
 
 def test_places_by_flags_torch_and_slurm(monkeypatch):
@@ -274,6 +276,7 @@ def test_a_greeting_tells_what_decides_a_program(monkeypatch):
 PROGRAM = """
 import os, sys, threading, time
 from sit_jax import cluster
+from sit_jax.numbered import Numbered
 from sit_jax.party import Party
 index, port, what = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 say = lambda i, words: print(f"{i}: {words}", flush=True)
@@ -307,13 +310,26 @@ def test_the_end_of_one_is_the_end_of_all(what, victim):
 
 
 def test_an_error_carries_the_number_of_its_process(monkeypatch, capsys):
-    monkeypatch.setattr(hosts, "_place", cluster.Place("a:1", 4, 3))
+    monkeypatch.setattr(hosts, "_place", None)  # both are put back afterwards
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
     monkeypatch.setattr(sys, "argv", ["train.py"])
+    place = ("--coordinator", f"localhost:{free_port()}", "--processes", "4")
 
     def main():
-        raise UserError("no such thing")
+        hosts.join(flags(*place, "--process", "3", "--join-timeout", "1"))
 
     with pytest.raises(SystemExit) as end:
         command.run(main)
     assert end.value.code == 2
-    assert capsys.readouterr().err == "train.py: process 3 of 4: no such thing\n"
+    said = capsys.readouterr().err
+    assert said.startswith("process 3 of 4: train.py: process 0 does not answer at ")
+    assert said.count("\n") == 1
+
+
+def test_every_line_is_numbered():
+    stream = io.StringIO()
+    numbered = Numbered(stream, "[1] ", of_first=False)
+    print("a\nb", file=numbered)
+    numbered.write("c")
+    numbered.write("d\n")
+    assert stream.getvalue() == "[1] a\n[1] b\n[1] cd\n" and not numbered.isatty()

@@ -98,7 +98,7 @@ def test_one_killed_the_others_end_and_fewer_go_on(tmp_path, victim):
     code, _, errors = found[1 - victim]
     line = errors.splitlines()[-1]
     assert code == 75, errors
-    assert line.startswith(f"train.py: process {1 - victim} of 2: process {victim} (")
+    assert line.startswith(f"process {1 - victim} of 2: train.py: process {victim} (")
     newest = checkpoint.steps(tmp_path / "checkpoints")[-1]
     assert f"is gone without a word; {newest} is the newest checkpoint in" in line
     assert "the same command goes on from there" in line
@@ -144,7 +144,7 @@ def test_bad_input_is_one_line_of_each(tmp_path, name):
         each += processes.begin(1, *words(tmp_path / "x", *all_of_them, *more, *place))
     for index, (code, _, errors) in enumerate(processes.end(each, 60)):
         assert code == 2 and says in errors and errors.count("\n") == 1, errors
-        assert errors.startswith(f"train.py: process {index} of 2: ")
+        assert errors.startswith(f"process {index} of 2: train.py: ")
     assert not (tmp_path / "x").exists()
 
 
@@ -156,7 +156,7 @@ def test_a_missing_process_ends_the_run_in_time(tmp_path):
         processes.begin(1, *words(tmp_path / "x", *more, *address))
     )
     assert code == 2 and time.monotonic() - begun < 40
-    assert errors.startswith("train.py: process 0 of 2: process 1 of 2 did not come to")
+    assert errors.startswith("process 0 of 2: train.py: process 1 of 2 did not come to")
 
 
 @pytest.mark.parametrize("count", [2, 4])
