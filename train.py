@@ -110,9 +110,8 @@ def train(config, workdir, given=NOTHING, wandb=None):
         _introduce(log, config, parts, mesh, state, source)
         look = viewer(log, config, parts, mesh)
         stop = stack.enter_context(command.Stop())
-        keeper = Keeper(
-            saved, watch, past, {"config": stored, **about}, parts.ema_decay
-        )
+        below = {"config": stored, **more}
+        keeper = Keeper(saved, watch, past, below, parts.ema_decay)
         return _loop(config, parts, mesh, state, feed, log, saved, keeper, look, stop)
 
 

@@ -1,7 +1,7 @@
 """Adapters of rank 16 for SiT-XL/2's attention and MLPs; the base is given by --init.
 
 python train.py --config configs/lora_xl2.py --init sit-xl2 --workdir runs/lora_xl2
-A checkpoint of the adapters is 14 MB, and the optimizer's state twice that, where the
+A checkpoint of the adapters is 33 MB, and the optimizer's state twice that, where the
 network has 2.7 GB. Learning rate and rank are PEFT's and diffusers' usual ones, not
 tuned by us. QLoRA: --config.adapter.int8='.*blocks/.*'.
 """

@@ -15,6 +15,7 @@ from sit_jax.lora import TABLE
 from sit_jax.manifest import weights_hash
 from sit_jax.models.kinds import kind_of
 from sit_jax.recipe import recipe
+from sit_jax.sharding import everywhere
 from sit_jax.stored import Adapted, Grown, is_stored, merged, read
 
 
@@ -108,7 +109,16 @@ def _over(where, path, node, base, weight):
             f"{where}: {path} would have two adapters, one with lengths (DoRA), which "
             "are those of the base alone; use one at a time"
         )
+    node = _beside(node, jax.tree.leaves(base)[0])
     return node.replace(base=base, scale=node.scale * weight, dropout=0.0)
+
+
+def _beside(node, leaf):
+    """On the devices of an array, where the same product gives the same bits."""
+    where = getattr(leaf, "sharding", None)
+    if isinstance(where, jax.sharding.NamedSharding):
+        where = everywhere(where.mesh)
+    return node if where is None else jax.device_put(node, where)
 
 
 def _of_checkpoint(path, item):

@@ -8,7 +8,7 @@ from functools import partial
 
 import jax
 
-from sit_jax import checkpoint, placement
+from sit_jax import checkpoint, placement, quantizing
 from sit_jax.config import difference, from_json, to_json
 from sit_jax.errors import UserError
 from sit_jax.manifest import weights_hash
@@ -35,8 +35,14 @@ def load_base(parts, mesh, path, record=None):
             f"{path} holds adapters of {meta['base']['path']}, no network; merge them "
             f"first: port_weights.py {path} DIR --adapter merged"
         )
+    form = meta.get("quantized", {}).get("form")
+    if form == "w8a8":
+        raise UserError(f"{path} is w8a8, through which no gradient goes: take w8, w4")
+    if form and parts.adapter.int8:
+        raise UserError(f"{path} is {form} already: leave out adapter.int8")
     if "config" in meta:
         _require_same(path, from_json(meta["config"]).model, parts)
+    shapes = quantizing.shapes(shapes, meta)
     target = shaped(shapes, placement.weights(mesh, shapes))
     params = checkpoint.load(directory, step, ema=target)["ema"]
     found = weights_hash(params)

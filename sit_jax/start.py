@@ -105,5 +105,7 @@ def _same(opened, theirs, parts, given):
     """Whether these are a checkpoint's, of the network that the config wants."""
     if theirs is not None:
         require_kind(given, type(theirs.model), parts.model)
+    if theirs is not None and theirs.adapter is not None:
+        return False  # what is loaded is its base with the adapters merged in
     same = theirs is None or same_network(parts, theirs)
     return same and isinstance(opened, Directory)

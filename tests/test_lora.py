@@ -14,7 +14,7 @@ import port_weights
 import sample
 import train
 from configs.lora_xl2 import get_config as lora_xl2
-from sit_jax import checkpoint
+from sit_jax import checkpoint, quantizing
 from sit_jax.adapters import put_all
 from sit_jax.adapting import begin_adapted
 from sit_jax.base import base_shapes, load_adapted, trained_shapes
@@ -24,6 +24,7 @@ from sit_jax.errors import UserError
 from sit_jax.given import Given
 from sit_jax.lora import TABLE, Lora
 from sit_jax.models.applied import apply
+from sit_jax.quantized import SKIP
 from sit_jax.recipe import recipe
 from sit_jax.sharding import make_mesh
 from sit_jax.start import pack
@@ -150,6 +151,19 @@ def test_adapters_of_xl_are_33_mb():
     assert size(base_shapes(parts)) > 2.69e9
 
 
+def test_what_train_saves_is_enough_to_go_on(base, tmp_path, monkeypatch):
+    """The step itself, which takes long to compile, is test_stored.py's."""
+    good = {"loss": 1.0, "grad_norm": 1.0, "bad": -1, "skipped": [0, 0]}
+    good = {name: np.asarray(value) for name, value in good.items()}
+    step = lambda state, *_: (state.replace(step=state.step + 1), dict(good))
+    monkeypatch.setattr(train, "_compiled", lambda *_: step)
+    assert train.train(config(), tmp_path, Given(str(base))) == 0
+    assert train.train(config(steps=3), tmp_path) == 0  # the meta tell the base
+    assert checkpoint.steps(tmp_path / "checkpoints") == [2, 3]
+    told = checkpoint.read_meta(tmp_path / "checkpoints", 3)["base"]
+    assert told["path"] == str(base)
+
+
 @pytest.mark.slow  # compiles a training step; test_stored.py takes one too
 def test_a_run_begins_over_its_base_and_goes_on_without_being_told(base, tmp_path):
     assert train.train(config(), tmp_path, Given(str(base))) == 0
@@ -181,10 +195,33 @@ def test_another_base_is_refused_by_its_hash(run, tmp_path):
 
 
 def test_int8_stays_int8(base):
-    parts, state, _ = begun(base, int8="blocks/.*/kernel")
+    parts, state, _ = begun(base, int8="blocks/attn/qkv/kernel")
     kinds = {x.dtype for x in jax.tree.leaves(state.frozen["blocks"])}
     assert {str(kind) for kind in kinds} == {"int8", "float32"}
     assert state.frozen["blocks"]["attn"]["qkv"]["kernel"].base.codes.dtype == "int8"
+
+
+@pytest.mark.parametrize("form", ["w8", "w8a8"])
+def test_a_quantized_checkpoint_can_be_the_base(base, tmp_path, form):
+    parts = recipe(small.config())
+    params = quantizing.quantized(small.random_params(parts, 10), form, SKIP)
+    meta = {"config": to_json(small.config()), "step": 8}
+    quantizing.save(tmp_path / "q", 8, params, meta, form, SKIP)
+    if form == "w8a8":
+        with pytest.raises(UserError, match="no gradient goes: take w8"):
+            begun(tmp_path / "q")
+        return
+    _, state, record = begun(tmp_path / "q")
+    node = state.frozen["blocks"]["attn"]["qkv"]["kernel"]
+    assert node.base.codes.dtype == "int8" and len(record["sha256"]) == 64
+
+
+@pytest.mark.slow  # compiles a training step
+def test_the_whole_network_can_be_trained_from_merged_adapters(run, tmp_path):
+    c = small.config(steps=1, save_every=1, preview=0)
+    assert train.train(c, tmp_path, Given(str(run))) == 0
+    held = checkpoint.items(tmp_path / "checkpoints", 1)
+    assert {"params", "ema", "opt_state"} <= held
 
 
 # Sampling

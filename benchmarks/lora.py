@@ -1,0 +1,160 @@
+"""A step of adapters beside a full step, and sampling with them merged and not.
+
+python benchmarks/lora.py [--size S] [--batch 4] [--reference DIR] [--json FILE]
+
+DIR holds a models.py of SiT in torch (a clone, or tests/plain_torch); it needs torch
+and peft, whose adapters then take the same steps in the same run. Random weights,
+256 px latents, float32, rank 16 on attention and MLPs, AdamW. Memory is what XLA
+reckons for the compiled step: arguments and temporaries. Medians of the repeats.
+"""
+
+import argparse
+import functools
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from configs.lora_xl2 import get_config
+from sit_jax.codec import Latents
+from sit_jax.interpolant import Interpolant
+from sit_jax.models.applied import apply
+from sit_jax.models.dit import SIZES, SiT
+from sit_jax.recipe import recipe
+from sit_jax.stored import merged, quantize, replace
+from sit_jax.training import fresh_state, init_params, make_train_step
+
+SHAPE = (32, 32, 4)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="S", choices=SIZES)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--reference", metavar="DIR", help="models.py of SiT in torch")
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
+    model, adapter = SiT(patch=2, **SIZES[args.size]), recipe(get_config()).adapter
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(
+        functools.partial(init_params, model, SHAPE), jax.random.key(0)
+    )
+    draw = lambda x: jnp.asarray(0.05 * rng.standard_normal(x.shape), jnp.float32)
+    params = jax.tree.map(draw, shapes)
+    adapted = adapter(params, jax.random.key(0))
+    int8 = adapter(replace(params, ".*blocks/.*", quantize), jax.random.key(0))
+    rows = {
+        "full step": step(model, params, args),
+        "LoRA step": step(model, adapted, args),
+        "QLoRA step, int8 base": step(model, int8, args),
+        "forward, merged": forward(model, merged(adapted), args),
+        "forward, not merged": forward(model, adapted, args),
+    }
+    if args.reference:
+        rows |= theirs(args)
+    for name, row in rows.items():
+        cells = (f"{key} {value:.4g}" for key, value in row.items())
+        print(f"{name:24s}", *cells, sep="  ")
+    if args.json:
+        Path(args.json).write_text(json.dumps({"args": vars(args), **rows}, indent=1))
+
+
+def batch(args):
+    rng = np.random.default_rng(1)
+    moments = rng.standard_normal((args.batch, *SHAPE[:2], 8)).astype(np.float32)
+    return {"moments": moments, "label": np.arange(args.batch, dtype=np.int32)}
+
+
+def step(model, params, args):
+    """-> seconds and memory of a compiled training step."""
+    tx = optax.adamw(1e-4)
+    state = fresh_state(tx, params)
+    trained = sum(x.size for x in jax.tree.leaves(state.params))
+    run = jax.jit(make_train_step(model, Interpolant(), tx))
+    key, data = jax.random.key(0), batch(args)
+    compiled = run.lower(state, Latents(), data, key).compile()
+    memory = compiled.memory_analysis()
+    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    seconds = timed(lambda: compiled(state, Latents(), data, key), args.repeats)
+    return {**seconds, "GB": used / 1e9, "trained, millions": trained / 1e6}
+
+
+def forward(model, params, args):
+    x = jnp.asarray(batch(args)["moments"][..., :4])
+    t, y = jnp.full(args.batch, 0.5), jnp.arange(args.batch)
+    run = jax.jit(lambda params, *at: apply(model, params, *at))
+    return timed(lambda: run(params, x, t, y), args.repeats)
+
+
+def timed(run, repeats, wait=jax.block_until_ready):
+    """-> the median of the seconds, and half of how far they spread."""
+    wait(run())
+    seconds = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        wait(run())
+        seconds.append(time.perf_counter() - begun)
+    return {
+        "seconds": statistics.median(seconds),
+        "spread": (max(seconds) - min(seconds)) / 2,
+    }
+
+
+def theirs(args):
+    """The same with PyTorch and peft."""
+    import peft
+    import torch
+
+    sys.path.insert(0, args.reference)
+    found = importlib.util.spec_from_file_location(
+        "models", Path(args.reference) / "models.py"
+    )
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    size = SIZES[args.size]
+    network = module.SiT(
+        depth=size["depth"], hidden_size=size["width"], num_heads=size["heads"]
+    )
+    x = torch.from_numpy(batch(args)["moments"][..., :4].transpose(0, 3, 1, 2).copy())
+    t, y = torch.full((args.batch,), 0.5), torch.arange(args.batch)
+
+    def steps(network):
+        own = [p for p in network.parameters() if p.requires_grad]
+        tx = torch.optim.AdamW(own, lr=1e-4, weight_decay=0)
+
+        def run():
+            tx.zero_grad()
+            ((network(x, t, y) - x) ** 2).mean().backward()
+            tx.step()
+
+        return run
+
+    def look(network):
+        with torch.no_grad():
+            return network(x, t, y)
+
+    nothing = lambda result: None
+    rows = {"torch: full step": timed(steps(network.train()), args.repeats, nothing)}
+    targets = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
+    config = peft.LoraConfig(r=16, lora_alpha=16, target_modules=targets)
+    network = peft.get_peft_model(network, config)
+    rows["torch + peft: LoRA step"] = timed(steps(network), args.repeats, nothing)
+    apart = functools.partial(look, network.eval())
+    rows["torch + peft: not merged"] = timed(apart, args.repeats, nothing)
+    together = functools.partial(look, network.merge_and_unload())
+    rows["torch + peft: merged"] = timed(together, args.repeats, nothing)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
