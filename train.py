@@ -223,6 +223,7 @@ def _introduce(log, config, parts, mesh, state, source):
         f"{type(parts.model).__name__} with {count:,} parameters{kept}, "
         f"{macs / 1e9:.3g} GMAC an image; {len(source):,} "
         f"records; batch {config.batch_size} on {jax.device_count()} x {device}; "
+        f"EMA decay {config.ema_decay}; "
         f"attention {attention.of(parts.model)}"
     )
     for line in held_whole(mesh, state.params):
