@@ -133,7 +133,9 @@ def _batch(config, parts, mesh):
 def _activations(config, parts, mesh):
     """Of one of the parts that a batch is gone through in; rows split, no more."""
     images = max(config.batch_size // config.accumulate // rows(mesh), 1)
-    each = saved_bytes(parts.model, parts.shape, images)
+    # where the run will be, attention may keep less, and on no platform more
+    model = dataclasses.replace(parts.model, attention="xla")
+    each = saved_bytes(model, parts.shape, images)
     return each * rows(mesh), each
 
 

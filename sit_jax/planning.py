@@ -81,6 +81,7 @@ def _compile(args, device, lower, batch, step):
         _print(f"{name}, batch {batch}: DOES NOT FIT")
     else:
         _print(f"{name}, batch {batch}:", *pod.lines(made))
+        _print(pod.HEADER, pod.row(name, batch, made))
     if args.once:
         return
     _print("looking for the largest batch that fits ...")

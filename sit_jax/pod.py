@@ -63,6 +63,22 @@ def lines(made):
         yield f"  {told:24} {each.precision:8} {count:4}"
 
 
+HEADER = (
+    "| topology | batch | arguments GB | temporaries GB | free GB | "
+    + " | ".join(f"{kind} GB" for kind in hlo.KINDS)
+    + " | compiled s |"
+)
+
+
+def row(name, batch, made):
+    """A Compiled as a row of the table in docs/tpu.md, below HEADER; GB a chip."""
+    kinds = hlo.by_kind(hlo.collectives(made.text))
+    sent = (kinds.get(kind, (0, 0, 0))[2] for kind in hlo.KINDS)
+    sizes = (made.arguments, made.temporaries, made.free, *sent)
+    cells = (name, f"{batch:,}", *(f"{n / 1e9:.2f}" for n in sizes))
+    return f"| {' | '.join(cells)} | {made.seconds:.0f} |"
+
+
 def largest_batch(lower, device, known, step, attempts=4):
     """-> the largest batch, in multiples of `step`, that was seen to fit, or 0.
 

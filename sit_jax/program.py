@@ -38,7 +38,8 @@ def state_shapes(parts, mesh):
 def sampling_recipe(config, platform):
     """-> the recipe with a model of the config's sampling precision, and fn -> fn."""
     parts, word = recipe(config), precision.chosen(config.precision.model)
-    parts = dataclasses.replace(parts, model=precision.computing(word, parts.model))
+    model = precision.computing(word, parts.model)
+    parts = dataclasses.replace(parts, model=attention.settled(model, platform))
     return parts, partial(precision.applied, word, platform=platform)
 
 

@@ -179,3 +179,15 @@ def test_samples_are_planned_for_a_topology_only(monkeypatch, capsys):
     assert code == 2 and "--plan needs --weights PATH or --config FILE" in err
     code, _, err = call("--config", small.ROOT / "tests" / "small_config.py")
     assert code == 2 and "--plan needs --topology" in err
+
+
+def test_what_was_compiled_in_words_and_as_a_row():
+    from test_hlo import TEXT
+
+    made = pod.Compiled(16 * 10**9, 10**9, 2 * 10**9, 0, 10**9, 7.4, TEXT)
+    said = "\n".join(pod.lines(made))
+    assert "free 12.000 of 16.000; 2 arrays take" in said
+    assert "f32 x f32 -> f32         highest     1" in said
+    cells = pod.row("v5e:4x4", 1024, made).split(" | ")
+    assert cells[:5] == ["| v5e:4x4", "1,024", "1.00", "2.00", "12.00"]
+    assert len(cells) == len(pod.HEADER.split(" | ")) and cells[-1] == "7 |"
