@@ -8,11 +8,10 @@ from functools import partial
 
 import jax
 
-from sit_jax import checkpoint, placement, quantizing
+from sit_jax import checkpoint, placement, quantizing, sharding
 from sit_jax.config import difference, from_json, to_json
 from sit_jax.errors import UserError
 from sit_jax.manifest import weights_hash
-from sit_jax.sharding import shaped
 from sit_jax.stored import join, split
 from sit_jax.training import init_params
 
@@ -43,15 +42,25 @@ def load_base(parts, mesh, path, record=None):
     if "config" in meta:
         _require_same(path, from_json(meta["config"]).model, parts)
     shapes = quantizing.shapes(shapes, meta)
-    target = shaped(shapes, placement.weights(mesh, shapes))
-    params = checkpoint.load(directory, step, ema=target)["ema"]
+    params = _whole(mesh, shapes, directory, step)
     found = weights_hash(params)
     if record and record["sha256"] != found:
         raise UserError(
             f"{directory}/{step} is not the base of these adapters: its weights are "
             f"{found[:12]}, theirs were {record['sha256'][:12]} in {record['path']}"
         )
+    params = sharding.put(params, placement.weights(mesh, shapes))
     return params, {"path": str(directory), "step": step, "sha256": found}
+
+
+def _whole(mesh, shapes, directory, step):
+    """The weights where this process can read them all, for their hash."""
+    where = placement.weights(mesh, shapes)
+    if not all(place.is_fully_addressable for place in jax.tree.leaves(where)):
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        where = jax.tree.map(lambda _: here, shapes)
+    target = sharding.shaped(shapes, where)
+    return checkpoint.load(directory, step, ema=target)["ema"]
 
 
 def base_shapes(parts):
@@ -79,7 +88,9 @@ def load_adapted(parts, mesh, directory, step, item, path=None):
     """
     record = checkpoint.read_meta(directory, step)["base"]
     base, record = load_base(parts, mesh, path or record["path"], record)
-    where = shaped(shapes := trained_shapes(parts), placement.weights(mesh, shapes))
+    where = sharding.shaped(
+        shapes := trained_shapes(parts), placement.weights(mesh, shapes)
+    )
     trained = checkpoint.load(directory, step, **{item: where})[item]
     _, frozen = split(parts.adapter(parts.adapter.compressed(base), jax.random.key(0)))
     return join(trained, frozen), record

@@ -103,6 +103,14 @@ def test_an_adapter_of_zeros_changes_no_bit():
     np.testing.assert_array_equal(run(read(stored), *inputs()), plain)
 
 
+def test_what_is_merged_can_be_taken_away_again():
+    """Each way rounds once: 6e-8 of the larger of the two."""
+    base = flatten_dict(weights(MODELS[0]), sep="/")["blocks/attn/qkv/kernel"]
+    merged = adapter("w", base).read()
+    away = adapter("w", merged, scale=-0.5).read()
+    assert relative(away, base) < 2e-7 and relative(merged, base) > 0.1
+
+
 def test_adapters_over_adapters_add_up():
     model, path = MODELS[0], "blocks/attn/qkv/kernel"
     base = flatten_dict(weights(model), sep="/")[path]
