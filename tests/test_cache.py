@@ -10,6 +10,7 @@ import pytest
 from toy_codec import toy
 
 from sit_jax.codec import Latents
+from sit_jax.data import cache
 from sit_jax.data.cache import LatentCache, check_cache
 from sit_jax.data.coins import coins
 from sit_jax.data.filling import finish, missing, open_plan, shard
@@ -302,3 +303,11 @@ def test_array_record_is_named_where_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "array_record.python", None)
     with pytest.raises(UserError, match="pip install array_record"):
         LatentCache(tmp_path)[0]
+
+
+def test_every_half_becomes_its_single():
+    """All 65,536 bit patterns, also those that are not finite."""
+    halves = np.arange(2**16, dtype="<u2").view("<f2").reshape(2**6, -1, 4)
+    found = cache._single(halves)
+    assert found.dtype == np.float32 and found.shape == halves.shape
+    np.testing.assert_array_equal(found, halves.astype(np.float32))

@@ -5,6 +5,7 @@ from the start; cache.json, with the counts, is written when all shards are ther
 """
 
 import bisect
+import functools
 import itertools
 
 import numpy as np
@@ -52,8 +53,7 @@ class LatentCache:
 
     def _record(self, i, view):
         _, label, array = unpack(self._read(i, view), self.shape, self._dtype)
-        array = array.astype(np.float32, copy=False)
-        return {self.tags.kind: array, "label": np.int32(label)}
+        return {self.tags.kind: _single(array), "label": np.int32(label)}
 
     def _read(self, i, view):
         if not 0 <= i < len(self):
@@ -81,6 +81,18 @@ def check_cache(source, codec, shape):
         )
     wanted = {name: getattr(codec, name, None) for name in ("scale", "encoder_sha256")}
     require_same(source.path, tags, {k: v for k, v in wanted.items() if v is not None})
+
+
+def _single(array):
+    """float32 of float32, or of float16: exact, by a table, in half of numpy's time."""
+    if array.dtype.itemsize == 4:
+        return array.astype(np.float32, copy=False)
+    return _singles().take(array.view("<u2"))
+
+
+@functools.cache
+def _singles():
+    return np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
 
 
 def _about(path):
