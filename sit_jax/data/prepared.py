@@ -13,8 +13,9 @@ OURS = "or read the original files with ImageNetTar or ImageFolder"
 class Tfds(Images):
     """tfds.data_source(dataset, split): images of a data set that is prepared already.
 
-    Prepared in the file format array_record, the only one with random access; that
-    preparation needs TensorFlow, reading does not. data_dir: tfds's own by default.
+    Prepared in the file format array_record, the only one with random access. For that
+    many sets, imagenet2012 among them, need TensorFlow; reading does not. data_dir:
+    tfds's own by default.
     """
 
     def __init__(
@@ -73,6 +74,9 @@ def _data_source(name, split, data_dir):
             error
         )
     except (AssertionError, NotImplementedError, OSError, ValueError) as error:
+        said = (str(error).splitlines() or [""])[0]
+        if "split" in said:
+            raise UserError(f"tfds, {name!r}: {said}") from error
         raise UserError(
             f"tfds has no {name!r} prepared as array_record in {data_dir or 'its'} "
             "folder: preparing it needs TensorFlow, once, on any machine "
