@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict
 from networks import quick_jit
 
 from sit_jax.codec import Pixels
+from sit_jax.diffusion import Diffusion
 from sit_jax.errors import UserError
 from sit_jax.interpolant import Interpolant
 from sit_jax.models.applied import apply
@@ -34,6 +35,7 @@ SHAPE, SIZE = (4, 4, 2), dict(width=16, heads=2, classes=5)
 MODELS = [SiT(depth=2, **SIZE), DiT(depth=2, **SIZE), MDT(depth=4, **SIZE)]
 MODELS += [MDTv2(depth=6, **SIZE)]
 EVERY = ".*"
+TX = optax.adam(1e-2)
 
 
 @cache
@@ -196,12 +198,11 @@ def test_a_step_moves_the_adapters_alone(kind):
             else quantize(path, w)
         )
         tree = replace(tree, pattern, bases)
-    tx = optax.adam(1e-2)
-    state = fresh_state(tx, jax.tree.map(jnp.asarray, tree))
+    state = fresh_state(TX, jax.tree.map(jnp.asarray, tree))
     rng = np.random.default_rng(0)
     latent = rng.standard_normal((8, *SHAPE)).astype(np.float32)
     batch = {"latent": latent, "label": np.arange(8, dtype=np.int32) % 7}
-    step = quick_jit(make_train_step(model, Interpolant(), tx, decay=0.5))
+    step = quick_jit(make_train_step(model, Interpolant(), TX, decay=0.5))
     before = state
     for _ in range(2):
         state, metrics = step(state, Pixels(), batch, jax.random.key(0))
@@ -213,6 +214,24 @@ def test_a_step_moves_the_adapters_alone(kind):
     sizes = [x.size for x in jax.tree.leaves(state.params)]
     adam = sum(x.size for x in jax.tree.leaves(state.opt_state)) - 1
     assert adam == 2 * sum(sizes)
+
+
+SLOWER = [pytest.param(model, marks=pytest.mark.slow) for model in MODELS[:3]]
+
+
+@pytest.mark.parametrize(
+    "model", [*SLOWER, MODELS[3]], ids=lambda model: type(model).__name__
+)
+def test_every_network_takes_a_step_of_adapters(model):
+    """Traced, not run: MDT's second pass has fewer tokens and other keys."""
+    tree = replace(weights(model), EVERY, partial(adapter, dropout=0.1))
+    state = fresh_state(TX, jax.tree.map(jnp.asarray, tree))
+    process = Interpolant() if isinstance(model, SiT) else Diffusion()
+    step = make_train_step(model, process, TX, accumulate=2)
+    batch = {"latent": np.zeros((4, *SHAPE), np.float32), "label": np.zeros(4, int)}
+    new, metrics = jax.eval_shape(step, state, Pixels(), batch, jax.random.key(0))
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+    assert ("m_loss" in metrics) == isinstance(model, MDT)
 
 
 # Dropout
