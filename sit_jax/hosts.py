@@ -146,8 +146,8 @@ def leave():
         _place = _party = None
 
 
-def _say_lost(index, words):
-    name = f"{os.path.basename(sys.argv[0])}: {_party.name(index)}"
+def _say_lost(name, words):
+    name = f"{os.path.basename(sys.argv[0])}: {name}"
     remedy = _remedy() if _remedy else "the same command goes on with what is there"
     text = f"is gone without a word; {remedy}" if words is None else f"ended: {words}"
     print(f"{name} {text}", file=sys.stderr, flush=True)

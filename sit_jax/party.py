@@ -17,8 +17,8 @@ AFTER = 0.3  # seconds until the line of a loss, so that it follows what JAX wri
 class Party:
     """Made when all are there: hellos holds what each has said of itself.
 
-    say(index, words): called, in a thread, when the run ends because process `index`
-    did, with these last words or with None. This process ends then.
+    say(name, words): called, in a thread, when the run ends because the process of that
+    name did, with these last words or with None. This process ends then.
     """
 
     def __init__(self, place, hello, seconds, silence, say):
@@ -134,7 +134,7 @@ class Party:
             self._tell(end=words, code=code, of=index)
         else:
             time.sleep(AFTER)
-        self._say(index, words)
+        self._say(self.name(index), words)
         self._see_off()
         os._exit(code)
 

@@ -279,7 +279,7 @@ from sit_jax import cluster
 from sit_jax.numbered import Numbered
 from sit_jax.party import Party
 index, port, what = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-say = lambda i, words: print(f"{i}: {words}", flush=True)
+say = lambda name, words: print(f"{name}: {words}", flush=True)
 party = Party(cluster.Place(f"localhost:{port}", 3, index), {"host": "h"}, 20, 9, say)
 party.exchange(None)
 if index == int(sys.argv[4]):
@@ -304,7 +304,7 @@ def test_the_end_of_one_is_the_end_of_all(what, victim):
         said, _ = process.communicate(timeout=25)
         if index != victim:
             last = "no disk" if what == "words" else "None"
-            assert said == f"{victim}: {last}\n"
+            assert said == f"process {victim} (h): {last}\n"
             assert process.returncode == (2 if what == "words" else LOST)
     assert time.monotonic() - begun < 25
 

@@ -7,6 +7,7 @@ import small
 
 import train
 from sit_jax import checkpoint
+from sit_jax.recipe import recipe
 
 SIZE = {"steps": 4, "save_every": 2, "preview": 0}
 
@@ -28,7 +29,7 @@ def test_two_processes_train_as_one(tmp_path):
     np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-6)
     folders = [tmp_path / name / "checkpoints" for name in ("one", "two")]
     assert checkpoint.steps(folders[1]) == [2, 4]
-    parts = train.recipe(config)
+    parts = recipe(config)
     like = jax.eval_shape(lambda: small.random_params(parts, 0))
     pairs = (dict(checkpoint.leaves(folder, 4, "params", like)) for folder in folders)
     ours, theirs = pairs

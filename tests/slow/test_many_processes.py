@@ -15,6 +15,8 @@ import small
 from PIL import Image
 
 from sit_jax import checkpoint
+from sit_jax.config import spec
+from sit_jax.data.sources import Digits
 
 LONG = ("--config.steps=400", "--config.save_every=20", "--config.preview=0")
 SHORT = ("--config.steps=6", "--config.save_every=3", "--config.preview=5")
@@ -186,6 +188,24 @@ def test_ten_images_exactly_once(tmp_path, short, count, kind):
     for name in ("job", "weights_sha256", "batch_size", "stats", "precision", "codec"):
         assert records[0][name] == records[1][name], name
     assert [record["hosts"] for record in records] == [1, count]
+
+
+def test_likelihoods_of_two_are_those_of_one(tmp_path):
+    """Each process measures some of the batches; the table is the same, to a byte."""
+    config = small.config(shape=(8, 8, 1), synthetic=False)
+    config.source = spec(Digits)
+    config.model.classes = 10
+    small.checkpoint(tmp_path / "w", config)
+    tables = []
+    for number in (1, 2):
+        out = tmp_path / f"{number}.csv"
+        measure = ("sample.py", "--weights", tmp_path / "w", "--likelihood")
+        said = processes.run(
+            number, *measure, "--num", 7, "--batch-size", 2, "--out", out
+        )
+        assert "7 records" in said
+        tables.append(out.read_bytes())
+    assert tables[0] == tables[1] and tables[0].count(b"\n") == 8
 
 
 @pytest.mark.parametrize("count", [2, 4])
