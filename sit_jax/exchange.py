@@ -112,6 +112,7 @@ class Stored:
 
     def __init__(self, directory, step):
         self.directory, self.step = directory, step
+        checkpoint.require_whole(directory, step)
         self.meta = checkpoint.read_meta(directory, step)
         if "config" not in self.meta:
             raise UserError(f"{directory}/{step} has no config in its meta")

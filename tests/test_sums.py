@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import small
 
-from sit_jax.checkpoint import Damaged, has_sums, load, read_meta, require_whole
+from sit_jax.checkpoint import (
+    Damaged,
+    has_sums,
+    leaves,
+    load,
+    read_meta,
+    require_whole,
+)
 from sit_jax.checkpoint.__main__ import main
 from sit_jax.checkpoint.sums import SUMS, damages
 
@@ -81,13 +88,17 @@ def test_what_orbax_keeps_beside_the_items_carries_nothing(saved):
         np.testing.assert_array_equal(found["w"], TREE["w"])
 
 
-def test_other_items_are_no_hindrance(saved):
-    flip(
-        max((saved / "7/params").rglob("*"), key=lambda file: file.stat().st_size), RNG
-    )
-    found = load(saved, 7, ema=SHAPES)["ema"]
-    np.testing.assert_array_equal(found["w"], TREE["w"])
-    with pytest.raises(Damaged, match="params/.* differs from its sum"):
+@pytest.mark.parametrize("name", ["_sharding", "_METADATA", "manifest.ocdbt", None])
+def test_other_items_are_no_hindrance(saved, name):
+    """Orbax looks at the metadata of all items that it is told of."""
+    files = [file for file in listed(saved / "7") if file.parent.parent.name == "7"]
+    files = [file for file in files if file.parent.name == "params"]
+    for file in files if name is None else [saved / "7/params" / name]:
+        file.write_bytes(b"?")
+    np.testing.assert_array_equal(load(saved, 7, ema=SHAPES)["ema"]["w"], TREE["w"])
+    assert len(dict(leaves(saved, 7, "ema", SHAPES))) == 2
+    assert read_meta(saved, 7) == {"step": 7}
+    with pytest.raises(Damaged, match="params/"):
         load(saved, 7, params=SHAPES)
 
 

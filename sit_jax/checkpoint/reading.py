@@ -86,7 +86,9 @@ def _reader(directory, step, wanted, tree_handler=ocp.StandardCheckpointHandler)
     if step not in steps(directory):
         raise UserError(f"no checkpoint of step {step} in {directory}")
     require_whole(directory, step, wanted)
-    found = items(directory, step)
+    found = items(directory, step).intersection(
+        wanted
+    )  # Orbax reads about all it knows
     trees = {name for name in found if name in TREES or name.startswith("ema_")}
     options = ocp.CheckpointManagerOptions(read_only=True)
     with (
