@@ -81,7 +81,7 @@ def diagnose(a, b, gap=None, swaps=(), worst=(), reference=None):
         rungs = ladder.climb(*both)
         rungs += ladder.figures(*both, rungs, reference)
     if None not in (a.manifest, b.manifest):
-        manifests = [_with_evaluation(each) for each in (a, b)]
+        manifests = _manifests(a, b)
         rows = manifest_differences(*manifests)
         found = causes(manifests, both, rungs)
     return {
@@ -116,10 +116,15 @@ def diagnose(a, b, gap=None, swaps=(), worst=(), reference=None):
     }
 
 
-def _with_evaluation(evidence):
-    """Its manifest, and what made the features in its bundle."""
-    made = evidence.bundle and evidence.bundle.record.get(bundles.MAYBE)
-    return evidence.manifest | ({bundles.MAYBE: made} if made else {})
+def _manifests(a, b):
+    """Manifests, with what made the features where both bundles have any."""
+    made = [e.bundle and e.bundle.record.get(bundles.MAYBE) for e in (a, b)]
+    if not all(made):
+        return [a.manifest, b.manifest]
+    return [
+        each.manifest | {bundles.MAYBE: one}
+        for each, one in zip((a, b), made, strict=True)
+    ]
 
 
 def verdict(found, gap, known=True):

@@ -1,51 +1,55 @@
 """A diagnosis as one page of Markdown, for readers who were not there."""
 
 import json
+from pathlib import Path
 
 from sit_jax.effects import BY_NAME
 
 PICTURE = "worst_pairs.png"
+CAUSE = ("cause", "FID it may move, near 2", "evidence", "known from")
+MANIFEST = ("setting", "A", "B", "belongs to")
+PROBE = ("side", "default dot", "model's dot", "convolution", "said at the start")
+LADDER = ("stage", "relative L2", "max-abs / rms", "cosine", "band", "")
+SWAPS = ("after taking B's", "FID", "step")
+WORST = ("image", "rms of the difference, levels")
+LEGEND = {  # what a table means, in a sentence or two
+    "Causes, the likeliest first": "What differs and is known to move FID. The numbers "
+    "order the list, they predict nothing. One that the stages contradict comes last.",
+    "Precision measured": "Bits of mantissa that each device kept of what it "
+    "multiplied: 24 is float32, 11 TF32, 8 bfloat16.",
+    "Stages": "The same inputs through both sides, from noise to figures. Band: what "
+    "the declared precisions allow. **outside**: more than that, look there first; "
+    "inexact: allowed, but float32 on both sides would not differ so much. Of bytes "
+    "the first column is the share that differ, the second the most levels.",
+    "Swaps, from A to B": "A's pictures with one component after the other taken from "
+    "B. The steps add up to B's FID less A's, and say what comes from where.",
+}
 
 
 def markdown(report, pictured=False):
     """-> the report as one page."""
+    a, b = (Path(report[side]).name for side in "ab")
     parts = [
-        f"# {report['a']} and {report['b']}",
+        f"# Why {a} (A) and {b} (B) differ",
         f"**{report['verdict']}**",
+        f"**{report['first']}**" if report["first"] else "",
         _table("Causes, the likeliest first", report["causes"], _cause_row, CAUSE),
-        _table("Manifests", report["manifest"], _manifest_row, MANIFEST),
-        _table("Precision measured", filter(None, report["probes"]), _values, PROBE),
+        _statistics(report["paired"]),
+        _table("Swaps, from A to B", report["swaps"], _values, SWAPS),
+        _table("Stages", report["ladder"], _rung_row, LADDER),
+        _weights(report["weights"]),
+        _probes(report["probes"]),
+        _solvers(report["solver"]),
+        _table("Settings that differ", report["manifest"], _manifest_row, MANIFEST),
     ]
-    if report["weights"]:
-        one = report["weights"]
-        names = ", ".join(one["differ"][:20]) or "none"
-        said = f"{len(one['differ'])} of {one['tensors']} tensors differ: {names}"
-        parts.append(f"## Weights\n\n{said}")
-    parts.append(_table("Stages", report["ladder"], _rung_row, LADDER))
-    if report["first"]:
-        parts.append(f"**{report['first']}**")
-    if any(report["solver"]):
-        lines = [
-            f"* {n}: {json.dumps(s)}"
-            for n, s in zip("AB", report["solver"], strict=True)
-        ]
-        parts.append("## Solver\n\n" + "\n".join(lines))
-    if report["paired"]:
-        lines = [f"* {name}: {value}" for name, value in report["paired"].items()]
-        parts.append("## Statistics\n\n" + "\n".join(lines))
-    parts.append(_table("Swaps, from A to B", report["swaps"], _values, SWAPS))
     if pictured:
-        parts.append(f"## Worst pairs: A, B, stretched difference\n\n![]({PICTURE})")
+        parts.append(
+            "## Worst pairs\n\nA, B and their difference, stretched to be seen.\n\n"
+            f"![A, B and the difference]({PICTURE})"
+        )
         parts.append(_table("Their numbers", report["worst"], _values, WORST))
+    parts.append(f"A is {report['a']}, B is {report['b']}.")
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-CAUSE = ("cause", "FID near 2", "evidence", "source")
-MANIFEST = ("field", "A", "B", "FID near 2", "belongs to")
-PROBE = ("default dot", "model dot", "convolution", "said")
-LADDER = ("stage", "relative L2", "max-abs / rms", "cosine", "band", "")
-SWAPS = ("after taking B's", "FID", "step")
-WORST = ("image", "rms of the difference")
 
 
 def _table(title, rows, row, heads):
@@ -53,7 +57,8 @@ def _table(title, rows, row, heads):
     if not lines:
         return ""
     head = [" | ".join(heads), "|".join("-" for _ in heads)]
-    return f"## {title}\n\n" + "\n".join(f"| {line} |" for line in head + lines)
+    said = f"{LEGEND[title]}\n\n" if title in LEGEND else ""
+    return f"## {title}\n\n{said}" + "\n".join(f"| {line} |" for line in head + lines)
 
 
 def _cause_row(cause):
@@ -61,12 +66,13 @@ def _cause_row(cause):
     name = cause["name"]
     if cause["contradicted"]:
         name += " (the stages contradict it)"
-    effect = BY_NAME.get(name.partition(" (")[0])
-    return name, f"{cause['fid']:g}", "; ".join(said), effect.source if effect else ""
+    effect = BY_NAME.get(cause["name"])
+    size = f"{effect.fid:g}" if effect else "unknown"
+    return name, size, "; ".join(said), effect.source if effect else ""
 
 
 def _manifest_row(row):
-    return row["field"], row["a"], row["b"], f"{row['fid']:g}", row["cause"]
+    return row["field"], row["a"], row["b"], row["cause"]
 
 
 def _rung_row(rung):
@@ -77,3 +83,49 @@ def _rung_row(rung):
 
 def _values(row):
     return [f"{v:.6g}" if isinstance(v, float) else v for v in row.values()]
+
+
+def _statistics(paired):
+    """What is known of the gap of the two FIDs."""
+    if not paired:
+        return ""
+    (a, b), interval = paired["fids"], paired["interval"]
+    rows = [
+        ("FID of A to the reference", f"{a:.6g}"),
+        ("FID of B to the reference", f"{b:.6g}"),
+        ("gap, A less B", f"{paired['gap']:+.4g}"),
+        ("noise band: what other noises alone would do", f"{paired['band']:.3g}"),
+    ]
+    if paired["seeds"]:
+        rows.append(("sets of other seeds behind the band", paired["seeds"]))
+    if interval:
+        low, high = interval
+        rows.append(
+            ("95 % of the gap over resampled pairs", f"{low:+.4g}, {high:+.4g}")
+        )
+    rows.append(("FID between A and B", f"{paired['between']:.4g}"))
+    if paired["feature_gap"] is not None:
+        name = "distance of a pair's features, mean over their rms"
+        rows.append((name, f"{paired['feature_gap']:.3g}"))
+    return _table("Statistics", rows, lambda row: row, ("", "value"))
+
+
+def _weights(weights):
+    if not weights:
+        return ""
+    names = ", ".join(weights["differ"][:20])
+    names += ", ..." if len(weights["differ"]) > 20 else ""
+    count = f"{len(weights['differ'])} of {weights['tensors']} tensors differ"
+    return f"## Weights\n\n{count}{': ' if names else '.'}{names}"
+
+
+def _probes(probes):
+    rows = [(n, *_values(p)) for n, p in zip("AB", probes, strict=True) if p]
+    return _table("Precision measured", rows, lambda row: row, PROBE)
+
+
+def _solvers(solvers):
+    if not any(solvers):
+        return ""
+    lines = [f"* {n}: {json.dumps(s)}" for n, s in zip("AB", solvers, strict=True)]
+    return "## Solver\n\n" + "\n".join(lines)

@@ -199,6 +199,27 @@ def test_what_nothing_declares_is_called_unexplained(good, tmp_path):
     assert found["first"].startswith("The discrepancy starts at block 1, which differs")
 
 
+def test_what_only_a_resize_can_do_is_called_one(good, tmp_path):
+    """Pictures that Inception sees otherwise, which no record tells of."""
+    found, rng = bundle.read(good), np.random.default_rng(0)
+    record = dict(found.record, stages=[*found.record["stages"], "resized", "features"])
+    seen = {"resized": rng.standard_normal((IMAGES, 9, 9, 3), np.float32)}
+    seen["features"] = rng.standard_normal((IMAGES, 8), np.float32)
+    for name, change in (("a", 1.0), ("b", 1.02)):
+        stages = found.stages | {n: x * np.float32(change) for n, x in seen.items()}
+        path, odd = tmp_path / name, record | {"evaluation": {"resize": "TF1"}}
+        bundle.write(dataclasses.replace(found, path=path, record=odd, stages=stages))
+    told = judged(tmp_path / "a", tmp_path / "b")
+    assert told["verdict"].startswith("Likeliest cause: resize (undeclared: resized is")
+    assert told["first"].startswith("The discrepancy starts at resized")
+    assert [rung["stage"] for rung in told["ladder"]][-4:] == [
+        *("resized", "features", "mean of the features", "covariance of the features")
+    ]
+    # one side without features is no difference
+    told = judged(good, tmp_path / "b")
+    assert told["verdict"] == "Nothing differs that is known to move FID."
+
+
 def test_a_declared_difference_that_does_nothing_is_no_cause(good, made):
     """fast means nothing on a CPU."""
     found = judged(good, made("fast", settings=dict(word="fast")))
