@@ -28,6 +28,7 @@ from sit_jax.evaluated import OfFeatures, of_images, open_side
 from sit_jax.features import StoredFeatures
 from sit_jax.judges import judge
 from sit_jax.metrics.gaussian import Gaussian
+from sit_jax.numerals import COUNT, whole
 from sit_jax.stages import collect
 from sit_jax.swapping import decoded, exchanged_sides
 from sit_jax.weights import open_weights
@@ -46,10 +47,10 @@ def main():
     add("--swapped", metavar="X.npy", help="latents of A's network from B's noise")
     add("--features-b", metavar="X.npz", help="B's pictures by B's own evaluator")
     add("--paired", action="store_true", help="image i of both has one noise and label")
-    add("--resamples", type=int, default=30, metavar="N")
+    add("--resamples", type=whole(10), default=30, metavar="N")
     add("--inception", metavar="FILE", help="weights of the 2015 network, for images")
     add("--network", choices=list(WIDTHS), default="inception", help="of the features")
-    add("--batch-size", type=int, default=64, metavar="N")
+    add("--batch-size", type=COUNT, default=64, metavar="N")
     add("--overwrite", action="store_true")
     make = parser.add_argument_group("to make a bundle")
     add = make.add_argument
@@ -57,17 +58,14 @@ def main():
     add("--from-manifest", metavar="M", help="of samples that were drawn")
     add("--weights", metavar="PATH", help="where they are on this machine")
     add("--inputs", metavar="BUNDLE", help="take its noise, times and labels")
-    add("--images", type=int, default=8, metavar="N")
-    add("--steps", type=int, default=50, metavar="N", help="of the fixed grid")
+    add("--images", type=COUNT, default=8, metavar="N")
+    add("--steps", type=COUNT, default=50, metavar="N", help="of the fixed grid")
     add("--features", metavar="X.npz", help="of the samples, to go with them")
     add("--force", action="store_true", help="other weights than the manifest's")
     hosts.add_flags(parser)
     args, rest = command.parse(parser)
     if rest:
         raise UserError(f"{rest[0]}: this script has no config")
-    for name, least in (("images", 1), ("steps", 1), ("resamples", 10)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} {getattr(args, name)}: at least {least}")
     hosts.join(args)
     return make_bundle(args) if args.collect else report(args)
 

@@ -18,6 +18,7 @@ from sit_jax.errors import UserError
 from sit_jax.evaluated import open_side
 from sit_jax.features import inception_extractor, remembered, write_features
 from sit_jax.manifest import environment
+from sit_jax.numerals import COUNT, whole
 from sit_jax.sharding import make_mesh
 from sit_jax.workdir import read_json, write_json
 
@@ -37,8 +38,13 @@ def main():
     add("--save-features", metavar="X.npz", help="keep them for --features")
     add("--metrics", metavar="A,B", help=f"of {','.join(evaluation.WANTED)}")
     add("--kid", action="store_true", help="the kernel distance too")
-    add("--bootstrap", type=int, metavar="N", help="resamples for an interval of FID")
-    add("--batch-size", type=int, default=64, metavar="N")
+    add(
+        "--bootstrap",
+        type=whole(10),
+        metavar="N",
+        help="resamples for an interval of FID",
+    )
+    add("--batch-size", type=COUNT, default=64, metavar="N")
     add("--inception", metavar="FILE", help="weights of the 2015 network")
     add("--network", choices=list(WIDTHS), default="inception", help="of the features")
     add("--force", action="store_true", help="compare what is not comparable")
@@ -47,10 +53,6 @@ def main():
     args, rest = command.parse(parser)
     if rest:
         raise UserError(f"{rest[0]}: this script has no config")
-    for name, least in (("batch_size", 1), ("bootstrap", 10)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: at least {least}")
     hosts.join(args)
     return make_reference(args) if args.stats else evaluate(args)
 
@@ -203,12 +205,12 @@ def _bar(unit):
 def _record(sides, extractor, found, notes):
     """What the JSON beside the samples says."""
     record = {"figures": found, "notes": notes}
-    for name, (side, whole) in sides.items():
+    for name, (side, full) in sides.items():
         record[name] = {
             "path": str(side.path),
             "used": side.keys,
-            "images": whole.count,
-            "features": None if whole.features is None else len(whole.features),
+            "images": full.count,
+            "features": None if full.features is None else len(full.features),
             "pipeline": side.pipeline(extractor),
         }
     manifest = outputs.manifest_path(sides["samples"][0].path)

@@ -6,6 +6,7 @@ python extract_features.py --data DIR --vae sd-vae-ft-mse --size 256 --out laten
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 from sit_jax import cluster, command, hosts
 from sit_jax.data.archives import ImageNetTar, WebdatasetTars
@@ -15,9 +16,12 @@ from sit_jax.data.folders import AdmFolder, ImageFolder
 from sit_jax.data.pairs import from_pairs, to_pairs
 from sit_jax.data.prepared import Tfds
 from sit_jax.data.sources import LatentFolder
+from sit_jax.drafts import require_writable
 from sit_jax.errors import UserError
 from sit_jax.extraction import DTYPES, describe, extract
 from sit_jax.manifest import environment
+from sit_jax.numerals import COUNT, SEED, real, whole
+from sit_jax.precision import chosen
 from sit_jax.workdir import write_json
 
 KINDS = {
@@ -47,23 +51,33 @@ def main():
     add("--kind", default="folder", choices=(*KINDS, *PAIRS), help=_kinds())
     add("--vae", metavar="PATH", help="the VAE's folder, file or name")
     add("--precision", default="exact", metavar="WORD", help="exact, fast or bf16")
-    add("--size", type=int, default=256, metavar="PIXELS")
+    add("--size", type=whole(8), default=256, metavar="PIXELS")
     add("--out", required=True, metavar="DIR", help="the same one goes on after a kill")
-    add("--batch-size", type=int, default=64, metavar="N", help="on this process")
+    add("--batch-size", type=COUNT, default=64, metavar="N", help="on this process")
     add("--dtype", choices=DTYPES, default="float32", help="of what is stored")
     add("--no-flip", action="store_true", help="only one view of each image: half size")
-    add("--shards", type=int, metavar="N", help="files; default: up to 256")
-    add("--threads", type=int, default=4, metavar="N", help="that read ahead")
-    add("--workers", type=int, default=0, metavar="N", help="processes that decode")
-    add("--broken-share", type=float, default=0.001, help="of images; more stop it")
-    add("--classes", type=int, default=1000, help="for webdataset and fast-dit")
+    add("--shards", type=COUNT, metavar="N", help="files; default: up to 256")
+    add("--threads", type=COUNT, default=4, metavar="N", help="that read ahead")
+    add(
+        "--workers", type=whole(0), default=0, metavar="N", help="processes that decode"
+    )
+    add(
+        "--broken-share", type=real(0, 1), default=0.001, help="of images; more stop it"
+    )
+    add("--classes", type=COUNT, default=1000, help="for webdataset and fast-dit")
     add("--split", default="train", help="for tfds")
     add("--tfds-dir", metavar="DIR", help="for tfds; default: its own")
-    add("--seed", type=int, default=0, help="of draws and flips, for --kind cache")
+    add(
+        "--seed",
+        type=SEED,
+        default=0,
+        help="of draws and flips, for --kind cache",
+    )
     hosts.add_flags(parser)
     args, rest = command.parse(parser)
     if rest:
         raise UserError(f"unknown argument {rest[0]!r}; see --help")
+    require_writable(Path(args.out) / "any")
     if args.kind in PAIRS:
         return convert(args)
     if not cluster.apart(args):
@@ -129,9 +143,10 @@ def load(vae, precision):
     """-> the codec of --vae."""
     if vae is None:
         raise UserError("--vae is missing: a folder, a file, or sd-vae-ft-mse")
-    from sit_jax.vae_files import load_vae
+    from sit_jax import vae_files
 
-    return load_vae(vae, precision)
+    chosen(precision)  # or it is refused, before anything is loaded
+    return vae_files.load_vae(vae, precision)
 
 
 def _share(args):

@@ -34,8 +34,10 @@ from sit_jax.errors import UserError
 from sit_jax.exchange import Stored, open_torch
 from sit_jax.manifest import weights_hash
 from sit_jax.models.mdt import MDT
+from sit_jax.numerals import COUNT, whole
 from sit_jax.places import local
 from sit_jax.torch_config import FAMILIES
+from sit_jax.workdir import read_json
 
 
 def main():
@@ -44,9 +46,19 @@ def main():
     add("source", metavar="SOURCE", help="x.pt, diffusers folder, workdir, ...")
     add("target", metavar="TARGET", help="the other kind; written whole or not at all")
     add("--family", choices=FAMILIES, help="of weights that do not tell")
-    add("--heads", type=int, metavar="N", help="where the size is not a published one")
+    add(
+        "--heads",
+        type=COUNT,
+        metavar="N",
+        help="where the size is not a published one",
+    )
     add("--config", metavar="FILE", help="of the run; refused if the weights differ")
-    add("--step", type=int, metavar="N", help="of a checkpoint; default: the newest")
+    add(
+        "--step",
+        type=whole(0),
+        metavar="N",
+        help="of a checkpoint; default: the newest",
+    )
     add("--to", choices=model_folder.LAYOUTS, help="a folder, instead of a .pt")
     add("--figures", metavar="FILE", nargs="+", help="of evaluate.py, for the card")
     add("--reference", metavar="DIR", help="clone of SiT or DiT to compare with")
@@ -58,6 +70,7 @@ def main():
     is_adapter = args.adapter or args.base or lora_files.is_adapter_folder(args.source)
     inwards = not is_adapter and _inwards(args.source, args.target, args.to)
     _refuse_others(args, overrides, inwards or is_adapter)
+    _figures(args)  # refused before anything is read
     original = args.reference and reference.original(args.reference)
     if is_adapter:
         how = (args.step, args.adapter, args.base, args.overwrite)
@@ -145,8 +158,9 @@ def to_folder(args):
     require_space(target, sum(4 * leaf.size for leaf in shapes))
     with draft(target) as folder:
         print(f"writing {target}", flush=True)
-        figures = [local(path) for path in args.figures or ()]
-        found, lines = model_folder.write(folder, stored, args.to, target.name, figures)
+        found, lines = model_folder.write(
+            folder, stored, args.to, target.name, _figures(args)
+        )
         _require_equal(found)
     conversion.describe(stored, ["float32"])
     conversion.summary(found, (f"{stored.directory}/{stored.step}", target))
@@ -179,7 +193,13 @@ def _contents(stored, target):
 
 
 def _figures(args):
-    return [local(path) for path in args.figures or ()]
+    """Paths of evaluate.py's JSON files, which are there and can be read."""
+    paths = [local(path) for path in args.figures or ()]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"--figures: no file at {path}")
+        read_json(path)
+    return paths
 
 
 def published(family):

@@ -16,9 +16,10 @@ from sit_jax.drafts import draft, require_free, require_space
 from sit_jax.errors import UserError
 from sit_jax.exchange import open_torch
 from sit_jax.manifest import weights_hash
+from sit_jax.numerals import COUNT
 from sit_jax.quantized import SKIP, WORDS, storing
 from sit_jax.torch_config import FAMILIES
-from sit_jax.weights import open_weights
+from sit_jax.weights import open_weights, require_torch
 
 
 def main():
@@ -30,13 +31,14 @@ def main():
     add("--skip", default=SKIP, metavar="REGEX", help="weights that stay floats")
     add("--no-ema", action="store_true", help="the weights themselves, not their mean")
     add("--family", choices=FAMILIES, help="of a bare .pt or .safetensors")
-    add("--heads", type=int, help="of a bare file whose width is not a published one")
+    add("--heads", type=COUNT, help="of a bare file whose width is not a published one")
     add("--overwrite", action="store_true")
     args, overrides = command.parse(parser)
     if overrides:
         raise UserError(f"{overrides[0]}: the config is that of the weights")
     storing(args.form, args.skip)
     target = require_free(args.target, args.overwrite)
+    require_torch(args.source, args.family, args.heads)
     opened = open_weights(
         args.source, lambda path: open_torch(path, _published, args.family, args.heads)
     )

@@ -27,23 +27,21 @@ from sit_jax import (
 from sit_jax import config as configs
 from sit_jax.emulation import EMULATED
 from sit_jax.errors import UserError
+from sit_jax.locks import alone
+from sit_jax.numerals import COUNT, SEED
 from sit_jax.preview import rows
-from sit_jax.recipe import check_seed
 from sit_jax.torch_config import FAMILIES
-from sit_jax.weights import open_weights
+from sit_jax.weights import open_weights, require_torch
 
 
 def main():
     args, overrides = command.parse(_parser())
     planning.check(args)
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size {args.batch_size}: at least 1")
     if args.plan:
         return plan(args, overrides)
     if not args.out:
         raise UserError("--out X is needed: x.png, x.npy, x.npz or folder/")
     hosts.join(args)
-    check_seed("--seed", args.seed)
     if args.likelihood:
         return likelihood(args, overrides)
     return sample(args, overrides)
@@ -59,9 +57,14 @@ def sample(args, overrides):
     outputs.check_codec(out, room.parts)
     if args.save_noise:
         _save_noise(args, room)
-    lines = sampling.draw(
-        room, out, args.overwrite, _columns(args, wanted), args.trajectory is not None
-    )
+    with alone(out.parent, f"{out.name}.lock", hosts.first()):
+        lines = sampling.draw(
+            room,
+            out,
+            args.overwrite,
+            _columns(args, wanted),
+            args.trajectory is not None,
+        )
     print(*lines, out, sep="\n")
     return 0
 
@@ -105,8 +108,8 @@ def _parser():
     add("--from-manifest", metavar="FILE", help="the same samples again")
     add("--config", metavar="FILE", help="another sampler and guidance; same network")
     add("--labels", metavar="A,B,...", help="classes | random | balanced | FILE")
-    add("--num", type=int, metavar="N", help="images; default: one for each label")
-    add("--seed", type=int, default=0)
+    add("--num", type=COUNT, metavar="N", help="images; default: one for each label")
+    add("--seed", type=SEED, default=0)
     add("--out", metavar="X", help="x.png | x.npy | x.npz | folder/")
     add("--noise", metavar="FILE.npy", help="start from it; or torch:SEED")
     add("--save-noise", metavar="FILE.npy", help="keep what the images started from")
@@ -122,14 +125,18 @@ def _parser():
     add("--vae", metavar="PATH", help="or sd-vae-ft-mse, sd-vae-ft-ema")
     add("--rounding", metavar="RULE", help="brighter (DiT, SiT) | darker (MDT)")
     add("--family", choices=FAMILIES, help="of a bare .pt or .safetensors")
-    add("--heads", type=int, help="of a bare file whose width is not a published one")
+    add(
+        "--heads",
+        type=COUNT,
+        help="of a bare file whose width is not a published one",
+    )
     add("--overwrite", action="store_true")
     add("--force", action="store_true", help="other weights than the manifest's")
     settings.add_flags(parser)
     _add_likelihood(parser.add_argument_group("likelihood, of the config's data"))
     how = parser.add_argument_group("how it is computed")
     add = how.add_argument
-    add("--batch-size", type=int, default=64, metavar="N")
+    add("--batch-size", type=COUNT, default=64, metavar="N")
     add("--emulate", metavar="PLATFORM", help=", ".join(EMULATED))
     hosts.add_flags(parser)
     planning.add_flags(parser)
@@ -139,7 +146,7 @@ def _parser():
 def _add_likelihood(group):
     add = group.add_argument
     add("--likelihood", action="store_true", help="--out x.csv, by the flow or bound")
-    add("--probes", type=int, default=1, metavar="K", help="averaged, of the trace")
+    add("--probes", type=COUNT, default=1, metavar="K", help="averaged, of the trace")
     add("--trace", choices=tuple(densities.TRACES), default="estimated")
     add("--dequantization", choices=tuple(densities.FILLINGS), default="uniform")
 
@@ -157,6 +164,7 @@ def _job(args, overrides):
     source = args.weights or (published and published.weights)
     if not source:
         raise UserError("--weights PATH is needed, or --preset or --from-manifest")
+    starts.check(args.noise)
     weights = _open(source, args.family, args.heads)
     config = settings.apply(weights.config, args, overrides, source, published)
     classes, seed = (
@@ -200,6 +208,7 @@ def _studio(wanted, expected):
 
 
 def _open(path, family=None, heads=None):
+    require_torch(path, family, heads)
     told = getattr(releases.find(path), "family", None)
     family = family or (told if told in FAMILIES else None)
 

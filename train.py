@@ -22,6 +22,7 @@ from sit_jax.errors import UserError
 from sit_jax.given import Given, add_flags
 from sit_jax.history import history
 from sit_jax.keeper import Keeper
+from sit_jax.locks import alone
 from sit_jax.logging import RunLog
 from sit_jax.manifest import environment
 from sit_jax.meter import Meter
@@ -86,9 +87,10 @@ def train(config, workdir, given=NOTHING, wandb=None):
         )
     past = history(folder, first, stored, mesh)
     watch = Replicas(config.get("check_replicas", 0), state)
-    workdir = open_workdir(workdir, stored)  # from here on it is this run's
-    hosts.on_loss(partial(advice, folder))
     with contextlib.ExitStack() as stack:
+        stack.enter_context(alone(folder.parent, wanted=hosts.first()))
+        workdir = open_workdir(workdir, stored)  # from here on it is this run's
+        hosts.on_loss(partial(advice, folder))
         items = averages.item_names(parts.ema_decay)
         saved = Checkpoints(folder, config.keep_last, config.keep_every, items)
         stack.callback(saved.close)

@@ -1,7 +1,9 @@
 """What the scripts share: arguments, and errors as one line with exit code 2."""
 
 import argparse
+import difflib
 import os
+import re
 import signal
 import sys
 import threading
@@ -17,7 +19,10 @@ SYMPTOM = 3.0  # seconds in which the loss of a process is noticed as its cause
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(f"{message}; see --help")
+        # a number's own words follow its flag: --num 0: a whole number of at least 1
+        said = re.sub(r"^argument ([^:]*): ", r"\1 ", message)
+        said = said.replace("invalid choice: ", "").replace("(choose from ", "(one of ")
+        raise UserError(f"{said}; see --help")
 
 
 def parser(description):
@@ -31,8 +36,28 @@ def parse(arguments_parser, argv=None):
     arguments, rest = arguments_parser.parse_known_args(argv)
     for argument in rest:
         if not argument.startswith("--config."):
-            raise UserError(f"unknown argument {argument!r}; see --help")
+            near = _near(argument, arguments_parser)
+            raise UserError(f"unknown argument {argument!r}; {near}")
+    for name, value in vars(arguments).items():
+        setattr(arguments, name, _plain(name, value))
     return arguments, rest
+
+
+def _near(argument, arguments_parser):
+    """What may have been meant."""
+    flags = re.findall(r"--[\w-]+", arguments_parser.format_help())
+    close = difflib.get_close_matches(argument.partition("=")[0], flags, 1)
+    return f"did you mean {close[0]}?" if close else "see --help"
+
+
+def _plain(name, value):
+    """A word or several of an argument, with the home folder in the place of ~."""
+    if isinstance(value, list):
+        return [_plain(name, each) for each in value]
+    if value == "":
+        flag = f"--{name.replace('_', '-')}"
+        raise UserError(f"{flag} is empty; give it a value, or leave it out")
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def run(main):

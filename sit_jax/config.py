@@ -136,7 +136,10 @@ def from_json(value):
     if set(value) == {"name"}:
         return _named(value["name"])
     items = {key: _settable(from_json(item)) for key, item in value.items()}
-    return ConfigDict(items, convert_dict=False)
+    try:
+        return ConfigDict(items, convert_dict=False)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"a stored config is none: {_first_line(error)}") from error
 
 
 def difference(one, other):

@@ -14,7 +14,27 @@ def require_free(path, overwrite):
     path = local(path).absolute()
     if os.path.lexists(path) and not overwrite:
         raise UserError(f"{path} exists; --overwrite replaces it")
+    require_writable(path)
     return path
+
+
+def require_writable(path):
+    """Refuses a path below a file, or below a folder that may not be written to."""
+    folder = next(parent for parent in Path(path).absolute().parents if _exists(parent))
+    if not folder.is_dir():
+        raise UserError(f"{path}: {folder} is a file and no folder; name another place")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: {folder} is not writable; name another place")
+
+
+def _exists(path):
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def require_space(path, size):

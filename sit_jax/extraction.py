@@ -22,6 +22,7 @@ from sit_jax.data.reading import Broken, read_with_gaps
 from sit_jax.data.tags import PLAN, Tags, default_shards
 from sit_jax.data.workers import Workers
 from sit_jax.errors import UserError
+from sit_jax.locks import alone
 from sit_jax.places import local
 from sit_jax.sharding import BATCH, everywhere, make_mesh, split_batch
 
@@ -85,6 +86,25 @@ def extract(
     Process `process` of `count` takes every count-th shard. cache.json is None as long
     as other processes' shards are missing. show(images, of) hears of every batch.
     """
+    with alone(local(out), wanted=hosts.first()):
+        return _extracted(
+            source,
+            codec,
+            out,
+            tags,
+            batch_size,
+            process,
+            count,
+            threads,
+            workers,
+            show,
+            say,
+        )
+
+
+def _extracted(
+    source, codec, out, tags, batch_size, process, count, threads, workers, show, say
+):
     path = _planned(out, tags)
     numbers = missing(path, tags, process, count)
     total = sum(len(tags.shard(k)[1]) for k in numbers)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 from sit_jax import releases
+from sit_jax.numerals import COUNT
 from sit_jax.torch_config import FAMILIES
 
 
@@ -31,4 +32,8 @@ def add_flags(parser):
     add("--init", metavar="PATH", help="workdir, checkpoint, .pt ... or a name")
     add("--weights-only", action="store_true", help="no optimizer: begin at step 0")
     add("--family", choices=FAMILIES, help="of a bare .pt or .safetensors")
-    add("--heads", type=int, help="of a bare file whose width is not a published one")
+    add(
+        "--heads",
+        type=COUNT,
+        help="of a bare file whose width is not a published one",
+    )

@@ -12,6 +12,7 @@ import numpy as np
 from sit_jax.errors import UserError
 
 FLOAT = 1  # DT_FLOAT
+LARGEST = 2**28  # numbers in a constant
 
 
 def constants(path):
@@ -24,7 +25,7 @@ def constants(path):
                 array = _tensor(node)
                 if array is not None:
                     found[bytes(fields[1]).decode()] = array  # NodeDef.name
-    except (IndexError, ValueError, KeyError) as error:
+    except (IndexError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{path} is damaged or no TensorFlow graph") from error
     if not found:
         raise UserError(f"{path} is no TensorFlow graph with float32 constants")
@@ -45,6 +46,8 @@ def _tensor(node):
             content = b"".join(map(bytes, _all(tensor, 4)))  # tensor_content
             content = content or b"".join(map(bytes, _all(tensor, 5)))  # float_val
             values = np.frombuffer(content, "<f4")
+            if math.prod(shape) > LARGEST or min(shape, default=0) < 0:
+                raise ValueError("no constant of a network")
             if len(values) == 1:  # stands for all of them
                 return np.full(shape, values[0])
             if len(values) != math.prod(shape):

@@ -11,6 +11,15 @@ from sit_jax import json_text
 from sit_jax.errors import UserError
 from sit_jax.places import local
 
+KINDS = {  # of fields that are no words
+    "config": dict,
+    "labels": list,
+    "lora": (list, tuple),
+    "heads": (int, type(None)),
+    "seed": int,
+    "batch_size": int,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -50,9 +59,21 @@ class Job:
             record = {"lora": (), **record}  # from before there were adapters
         if not isinstance(record, dict) or set(record) != known:
             raise UserError(f"{where} is not the manifest of samples of this version")
-        labels = np.asarray(record["labels"])
+        for field in dataclasses.fields(cls):
+            value, kinds = record[field.name], KINDS.get(field.name, (str, type(None)))
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                kind = type(value).__name__
+                raise UserError(
+                    f"{where}: its {field.name} is a {kind}; not a manifest"
+                )
+        try:
+            labels = np.asarray(record["labels"])
+        except ValueError:  # lists of several lengths
+            labels = np.zeros(0)
         if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) == 0:
             raise UserError(f"{where}: its labels are no list of whole numbers")
+        if labels.min() < 0 or labels.max() >= 2**31 or record["batch_size"] < 1:
+            raise UserError(f"{where}: its labels or its batch size make no sense")
         lists = {"labels": labels.astype(np.int32), "lora": tuple(record["lora"])}
         return cls(**{**record, **lists})
 

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from sit_jax import json_text
 from sit_jax.errors import UserError
 from sit_jax.lora_names import Pair, from_diffusers, to_diffusers
+from sit_jax.lora_numbers import require_numbers
 from sit_jax.port import listed
 from sit_jax.tensor_files import Tensors, open_file
 
@@ -72,6 +74,8 @@ def read(path):
     if (file.parent / CONFIG).is_file() and file.name != DIFFUSERS:
         config = _config(file.parent / CONFIG)
     opened = open_file(file)
+    if not opened.is_state(opened.content()):
+        raise UserError(f"{file} holds no table of tensors")
     tensors = Tensors(opened, {name: (name,) for name in opened.content()})
     config = config or _metadata(opened)
     modules, table = _modules(file, tensors)
@@ -151,7 +155,7 @@ def _number(value):
 
 def _config(path):
     try:
-        config = json.loads(path.read_text())
+        config = json_text.parse(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     return _checked(path, config)
@@ -168,10 +172,12 @@ def _metadata(opened):
     if not told or METADATA not in told:
         return {}
     try:
-        config = json.loads(told[METADATA])
+        config = json_text.parse(told[METADATA])
     except ValueError as error:
         raise UserError(f"{opened.path}: its {METADATA} is not JSON") from error
     prefix = PREFIXES[1]
+    if not isinstance(config, dict):
+        raise UserError(f"{opened.path}: its {METADATA} is no table")
     plain = {k.removeprefix(prefix): v for k, v in config.items()}
     return _checked(opened.path, {"peft_type": "LORA", **plain})
 
@@ -183,6 +189,7 @@ def _checked(where, config):
     for name, plain in PLAIN.items():
         if (value := config.get(name, plain)) not in (plain, None):
             raise UserError(f"{where}: {name} is {value!r}; only {plain!r} is read")
+    require_numbers(where, config)
     start = str(config.get("init_lora_weights", True))
     if start.startswith(CHANGED):
         raise UserError(
@@ -223,12 +230,16 @@ def _pair(file, name, parts, config):
     if down.ndim != 2 or up.ndim != 2 or len(down) != up.shape[1]:
         raise UserError(f"{file}: {name} is {up.shape} by {down.shape}, no adapter")
     rank = len(down)
+    if rank < 1:
+        raise UserError(f"{file}: {name} has rank 0")
     told = _matched(config.get("rank_pattern"), name, config.get("r", rank))
     if config.get("r") is not None and told != rank:
         raise UserError(f"{file}: {name} has rank {rank}, the config says {told}")
     alpha = _matched(config.get("alpha_pattern"), name, config.get("lora_alpha", rank))
     if "alpha" in parts:
-        alpha = float(parts["alpha"])
+        if parts["alpha"].size != 1:
+            raise UserError(f"{file}: {name} has {parts['alpha'].size} alphas")
+        alpha = float(parts["alpha"].reshape(()))
     scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     return Pair(down, up, float(scale), parts.get("magnitude"))
 

@@ -10,7 +10,7 @@ import zipfile
 import jax
 import numpy as np
 
-from sit_jax.drafts import draft
+from sit_jax.drafts import draft, require_writable
 from sit_jax.errors import UserError
 from sit_jax.pictures import save_gif, save_png, sheet
 from sit_jax.places import local
@@ -29,10 +29,10 @@ def check(path, overwrite):
     taken = any(path.iterdir()) if is_folder and path.is_dir() else path.exists()
     if taken and not overwrite:
         raise UserError(f"--out {path} exists; --overwrite replaces it")
-    folder = path if is_folder else path.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"--out {path}: {folder} is not writable")
+    try:
+        require_writable(path / "any" if is_folder else path)
+    except UserError as error:
+        raise UserError(f"--out {error}") from error
     return path
 
 

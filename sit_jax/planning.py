@@ -4,6 +4,7 @@ import jax
 
 from sit_jax import chips, plan, pod, program, sharding, topology
 from sit_jax.errors import UserError
+from sit_jax.numerals import COUNT, real
 from sit_jax.recipe import check_batch
 
 FLAGS = ("devices", "chip", "mfu", "topology", "once")
@@ -15,9 +16,14 @@ def add_flags(parser):
     add("--plan", action="store_true", help="print it instead of running")
     add("--topology", metavar="v5p:4x4x8", help="compile for this TPU slice (libtpu)")
     add("--once", action="store_true", help="do not look for the largest batch")
-    add("--devices", type=int, metavar="N", help="how many; default: those here")
+    add("--devices", type=COUNT, metavar="N", help="how many; default: those here")
     add("--chip", metavar="NAME", help=", ".join(chips.NAMES))
-    add("--mfu", type=float, metavar="X", help="share of the peak; default 0.5")
+    add(
+        "--mfu",
+        type=real(above=0, most=1),
+        metavar="X",
+        help="of the peak; else 0.5",
+    )
 
 
 def check(args):
@@ -27,10 +33,6 @@ def check(args):
         raise UserError(f"--{given[0]} goes with --plan")
     if args.topology and (args.devices or args.chip):
         raise UserError("--topology says which chips and how many; give it alone")
-    if args.devices is not None and args.devices < 1:
-        raise UserError(f"--devices {args.devices}: at least 1")
-    if args.mfu is not None and not 0 < args.mfu <= 1:
-        raise UserError(f"--mfu {args.mfu}: more than 0, at most 1")
 
 
 def training(args, config):

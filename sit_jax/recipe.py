@@ -60,6 +60,16 @@ def recipe(config):
     return parts
 
 
+RATES = {  # of optimizers, by optax's names
+    "learning_rate": (0, 100),
+    "weight_decay": (0, 100),
+    "b1": (0, 1),
+    "b2": (0, 1),
+    "b3": (0, 1),
+    "eps": (0, 1),
+}
+
+
 def check_training(config, source):
     """Refuses numbers that training cannot honour."""
     for name in ("batch_size", "steps", "accumulate", "log_every", "save_every"):
@@ -71,6 +81,12 @@ def check_training(config, source):
         if config[name] < 0:
             raise UserError(f"{name} is {config[name]}; 0 is never, else at least 1")
     check_seed("seed", config.seed)
+    for name, (least, most) in RATES.items():
+        value = config.optimizer.get(name)
+        if isinstance(value, int | float) and not least <= value < most:
+            raise UserError(
+                f"optimizer.{name} is {value}; it must be in [{least:g}, {most:g})"
+            )
     if config.label_drop and not config.model.null_label:
         raise UserError("label_drop needs model.null_label=True; or set label_drop=0")
     if source.classes != config.model.classes:

@@ -3,6 +3,7 @@
 from sit_jax import config as configs
 from sit_jax.errors import UserError
 from sit_jax.guidance import Interval
+from sit_jax.numerals import COUNT, real
 from sit_jax.precision import PRECISIONS
 from sit_jax.samplers.names import (
     CHOICES,
@@ -21,20 +22,30 @@ COMPUTING = ("model.remat", "model.unroll", "model.attention", "model.dtype")
 def add_flags(parser):
     add = parser.add_argument_group("sampler and guidance").add_argument
     add("--sampler", metavar="NAME", help=", ".join(SAMPLERS))
-    add("--steps", type=int, metavar="N", help="steps taken")
-    add("--num-sampling-steps", type=int, metavar="N", help="as the originals count")
+    add("--steps", type=COUNT, metavar="N", help="steps taken")
+    add(
+        "--num-sampling-steps",
+        type=COUNT,
+        metavar="N",
+        help="as the originals count",
+    )
     add("--respacing", metavar="N|A,B,..|ddimN", help="steps of a diffusion to keep")
-    add("--eta", type=float, help="of ddim: 0 no fresh noise, 1 as much as ddpm")
-    add("--atol", type=float)
-    add("--rtol", type=float)
+    add("--eta", type=real(0), help="of ddim: 0 no fresh noise, 1 as much as ddpm")
+    add("--atol", type=real(above=0), metavar="TOLERANCE")
+    add("--rtol", type=real(above=0), metavar="TOLERANCE")
     add("--step-control", metavar="WORD", help=", ".join(CONTROLS))
     add("--reverse", action="store_true", help="from images (--noise) to noise")
     add("--diffusion-form", metavar="NAME", help=", ".join(FORMS))
-    add("--diffusion-norm", type=float)
+    add("--diffusion-norm", type=real(0), metavar="FACTOR")
     add("--last-step", metavar="NAME", help=", ".join(LAST_STEPS))
-    add("--last-step-size", type=float)
-    add("--trajectory", type=int, metavar="N", help="N states on the way, as a strip")
-    add("--guidance", "--cfg-scale", type=float, metavar="SCALE", help="1: none")
+    add("--last-step-size", type=real(0, 1), metavar="TIME")
+    add(
+        "--trajectory",
+        type=COUNT,
+        metavar="N",
+        help="N states on the way, as a strip",
+    )
+    add("--guidance", "--cfg-scale", type=real(), metavar="SCALE", help="1: none")
     add("--guidance-interval", metavar="LO,HI", help="0 noise, 1 data; none outside")
     add("--guidance-channels", metavar="3|all", help="those that are extrapolated")
     add("--precision", metavar="WORD", help=", ".join(PRECISIONS))
@@ -86,14 +97,18 @@ def _guide(config, args):
         if args.guidance_interval is not None:
             low, high = _ends(args.guidance_interval)
             scale = config.guidance
-            Interval(scale, low, high)  # refuses what makes no sense
+            if not 0 <= low < high <= 1:
+                raise UserError(
+                    f"--guidance-interval {args.guidance_interval}: LO < HI in [0, 1]; "
+                    "0 is noise, 1 is data"
+                )
             config.guidance = configs.spec(Interval, scale=scale, low=low, high=high)
     word = args.guidance_channels
     if word is None:
         return
-    if word != "all" and not (word.isdecimal() and int(word) >= 1):
+    if word not in ("3", "all"):
         raise UserError(f"--guidance-channels {word!r}: 3 or all")
-    config.guidance_channels = config.shape[-1] if word == "all" else int(word)
+    config.guidance_channels = config.shape[-1] if word == "all" else 3
 
 
 def _ends(text):

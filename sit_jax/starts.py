@@ -8,6 +8,12 @@ from sit_jax.guidance import is_none
 from sit_jax.torch_noise import torch_noise
 
 
+def check(word):
+    """Refuses what begins like torch's noise and has no seed."""
+    if word and word.startswith("torch:") and not word[6:].isdecimal():
+        raise UserError(f"--noise {word}: torch:SEED with a whole number")
+
+
 def noise_of(room):
     """-> given start or None, given noise of the steps or None, how many steps'."""
     job, shape = room.job, room.parts.shape
@@ -15,8 +21,7 @@ def noise_of(room):
         return None, None, 0
     if not job.noise.startswith("torch:"):
         return given_noise(job.noise, shape), None, 0
-    if not job.noise[6:].isdecimal():
-        raise UserError(f"--noise {job.noise}: torch:SEED with a whole number")
+    check(job.noise)
     sampler = room.parts.sampler
     kicks = sampler.kicks(room.parts.process) if hasattr(sampler, "kicks") else 0
     start, given = torch_noise(

@@ -298,5 +298,9 @@ def test_from_manifests_to_a_report(tmp_path, run):
     assert again[0] == 2 and "--overwrite replaces it" in again[2]
     out = tmp_path / "c"
     flags = ("--collect", out, "--from-manifest")
-    refused(run(*flags, manifest(1), "--images", 0), "--images 0: at least 1", out)
+    refused(
+        run(*flags, manifest(1), "--images", 0),
+        "--images 0: a whole number of at least 1",
+        out,
+    )
     refused(run(*flags, tmp_path / "x"), "no manifest to read", out)

@@ -438,11 +438,11 @@ def test_missing_weights(tmp_path, sides, run, network):
         ),
         (
             ("s.npz", "--reference", "r.npz", "--batch-size", "0"),
-            "--batch-size 0: at le",
+            "--batch-size 0: a whole number of at le",
         ),
         (
             ("s.npz", "--reference", "r.npz", "--bootstrap", "3"),
-            "--bootstrap 3: at least",
+            "--bootstrap 3: a whole number of at least",
         ),
         (
             ("s.npz", "--reference", "r.npz", "--config.x=1"),
@@ -482,4 +482,4 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path / "locked")
     (tmp_path / "locked").mkdir()
     found = run(sides[0], "--reference", sides[1], "--out", tmp_path / "locked" / "x")
-    refused(found, r"locked is not writable; name another place by --out")
+    refused(found, r"locked is not writable; name another place")

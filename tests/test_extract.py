@@ -230,7 +230,7 @@ def test_the_script_reports_and_checks(tmp_path, monkeypatch, capsys):
             "--coordinator, --processes and --process go",
         ),
         (["--data", "x", "--vae", "x", "--config.a=1"], "unknown argument"),
-        (["--data", "x", "--kind", "lmdb"], "invalid choice: 'lmdb'"),
+        (["--data", "x", "--kind", "lmdb"], "--kind 'lmdb' (one of"),
     ],
     ids="folder tar process config kind".split(),
 )

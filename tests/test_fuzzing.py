@@ -3,6 +3,8 @@
 A few mutants here, the same ones each time; tests/fuzzing/run.py looks for more.
 """
 
+import json
+
 import pytest
 from fuzzing.readers import READERS, check
 from hypothesis import HealthCheck, given, settings
@@ -51,3 +53,31 @@ def test_mutants_are_read_or_refused(name):
         check(name, mutant(files[which], edits))
 
     look()
+
+
+FOUND = {  # by tests/fuzzing/run.py, or by the mutants above
+    "npy": [b"\x93NUMPY\1\0\x10\0{'descr': '<f4'{"],
+    "config": [b'{"a": {".name": 1}}', b'{"make": {"a.b": null}}'],
+    "manifest": [b'{"job": {".name": 1}}'],
+    "adapter_config": [
+        b'{"peft_type": "LORA", "rank_pattern": {"%s": 1}}' % pattern
+        for pattern in (b"(a+)+$", b"(", b"(b|bl|blo)*x", b".*.*.*.*.*x")
+    ],
+    "tags": [b'"x"', b"[1]", *(b'{"shards": %d}' % n for n in (0, -1))],
+    "graph": [
+        b"\n)\n\x01a\x12\x05Const*\x1d\n\x05value\x12\x14@\x12\x08\x01\x12\x04"
+        b'\x12\x02\x08\x02"\x08\0\0\x80?\0\0\x80?'
+    ],
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found_once(name):
+    for data in FOUND[name]:
+        check(name, data)
+
+
+@pytest.mark.parametrize("change", [{"shards": 0}, {"shape": [1]}, {"dtype": "O"}])
+def test_tags_that_make_no_sense(change):
+    whole = json.loads(next(iter(READERS["tags"][2]())))
+    check("tags", json.dumps(whole | change).encode())

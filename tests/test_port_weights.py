@@ -205,7 +205,7 @@ def clone(folder, text):
         (["BARE", "OUT"], "both directories; name a .pt"),
         ([BARE, "OUT"], "add --family sit or --family dit"),
         ([BARE, "OUT", "--family", "sit"], "divisor of width 40: 1, 2, 4"),
-        ([BARE, "OUT", "--family", "mdt"], "invalid choice: 'mdt'"),
+        ([BARE, "OUT", "--family", "mdt"], "--family 'mdt' \\(one of"),
         ([FULL, "OUT", "--family", "dit"], "--family says dit, but .* says sit"),
         ([BARE, "OUT", *SIT_A, "--step", "3"], "--step 3 is for a checkpoint"),
         ([BARE, "OUT", *SIT_A, "--config.seed=1"], "changes a --config, and none"),

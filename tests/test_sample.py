@@ -141,7 +141,7 @@ BAD = {
     "null label": (["--labels", "-1"], "'-1': random, balanced"),
     "not a label": (["--labels", "cat"], "'cat': random, balanced, classes"),
     "uneven": (["--labels", "1,2", "--num", "3"], "3 is not divisible by the 2 labels"),
-    "none": (["--num", "0"], "--num 0: at least 1"),
+    "none": (["--num", "0"], "--num 0: a whole number of at least 1"),
     "sampler": (
         ["--sampler", "hein"],
         "'hein' is unknown (did you mean heun?); there are euler",
@@ -151,14 +151,14 @@ BAD = {
         ["--sampler", "dopri5", "--steps", "9"],
         "--steps 9: AdaptiveOde has no such setting; --sampler euler",
     ),
-    "no steps": (["--steps", "0"], "steps=0"),
+    "no steps": (["--steps", "0"], "--steps 0: a whole"),
     "negative rtol": (["--sampler", "dopri5", "--config.sampler.rtol=-1"], "rtol=-1"),
     "noise missing": (["--noise", "no.npy"], "no.npy"),
     "field": (["--config.sampler.stesp=3"], "did you mean 'steps'?"),
-    "not finite": (["--guidance", "nan"], "guidance is nan"),
-    "large seed": (["--seed", "-1"], "--seed is -1"),
+    "not finite": (["--guidance", "nan"], "--cfg-scale 'nan': a number"),
+    "large seed": (["--seed", "-1"], "--seed -1: a whole number from 0"),
     "batch": (["--batch-size", "0"], "--batch-size 0"),
-    "seed": (["--seed", "x"], "invalid int value: 'x'"),
+    "seed": (["--seed", "x"], "--seed 'x': a whole number"),
 }
 
 
@@ -191,7 +191,7 @@ def test_noise_of_another_shape(run, tmp_path, shape):
 def test_noise_that_would_run_code(run, tmp_path):
     np.save(tmp_path / "noise.npy", np.array([print], object), allow_pickle=True)
     code, _, err = run("--noise", tmp_path / "noise.npy", "--out", tmp_path / "x.npy")
-    assert code == 2 and "not a .npy file of numbers" in err
+    assert code == 2 and "holds Python objects" in err
 
 
 def test_a_config_may_change_the_sampler_not_the_network(run, tmp_path):

@@ -247,7 +247,7 @@ BAD = {
     ),
     "spacing": (["--sampler", "ddpm", "--respacing", "x"], "--respacing 'x'", ...),
     "interval": (["--guidance-interval", "0.5"], "two numbers LO,HI", ...),
-    "backwards": (["--guidance-interval", "0.5,0.2"], "two numbers LO < HI", ...),
+    "backwards": (["--guidance-interval", "0.5,0.2"], "LO < HI in [0, 1]", ...),
     "channels": (["--guidance-channels", "some"], "3 or all", ...),
     "precision": (["--precision", "double"], "there are exact, fast, bf16", ...),
     "emulate": (["--emulate", "tpu"], "there are tpu-default, gpu-tf32", ...),

@@ -68,6 +68,13 @@ class Synthetic:
     length: int = 4096
     seed: int = 0
 
+    def __post_init__(self):
+        if self.classes < 1 or self.length < 1:
+            raise UserError(
+                f"Synthetic has {self.classes} classes and {self.length} records; at "
+                "least 1 of each"
+            )
+
     def __len__(self):
         return self.length
 

@@ -60,6 +60,15 @@ def read_tags(values, path):
         raise UserError(
             f"{path} is of another version ({error}); extract it again"
         ) from (error)
+    sizes = (tags.records, tags.classes, tags.shards, tags.views)
+    if not (
+        isinstance(tags.shape, list | tuple)
+        and len(tags.shape) == 3
+        and all(isinstance(n, int) and n > 0 for n in (*tags.shape, *sizes))
+        and tags.dtype in ("float32", "float16")
+        and tags.kind in ("moments", "latent")
+    ):
+        raise UserError(f"{path} is damaged: {values}; extract it again")
     return dataclasses.replace(tags, shape=tuple(tags.shape))
 
 

@@ -90,7 +90,9 @@ def chosen(config, name=None, choices=(), counted=None):
         if word is None or word is False:
             continue
         field, table = CHOICES[flag]
-        if field not in config.sampler:
+        chains = (SAMPLERS[name]().make for name in ("ddpm", "ddim"))
+        astray = flag == "--respacing" and config.sampler.make not in chains
+        if field not in config.sampler or astray:
             raise UserError(_misplaced(flag, word, field, config.sampler))
         if isinstance(table, dict):
             word = named(flag, word, table)

@@ -15,7 +15,7 @@ import safetensors.numpy
 import torch
 from PIL import Image
 
-from sit_jax import bundle, job, torch_files, vae_files, workdir
+from sit_jax import bundle, job, lora_files, torch_files, vae_files, workdir
 from sit_jax.array_files import ArrayFile, load
 from sit_jax.config import from_json
 from sit_jax.data.images import rgb
@@ -67,6 +67,16 @@ def tags(path):
 
 def vae_config(path):
     vae_files.described(path)
+
+
+def adapter_config(path):
+    config = lora_files._config(path)
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        lora_files._matched(config.get(pattern), "blocks.0.attn.qkv" * 5, 1)
+
+
+def adapter(path):
+    lora_files.read(path)
 
 
 def bundled(path):
@@ -172,6 +182,16 @@ def graphs():
 TAGS = Tags(
     "moments", (2, 2, 8), "float32", 2, "ab", "exact", 0.18, 16, "c", "d", 9, 3, 2
 )
+ADAPTER = {
+    "peft_type": "LORA",
+    "r": 2,
+    "rank_pattern": {"attn.qkv": 4},
+    "lora_alpha": 1,
+}
+LORA = {
+    f"base_model.model.blocks.0.attn.qkv.lora_{k}.weight": np.ones(s, np.float32)
+    for k, s in (("A", (2, 8)), ("B", (24, 2)))
+}
 VAE = {"block_out_channels": [8, 16], "norm_num_groups": 4, "scaling_factor": 0.2}
 BUNDLE = {"format": bundle.FORMAT, **{k: kind() for k, kind in bundle.KEYS.items()}}
 SAFE = {"a": np.ones((2, 3), np.float32), "b": np.zeros(1, np.float16)}
@@ -185,6 +205,8 @@ READERS = {  # name: ending of the file, its reader, files in order
     "config": (".json", config, lambda: as_json({"a": {"name": "optax.adamw"}})),
     "tags": (".json", tags, lambda: as_json(vars(TAGS))),
     "vae_config": (".json", vae_config, lambda: as_json(VAE)),
+    "adapter_config": (".json", adapter_config, lambda: as_json(ADAPTER)),
+    "adapter": (".safetensors", adapter, lambda: [safetensors.numpy.save(LORA)]),
     "bundle": (".json", bundled, lambda: as_json(BUNDLE)),
     "shard": (".array_record", shard, shards),
     "image": (".png", image, images),

@@ -1,0 +1,103 @@
+"""One process at a time in a folder: a lock that ends with its holder."""
+
+import contextlib
+import errno
+import json
+import os
+import socket
+from pathlib import Path
+
+from sit_jax import json_text
+from sit_jax.errors import UserError
+
+ABSENT = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # as on some NFS
+
+
+@contextlib.contextmanager
+def alone(folder, name="lock", wanted=True):
+    """Holds folder/.NAME, or refuses and names the process that does.
+
+    wanted: False of processes that belong to the one that holds it.
+
+    The kernel gives the lock back when its holder ends, however it ends. Where a file
+    system knows no locks, what the file says counts: a process that is gone, or whose
+    number another one has by now, holds nothing; of another machine nobody can tell.
+    """
+    if not wanted:
+        yield
+        return
+    path = Path(folder) / f".{name}"
+    with _opened(path) as file:
+        if not _taken(file):
+            file.seek(0)
+            raise UserError(f"{folder} is in use by {_told(file.read(), path)}")
+        file.truncate(0)
+        file.write(json.dumps(_owner()))
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _opened(path):
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "a+")
+    except OSError as error:
+        reason = f"{error.filename or path}: {error.strerror or error}"
+        raise UserError(f"{reason}; name another place") from error
+
+
+def _taken(file):
+    """Whether the lock is ours now."""
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in ABSENT:
+            raise
+        file.seek(0)
+        return not _alive(_read(file.read()))
+    # the one before may have removed the file between our opening and locking it
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    return False
+
+
+def _owner():
+    process = os.getpid()
+    return {"host": socket.gethostname(), "pid": process, "began": _began(process)}
+
+
+def _alive(owner):
+    """Whether the process that wrote a lock runs; one of another machine may."""
+    if owner.get("host") != socket.gethostname():
+        return bool(owner)
+    return owner.get("began") is not None and _began(owner["pid"]) == owner["began"]
+
+
+def _began(process):
+    """When a process began, in the kernel's ticks; None: there is no such one."""
+    try:
+        text = Path(f"/proc/{process}/stat").read_text()
+        return text.rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def _read(text):
+    try:
+        found = json_text.parse(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _told(text, path):
+    owner = _read(text)
+    who = f"process {owner.get('pid', '?')} on {owner.get('host', 'some machine')}"
+    return f"{who}; wait for it, end it, or if it is long gone remove {path}"

@@ -1,0 +1,78 @@
+"""Two runs in one folder: the second hears of the first; a dead one holds nothing."""
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from sit_jax import locks
+from sit_jax.errors import UserError
+
+HOLD = """
+import sys, time
+from sit_jax.locks import alone
+with alone(sys.argv[1]):
+    print("holds", flush=True)
+    time.sleep(60)
+"""
+
+
+def holder(folder):
+    words = [sys.executable, "-c", HOLD, str(folder)]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "holds\n"
+    return process
+
+
+def test_the_second_is_told_of_the_first_and_death_frees(tmp_path):
+    with holder(tmp_path) as process:
+        told = f"in use by process {process.pid} on {socket.gethostname()}; wait"
+        with pytest.raises(UserError, match=told), locks.alone(tmp_path):
+            pass
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert (tmp_path / ".lock").exists()  # left behind, and no obstacle
+    with locks.alone(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_names_do_not_meet(tmp_path):
+    with locks.alone(tmp_path, "lock-0"), locks.alone(tmp_path, "lock-1"):
+        pass
+
+
+OURS = {"host": socket.gethostname(), "pid": os.getpid()}
+
+
+@pytest.mark.parametrize(
+    ("owner", "free"),
+    [
+        ({**OURS, "began": locks._began(os.getpid())}, False),
+        ({**OURS, "began": "1"}, True),  # the number is another process's by now
+        ({**OURS, "pid": 2**22 + 1, "began": "1"}, True),
+        ({"host": "elsewhere", "pid": 1, "began": "1"}, False),
+        ("half a line", True),
+    ],
+)
+def test_where_nothing_locks_the_file_tells(tmp_path, monkeypatch, owner, free):
+    def refuse(*words):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    text = owner if isinstance(owner, str) else json.dumps(owner)
+    (tmp_path / ".lock").write_text(text)
+    if free:
+        with locks.alone(tmp_path):
+            pass
+    else:
+        with pytest.raises(UserError, match="in use by"), locks.alone(tmp_path):
+            pass
+        assert (tmp_path / ".lock").read_text() == text
