@@ -53,20 +53,24 @@ def main():
     params = jax.tree.map(draw, shapes)
     adapted = adapter(params, jax.random.key(0))
     int8 = adapter(replace(params, ".*blocks/.*", quantize), jax.random.key(0))
-    rows = {
-        "full step": step(model, params, args),
-        "LoRA step": step(model, adapted, args),
-        "QLoRA step, int8 base": step(model, int8, args),
-        "forward, merged": forward(model, merged(adapted), args),
-        "forward, not merged": forward(model, adapted, args),
+    runs = {
+        "full step": lambda: step(model, params, args),
+        "LoRA step": lambda: step(model, adapted, args),
+        "forward, merged": lambda: forward(model, merged(adapted), args),
+        "forward, not merged": lambda: forward(model, adapted, args),
     }
     if args.reference:
-        rows |= theirs(args)
-    for name, row in rows.items():
-        cells = (f"{key} {value:.4g}" for key, value in row.items())
-        print(f"{name:24s}", *cells, sep="  ")
+        runs |= theirs(args)
+    runs["QLoRA step, int8 base"] = lambda: step(model, int8, args)
+    rows = {name: said(name, run()) for name, run in runs.items()}
     if args.json:
         Path(args.json).write_text(json.dumps({"args": vars(args), **rows}, indent=1))
+
+
+def said(name, row):
+    cells = (f"{key} {value:.4g}" for key, value in row.items())
+    print(f"{name:24s}", *cells, sep="  ", flush=True)
+    return row
 
 
 def batch(args):
@@ -111,7 +115,7 @@ def timed(run, repeats, wait=jax.block_until_ready):
 
 
 def theirs(args):
-    """The same with PyTorch and peft."""
+    """What to time with PyTorch and peft, in this order."""
     import peft
     import torch
 
@@ -143,17 +147,17 @@ def theirs(args):
         with torch.no_grad():
             return network(x, t, y)
 
-    nothing = lambda result: None
-    rows = {"torch: full step": timed(steps(network.train()), args.repeats, nothing)}
     targets = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
     config = peft.LoraConfig(r=16, lora_alpha=16, target_modules=targets)
-    network = peft.get_peft_model(network, config)
-    rows["torch + peft: LoRA step"] = timed(steps(network), args.repeats, nothing)
-    apart = functools.partial(look, network.eval())
-    rows["torch + peft: not merged"] = timed(apart, args.repeats, nothing)
-    together = functools.partial(look, network.merge_and_unload())
-    rows["torch + peft: merged"] = timed(together, args.repeats, nothing)
-    return rows
+    adapted = functools.cache(lambda: peft.get_peft_model(network, config))
+    together = functools.cache(lambda: adapted().merge_and_unload())
+    time = lambda run: timed(run, args.repeats, wait=lambda result: None)
+    return {
+        "torch: full step": lambda: time(steps(network.train())),
+        "torch + peft: LoRA step": lambda: time(steps(adapted())),
+        "torch + peft: not merged": lambda: time(lambda: look(adapted().eval())),
+        "torch + peft: merged": lambda: time(lambda: look(together())),
+    }
 
 
 if __name__ == "__main__":

@@ -194,6 +194,7 @@ def test_another_base_is_refused_by_its_hash(run, tmp_path):
         )
 
 
+@pytest.mark.slow  # test_stored.py takes a step over int8
 def test_int8_stays_int8(base):
     parts, state, _ = begun(base, int8="blocks/attn/qkv/kernel")
     kinds = {x.dtype for x in jax.tree.leaves(state.frozen["blocks"])}
@@ -201,7 +202,7 @@ def test_int8_stays_int8(base):
     assert state.frozen["blocks"]["attn"]["qkv"]["kernel"].base.codes.dtype == "int8"
 
 
-@pytest.mark.parametrize("form", ["w8", "w8a8"])
+@pytest.mark.parametrize("form", [pytest.param("w8", marks=pytest.mark.slow), "w8a8"])
 def test_a_quantized_checkpoint_can_be_the_base(base, tmp_path, form):
     parts = recipe(small.config())
     params = quantizing.quantized(small.random_params(parts, 10), form, SKIP)
