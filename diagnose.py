@@ -18,6 +18,7 @@ from sit_jax import (
     hosts,
     job,
     paired,
+    program_cache,
     sampling,
 )
 from sit_jax.array_files import ArrayFile
@@ -67,6 +68,7 @@ def main():
     if rest:
         raise UserError(f"{rest[0]}: this script has no config")
     hosts.join(args)
+    program_cache.begin()
     return make_bundle(args) if args.collect else report(args)
 
 

@@ -11,7 +11,15 @@ import os
 from functools import partial
 from pathlib import Path
 
-from sit_jax import command, evaluation, hosts, inception_weights, outputs, summary
+from sit_jax import (
+    command,
+    evaluation,
+    hosts,
+    inception_weights,
+    outputs,
+    program_cache,
+    summary,
+)
 from sit_jax.digit_features import WIDTHS, DigitFeatures
 from sit_jax.drafts import require_free
 from sit_jax.errors import UserError
@@ -54,6 +62,7 @@ def main():
     if rest:
         raise UserError(f"{rest[0]}: this script has no config")
     hosts.join(args)
+    program_cache.begin()
     return make_reference(args) if args.stats else evaluate(args)
 
 

@@ -8,7 +8,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from sit_jax import cluster, command, hosts
+from sit_jax import cluster, command, hosts, program_cache
 from sit_jax.data.archives import ImageNetTar, WebdatasetTars
 from sit_jax.data.cache import LatentCache
 from sit_jax.data.cifar import CifarBinary, CifarFolder
@@ -82,6 +82,7 @@ def main():
         return convert(args)
     if not cluster.apart(args):
         hosts.join(args)
+        program_cache.begin()
     return run(args, load(args.vae, args.precision))
 
 

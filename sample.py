@@ -19,6 +19,7 @@ from sit_jax import (
     outputs,
     planning,
     presets,
+    program_cache,
     releases,
     sampling,
     settings,
@@ -42,6 +43,7 @@ def main():
     if not args.out:
         raise UserError("--out X is needed: x.png, x.npy, x.npz or folder/")
     hosts.join(args)
+    program_cache.begin()
     if args.likelihood:
         return likelihood(args, overrides)
     return sample(args, overrides)

@@ -5,18 +5,27 @@ The same command in the same workdir goes on where its last checkpoint left off.
 
 import contextlib
 import importlib
-import time
 from functools import partial
 from pathlib import Path
 
 import jax
 
-from sit_jax import averages, chips, command, curve, hosts, planning, program, sharding
+from sit_jax import (
+    averages,
+    chips,
+    command,
+    curve,
+    hosts,
+    planning,
+    program,
+    program_cache,
+    sharding,
+)
 from sit_jax import config as configs
 from sit_jax.adapting import begin_adapted
 from sit_jax.checkpoint import Checkpoints, steps
 from sit_jax.data.cache import check_cache
-from sit_jax.data.feed import batches
+from sit_jax.data.feed import abstract_batch, batches
 from sit_jax.data.sources import Synthetic
 from sit_jax.errors import UserError
 from sit_jax.given import Given, add_flags
@@ -51,6 +60,7 @@ def main():
     planning.check(args)
     if not args.plan:
         hosts.join(args, stops=True)
+        program_cache.begin()
     config = configs.load(args.config)
     configs.override(config, overrides)
     if args.plan:
@@ -114,7 +124,8 @@ def train(config, workdir, given=NOTHING, wandb=None):
         stop = stack.enter_context(command.Stop())
         below = {"config": stored, **more}
         keeper = Keeper(saved, watch, past, below, parts.ema_decay)
-        return _loop(config, parts, mesh, state, feed, log, saved, keeper, look, stop)
+        run = (state, feed, log, saved, keeper, look, stop)
+        return _loop(config, parts, mesh, source, *run)
 
 
 def _begin(config, parts, mesh, folder, given):
@@ -140,13 +151,14 @@ def _recipe(config, mesh):
     return parts
 
 
-def _loop(config, parts, mesh, state, feed, log, saved, keeper, look, stop):
+def _loop(config, parts, mesh, source, state, feed, log, saved, keeper, look, stop):
     first, key = int(state.step), jax.random.key(config.seed)
     names = tensor_names(state)
-    batch = next(feed)
-    step = _compiled(log, config, parts, mesh, state, batch, key)
+    shapes = abstract_batch(source, config.batch_size, mesh)
+    step = _compiled(log, config, parts, mesh, state, shapes, key)
+    batch = next(feed)  # was read meanwhile
     meter = _meter(config, parts)
-    feed.waited()  # the first batch was waited for beside the compiler
+    feed.waited()
     for at in range(first + 1, config.steps + 1):
         batch = batch or next(feed)
         state, metrics = step(state, parts.codec, batch, key)
@@ -174,11 +186,11 @@ def _average(state, parts):
 
 
 def _compiled(log, config, parts, mesh, state, batch, key):
-    begun = time.perf_counter()
     where = jax.tree.map(lambda x: x.sharding, state)
     step = program.train_step(config, parts, mesh, where)
-    compiled = step.lower(state, parts.codec, batch, key).compile()
-    log.say(f"compiled the training step in {time.perf_counter() - begun:.1f} s")
+    lower = partial(step.lower, state, parts.codec, batch, key)
+    compiled, how = program_cache.compiled(lower)
+    log.say(f"compiled the training step {how}")
     return compiled
 
 

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sit_jax import noise
 from sit_jax.guidance import guided, is_none, with_null_half
+from sit_jax.models import attention
 from sit_jax.models.applied import apply
 from sit_jax.sharding import BATCH, everywhere, on, put, shaped, split_batch
 
@@ -24,11 +25,12 @@ def make_generate(parts, mesh, weak=None, around=lambda fn: fn):
     the sampler's steps [steps, B, H, W, C], instead of the keys'. around: fn -> fn,
     put around each network: its precision.
     """
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    platform = mesh.devices.flat[0].platform
 
     def network(model, params):
+        model = attention.settled(model, platform)
         run = around(partial(apply, model))
-        return partial(in_chunks(run, mesh) if on_cpu else run, params)
+        return partial(in_chunks(run, mesh) if platform == "cpu" else run, params)
 
     def generate(params, keys, labels, start, given=None):
         strong, worse = params if weak else (params, None)

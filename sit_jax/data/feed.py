@@ -59,6 +59,20 @@ def batches(
     return Feed(reader, batch_size, ids, mirrors, sharding, first, threads, broken)
 
 
+def abstract_batch(source, batch_size, mesh):
+    """Shapes of what batches() yields, to compile for before the first one is read."""
+    import jax
+
+    from sit_jax.sharding import split_batch
+
+    def shaped(value):
+        value, where = np.asarray(value), split_batch(mesh)
+        shape = (batch_size, *value.shape)
+        return jax.ShapeDtypeStruct(shape, value.dtype, sharding=where)
+
+    return {name: shaped(value) for name, value in source[0].items()}
+
+
 def order(length, seed):
     """-> endless sequence of record ids; every epoch permutes range(length) anew."""
     try:

@@ -108,4 +108,6 @@ def of(model, platform=None):
 
 def settled(model, platform=None):
     """The model with its program named, for a platform that may not be this one."""
+    if not hasattr(model, "attention"):
+        return model
     return dataclasses.replace(model, attention=of(model, platform))
