@@ -89,8 +89,7 @@ def test_words_of_precision_reach_every_wide_product(word, asked):
     wide = [
         each for each in hlo.products(made.text) if each.left == each.right == "f32"
     ]
-    precisions = {each.precision for each in wide}
-    assert precisions == asked or (word == "fast" and precisions <= {"default", "high"})
+    assert {each.precision for each in wide} == asked
 
 
 def test_between_slices_only_gradients_and_weights_travel():
