@@ -22,8 +22,10 @@ KNOWN = {"v4": _CUBES, "v5e": _FLAT, "v5p": _CUBES, "v6e": _FLAT, "tpu7x": _CUBE
 REMEDY = "pip install libtpu (150 MB) into this environment"
 # A v4 chip is one device of two cores, as JAX has it on the chip itself.
 _OPTIONS = {"v4": {"chip_config_name": "megacore"}}
-# Else libtpu looks for the machine's own TPU, and waits for a server that tells of it.
+# Else libtpu looks for the machine's own TPU, waits for a server that tells of it, and
+# refuses a second process, which on a TPU would want the same chips.
 _ALONE = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
