@@ -50,9 +50,7 @@ def make_mesh(data=1, fsdp=-1, tensor=1, devices=None):
     devices = jax.devices() if devices is None else devices
     sizes = _sizes(data, fsdp, tensor, len(devices))
     slices = {getattr(device, "slice_index", None) for device in devices}
-    if len(slices) == 1:
-        return jax.make_mesh(sizes, AXES, axis_types=_AUTO, devices=devices)
-    return jax.sharding.Mesh(_across(sizes, len(slices), devices), AXES, _AUTO)
+    return jax.sharding.Mesh(_arranged(sizes, len(slices), devices), AXES, _AUTO)
 
 
 def planned_mesh(count, data=1, fsdp=-1, tensor=1):
@@ -136,10 +134,16 @@ def _sizes(data, fsdp, tensor, count):
     return tuple(sizes)
 
 
-def _across(sizes, slices, devices):
-    """Devices of several slices in order: only `data` leaves a slice."""
-    from jax.experimental.mesh_utils import create_hybrid_device_mesh
+def _arranged(sizes, slices, devices):
+    """Devices in the order that suits their wires; only `data` leaves a slice.
 
+    Axes of the slice may be shared: 2 x 128 of 16 x 16 chips.
+    """
+    from jax.experimental import mesh_utils
+
+    split = {"allow_split_physical_axes": True}
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, **split)
     data, *inside = sizes
     if data % slices:
         raise UserError(
@@ -147,4 +151,4 @@ def _across(sizes, slices, devices):
             f"split, so make it a multiple of {slices}"
         )
     shape, between = (data // slices, *inside), (slices, 1, 1)
-    return create_hybrid_device_mesh(shape, between, devices)
+    return mesh_utils.create_hybrid_device_mesh(shape, between, devices, **split)
