@@ -18,11 +18,11 @@ from sit_jax import hlo, placement, pod, program, sharding, topology
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
 )
-POD = {  # and what of its mesh is not the default
-    "v4:4x4x4": {},
+POD = {  # and a mesh of fsdp 16: then weights are cut into whole tiles, see docs/tpu.md
+    "v4:4x4x4": {"mesh.data": 4},
     "v5e:4x4": {},
-    "v5p:4x4x8": {},
-    "v6e:16x16": {"mesh.data": 2},  # 256 divides no width of XL
+    "v5p:4x4x8": {"mesh.data": 8},
+    "v6e:16x16": {"mesh.data": 16},
 }
 NAMES = ("sit_xl2", "dit_xl2", "mdtv2_xl2")
 # At 512 px a batch of 1,024 does not fit sixteen chips of 16 GB with the policy `dots`.
@@ -65,14 +65,17 @@ def test_the_step_of_a_pod(name, slice_, changes):
     assert made is not None and made.free > 0, "does not fit"
 
     # no chip holds the whole optimizer; biases and small tables are whole
-    split = size(shapes) / mesh.size
-    assert made.arguments < 2.5 * split + 0.05e9
+    rest = size(shapes) - size(shapes.params)
+    split = size(shapes.params) / mesh.shape["fsdp"] + rest / mesh.size
+    assert made.arguments < 1.05 * split + 0.05e9
     assert made.output < 1e6  # all of the state is in the memory of the old one
     assert hlo.aliased(made.text) >= len(jax.tree.leaves(shapes))
 
     found = hlo.collectives(made.text)
     gathered = [each for each in found if each.kind == "all-gather"]
-    assert max(each.bytes for each in gathered) <= largest_layer(shapes.params)
+    assert gathered or any(each.kind == "collective-permute" for each in found)
+    most = max((each.bytes for each in gathered), default=0)
+    assert most <= largest_layer(shapes.params)
     # whole batches of activations stay where they are
     tokens = math.prod((BATCH, 256, 1152)) * 2 // sharding.rows(mesh)
     assert all(each.bytes < tokens for each in found if each.kind == "all-to-all")
