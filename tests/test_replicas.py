@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from flax import struct
 
+from sit_jax import placement
 from sit_jax.errors import UserError
 from sit_jax.replicas import Replicas
-from sit_jax.sharding import everywhere, make_mesh, split_weights
+from sit_jax.sharding import everywhere, make_mesh
 
 MESH = make_mesh(data=4, fsdp=2)
 
@@ -24,7 +25,7 @@ def state(mesh=MESH):
     params = {"split": draw(256, 128), "bias": draw(5), "low": jnp.bfloat16(draw(3, 7))}
     params |= {"count": np.int32(3), "flag": np.array([True, False])}
     made = State(np.int32(8), params)
-    return jax.device_put(made, split_weights(mesh, made))
+    return jax.device_put(made, placement.weights(mesh, made))
 
 
 def corrupted(array, device):
