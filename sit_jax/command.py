@@ -75,7 +75,7 @@ def run(main):
         where = f"{error.filename}: " if error.filename else ""
         code = _ended(f"{where}{error.strerror or error}", 2)
     except KeyboardInterrupt:
-        code = _ended("interrupted", 130)
+        code = _ended("interrupted; the same command goes on, or begins again", 130)
     except Exception as error:
         if not hosts.several():
             raise
