@@ -11,10 +11,13 @@ import time
 import traceback
 import warnings
 
-from sit_jax import hosts
+from sit_jax import hosts, interrupts
 from sit_jax.errors import UserError, one_line
 
 SYMPTOM = 3.0  # seconds in which the loss of a process is noticed as its cause
+
+
+INTERRUPTED = "interrupted; the same command goes on, or begins again"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,7 +78,7 @@ def run(main):
         where = f"{error.filename}: " if error.filename else ""
         code = _ended(f"{where}{error.strerror or error}", 2)
     except KeyboardInterrupt:
-        code = _ended("interrupted; the same command goes on, or begins again", 130)
+        code = _ended(INTERRUPTED, 130)
     except Exception as error:
         if not hosts.several():
             raise
@@ -95,6 +98,13 @@ def _ended(words, code):
     return code
 
 
+def _left():
+    """Ends from a thread, while the main one is where no signal reaches it."""
+    code = _ended(INTERRUPTED, 130)
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def script(main):
     """run() for a process of its own: after the line of an error, nothing follows.
 
@@ -109,6 +119,7 @@ def script(main):
             usual(raised)
 
     sys.unraisablehook = hook
+    interrupts.watch(_left)
     try:
         run(main)
     except SystemExit as end:
@@ -129,6 +140,8 @@ class Stop:
 
     def __enter__(self):
         self._before = {}
+        self._patience = interrupts.patience()
+        self._patience.__enter__()
         numbers = (
             (signal.SIGINT,) if hosts.several() else (signal.SIGTERM, signal.SIGINT)
         )
@@ -142,6 +155,7 @@ class Stop:
         return hosts.stop_at(step) if hosts.several() else self.asked
 
     def __exit__(self, *error):
+        self._patience.__exit__(None, None, None)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
