@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     "errors",
     "places",
-    "drafts adan pickles json_text checkpoint.folder checkpoint.sums checkpoint.trees "
-    "cluster rendezvous greeting numerals interrupts lora_numbers numbered sharding hlo "
-    "topology program_cache",
+    "drafts adan pickles json_text checkpoint.folder checkpoint.sums "
+    "checkpoint.trees cluster rendezvous greeting numerals interrupts lora_numbers "
+    "numbered sharding hlo topology program_cache",
     "torch_containers checkpoint.whole party locks models.attention",
     "checkpoint.handling checkpoint.newest hosts",
     "checkpoint.saving checkpoint.reading",
