@@ -20,6 +20,7 @@ from sit_jax import (
     planning,
     presets,
     program_cache,
+    quantized,
     releases,
     sampling,
     settings,
@@ -54,6 +55,8 @@ def sample(args, overrides):
     out = outputs.check(args.out, args.overwrite)
     if args.trajectory is not None and out.suffix != ".png":
         raise UserError(f"--trajectory needs --out x.png, not {args.out}")
+    if args.quantize is not None:
+        quantized.storing(args.quantize, args.quantize_skip)
     wanted, expected = _job(args, overrides)
     room = _studio(wanted, None if args.force else expected)
     outputs.check_codec(out, room.parts)
@@ -89,6 +92,9 @@ def likelihood(args, overrides):
         raise UserError(
             "--likelihood: a guided field is no model's density; leave out --guidance"
         )
+    for flag, value in (("--quantize", args.quantize), ("--lora", args.lora)):
+        if value:
+            raise UserError(f"--likelihood takes no {flag}: it measures the weights")
     if args.preset or args.from_manifest:
         raise UserError("--likelihood goes with --weights, not with a preset")
     out = densities.check(args.out, args.overwrite)
@@ -115,13 +121,8 @@ def _parser():
     add("--out", metavar="X", help="x.png | x.npy | x.npz | folder/")
     add("--noise", metavar="FILE.npy", help="start from it; or torch:SEED")
     add("--save-noise", metavar="FILE.npy", help="keep what the images started from")
-    add(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="PATH[:WEIGHT]",
-        help="adapters put on the weights: a run, or files of PEFT or diffusers",
-    )
+    many = {"action": "append", "default": []}
+    add("--lora", metavar="PATH[:WEIGHT]", help="adapters, of any kind", **many)
     add("--autoguidance", metavar="PATH", help="worse weights, to lead away from")
     add("--no-ema", action="store_true", help="the weights themselves, not their mean")
     add("--vae", metavar="PATH", help="or sd-vae-ft-mse, sd-vae-ft-ema")
@@ -135,22 +136,16 @@ def _parser():
     add("--overwrite", action="store_true")
     add("--force", action="store_true", help="other weights than the manifest's")
     settings.add_flags(parser)
-    _add_likelihood(parser.add_argument_group("likelihood, of the config's data"))
+    densities.add_flags(parser)
     how = parser.add_argument_group("how it is computed")
     add = how.add_argument
     add("--batch-size", type=COUNT, default=64, metavar="N")
     add("--emulate", metavar="PLATFORM", help=", ".join(EMULATED))
+    add("--quantize", metavar="FORM", help=quantized.WORDS)
+    add("--quantize-skip", default=quantized.SKIP, metavar="REGEX")
     hosts.add_flags(parser)
     planning.add_flags(parser)
     return parser
-
-
-def _add_likelihood(group):
-    add = group.add_argument
-    add("--likelihood", action="store_true", help="--out x.csv, by the flow or bound")
-    add("--probes", type=COUNT, default=1, metavar="K", help="averaged, of the trace")
-    add("--trace", choices=tuple(densities.TRACES), default="estimated")
-    add("--dequantization", choices=tuple(densities.FILLINGS), default="uniform")
 
 
 def _job(args, overrides):
@@ -193,6 +188,8 @@ def _job(args, overrides):
         rounding=args.rounding or (published.rounding if published else "brighter"),
         emulate=args.emulate,
         lora=tuple(args.lora),
+        quantize=args.quantize,
+        quantize_skip=args.quantize_skip,
     )
     _check_noise(args, made, tuple(config.shape))
     return made, None

@@ -21,6 +21,7 @@ from sit_jax.drafts import draft, require_free
 from sit_jax.errors import UserError
 from sit_jax.generation import in_chunks
 from sit_jax.manifest import environment, weights_hash
+from sit_jax.numerals import COUNT
 from sit_jax.recipe import check_data, recipe
 from sit_jax.samplers.adaptive import AdaptiveOde
 from sit_jax.samplers.likelihood import ChainBound, FlowLikelihood, estimated, exact
@@ -45,6 +46,14 @@ def gaussian(key, shape):
 
 
 FILLINGS = {"uniform": uniform, "gaussian": gaussian}
+
+
+def add_flags(parser):
+    add = parser.add_argument_group("likelihood, of the config's data").add_argument
+    add("--likelihood", action="store_true", help="--out x.csv, by the flow or bound")
+    add("--probes", type=COUNT, default=1, metavar="K", help="averaged, of the trace")
+    add("--trace", choices=tuple(TRACES), default="estimated")
+    add("--dequantization", choices=tuple(FILLINGS), default="uniform")
 
 
 def check(path, overwrite):

@@ -10,6 +10,7 @@ from sit_jax import config as configs
 from sit_jax import json_text
 from sit_jax.errors import UserError
 from sit_jax.places import local
+from sit_jax.quantized import SKIP
 
 KINDS = {  # of fields that are no words
     "config": dict,
@@ -45,6 +46,8 @@ class Job:
     rounding: str = "brighter"
     emulate: str | None = None
     lora: tuple[str, ...] = ()  # PATH or PATH:WEIGHT of adapters put on the weights
+    quantize: str | None = None  # a form of quantized.py
+    quantize_skip: str = SKIP
 
     def to_json(self):
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -56,7 +59,9 @@ class Job:
         """The job of a manifest's "job"; unknown and missing fields are refused."""
         known = {f.name for f in dataclasses.fields(cls)}
         if isinstance(record, dict):
-            record = {"lora": (), **record}  # from before there were adapters
+            # from before there were adapters and int8 weights
+            later = {"lora": (), "quantize": None, "quantize_skip": SKIP}
+            record = {**later, **record}
         if not isinstance(record, dict) or set(record) != known:
             raise UserError(f"{where} is not the manifest of samples of this version")
         for field in dataclasses.fields(cls):

@@ -19,8 +19,10 @@ def quantized(params, word, skip):
     """-> the tree with its matrices stored as the word says."""
     store = storing(word, skip)
     flat = flatten_dict(params, sep="/")
-    for path in flat:
-        require_finite(path, flat[path])
+    for path, leaf in flat.items():
+        if is_stored(leaf):
+            raise UserError(f"{path} is in another form already, not floats: no {word}")
+        require_finite(path, leaf)
     return _nested({path: store(path, leaf) for path, leaf in flat.items()}, word, skip)
 
 

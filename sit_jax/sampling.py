@@ -9,17 +9,25 @@ import jax
 import numpy as np
 
 from sit_jax import config as configs
-from sit_jax import emulation, hosts, outputs, precision, probe, sharding
+from sit_jax import (
+    emulation,
+    hosts,
+    outputs,
+    precision,
+    probe,
+    quantizing,
+    sharding,
+)
 from sit_jax.adapters import put_all
 from sit_jax.codec import Latents
 from sit_jax.errors import UserError
 from sit_jax.generation import Generator
-from sit_jax.guidance import is_none
 from sit_jax.manifest import environment, weights_hash
 from sit_jax.models import attention
 from sit_jax.parts import Parts, parts_mark
 from sit_jax.recipe import recipe
 from sit_jax.rounding import ROUNDINGS
+from sit_jax.solved import lines, summary
 from sit_jax.starts import noise_of
 from sit_jax.vae_files import load_vae, with_vae
 from sit_jax.workdir import write_json
@@ -58,6 +66,8 @@ def studio(job, opened, weak=None, expected=None):
     if job.lora:
         worn = put_all(params, job.lora, parts.model, found, job.item)
         params, record["lora"] = worn
+    if job.quantize:
+        params = quantizing.quantized(params, job.quantize, job.quantize_skip)
     parts = dataclasses.replace(parts, model=precision.computing(word, parts.model))
     parts, record["codec"] = with_codec(parts, job, config.precision.vae, mesh)
     if weak is not None:
@@ -104,21 +114,21 @@ def draw(room, out, overwrite=False, columns=None, frames=False):
     if not hosts.first():
         return []
     _require_all(parts, count)
-    summary = _summary(parts, count)
+    found = summary(parts, count)
     outputs.assemble(out, parts, count, job.labels, columns, frames)
     record = {
         "job": job.to_json(),
         **room.record,
         "noise_sha256": None if start is None else _sha(start),
         "batch_size": make.batch_size,
-        "stats": summary,
+        "stats": found,
         "seconds": time.perf_counter() - begun,
         **environment(),
     }
     write_json(outputs.manifest_path(out), record)
     parts.remove()
-    return _lines(
-        room, summary, min(drawn, len(job.labels)), seconds, make.compile_seconds
+    return lines(
+        room, found, min(drawn, len(job.labels)), seconds, make.compile_seconds
     )
 
 
@@ -207,52 +217,12 @@ def _each(stats, batch_size, data):
     return {name: np.broadcast_to(value, (n,)) for name, value in stats.items()}
 
 
-def _summary(parts, count):
-    """Lowest, mean and highest of each number, and the images left unfinished."""
-    names = ("evaluations", "accepted", "rejected", "finished")
-    found = {name: [] for name in names}
-    for batch in range(count):
-        for name in names:
-            found[name].append(parts.stats(batch, name, default=np.zeros(0)))
-    found = {name: np.concatenate(values) for name, values in found.items()}
-    unfinished = np.flatnonzero(~found.pop("finished").astype(bool)).tolist()
-    numbers = {
-        name: {"min": int(v.min()), "mean": float(v.mean()), "max": int(v.max())}
-        for name, v in found.items()
-        if len(v)
-    }
-    return {**numbers, "unfinished": unfinished}
-
-
 def _bar(total, done, size):
     from tqdm import tqdm
 
     return tqdm(
         total=total, initial=min(done * size, total), unit="image", disable=None
     )
-
-
-def _lines(room, stats, drawn, seconds, compile_seconds):
-    low, high = stats["evaluations"]["min"], stats["evaluations"]["max"]
-    count = f"{low}" if low == high else f"{low} to {high}"
-    calls = f"{count} network evaluations each"
-    if "accepted" in stats:
-        steps = {k: f"{stats[k]['mean']:.4g}" for k in ("accepted", "rejected")}
-        calls += f" ({steps['accepted']} steps taken, {steps['rejected']} rejected)"
-    rate = f"{drawn / max(seconds, 1e-9):.1f} images/s"
-    guided = "no guidance" if is_none(room.parts.guidance) else "guided"
-    lines = [
-        f"{len(room.job.labels)} images, {guided}, {calls}, {rate} "
-        f"(compiled in {compile_seconds:.1f} s)"
-    ]
-    if left := stats["unfinished"]:
-        shown = ", ".join(map(str, left[:10])) + (", ..." if len(left) > 10 else "")
-        lines.append(
-            f"WARNING: the solver gave up before the end in {len(left)} images "
-            f"({shown}); take a larger --rtol or --config.sampler.max_steps, or "
-            "--sampler heun --steps 50"
-        )
-    return lines
 
 
 def _sha(array):

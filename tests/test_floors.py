@@ -28,9 +28,9 @@ FLOORS = (
     "metrics.score metrics.manifold metrics.kernel stored",
     "predictions guidance codec data.reading data.folders data.tars data.cache "
     "quantized data.filling data.prepared command workdir logging outputs torch_files "
-    "job labels download models.vae_layers models.applied replicas history lora "
+    "labels download models.vae_layers models.applied replicas history lora "
     "lora_names",
-    "checkpoint.__main__ diffusers_files",
+    "checkpoint.__main__ diffusers_files job",
     "image_sets bundle paired effects models.inception parts releases models.vae "
     "lora_files",
     "features",
@@ -49,7 +49,7 @@ FLOORS = (
     "base",
     "weights transfer adapters",
     "start preview digit_features released presets settings mdt_files starts program "
-    "residuals",
+    "residuals solved",
     "inception_weights exchange adapter_exchange sampling densities activations card "
     "conversion plan keeper",
     "model_folder planning",

@@ -93,6 +93,8 @@ FLAGS = {  # script: {flag: wrong values}, or (wrong values, what else is on the
         "--noise": ("{missing}.npy", "{garbage}", "torch:x", "{features}", ""),
         "--save-noise": ("{png}", "{new}.png", "{garbage}/x.npy", ""),
         "--lora": READ,
+        "--quantize": WORD,
+        "--quantize-skip": (("(",), "+ --quantize w8"),
         "--autoguidance": READ,
         "--no-ema": SWITCH,
         "--vae": READ,

@@ -13,6 +13,7 @@ from small import called
 
 import port_weights
 import quantize
+import sample
 from sit_jax.checkpoint import find, read_meta
 from sit_jax.errors import UserError
 from sit_jax.models.applied import apply
@@ -21,6 +22,7 @@ from sit_jax.quantizing import converted, quantized, shapes, size
 from sit_jax.recipe import recipe
 from sit_jax.stored import Quantized, is_stored, read
 from sit_jax.weights import open_weights
+from sit_jax.workdir import read_json
 
 RNG = np.random.default_rng(0)
 WEIGHT = RNG.standard_normal((3, 64, 24)).astype(np.float32)
@@ -195,6 +197,34 @@ def test_a_checkpoint_is_made_and_read_back(floats, tmp_path, run, monkeypatch, 
     assert code == 2 and f"what it was made from: {floats}" in err
     code, _, err = run(tmp_path / "q", tmp_path / "r")
     assert code == 2 and "is w4g8 already" in err
+
+
+def test_samples_say_how_their_weights_were_stored(
+    floats, tmp_path, monkeypatch, capsys
+):
+    """Quantized on the way or beforehand, the images are the same."""
+    draw = lambda *words: called(sample.main, monkeypatch, capsys, *words)
+    common = ("--num", 2, "--labels", "1,2", "--guidance", 1)
+    made = ("--weights", floats, "--out", tmp_path / "a.npy", "--quantize", "w8a8")
+    assert draw(*made, *common)[0] == 0
+    record = read_json(tmp_path / "a.npy.manifest.json")
+    assert record["job"]["quantize"] == "w8a8"
+    quantize_words = (floats, tmp_path / "q", "--form", "w8a8")
+    assert called(quantize.main, monkeypatch, capsys, *quantize_words)[0] == 0
+    stored = ("--weights", tmp_path / "q", "--out", tmp_path / "b.npy")
+    assert draw(*stored, *common)[0] == 0
+    np.testing.assert_array_equal(
+        np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy")
+    )
+    code, _, err = draw(
+        *stored[:2], *common, "--out", tmp_path / "c.npy", "--quantize", "w8"
+    )
+    assert code == 2 and "is in another form already" in err
+    code, _, err = draw(
+        *made[:2], *common, "--out", tmp_path / "c.npy", "--quantize", "w3"
+    )
+    assert code == 2 and "'w3' is no form" in err
+    assert not (tmp_path / "c.npy").exists()
 
 
 def test_one_float_leaf_at_a_time_gives_the_same():
