@@ -92,7 +92,7 @@ def compare_adaptive(name):
     # where atol is near the rounding of float32, that decides about step sizes; the
     # recording then differs from its own float64 run, by `noise`
     error = np.abs(data - G[f"{name}.final"][:2]).max()
-    assert error <= max(1e-4, 1e-5 * scale, 3 * noise), (error, noise)
+    assert error <= max(1e-4, 1e-5 * scale, 5 * noise), (error, noise)
     assert stats.pop("evaluations") == run["nfe"]
     counts = {"accepted": run["n_accepted"], "rejected": run["n_rejected"]}
     assert stats == {**counts, "finished": True}
