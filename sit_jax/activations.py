@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sit_jax import emulation, precision
+from sit_jax.models.applied import apply
 from sit_jax.models.layers import grid_embedding
 
 SEEN = ("time_out", "label", "patch", "head")  # modules whose output is a stage
@@ -45,7 +46,7 @@ def activations(line, params, x, t, y):
         and str(module.name).endswith((*SEEN, "blocks"))
     )
     see = dict(capture_intermediates=wanted, mutable=["intermediates"])
-    run = lambda params, *at: line.model.apply({"params": params}, *at, **see)
+    run = lambda params, *at: apply(line.model, params, *at, **see)
     found = line.around(run)(params, x, t, y)[1]["intermediates"]
     return jax.tree.map(lambda a: a.astype(jnp.float32), found)
 

@@ -8,6 +8,7 @@ and no more than another unit.
 
 import csv
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -21,6 +22,7 @@ from sit_jax.drafts import draft, require_free
 from sit_jax.errors import UserError
 from sit_jax.generation import in_chunks
 from sit_jax.manifest import environment, weights_hash
+from sit_jax.models.applied import apply
 from sit_jax.numerals import COUNT
 from sit_jax.recipe import check_data, recipe
 from sit_jax.samplers.adaptive import AdaptiveOde
@@ -150,10 +152,9 @@ def _run(parts, likelihood, filling, mesh, word):
     draws = noise.steps if by_chain else noise.signs
 
     def run(params, keys, batch):
-        apply = lambda params, *at: model.apply({"params": params}, *at)
-        apply = precision.applied(word, apply)
-        apply = in_chunks(apply, mesh) if on_cpu else apply
-        net = lambda x, t: apply(params, x, t, batch["label"])
+        network = precision.applied(word, partial(apply, model))
+        network = in_chunks(network, mesh) if on_cpu else network
+        net = lambda x, t: network(params, x, t, batch["label"])
         data, bits = _data(parts, filling, keys, batch, by_chain)
         stats, _ = likelihood(draws(keys, parts.shape), parts.process, net, data)
         size = np.prod(parts.shape)

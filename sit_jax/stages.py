@@ -19,6 +19,7 @@ from sit_jax.errors import UserError
 from sit_jax.guidance import guided, is_none
 from sit_jax.manifest import environment
 from sit_jax.models import inception
+from sit_jax.models.applied import apply
 from sit_jax.samplers.chain import Ddim
 from sit_jax.samplers.ode import Ode, heun
 
@@ -150,9 +151,7 @@ def _latents(line, params, weak, x, t, y):
     """-> {stage: the guided output, one step, all of them}, and evaluations."""
 
     def network(model, weights):
-        return partial(
-            line.around(lambda p, *at: model.apply({"params": p}, *at)), weights
-        )
+        return partial(line.around(partial(apply, model)), weights)
 
     settings = (line.model.classes, line.guidance, line.channels)
     other = None if line.weak is None else network(line.weak, weak)
