@@ -18,6 +18,11 @@ def parts_mark(out):
     return Path(f"{str(out).rstrip('/')}.parts") / MARK
 
 
+def parts_size(out):
+    """Bytes of the batches that are there."""
+    return sum(path.stat().st_size for path in parts_mark(out).parent.glob("*.npz"))
+
+
 class Parts:
     """A folder beside the output, with one file a batch; it belongs to one digest."""
 

@@ -20,11 +20,12 @@ from sit_jax import (
 )
 from sit_jax.adapters import put_all
 from sit_jax.codec import Latents
+from sit_jax.drafts import require_space
 from sit_jax.errors import UserError
 from sit_jax.generation import Generator
 from sit_jax.manifest import environment, weights_hash
 from sit_jax.models import attention
-from sit_jax.parts import Parts, parts_mark
+from sit_jax.parts import Parts, parts_mark, parts_size
 from sit_jax.recipe import recipe
 from sit_jax.rounding import ROUNDINGS
 from sit_jax.solved import lines, summary
@@ -88,6 +89,7 @@ def draw(room, out, overwrite=False, columns=None, frames=False):
     keeps states, and out, a .png, becomes a strip of them with an animation beside it.
     """
     job, begun = room.job, time.perf_counter()
+    _require_disk(room, out)
     start, given, kicks = noise_of(room)
     batch_size = min(job.batch_size, len(job.labels))
     make = Generator(
@@ -130,6 +132,15 @@ def draw(room, out, overwrite=False, columns=None, frames=False):
     return lines(
         room, found, min(drawn, len(job.labels)), seconds, make.compile_seconds
     )
+
+
+def _require_disk(room, out):
+    """Refuses what the disk cannot hold: the batches, and the output made of them."""
+    one = jax.ShapeDtypeStruct((1, *room.parts.shape), np.float32)
+    if outputs.wants_pictures(out):
+        one = jax.eval_shape(_decoded, room.parts.codec, one)
+    size = 2 * len(room.job.labels) * one.size * one.dtype.itemsize
+    require_space(out, max(0, size - parts_size(out)))
 
 
 def _parts(out, job, overwrite):

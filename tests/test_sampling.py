@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 import small
 
 import sample
-from sit_jax import noise, sampling
+from sit_jax import drafts, noise, sampling
 from sit_jax.config import spec
 from sit_jax.data.sources import Digits
 from sit_jax.diffusion import Diffusion
@@ -36,6 +37,15 @@ def run(monkeypatch, capsys, weights):
 
 def manifest(path):
     return json.loads(path.with_name(f"{path.name}.manifest.json").read_text())
+
+
+def test_a_full_disk_is_noticed_before_anything_is_drawn(run, tmp_path, monkeypatch):
+    """20 pictures of 4 x 4 bytes, twice: as batches, and in the output."""
+    free = lambda path: SimpleNamespace(free=639)
+    monkeypatch.setattr(drafts.shutil, "disk_usage", free)
+    code, _, err = run("--num", "20", "--out", tmp_path / "x.npz")
+    assert code == 2 and "free" in err and "needs 6.4e-07 GB" in err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(run, tmp_path, monkeypatch):
