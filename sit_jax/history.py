@@ -47,8 +47,9 @@ def history(directory, step, config, mesh):
     if before["batch_size"] != size:
         rate = "the learning rate is the config's, whatever the batch"
         said.append(f"from record {records:,} on a step takes {size}; {rate}")
-    if meta.get("mesh", now) != now:
-        said.append(f"saved on {_devices(meta['mesh'])}, goes on on {_devices(now)}")
+    then = dict.fromkeys(now, 1) | meta.get("mesh", now)  # an axis may be newer
+    if then != now:
+        said.append(f"saved on {_devices(then)}, goes on on {_devices(now)}")
     return History(size, now, records - step * size, tuple(said))
 
 

@@ -28,7 +28,7 @@ def saved(directory, step, meta):
 def test_a_run_that_begins_has_no_past(tmp_path):
     past = history(tmp_path / "none", 5, NOW, MESH)
     assert past.changes == () and past.skip == 0
-    assert past.meta(6) == {"records": 48, "mesh": {"data": 1, "fsdp": 8}}
+    assert past.meta(6) == {"records": 48, "mesh": dict(MESH.shape)}
 
 
 def test_the_same_settings_go_on_silently(tmp_path):
@@ -44,7 +44,8 @@ def test_other_settings_are_told(tmp_path):
     saved(tmp_path, 5, {"config": config, "records": 40, "mesh": mesh})
     assert history(tmp_path, 5, NOW, MESH).changes == (
         "keep_last was 7, is 3",
-        "saved on 8 devices (data 2 x fsdp 4), goes on on 8 devices (data 1 x fsdp 8)",
+        "saved on 8 devices (data 2 x fsdp 4 x tensor 1), goes on on 8 devices "
+        "(data 1 x fsdp 8 x tensor 1)",
     )
 
 

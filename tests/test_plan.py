@@ -132,7 +132,7 @@ def test_train_prints_a_plan_and_leaves_nothing(run, tmp_path, monkeypatch):
 
 
 BAD = {
-    "devices": (["--devices=0"], "--devices 0: at least 1"),
+    "devices": (["--devices=0"], "--devices 0: a whole number of at least 1"),
     "batch": (["--devices=16"], "batch_size 8 is not divisible by 16"),
     "mesh": (["--devices=4", "--config.mesh.tensor=3"], "does not make up 4 devices"),
     "chip": (["--chip=v8"], "no chip 'v8'; there are v3, v4"),

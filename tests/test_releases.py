@@ -318,6 +318,8 @@ def test_nothing_is_asked_of_the_network_at_import():
     done = small.script("-c", program)
     assert done.returncode == 0, done.stderr
     words = ("urllib.request", "http.client", "socket", "requests", "huggingface_hub")
-    for path in ROOT.glob("sit_jax/**/*.py"):  # and nothing else could ask
+    # nothing else could ask: hosts meet by sockets, and a lock tells the host's name
+    known = {"download.py", "rendezvous.py", "greeting.py", "locks.py"}
+    for path in ROOT.glob("sit_jax/**/*.py"):
         asks = any(f"import {word}" in path.read_text() for word in words)
-        assert asks == (path.name == "download.py"), path
+        assert asks == (path.name in known), path

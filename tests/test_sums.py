@@ -173,7 +173,7 @@ def test_verify_tells_of_each_step(saved, verify):
 def test_verify_wrongly_used(tmp_path, verify):
     for words, said in (
         (("verify", tmp_path / "none"), "no checkpoint in"),
-        (("check", tmp_path), "invalid choice: 'check'"),
+        (("check", tmp_path), "what 'check' (one of 'verify')"),
         (("verify", tmp_path, "--config.steps=3"), "has no config"),
         (("verify",), "DIR"),
     ):
