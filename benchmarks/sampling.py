@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
 import numpy as np
+from absent import stand_in
 
 from configs.sit_xl2 import get_config
 from sit_jax import sharding
@@ -95,6 +96,7 @@ def theirs(folder, size, name, batch, repeats):
     """The original's model and sampler, with weights of the same kind."""
     import torch
 
+    stand_in("torchvision")  # timm imports it for its data, and wants none here
     sys.path.insert(0, str(Path(folder).resolve()))
     from models import SiT_models
     from transport import Sampler, create_transport
