@@ -14,7 +14,7 @@ from sit_jax.data.sources import LatentFolder
 from sit_jax.interpolant import Interpolant
 from sit_jax.models.dit import SIZES, SiT
 from sit_jax.samplers.adaptive import AdaptiveOde
-from sit_jax.sharding import fully_sharded
+from sit_jax.sharding import groups
 
 
 def get_config():
@@ -52,5 +52,5 @@ def get_config():
     c.guidance = 4.0
     c.guidance_channels = 3
     c.precision = ConfigDict({"training": "fast", "model": "exact", "vae": "exact"})
-    c.mesh = ConfigDict(fully_sharded())
+    c.mesh = ConfigDict(groups())
     return c

@@ -14,6 +14,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 SMALL = 2**14  # elements; arrays of at most so many are held whole everywhere
+TILE = 8  # rows that a TPU keeps and sends together
 
 # Name, and the axes of each dimension, the best choice first; the layer axis of stacked
 # blocks is left out, and never split, so that the scan gathers one layer at a time.
@@ -69,12 +70,28 @@ def gathered(mesh, small=SMALL):
 
 def undivided(mesh, tree, small=SMALL):
     """-> [(name, shape, mesh axes)] of the arrays that these axes could not split."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    found = [(_name(path), leaf.shape) for path, leaf in leaves]
-    axes = ("fsdp", "tensor", "data")
+    found, axes = named(tree), ("fsdp", "tensor", "data")
     missing = [place(name, shape, mesh.shape, axes, small) for name, shape in found]
     pairs = zip(found, missing, strict=True)
     return [(*each, where.missing) for each, where in pairs if where.missing]
+
+
+def named(tree):
+    """-> [(name, shape)] of all arrays."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(_name(path), leaf.shape) for path, leaf in leaves]
+
+
+def ragged(name, shape, sizes):
+    """-> the rows of a device where those of a weight are no whole tiles, or None.
+
+    A TPU cannot gather such pieces as they lie: it pads them with zeros to whole
+    weights and adds these up, which sends about twice as much (docs/tpu.md).
+    """
+    spec = place(name, shape, sizes, ("fsdp",)).spec
+    split = (dim for dim, axis in zip(shape, spec, strict=False) if axis == "fsdp")
+    pieces = (dim // sizes["fsdp"] for dim in split)
+    return next((rows for rows in pieces if rows % TILE), None)
 
 
 def place(name, shape, sizes, axes, small=SMALL):

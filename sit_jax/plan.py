@@ -26,6 +26,7 @@ class Plan:
     items: dict  # {name: (bytes in all, bytes on a device)}
     flops: float  # of a step, on all devices together
     whole: tuple  # lines that say what could not be split
+    ragged: tuple  # and what a TPU cannot gather
 
     @property
     def bytes(self):
@@ -64,10 +65,11 @@ def plan(config, parts, mesh):
         items=items,
         flops=6.0 * macs * config.batch_size,
         whole=tuple(held_whole(mesh, shapes.params)),
+        ragged=tuple(added_up(mesh, shapes.params)),
     )
 
 
-def lines(made, share, peak=None, memory=None):
+def lines(made, share, peak=None, memory=None, tpu=False):
     """A Plan in words. share: MFU; peak [FLOP/s] and memory [bytes]: of one device."""
     axes = " x ".join(f"{axis} {size}" for axis, size in made.mesh.shape.items())
     yield (
@@ -83,6 +85,7 @@ def lines(made, share, peak=None, memory=None):
         told = f"{room / 1e9:.1f} GB free" if room > 0 else "DOES NOT FIT"
         yield f"a device has {memory / 1e9:.1f} GB: {told}, before what layers need"
     yield from made.whole
+    yield from made.ragged if tpu else ()
     yield (
         f"{made.flops / 1e12:.4g} TFLOP a step, "
         f"{made.flops / made.batch_size / 1e9:.4g} GFLOP an image"
@@ -96,32 +99,63 @@ def lines(made, share, peak=None, memory=None):
 
 
 def better_mesh(tree, count):
-    """-> (data, fsdp) of so many devices that splits all of a tree, or None."""
+    """-> (data, fsdp) of so many devices that splits all of a tree, or None.
+
+    tree: [(name, shape, ...)]. Pieces are whole tiles, and fsdp is as large as can be.
+    """
     for data in (n for n in range(1, count + 1) if count % n == 0):
         sizes = {"data": data, "fsdp": count // data, "tensor": 1}
         axes = ("fsdp", "data")
-        found = (placement.place(n, s, sizes, axes) for n, s, _ in tree)
-        if not any(place.missing for place in found):
+        missing = (placement.place(n, s, sizes, axes).missing for n, s, *_ in tree)
+        if not any(missing) and not any(
+            placement.ragged(n, s, sizes) for n, s, *_ in tree
+        ):
             return data, count // data
     return None
 
 
 def held_whole(mesh, params):
     """Lines that say which large weights no axis of the mesh divides, and which can."""
-    whole = placement.undivided(mesh, params)
-    large = [each for each in whole if 4 * math.prod(each[1]) >= NOTABLE]
+    large = [each for each in placement.undivided(mesh, params) if _large(each[1])]
     if not large:
         return
-    names = ", ".join(name for name, *_ in large[:6])
     axes = " and ".join(sorted({axis for *_, missing in large for axis in missing}))
     size = 4 * sum(math.prod(shape) for _, shape, _ in large)
     yield (
-        f"NOT SPLIT over {axes}, whose size divides none of their dimensions: {names} "
-        f"({size / 1e9:.2f} GB of weights, and as much of each moment and average)"
+        f"NOT SPLIT over {axes}, whose size divides none of their dimensions: "
+        f"{_names(large)} ({size / 1e9:.2f} GB of weights, and as much of each moment "
+        "and average)"
     )
     if found := better_mesh(large, mesh.size):
-        data, fsdp = found
-        yield f"  --config.mesh.data={data} --config.mesh.fsdp={fsdp} splits all of it"
+        yield f"  {_mesh(*found)} splits all of it"
+
+
+def added_up(mesh, params):
+    """The line that says which large weights a TPU will not gather, and the remedy."""
+    large = [each for each in placement.named(params) if _large(each[1])]
+    rows = {each: placement.ragged(*each, mesh.shape) for each in large}
+    cut = [each for each in large if rows[each]]
+    if not cut:
+        return
+    found = better_mesh(large, mesh.size)
+    remedy = f"; {_mesh(*found)} leaves whole tiles" if found else ""
+    yield (
+        f"ADDED UP instead of gathered: fsdp {mesh.shape['fsdp']} leaves "
+        f"{rows[cut[0]]} rows, no whole tiles of {placement.TILE}, of {_names(cut)}, "
+        f"so a TPU sends about twice their size{remedy}"
+    )
+
+
+def _large(shape):
+    return 4 * math.prod(shape) >= NOTABLE
+
+
+def _names(found):
+    return ", ".join(name for name, *_ in found[:6])
+
+
+def _mesh(data, fsdp):
+    return f"--config.mesh.data={data} --config.mesh.fsdp={fsdp}"
 
 
 def _batch(config, parts, mesh):

@@ -49,7 +49,7 @@ def training(args, config):
     kind = _kind(args, devices)
     memory = topology.available(devices[0]) if devices else chips.memory_of(kind)
     made, share = plan.plan(config, parts, mesh), args.mfu or 0.5
-    _print(*plan.lines(made, share, chips.peak_of(kind), memory))
+    _print(*plan.lines(made, share, chips.peak_of(kind), memory, "TPU" in kind))
     if devices:
         lower = lambda batch: program.lowered_step(config, parts, mesh, batch, "tpu")
         step = sharding.rows(mesh) * config.accumulate
@@ -62,11 +62,19 @@ def sampling(args, config):
     if not args.topology:
         raise UserError("--plan needs --topology here: samples are planned for TPUs")
     devices = topology.devices(args.topology)
+    hosts = len({device.process_index for device in devices})
+    # each host draws batches of its own, see sampling.studio
+    devices = [d for d in devices if d.process_index == devices[0].process_index]
     mesh = sharding.make_mesh(data=-1, fsdp=1, devices=devices)
     parts, around = program.sampling_recipe(config, "tpu")
     lower = lambda batch: program.lowered_sampling(parts, mesh, batch, around)
     size = -(-args.batch_size // mesh.size) * mesh.size
-    _print(f"{type(parts.model).__name__}, {parts.sampler}, batch {size}")
+    name = type(parts.model).__name__
+    _print(
+        f"{name}, {parts.sampler}, guidance {parts.guidance}, "
+        f"precision {config.precision.model}",
+        f"{hosts} hosts of {mesh.size} chips, each with batches of its own of {size}",
+    )
     _compile(args, devices[0], lower, size, mesh.size)
     return 0
 

@@ -19,6 +19,7 @@ from sit_jax.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 HEADS = "tensor"  # the axis that attention heads and hidden units are split over
+GROUP = 16  # most devices of `fsdp` in groups(): 1,152 rows are 16 times 9 tiles of 8
 _AUTO = (jax.sharding.AxisType.Auto,) * len(AXES)
 
 
@@ -35,6 +36,15 @@ def fully_sharded():
     return {"data": 1, "fsdp": -1, "tensor": 1}
 
 
+def groups():
+    """fully_sharded inside groups of at most GROUP devices, data parallel between them.
+
+    A TPU gathers weights in tiles of 8 rows, so more and smaller pieces cost it more to
+    send than they save in memory (docs/tpu.md).
+    """
+    return {"data": -1, "fsdp": -1, "tensor": 1}
+
+
 def with_tensor(size):
     """fully_sharded, and `size` devices share each image's heads and hidden units."""
     return {"data": 1, "fsdp": -1, "tensor": size}
@@ -46,11 +56,14 @@ def hybrid(slices):
 
 
 def make_mesh(data=1, fsdp=-1, tensor=1, devices=None):
-    """-> Mesh of all devices (or those given); one size may be -1, for the rest."""
+    """-> Mesh of all devices (or those given); one size may be -1, for the rest.
+
+    If both data and fsdp are, fsdp is the largest up to GROUP that divides a slice.
+    """
     devices = jax.devices() if devices is None else devices
-    sizes = _sizes(data, fsdp, tensor, len(devices))
-    slices = {getattr(device, "slice_index", None) for device in devices}
-    return jax.sharding.Mesh(_arranged(sizes, len(slices), devices), AXES, _AUTO)
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    sizes = _sizes(data, fsdp, tensor, len(devices), slices)
+    return jax.sharding.Mesh(_arranged(sizes, slices, devices), AXES, _AUTO)
 
 
 def planned_mesh(count, data=1, fsdp=-1, tensor=1):
@@ -121,15 +134,19 @@ def by_rows(x, *axes):
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
-def _sizes(data, fsdp, tensor, count):
+def _sizes(data, fsdp, tensor, count, slices=1):
     sizes = [data, fsdp, tensor]
+    if data == fsdp == -1 and tensor > 0:
+        inside = count // slices
+        fit = (n for n in range(1, GROUP + 1) if inside % (n * tensor) == 0)
+        sizes[1] = max(fit, default=1)
     if sizes.count(-1) == 1:
         known = -math.prod(sizes)
         sizes[sizes.index(-1)] = count // known if known > 0 else 0
     if min(sizes) < 1 or math.prod(sizes) != count:
         raise UserError(
             f"mesh data={data} x fsdp={fsdp} x tensor={tensor} does not make up "
-            f"{count} devices; set one of the three to -1 for the rest"
+            f"{count} devices; set data, fsdp or tensor to -1 for the rest"
         )
     return tuple(sizes)
 

@@ -37,7 +37,21 @@ def test_xl_on_256_chips_is_planned_here():
 def test_what_stays_whole_is_said_with_a_mesh_that_splits_it():
     said = " ".join(plan.lines(made(sit_xl2(), 256), 0.5))
     assert "NOT SPLIT over fsdp" in said and "blocks/attn/qkv/kernel" in said
-    assert "--config.mesh.data=2 --config.mesh.fsdp=128 splits all of it" in said
+    assert "--config.mesh.data=16 --config.mesh.fsdp=16 splits all of it" in said
+
+
+def test_pieces_that_a_tpu_cannot_gather_are_said_with_the_remedy():
+    found = made(sit_xl2(), 128)
+    (line,) = (s for s in plan.lines(found, 0.5, tpu=True) if "ADDED UP" in s)
+    assert "fsdp 128 leaves 9 rows" in line and "blocks/attn/qkv/kernel" in line
+    assert "--config.mesh.data=8 --config.mesh.fsdp=16 leaves whole tiles" in line
+    assert not any("ADDED UP" in line for line in plan.lines(found, 0.5))
+
+
+def test_the_usual_mesh_splits_xl_into_pieces_that_a_tpu_gathers():
+    for count in (8, 16, 64, 256, 1024):
+        found = made(sit_xl2(), count, **sharding.groups())
+        assert not found.whole and not found.ragged, count
 
 
 def test_replicas_hold_the_weights_but_not_the_optimizer():

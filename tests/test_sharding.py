@@ -25,6 +25,8 @@ from sit_jax.sharding import by_rows, everywhere, make_mesh, on, shaped, split_b
         (sharding.fully_sharded(), (1, 8, 1)),
         (sharding.with_tensor(4), (1, 2, 4)),
         (sharding.hybrid(2), (2, 4, 1)),
+        (sharding.groups(), (1, 8, 1)),
+        (sharding.groups() | {"tensor": 4}, (1, 2, 4)),
     ],
 )
 def test_sizes_of_a_mesh(asked, made):
@@ -34,6 +36,15 @@ def test_sizes_of_a_mesh(asked, made):
     assert sharding.planned_mesh(8, **asked).shape == mesh.shape
 
 
+@pytest.mark.parametrize(
+    "count, data, fsdp",
+    [(1, 1, 1), (16, 1, 16), (24, 2, 12), (256, 16, 16), (17, 17, 1)],
+)
+def test_groups_are_as_large_as_divides_and_no_larger_than_sixteen(count, data, fsdp):
+    found = sharding.planned_mesh(count, **sharding.groups())
+    assert dict(found.shape) == {"data": data, "fsdp": fsdp, "tensor": 1}
+
+
 def test_a_mesh_of_some_devices():
     assert make_mesh(devices=jax.devices()[:2]).size == 2
     assert make_mesh(devices=jax.devices()[:1]).size == 1
@@ -41,7 +52,8 @@ def test_a_mesh_of_some_devices():
 
 @pytest.mark.parametrize(
     "sizes",
-    [(3, -1), (2, 2), (-1, -1), (0, -1), (-2, -4), (-2, -1), (16, 1), (1, -1, 3)],
+    [(3, -1), (2, 2), (0, -1), (-2, -4), (-2, -1), (16, 1), (1, -1, 3), (-1, -1, 3)]
+    + [(-1, -1, 0), (-1, -1, -1), (-1, 2, -1)],
 )
 def test_sizes_that_do_not_make_up_the_devices_are_refused(sizes):
     data, fsdp, tensor = (*sizes, 1)[:3]
@@ -64,6 +76,7 @@ def test_only_data_leaves_a_slice():
     mesh = make_mesh(data=2, devices=devices)
     found = [[d.slice_index for d in row.ravel()] for row in mesh.devices]
     assert found == [[0] * 4, [1] * 4]
+    assert make_mesh(**sharding.groups(), devices=devices).shape == mesh.shape
     with pytest.raises(UserError, match="mesh.data is 1 on 2 slices"):
         make_mesh(devices=devices)
 
