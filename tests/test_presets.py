@@ -6,10 +6,15 @@ from configs import dit_xl2, sit_xl2
 from sit_jax import presets
 from sit_jax.config import from_json, to_json
 from sit_jax.errors import UserError
+from sit_jax.guidance_scales import PowerCosine
 from sit_jax.recipe import recipe
 from sit_jax.releases import RELEASES
 from sit_jax.rounding import ROUNDINGS
+from sit_jax.samplers.adaptive import AdaptiveOde
+from sit_jax.samplers.chain import Ancestral
 from sit_jax.samplers.ode import Ode, heun
+from sit_jax.samplers.sde import Sde, by_sigma, mean
+from sit_jax.samplers.torchdiffeq import like_torchdiffeq
 
 
 def configured(name):
@@ -39,3 +44,49 @@ def test_the_papers_ode_takes_250_evaluations():
 def test_an_unknown_one_lists_the_known():
     with pytest.raises(UserError, match="there are sit-paper-ode, sit-paper-sde"):
         presets.preset("sit")
+
+
+DOPRI5 = AdaptiveOde(rtol=1e-3, atol=1e-6, control=like_torchdiffeq)
+DRAWN = dict(vae="sd-vae-ft-ema", labels="random", num=50_000, seed=0)
+SHOWN = DRAWN | dict(
+    vae="sd-vae-ft-mse", num=None, labels="207,360,387,974,88,979,417,279"
+)
+SPECIES = dict(vae="sd-vae-ft-mse", num=None, seed=1, labels="19,23,106,108,278,282")
+# What the originals drew with: the defaults of sample.py, sample_ddp.py (SiT and DiT),
+# image_sample.py and infer_mdt.py (MDT), and what SiT's author says of the paper's ODE.
+PUBLISHED = {
+    "sit-paper-ode": ("sit-xl2-256", Ode(heun, 125), 1.5, "brighter", DRAWN),
+    "sit-paper-sde": (
+        "sit-xl2-256",
+        Sde(steps=250, diffusion=by_sigma, norm=1.0, last_step=mean, last=0.04),
+        1.5,
+        "brighter",
+        DRAWN,
+    ),
+    "sit-repo-default": ("sit-xl2-256", DOPRI5, 1.0, "brighter", DRAWN),
+    "sit-repo-guided": ("sit-xl2-256", DOPRI5, 1.5, "brighter", DRAWN),
+    "sit-pictures": ("sit-xl2-256", DOPRI5, 4.0, "brighter", SHOWN),
+    "dit-256": ("dit-xl2-256", Ancestral(250), 1.5, "brighter", DRAWN),
+    "dit-512": ("dit-xl2-512", Ancestral(250), 1.5, "brighter", DRAWN),
+    "dit-pictures": ("dit-xl2-256", Ancestral(250), 4.0, "brighter", SHOWN),
+    "mdt": ("mdt-xl2", Ancestral(250), PowerCosine(3.8, 4.0), "darker", DRAWN),
+    "mdtv2": ("mdtv2-xl2", Ancestral(250), PowerCosine(3.8, 4.0), "darker", DRAWN),
+    "mdtv2-pictures": (
+        "mdtv2-xl2",
+        Ancestral(250),
+        PowerCosine(4.0, 0.01),
+        "brighter",  # a picture by save_image, which adds 0.5
+        SPECIES,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_each_has_the_values_of_the_original(name):
+    weights, sampler, guidance, rounding, drawn = PUBLISHED[name]
+    chosen, config = configured(name)
+    parts = recipe(config)
+    assert (chosen.weights, chosen.rounding) == (weights, rounding)
+    assert {field: getattr(chosen, field) for field in drawn} == drawn
+    assert parts.sampler == sampler
+    assert parts.guidance == guidance and parts.guidance_channels == 3
