@@ -7,9 +7,6 @@ side's, both compute the same images.
 
 import dataclasses
 import importlib
-from functools import partial
-
-import numpy as np
 
 from sit_jax import (
     bundle,
@@ -27,13 +24,13 @@ from sit_jax.drafts import require_free
 from sit_jax.errors import UserError
 from sit_jax.evaluated import OfFeatures, of_images, open_side
 from sit_jax.features import StoredFeatures
-from sit_jax.judges import judge
-from sit_jax.metrics.gaussian import Gaussian
+from sit_jax.judges import Evaluator
 from sit_jax.numerals import COUNT, whole
 from sit_jax.stages import collect
 from sit_jax.swapping import decoded, exchanged_sides
 from sit_jax.weights import open_weights
 from sit_jax.workdir import read_json
+from sit_jax.worst_pairs import worst_pairs
 
 
 def main():
@@ -48,8 +45,15 @@ def main():
     add("--swapped", metavar="X.npy", help="latents of A's network from B's noise")
     add("--features-b", metavar="X.npz", help="B's pictures by B's own evaluator")
     add("--paired", action="store_true", help="image i of both has one noise and label")
-    add("--resamples", type=whole(10), default=30, metavar="N")
+    add(
+        "--resamples",
+        type=whole(10),
+        default=0,
+        metavar="N",
+        help="of pairs: their interval by bootstrap",
+    )
     add("--inception", metavar="FILE", help="weights of the 2015 network, for images")
+    add("--inception-b", metavar="FILE", help="B's, if it was another")
     add("--network", choices=list(WIDTHS), default="inception", help="of the features")
     add("--batch-size", type=COUNT, default=64, metavar="N")
     add("--overwrite", action="store_true")
@@ -111,22 +115,24 @@ def report(args):
     if len(args.sides) != 2 or not args.out:
         raise UserError("name A and B and --out FOLDER, or --collect OUT")
     out = require_free(args.out, args.overwrite)
-    width = WIDTHS[args.network]
-    a, b = (_seen(args, diagnosis.open_evidence(side, width)) for side in args.sides)
+    eye = Evaluator(args.network, args.inception, args.batch_size)
+    a, b = (
+        _seen(args, diagnosis.open_evidence(side, eye.width)) for side in args.sides
+    )
     if None in (a.bundle, b.bundle) and None in (a.manifest, b.manifest):
         if not (args.reference or a.samples and b.samples):
             raise UserError("A and B have no bundles, manifests or samples in common")
     pairs = args.paired or diagnosis.are_pairs(a, b)
-    reference = _gaussian(args, args.reference) if args.reference else None
+    reference = eye.gaussian(args.reference) if args.reference else None
     gap, swaps = None, ()
     if reference is not None and (
         a.samples or b.samples or None in (a.bundle, b.bundle)
     ):
-        gap, swaps = _statistics(args, a, b, pairs, reference)
+        gap, swaps = _statistics(args, eye, a, b, pairs, reference)
     worst, tiles = (), None
     sets = [_images(each) for each in (a, b)]
     if pairs and None not in sets:
-        worst, tiles = paired.worst_pairs(*sets)
+        worst, tiles = worst_pairs(*sets)
     found = diagnosis.diagnose(a, b, gap, swaps, worst, reference)
     hosts.wait()
     if hosts.first():
@@ -143,32 +149,50 @@ def job_file(path):
     return path / "manifest.json" if path.is_dir() else path
 
 
-def _statistics(args, a, b, pairs, reference):
+def _statistics(args, eye, a, b, pairs, reference):
     """-> paired.Gap and rows of swaps."""
     for each in (a, b):
         if each.samples is None:
             raise UserError(f"{each.path} has no images or features for --reference")
-    pool = partial(_pool, args)
-    chain = _chain(args, a.samples, b.samples, pairs)
-    sets = {id(side): pool(side) for side in {id(s): s for _, s in chain}.values()}
+    chain = _chain(args, eye, a.samples, b.samples, pairs)
+    final = chain[-1][1]
+    sides = {id(side): side for _, side in chain}
+    sets = {key: eye.features(side) for key, side in sides.items()}
     chain = [(name, sets[id(side)]) for name, side in chain]
-    seeds = [paired.distance(pool(_side(args, path)), reference) for path in args.seeds]
-    other = _gaussian(args, args.reference_b) if args.reference_b else None
-    both = chain[0][1], chain[-1][1]
-    gap = paired.compare(
-        *(*both, reference, pairs, seeds, args.resamples), progress=_bar
-    )
-    return gap, paired.swaps(chain, reference, other)
+    features = chain[-1][1]
+    seeds = [paired.distance(eye.features(eye.side(path)), reference)
+             for path in args.seeds]  # fmt: skip
+    labels = diagnosis.labels_of(a, b)
+    found = (chain[0][1], features, reference, pairs, seeds, labels, args.resamples)
+    last = None
+    if args.inception_b is not None:
+        last = _by_another(args, final)
+    elif args.reference_b:
+        last = "reference", features, eye.gaussian(args.reference_b)
+    return paired.compare(*found), paired.swaps(chain, reference, last)
 
 
-def _chain(args, a, b, pairs):
+def _by_another(args, side):
+    """A Side of B's pictures -> what B's network makes of them and of the reference."""
+    eye = Evaluator(args.network, args.inception_b, args.batch_size)
+    theirs = args.reference_b or args.reference
+    for each in (side, eye.side(theirs)):
+        if each.source is None or not each.source.needs_network:
+            raise UserError(
+                f"--inception-b {args.inception_b} judges pictures, and {each.path} "
+                "has none; give --features-b and --reference-b instead"
+            )
+    return "feature network", eye.features(side), eye.gaussian(theirs)
+
+
+def _chain(args, eye, a, b, pairs):
     """Sides -> [(what was exchanged, Side)] from A to B."""
-    chain = exchanged_sides(a, b, pairs, WIDTHS[args.network], args.swapped)
+    chain = exchanged_sides(a, b, pairs, eye.width, args.swapped)
     for text in args.swap:
         name, found, path = text.partition("=")
         if not found:
             raise UserError(f"--swap {text}: NAME=FEATURES.npz")
-        chain.append((name, _side(args, path)))
+        chain.append((name, eye.side(path)))
     if args.features_b:
         return [*chain, ("features", open_side(args.features_b, only_features=True))]
     return chain if chain[-1][1] is b else [*chain, ("the rest: B", b)]
@@ -184,32 +208,10 @@ def _seen(args, evidence):
     return dataclasses.replace(evidence, samples=samples)
 
 
-def _side(args, path):
-    return open_side(path, width=WIDTHS[args.network])
-
-
-def _gaussian(args, path):
-    side = _side(args, path)
-    if side.summary is not None:
-        return side.summary.pool
-    return Gaussian.of(_pool(args, side))
-
-
-def _pool(args, side):
-    """-> features [N, D] of a Side, by the 2015 network where they are not stored."""
-    source = side.source
-    if source is None:
-        raise UserError(f"{side.path} holds statistics; samples need all features")
-    extractor = None
-    if source.needs_network:
-        extractor = _extractor(args)
-    return np.concatenate([batch["pool"] for batch in source.features(extractor)])
-
-
 def _judge(args):
     """An Extractor for a bundle; without Inception's weights it has no such stages."""
     try:
-        return _extractor(args)
+        return Evaluator(args.network, args.inception, args.batch_size).extractor()
     except UserError as error:
         if args.inception:
             raise
@@ -217,21 +219,11 @@ def _judge(args):
         return None
 
 
-def _extractor(args):
-    return judge(args.network, args.inception, args.batch_size)
-
-
 def _images(evidence):
     side = evidence.samples
     if side is None or side.source is None or isinstance(side.source, OfFeatures):
         return None
     return side.source.images
-
-
-def _bar(rounds):
-    from tqdm import tqdm
-
-    return tqdm(rounds, unit="resamples", disable=None, leave=False)
 
 
 def _open(path, family=None, heads=None):

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 import zipfile
 from pathlib import Path
 
@@ -24,13 +23,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
-from sit_jax import chips, port
+from sit_jax import chips
 from sit_jax.features import Extractor, inception_extractor
 from sit_jax.inception_weights import Weights
 from sit_jax.metrics import Gaussian, frechet
 from sit_jax.metrics.manifold import precision_recall
 from sit_jax.models.inception import SPATIAL
-from sit_jax.models.inception_layers import CLASSES, POOL, RULES, SHAPES
+from sit_jax.models.inception_layers import CLASSES, POOL, SHAPES
 from sit_jax.sharding import make_mesh
 
 BATCH, ROUNDS = 16, 3
@@ -164,27 +163,11 @@ def random_weights():
 
 
 def torch_fidelity(folder, weights, images):
-    """-> a call of its extractor, without the package's import of torchvision."""
-    import torch
+    """-> a call of its extractor."""
+    from torch_judge import TorchJudge
 
-    package = types.ModuleType("torch_fidelity")
-    package.__path__ = [str(Path(folder) / "torch_fidelity")]
-    sys.modules["torch_fidelity"] = package
-    from torch_fidelity import feature_extractor_inceptionv3 as module
-
-    state = port.to_torch(RULES, weights.params)
-    state = {name: torch.from_numpy(array) for name, array in state.items()}
-    module.load_state_dict_from_url = lambda *args, **options: state
-    strict = module.FeatureExtractorInceptionV3.load_state_dict
-    module.FeatureExtractorInceptionV3.load_state_dict = lambda self, state: strict(
-        self,
-        state,
-        strict=False,  # counters of batches
-    )
-    names = ["2048", "logits_unbiased"]
-    extractor = module.FeatureExtractorInceptionV3("inception", names)
-    batch = torch.from_numpy(np.moveaxis(images, -1, 1).copy())
-    return torch.inference_mode()(lambda: extractor(batch)[0].numpy())
+    judge = TorchJudge(weights, folder=folder)
+    return lambda: judge(images)
 
 
 def spectrum(seed):

@@ -1,9 +1,10 @@
 """A bundle by an original in PyTorch: torch_bundle.py --reference DIR --collect OUT
 
-DIR is a clone of SiT, DiT or fast-DiT. The clone's own code computes what diagnose.py
---collect does of --from-manifest M, from the same weights and inputs, and OUT takes its
+DIR is a clone of SiT, DiT, fast-DiT or MDT (branch mdtv1 for the first version). The
+clone's own code computes what diagnose.py --collect does of --from-manifest M, from the
+same weights and inputs, a VAE is diffusers', Inception torch-fidelity's. OUT takes its
 place beside another side's: python diagnose.py JAX TORCH --out report/. The clone needs
-timm, SiT's also torchdiffeq, and a VAE diffusers; torchvision is not needed.
+timm, SiT's also torchdiffeq; torchvision is not needed.
 """
 
 import argparse
@@ -21,9 +22,10 @@ import numpy as np
 import torch
 import torch_stages
 from absent import stand_in
+from torch_judge import TorchJudge
 
 import diagnose
-from sit_jax import bundle, command, port, probe, stages
+from sit_jax import bundle, command, inception_weights, port, probe, stages
 from sit_jax import reference as originals
 from sit_jax.drafts import require_free
 from sit_jax.interpolant import Interpolant
@@ -31,7 +33,8 @@ from sit_jax.manifest import weights_hash
 from sit_jax.released import Released
 from sit_jax.samplers import ode
 
-PACKAGES = ("torch", "timm", "torchdiffeq", "diffusers", "numpy")
+PACKAGES = ("torch", "timm", "torchdiffeq", "diffusers", "torch-fidelity", "numpy")
+WIDTHS = ((1,), (3,))  # of pictures
 
 
 def main():
@@ -44,6 +47,7 @@ def main():
     add("--inputs", metavar="BUNDLE", help="take its noise, times and labels")
     add("--images", type=int, default=8, metavar="N")
     add("--steps", type=int, default=50, metavar="N", help="of the fixed grid")
+    add("--inception", metavar="FILE", help="weights of the 2015 network, for features")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--tf32", action="store_true", help="as the originals' scripts set it")
     add("--force", action="store_true", help="other weights than the manifest's")
@@ -54,17 +58,22 @@ def main():
     room, manifest = diagnose.studio(args)
     torch_stages.check(room)
     allow_tf32(args.tf32)
-    made = collect(room, manifest, out, args, given)
+    judge = None
+    if args.inception:
+        judge = TorchJudge(inception_weights.load(args.inception), args.device)
+    made = collect(room, manifest, out, args, given, judge)
     bundle.write(made)
     print(f"{len(made.stages)} stages of {len(made.inputs['t'])} images")
     print(made.record["precision"]["line"], out, sep="\n")
     return 0
 
 
-def collect(room, manifest, out, args, given=None):
+def collect(room, manifest, out, args, given=None, judge=None):
     """A sampling.Studio and its manifest -> the Bundle of what the clone computes."""
     parts, line = room.parts, stages.line_of(room, args.steps)
     inputs = stages.inputs(room, args.images, given)
+    # first: diffusers takes the stand-in for torchvision for the real one
+    vae = torch_stages.autoencoder(parts.codec)
     network, held = _network(room, args)
     x, t, y = (torch.from_numpy(np.array(inputs[n])) for n in bundle.INPUTS)
     x, t, y = (a.to(args.device) for a in (x.permute(0, 3, 1, 2), t, y.long()))
@@ -78,7 +87,10 @@ def collect(room, manifest, out, args, given=None):
         run = partial(torch_stages.flow, method=line.method)
     last = run(parts, net, both(x), more, args.steps, found)[: len(x)]
     found[f"{args.steps} steps"] = torch_stages.nhwc(last)
-    found |= torch_stages.pictures(room, last)
+    found |= torch_stages.pictures(parts.codec, vae, last)
+    judged = judge is not None and found.get("uint8", np.empty(0)).shape[-1:] in WIDTHS
+    if judged:
+        found |= judge.stages(found["uint8"])
     measured = _measured(args, room.record["precision"]["words"])
     where = _environment(args)
     drawn = ("job", "noise_sha256", "batch_size", "threefry_partitionable")
@@ -99,6 +111,7 @@ def collect(room, manifest, out, args, given=None):
         "environment": where,
         "solver": {"method": name, "steps": args.steps, "evaluations": count},
         "stages": list(found),
+        **({bundle.MAYBE: judge.pipeline} if judged else {}),
     }
     return bundle.Bundle(out, record, inputs, found)
 
@@ -118,7 +131,8 @@ def _network(room, args):
     sys.path.insert(0, str(Path(args.reference).expanduser()))
     stand_in("torchvision")  # timm imports it for its data, and wants none here
     module = originals.original(args.reference)
-    network = originals.network(module, parts.model, parts.shape, state)
+    with contextlib.redirect_stdout(sys.stderr):  # MDT's says what it was given
+        network = originals.network(module, parts.model, parts.shape, state)
     network = network.to(args.device).requires_grad_(False)
     kept = {n: v.cpu().numpy() for n, v in network.state_dict().items()}
     return network, released.tree(kept)

@@ -1,19 +1,24 @@
-"""What the networks and samplers of SiT and DiT, in torch, make of given inputs.
+"""What the networks and samplers of SiT, DiT and MDT, in torch, make of given inputs.
 
 Stages have the names and axes of sit_jax/stages.py.
 """
 
+import dataclasses
 import importlib
 
+import jax
 import numpy as np
 import torch
 
-from sit_jax import paths, predictions
+from sit_jax import paths, port, predictions
 from sit_jax.codec import Latents, Pixels
-from sit_jax.diffusion import Diffusion
+from sit_jax.diffusion import Diffusion, hybrid
 from sit_jax.errors import UserError
 from sit_jax.guidance import is_none
+from sit_jax.guidance_scales import PowerCosine
 from sit_jax.interpolant import Interpolant
+from sit_jax.models import vae_weights
+from sit_jax.models.mdt import MDT
 from sit_jax.rounding import to_uint8_darker
 from sit_jax.samplers import ode
 
@@ -35,15 +40,22 @@ METHODS = {  # torchdiffeq's names
 def check(room):
     """Refuses what the clones' own scripts cannot do."""
     parts, process = room.parts, room.parts.process
-    if room.weak is not None or not isinstance(parts.guidance, float | int):
-        raise UserError("the originals' guidance is one number for the whole way")
+    constant = isinstance(parts.guidance, float | int)
+    rising = isinstance(parts.model, MDT) and isinstance(parts.guidance, PowerCosine)
+    if room.weak is not None or not (constant or rising):
+        raise UserError(
+            "the originals' guidance is one number for the whole way, or MDT's rise"
+        )
     if not is_none(parts.guidance) and parts.guidance_channels != 3:
         raise UserError(
             f"the originals guide 3 channels, the manifest {parts.guidance_channels}"
         )
-    flow = isinstance(process, Interpolant)
-    known = flow and process.path in PATHS and process.predicts in PREDICTIONS
-    if not (known and process.sample_margin is None or process == Diffusion()):
+    if isinstance(process, Interpolant):
+        known = process.path in PATHS and process.predicts in PREDICTIONS
+        known = known and process.sample_margin is None
+    else:  # whatever its loss
+        known = dataclasses.replace(process, objective=hybrid) == Diffusion()
+    if not known:
         raise UserError(f"the originals have no {process}")
 
 
@@ -55,26 +67,51 @@ def activations(network, x, t, y):
         "time embedding": network.t_embedder,
         "label embedding": network.y_embedder,
     }
+    blocks = _blocks(network)
     parts |= {"patches": network.x_embedder, "final layer": network.final_layer}
-    parts |= {f"block {i}": block for i, block in enumerate(network.blocks)}
+    parts |= blocks
     hooks = [part.register_forward_hook(keep(n)) for n, part in parts.items()]
     network(x, t, y)
     for hook in hooks:
         hook.remove()
-    table = {"patches + positions": seen["patches"] + numpy(network.pos_embed)}
-    first = ("time embedding", "label embedding", "patches")
-    order = {n: seen[n] for n in first} | table
-    order |= {n: seen[n] for n in parts if n.startswith("block ")}
+    order = {n: seen[n] for n in ("time embedding", "label embedding", "patches")}
+    order["patches + positions"] = seen["patches"] + numpy(network.pos_embed)
+    for name in blocks:
+        if name == "decoder block 0":  # it begins where the encoder ends
+            order["encoder"] = next(reversed(order.values()))
+        order[name] = seen[name]
+    if "encoder" in order:
+        order["decoder"] = next(reversed(order.values()))
     return order | {"final layer": seen["final layer"]}
+
+
+def _blocks(network):
+    """-> {stage: module}, in the order of the computation."""
+    if hasattr(network, "en_inblocks"):
+        runs = {"in block": network.en_inblocks, "out block": network.en_outblocks}
+        runs["decoder block"] = network.de_blocks
+    elif hasattr(network, "decode_layer"):
+        first = len(network.blocks) - network.decode_layer
+        runs = {"encoder block": network.blocks[:first]}
+        runs["decoder block"] = network.blocks[first:]
+    else:
+        runs = {"block": network.blocks}
+    return {f"{run} {i}": m for run, part in runs.items() for i, m in enumerate(part)}
 
 
 def guided(parts, network, y):
     """-> net(x, t), what doubles its batch, and whether there is guidance."""
     if is_none(parts.guidance):
         return lambda x, t: network(x, t, y), lambda a: a, False
-    null = torch.full_like(y, parts.model.classes)
-    labels = torch.cat([y, null])
-    net = lambda x, t: network.forward_with_cfg(x, t, labels, parts.guidance)
+    labels = torch.cat([y, torch.full_like(y, parts.model.classes)])
+    strength = {"cfg_scale": parts.guidance}
+    if isinstance(parts.guidance, PowerCosine):
+        rise = parts.guidance
+        strength = {"cfg_scale": rise.scale, "scale_pow": rise.power}
+        strength["diffusion_steps"] = rise.steps
+    elif isinstance(parts.model, MDT):
+        strength["scale_pow"] = 0.0  # which is the scale all the way
+    net = lambda x, t: network.forward_with_cfg(x, t, labels, **strength)
     return net, lambda a: torch.cat([a, a]), True
 
 
@@ -99,8 +136,10 @@ def flow(parts, net, z, guided, steps, found, method):
 
 
 def chain(parts, net, z, guided, steps, found):
-    """DiT's own diffusion, by DDIM; -> latents after all steps."""
-    diffusion = importlib.import_module("diffusion").create_diffusion(str(steps))
+    """DiT's or MDT's own diffusion, by DDIM; -> latents after all steps."""
+    package = "masked_diffusion" if isinstance(parts.model, MDT) else "diffusion"
+    create = importlib.import_module(package).create_diffusion
+    diffusion = create(str(steps), learn_sigma=parts.model.learn_sigma)
     each = diffusion.ddim_sample_loop_progressive(
         lambda x, t: net(x, t), z.shape, z, clip_denoised=False, device=z.device
     )
@@ -111,22 +150,47 @@ def chain(parts, net, z, guided, steps, found):
     return last
 
 
-def pictures(room, latents):
-    """-> decoded floats and bytes, if there is a way to pictures."""
-    codec = room.parts.codec
+def pictures(codec, vae, latents):
+    """-> decoded floats and bytes, if there is a way to pictures.
+
+    codec: of a Recipe; vae: autoencoder(codec).
+    """
     if isinstance(codec, Latents):
         return {}
     floats = latents
-    if not isinstance(codec, Pixels):
-        from diffusers.models import AutoencoderKL
-
-        vae = AutoencoderKL.from_pretrained(room.job.vae).to(latents.device)
+    if vae is not None:
         with torch.no_grad():
-            floats = vae.decode(latents / codec.scale).sample
+            floats = vae.to(latents.device).decode(latents / codec.scale).sample
     darker = codec.rounding is to_uint8_darker
     levels = (floats + 1) * 127.5 if darker else 127.5 * floats + 128
     levels = levels.clamp(0, 255).to(torch.uint8)
     return {"decoded": nhwc(floats), "uint8": nhwc(levels)}
+
+
+def autoencoder(codec):
+    """-> diffusers' AutoencoderKL with the weights of a codec.Vae; None of others.
+
+    From ours, so that it also is there where the file is CompVis' or has no config.
+    """
+    if isinstance(codec, Latents | Pixels):
+        return None
+    try:
+        from diffusers.models import AutoencoderKL
+    except ImportError as error:
+        raise UserError("pictures by PyTorch need pip install diffusers") from error
+    model, levels = codec.model, len(codec.model.channels)
+    made = AutoencoderKL(
+        block_out_channels=model.channels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        layers_per_block=model.layers,
+        latent_channels=model.latent,
+        norm_num_groups=model.groups,
+    )
+    params = jax.tree.map(np.asarray, codec.params)
+    state = port.to_torch(vae_weights.rules(model), params)
+    made.load_state_dict({n: torch.from_numpy(np.array(a)) for n, a in state.items()})
+    return made.eval()
 
 
 def numpy(tensor):

@@ -3,6 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
+
 from sit_jax import bundle as bundles
 from sit_jax import ladder, outputs
 from sit_jax.causes import causes
@@ -68,6 +70,14 @@ def are_pairs(a, b):
     return start[0] == start[1]
 
 
+def labels_of(a, b):
+    """The labels of both sides' images, int [N] and [M], or None."""
+    found = [(each.manifest or {}).get("job", {}).get("labels") for each in (a, b)]
+    if not all(isinstance(each, list) for each in found):
+        return None
+    return tuple(np.asarray(each, int) for each in found)
+
+
 def diagnose(a, b, gap=None, swaps=(), worst=(), reference=None):
     """Two Evidences, a paired.Gap and rows of swaps -> the report, a dict for JSON.
 
@@ -88,7 +98,7 @@ def diagnose(a, b, gap=None, swaps=(), worst=(), reference=None):
         "a": str(a.path),
         "b": str(b.path),
         "verdict": verdict(
-            found, gap, a.manifest is not None and b.manifest is not None
+            found, gap, a.manifest is not None and b.manifest is not None, swaps
         ),
         "causes": [dataclasses.asdict(cause) for cause in found],
         "manifest": [
@@ -111,7 +121,7 @@ def diagnose(a, b, gap=None, swaps=(), worst=(), reference=None):
         "first": ladder.sentence(rungs) if rungs else None,
         "solver": [_solver(each) for each in (a, b)],
         "paired": None if gap is None else _gap(gap),
-        "swaps": [{"after": n, "fid": f, "step": s} for n, f, s in swaps],
+        "swaps": _swaps(swaps),
         "worst": [{"image": i, "rms": size} for i, size in worst],
     }
 
@@ -127,8 +137,8 @@ def _manifests(a, b):
     ]
 
 
-def verdict(found, gap, known=True):
-    """One or two sentences, the likeliest cause first."""
+def verdict(found, gap, known=True, swaps=()):
+    """A few sentences, the likeliest cause first; swaps: rows of paired.swaps."""
     real = [c for c in found if not c.contradicted]
     real = [c for c in real if c.fid > BY_NAME["batch coupling"].fid]
     told = "Nothing differs that is known to move FID."
@@ -144,7 +154,25 @@ def verdict(found, gap, known=True):
             "Within noise: only the noise differs, which alone moves FID by about "
             f"{real[0].fid:g} near 2. {told}"
         )
-    return told if gap is None else f"{gap.sentence()} {told}"
+    said = [] if gap is None else [gap.sentence()]
+    return " ".join([*said, told, *_shares(swaps)])
+
+
+def _shares(swaps):
+    """Where the way from A's figure to B's leads through, in a sentence or none."""
+    rows = sorted(_swaps(swaps)[1:], key=lambda row: -row["share"])
+    told = [f"{r['after']} {r['step']:+.3g} ({r['share']:.0%})" for r in rows]
+    told = [each for each, row in zip(told, rows, strict=True) if row["share"] > 0]
+    return [f"From A's figure to B's: {', '.join(told)}."] if told else []
+
+
+def _swaps(swaps):
+    """Rows of paired.swaps as tables; share: of the whole way, there and back."""
+    whole = sum(abs(step) for *_, step in swaps) or 1.0
+    return [
+        {"after": name, "fid": fid, "step": step, "share": abs(step) / whole}
+        for name, fid, step in swaps
+    ]
 
 
 def save(out, report, tiles=None):

@@ -1,35 +1,54 @@
-"""Two sets of samples of the same noises and labels: is the gap of their FIDs one?
+"""Two sets of samples: is the gap of their FIDs more than other seeds alone make?
 
-Unpaired sets of 50,000 differ by some 0.05 of FID by their noise alone, so that a gap
-of 0.09 says nothing. Resampling pairs leaves the common noise out of the gap; the noise
-band says what sets of other seeds would have done.
+Sets that differ by seed only are exchangeable: any way of dealing their images out to
+two sets was as likely. How far FIDs scatter over all these ways needs no resampling,
+for around the pool of both sets a gap is linear in the images to second order, as its
+even terms cancel: Var = sum over classes of s^2 (n / N^2 + m / M^2), s^2 the variance
+of the images' Influence within a class of n and m images. Where both sets have as many
+of each class, that is part of how they were drawn and does not scatter. A bootstrap of
+one set says too much: it draws numbers of classes anew, and takes the noise of the set
+itself for a distance to the reference. docs/tpu_vs_gpu.md has both measured.
+
+Pairs of the same noise and label leave what they share out of the gap.
 """
 
 import dataclasses
+from statistics import NormalDist
 
 import numpy as np
 
 from sit_jax.errors import UserError
-from sit_jax.metrics.gaussian import Gaussian, frechet
+from sit_jax.metrics.gaussian import Gaussian, Influence, Moments, frechet
 
-WIDE = 4.0  # standard deviations; 30 resamples give one to 13 %, and 8 % too small
-WORST = 8  # pairs in the picture
+LEVEL = 1e-4  # of gaps by seeds alone that are called beyond noise
+RARE = 0.01  # of gaps by seeds alone that are called worth another look
+ODD_SEEDS = 1e-2  # of sets of seeds that are taken to scatter more than images explain
+COVERED = 0.95  # of the interval over pairs
 
 
 @dataclasses.dataclass(frozen=True)
 class Gap:
-    """fids: of A and B to the reference; between: of A to B; band: noise of the gap.
+    """fids: of A and B to the reference; between: of A to B.
 
-    interval: 95 % of the gap over resampled pairs, None where there are no pairs.
-    feature_gap: mean distance of a pair's features over their root mean square.
+    net: the gap but for what FID owes to the number of images; the gap itself where
+    these are equal. noise: standard deviation of net over other seeds, and band how
+    large it may be by them; None of too few images. chance: that seeds alone make such
+    a gap. interval: 95 % of the gap over pairs, None where there are none. classes:
+    whether both have as many images of each class. feature_gap: mean distance of a
+    pair's features over their root mean square. scatter: of the FIDs of other seeds.
     """
 
     fids: tuple
     between: float
+    net: float
+    noise: float | None
+    band: float | None
+    chance: float | None
     interval: tuple | None
-    band: float
+    classes: bool
     feature_gap: float | None
     seeds: int
+    scatter: float | None
 
     @property
     def gap(self):
@@ -37,26 +56,33 @@ class Gap:
 
     @property
     def within_noise(self):
-        return bool(abs(self.gap) <= self.band)
+        return None if self.band is None else bool(abs(self.net) <= self.band)
 
     def sentence(self):
         a, b = self.fids
-        said = (
-            f"FID {a:.4g} and {b:.4g}, gap {self.gap:+.3g}, noise band {self.band:.3g}"
-        )
+        said = f"FID {a:.4g} and {b:.4g}, gap {self.gap:+.3g}"
+        if self.band is None:
+            return f"Too few images for a noise band: {said}."
+        if self.net != self.gap:
+            said += f", {self.net:+.3g} at equal numbers of images"
+        said += f", noise band {self.band:.3g}, seeds alone: p {self.chance:.2g}"
         if self.interval is not None:
             low, high = self.interval
             said += f", paired 95 % interval {low:+.3g} to {high:+.3g}"
             if self.within_noise and low * high > 0:
                 said += ": a real difference that unpaired sets would not show"
+        if self.within_noise and self.chance < RARE and self.interval is None:
+            said += ": rare, so draw both again with another seed"
         return f"{'Within' if self.within_noise else 'Beyond'} noise: {said}."
 
 
-def compare(a, b, reference, are_pairs, seeds=(), resamples=30, seed=0, progress=iter):
+def compare(a, b, reference, are_pairs, seeds=(), labels=None, resamples=0):
     """Features a [N, D], b [M, D] and a Gaussian -> Gap.
 
-    seeds: FIDs of further sets that differ by seed only; with them the band is at least
-    what they scatter by. are_pairs: row i of both began from the same noise and label.
+    seeds: FIDs of further sets that differ by seed only; where these scatter more than
+    the images explain, the band is theirs. are_pairs: row i of both began from the same
+    noise and label. labels: of a and b, int [N] and [M], if they are known. resamples:
+    of pairs, for an interval by bootstrap instead of by variance.
     """
     if a.shape[1:] != b.shape[1:]:
         raise UserError(f"features are {a.shape[1]} numbers in A, {b.shape[1]} in B")
@@ -64,83 +90,140 @@ def compare(a, b, reference, are_pairs, seeds=(), resamples=30, seed=0, progress
         raise UserError(f"{len(a)} and {len(b)} images are no pairs")
     if min(len(a), len(b)) < 2:
         raise UserError("a set of one image has no covariance")
-    rng = np.random.default_rng(seed)
-    gaussians = Gaussian.of(a), Gaussian.of(b)
-    fids = tuple(distance(x, reference) for x in (a, b))
-    together, apart = [], []
-    far = lambda x, rows: frechet(Gaussian.of(x[np.sort(rows)]), reference)
-    for _ in progress(range(resamples)):
-        rows, others = (rng.integers(len(x), size=len(x)) for x in (a, b))
-        first = far(a, rows)
-        apart.append(first - far(b, others))
-        if are_pairs:
-            together.append(first - far(b, rows))
-    band = WIDE * float(np.std(apart, ddof=1))
-    if len(seeds) > 1:
-        band = max(band, WIDE * float(np.sqrt(2) * np.std(seeds, ddof=1)))
+    gaussians = tuple(_gaussian(x, reference) for x in (a, b))
+    fids = tuple(frechet(each, reference) for each in gaussians)
+    net, noise, shares = fids[0] - fids[1], None, None
+    classes = _classes(labels, a, b)
+    if len(a) + len(b) > a.shape[1] + 1:  # or the pool has no transport
+        influence = Influence(_pool(a, b), reference)
+        shares = influence(a), influence(b)
+        noise = float(np.sqrt(_variance(shares, classes)))
+        if len(a) != len(b):
+            net = float(shares[0].mean() - shares[1].mean())
     interval = None
-    if are_pairs:
-        # resampled sets are farther from the reference, both of them: centre it
-        low, high = np.quantile(
-            np.asarray(together) - np.mean(together), [0.025, 0.975]
-        )
-        gap = fids[0] - fids[1]
-        interval = float(gap + low), float(gap + high)
+    if are_pairs and resamples:
+        interval = _resampled(a, b, reference, classes, resamples)
+    elif are_pairs and len(a) > a.shape[1] + 1:
+        each = zip(gaussians, (a, b), strict=True)  # its own: their slopes differ
+        own = [Influence(here, reference)(x) for here, x in each]
+        interval = _paired(fids[0] - fids[1], own[0] - own[1], classes[0])
+    scatter = float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None
+    noise, band, chance = _judged(net, noise, scatter, len(seeds))
     return Gap(
-        fids, frechet(*gaussians), interval, band, _apart(a, b, are_pairs), len(seeds)
+        fids=fids,
+        between=frechet(*gaussians),
+        net=net,
+        noise=noise,
+        band=band,
+        chance=chance,
+        interval=interval,
+        classes=bool(classes[0].any()),
+        feature_gap=_apart(a, b, are_pairs),
+        seeds=len(seeds),
+        scatter=scatter,
     )
 
 
 def distance(features, reference):
     """features [N, D], Gaussian -> FID."""
+    return frechet(_gaussian(features, reference), reference)
+
+
+def _gaussian(features, reference):
     if features.shape[1] != len(reference.mean):
         raise UserError(
             f"{features.shape[1]} features, where the reference has "
             f"{len(reference.mean)}: other networks'"
         )
-    return frechet(Gaussian.of(features), reference)
+    return Gaussian.of(features)
 
 
-def swaps(chain, reference, other_reference=None):
+def _pool(a, b):
+    both = Moments(a.shape[1])
+    both.add(a)
+    both.add(b)
+    return both.gaussian()
+
+
+def swaps(chain, reference, last=None):
     """[(name, features)] from A to B -> [(name, FID, step)]; the steps add up.
 
-    Each set has one component more of B's than the one before; the first is A. With
-    other_reference, B's, the last row exchanges that too.
+    Each set has one component more of B's than the one before; the first is A. last:
+    (name, features, Gaussian) of what exchanges the reference too.
     """
+    ways = [(name, features, reference) for name, features in chain]
     rows = []
-    for name, features in chain:
-        fid = distance(features, reference)
+    for name, features, there in [*ways, *([last] if last else [])]:
+        fid = distance(features, there)
         rows.append((name, fid, fid - rows[-1][1] if rows else 0.0))
-    if other_reference is not None:
-        fid = distance(chain[-1][1], other_reference)
-        rows.append(("reference", fid, fid - rows[-1][1]))
     return rows
 
 
-def worst_pairs(a, b, count=WORST):
-    """Image sets of one length -> (numbers, uint8 [3 * n, H, W, 3]: A, B, difference).
+def _classes(labels, a, b):
+    """-> labels of both, or zeros where they are not as many of each."""
+    alike = labels is not None and (len(labels[0]), len(labels[1])) == (len(a), len(b))
+    if alike and np.array_equal(*map(np.sort, labels)):
+        return tuple(np.unique(each, return_inverse=True)[1] for each in labels)
+    return np.zeros(len(a), int), np.zeros(len(b), int)
 
-    By the root mean square of a pair's difference, which is stretched to be seen.
-    """
-    if len(a) != len(b) or a.shape != b.shape:
-        raise UserError(
-            f"{len(a)} images {a.shape} and {len(b)} {b.shape} are no pairs"
-        )
-    kept = []
-    start = 0
-    for one, other in zip(a.batches(256), b.batches(256), strict=True):
-        gap = (one.astype(np.int16) - other).astype(np.float32)
-        size = np.sqrt((gap**2).mean((1, 2, 3)))
-        rows = np.argsort(-size)[:count]
-        kept += [(float(size[i]), start + int(i), one[i], other[i]) for i in rows]
-        kept = sorted(kept, key=lambda row: (-row[0], row[1]))[:count]
-        start += len(one)
-    gaps = [np.abs(x.astype(np.int16) - y) for _, _, x, y in kept]
-    largest = max(int(g.max()) for g in gaps) or 1
-    tiles = []
-    for (_, _, one, other), gap in zip(kept, gaps, strict=True):
-        tiles += [one, other, np.rint(gap * (255 / largest)).astype(np.uint8)]
-    return [(number, size) for size, number, _, _ in kept], np.stack(tiles)
+
+def _variance(shares, classes):
+    """Of the difference of two sets' means, over all ways to deal out their images."""
+    counts = [np.bincount(each) for each in classes]
+    squares = _variances(np.concatenate(shares), np.concatenate(classes))
+    parts = (n / len(each) ** 2 for n, each in zip(counts, shares, strict=True))
+    return float((squares * sum(parts)).sum())
+
+
+def _variances(values, classes):
+    """[N] -> [K], unbiased in each class; of a single one 0."""
+    count = np.bincount(classes)
+    mean = np.bincount(classes, values) / count
+    squares = np.bincount(classes, np.square(values - mean[classes]))
+    return squares / np.maximum(count - 1, 1)
+
+
+def _paired(gap, shares, classes):
+    """A gap and what each pair adds to it [N] -> (low, high), by the delta method."""
+    if np.bincount(classes).min() < 2:
+        classes = np.zeros_like(classes)
+    count = np.bincount(classes)
+    error = np.sqrt((count * _variances(shares, classes)).sum()) / len(shares)
+    half = float(NormalDist().inv_cdf((1 + COVERED) / 2) * error)
+    return gap - half, gap + half
+
+
+def _resampled(a, b, reference, classes, resamples, seed=0):
+    """The interval by drawing pairs anew, of each class as many."""
+    from tqdm import tqdm
+
+    rng, found = np.random.default_rng(seed), []
+    groups = [np.flatnonzero(classes[0] == each) for each in np.unique(classes[0])]
+    for _ in tqdm(range(resamples), unit="resamples", disable=None, leave=False):
+        rows = np.sort(np.concatenate([rng.choice(g, len(g)) for g in groups]))
+        found.append(distance(a[rows], reference) - distance(b[rows], reference))
+    gap = distance(a, reference) - distance(b, reference)
+    tails = (1 - COVERED) / 2, (1 + COVERED) / 2
+    # resampled sets are farther from the reference, both of them: centre it
+    low, high = np.quantile(np.asarray(found) - np.mean(found), tails)
+    return float(gap + low), float(gap + high)
+
+
+def _judged(net, noise, scatter, seeds):
+    """-> noise, the band at LEVEL, and the chance of net; seeds may know better."""
+    if noise is None:
+        return None, None, None
+    law = NormalDist()
+    quantile, tail = law.inv_cdf(1 - LEVEL / 2), law.cdf
+    if scatter is not None:
+        from scipy import stats
+
+        free, theirs = seeds - 1, np.sqrt(2) * scatter
+        if free * (theirs / noise) ** 2 > stats.chi2.ppf(1 - ODD_SEEDS, free):
+            noise, law = float(theirs), stats.t(free)
+            quantile, tail = law.ppf(1 - LEVEL / 2), law.cdf
+    chance = 2 * tail(-abs(net) / noise) if noise else float(net == 0)
+    return noise, float(quantile * noise), float(chance)
 
 
 def _apart(a, b, are_pairs):

@@ -7,15 +7,21 @@ import jax
 import numpy as np
 
 from sit_jax.errors import UserError
+from sit_jax.models.mdt import MDT
 
 STAGES = ("patch", "cond", "blocks", "head")
+PLACES = ("models.py", "masked_diffusion/models.py")  # SiT's and DiT's; MDT's
 
 
 def original(clone):
     """The models.py of a clone of the original repository, imported."""
-    path = Path(clone).expanduser() / "models.py"
-    if not path.is_file():
-        raise UserError(f"--reference: no {path}; give a clone of the original")
+    folder = Path(clone).expanduser()
+    path = next((p for p in map(folder.joinpath, PLACES) if p.is_file()), None)
+    if path is None:
+        wanted = " or ".join(PLACES)
+        raise UserError(
+            f"--reference: no {wanted} in {folder}; give a clone of the original"
+        )
     found = importlib.util.spec_from_file_location("original_models", path)
     module = importlib.util.module_from_spec(found)
     try:
@@ -33,6 +39,11 @@ def differences(module, model, shape, state, params, seed=0):
     module: the original's; state: torch's names to arrays; params: the same weights as
     ours. Times and labels include the first, the last and null.
     """
+    if isinstance(model, MDT):
+        raise UserError(
+            "--reference compares SiT and DiT; for MDT there is "
+            "benchmarks/torch_bundle.py"
+        )
     inputs = _inputs(model, shape, seed)
     theirs = _theirs(network(module, model, shape, state), *inputs)
     ours = _ours(model, params, *inputs)
@@ -56,7 +67,12 @@ def network(module, model, shape, state):
 
     name = type(model).__name__
     if not hasattr(module, name):
-        raise UserError(f"--reference: {module.__file__} has no {name}")
+        raise UserError(
+            f"--reference: {module.__file__} has no {name}, which the weights are of"
+        )
+    more = {}
+    if isinstance(model, MDT):
+        more = {"mask_ratio": model.hide, "decode_layer": model.decoder}
     made = getattr(module, name)(
         input_size=shape[0],
         patch_size=model.patch,
@@ -68,6 +84,7 @@ def network(module, model, shape, state):
         class_dropout_prob=0.1 if model.null_label else 0.0,
         num_classes=model.classes,
         learn_sigma=model.learn_sigma,
+        **more,
     )
     tensors = {name: torch.from_numpy(np.array(state[name])) for name in state}
     made.load_state_dict(tensors, strict=True)

@@ -10,7 +10,7 @@ CAUSE = ("cause", "FID it may move, near 2", "evidence", "known from")
 MANIFEST = ("setting", "A", "B", "belongs to")
 PROBE = ("side", "default dot", "model's dot", "convolution", "said at the start")
 LADDER = ("stage", "relative L2", "max-abs / rms", "cosine", "band", "")
-SWAPS = ("after taking B's", "FID", "step")
+SWAPS = ("after taking B's", "FID", "step", "share of the way")
 WORST = ("image", "rms of the difference, levels")
 LEGEND = {  # what a table means, in a sentence or two
     "Causes, the likeliest first": "What differs and is known to move FID. The numbers "
@@ -35,7 +35,7 @@ def markdown(report, pictured=False):
         f"**{report['first']}**" if report["first"] else "",
         _table("Causes, the likeliest first", report["causes"], _cause_row, CAUSE),
         _statistics(report["paired"]),
-        _table("Swaps, from A to B", report["swaps"], _values, SWAPS),
+        _table("Swaps, from A to B", report["swaps"], _swap_row, SWAPS),
         _table("Stages", report["ladder"], _rung_row, LADDER),
         _weights(report["weights"]),
         _probes(report["probes"]),
@@ -81,6 +81,15 @@ def _rung_row(rung):
     return rung["stage"], *numbers, f"{rung['cosine']:.6f}", f"{rung['band']:.2g}", mark
 
 
+def _swap_row(row):
+    return (
+        row["after"],
+        f"{row['fid']:.6g}",
+        f"{row['step']:+.4g}",
+        f"{row['share']:.0%}",
+    )
+
+
 def _values(row):
     return [f"{v:.6g}" if isinstance(v, float) else v for v in row.values()]
 
@@ -94,15 +103,24 @@ def _statistics(paired):
         ("FID of A to the reference", f"{a:.6g}"),
         ("FID of B to the reference", f"{b:.6g}"),
         ("gap, A less B", f"{paired['gap']:+.4g}"),
-        ("noise band: what other noises alone would do", f"{paired['band']:.3g}"),
     ]
-    if paired["seeds"]:
-        rows.append(("sets of other seeds behind the band", paired["seeds"]))
+    if paired["net"] != paired["gap"]:
+        rows.append(("the same at equal numbers of images", f"{paired['net']:+.4g}"))
+    if paired["band"] is not None:
+        how = "classes as they are" if paired["classes"] else "classes drawn too"
+        rows += [
+            (f"noise: its standard deviation over seeds ({how})",
+             f"{paired['noise']:.3g}"),
+            ("noise band: exceeded by one in 10,000 pairs of seeds",
+             f"{paired['band']:.3g}"),
+            ("chance of such a gap by seeds alone", f"{paired['chance']:.2g}"),
+        ]  # fmt: skip
+    if paired["scatter"] is not None:
+        name = f"standard deviation of {paired['seeds']} other seeds' FIDs"
+        rows.append((name, f"{paired['scatter']:.3g}"))
     if interval:
         low, high = interval
-        rows.append(
-            ("95 % of the gap over resampled pairs", f"{low:+.4g}, {high:+.4g}")
-        )
+        rows.append(("95 % of the gap over pairs", f"{low:+.4g}, {high:+.4g}"))
     rows.append(("FID between A and B", f"{paired['between']:.4g}"))
     if paired["feature_gap"] is not None:
         name = "distance of a pair's features, mean over their rms"

@@ -32,19 +32,19 @@ def noise_of(room):
     return start, given, kicks
 
 
-def given_noise(path, shape):
-    """-> float32 [N, *shape] of a .npy."""
+def given_noise(path, shape, flag="--noise"):
+    """-> float32 [N, *shape] of a .npy; flag: what it was given by, for complaints."""
     try:
         start = array_files.load(path)
     except UserError as error:
-        raise UserError(f"--noise: {error}") from error
+        raise UserError(f"{flag}: {error}") from error
     if start.shape[1:] != shape or start.dtype.kind != "f":
         raise UserError(
-            f"--noise {path} is {start.dtype} {start.shape}; it must be float32 "
+            f"{flag} {path} is {start.dtype} {start.shape}; it must be float32 "
             f"(N, {', '.join(map(str, shape))})"
         )
     if not np.isfinite(start).all():
-        raise UserError(f"--noise {path} has values that are not finite")
+        raise UserError(f"{flag} {path} has values that are not finite")
     return start.astype(np.float32)
 
 

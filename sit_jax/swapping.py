@@ -42,9 +42,10 @@ class Decoded:
             )
             yield np.broadcast_to(images, (*images.shape[:3], 3))
 
-    def of(self, path):
-        """Other latents of the same network, by the same codec."""
-        return Decoded(path, self.codec, given_noise(path, self._latents.shape[1:]))
+    def of(self, path, flag):
+        """Other latents of the same network, by the same codec; flag: that names it."""
+        latents = given_noise(path, self._latents.shape[1:], flag)
+        return Decoded(path, self.codec, latents)
 
     def by(self, codec):
         """The same latents through another codec."""
@@ -59,7 +60,7 @@ def decoded(path, manifest):
     parts, _ = sampling.with_codec(parts, job, config.precision.vae, mesh)
     if isinstance(parts.codec, Latents):
         return None
-    return Decoded(path, parts.codec, given_noise(path, parts.shape))
+    return Decoded(path, parts.codec, given_noise(path, parts.shape, "latents"))
 
 
 def exchanged(a, b, between=None, same_start=False):
@@ -90,7 +91,13 @@ def exchanged_sides(a, b, same_start, width, between=None):
             raise UserError(f"--swapped {between} goes with latents (.npy) as A and B")
         return [("A", a)]
     known = {id(images): side for images, side in zip(sets, (a, b), strict=True)}
-    found = exchanged(*sets, between and sets[0].of(between), same_start)
+    swapped = between and sets[0].of(between, "--swapped")
+    if swapped and len(swapped) != len(sets[1]):
+        raise UserError(
+            f"--swapped {between} has {len(swapped)} latents, B {len(sets[1])}: it is "
+            "what A's network makes of B's noise and labels"
+        )
+    found = exchanged(*sets, swapped, same_start)
     side_of = lambda images: known.get(id(images)) or of_images(images, width)
     return [(name, side_of(images)) for name, images in found]
 

@@ -20,7 +20,7 @@ FLOORS = (
     "checkpoint.saving checkpoint.reading",
     # nouns of their own
     "paths schedules noise config port placement checkpoint manifest metrics pictures "
-    "chips meter tracking comparison tensor_files moments reference precision "
+    "chips meter tracking comparison tensor_files moments precision "
     "models.layers data.sources data.names data.coins data.tags data.shards "
     "data.images data.arrays data.styles averages timesteps guidance_scales "
     "models.masking time_densities emulation probe samplers.walk torch_noise rounding "
@@ -31,13 +31,13 @@ FLOORS = (
     "labels download models.vae_layers models.applied replicas history lora "
     "lora_names",
     "checkpoint.__main__ diffusers_files job",
-    "image_sets bundle paired effects models.inception parts releases models.vae "
-    "lora_files",
+    "image_sets bundle paired worst_pairs effects models.inception parts releases "
+    "models.vae lora_files",
     "features",
     "interpolant diffusion models.dit data data.archives data.cifar data.workers "
     "data.pairs",
     "models.mdt min_snr data.feed extraction models.tiles models.vae_weights",
-    "models.mdt_weights models.mdt_cost vae_files",
+    "models.mdt_weights models.mdt_cost vae_files reference",
     "summary evaluation",
     "evaluated causes ladder report",
     "diagnosis",

@@ -205,6 +205,7 @@ FLAGS = {  # script: {flag: wrong values}, or (wrong values, what else is on the
         "--paired": SWITCH,
         "--resamples": (*COUNT, "9"),
         "--inception": (READ, "{samples} {samples} --out {new} --reference {features}"),
+        "--inception-b": (READ, "+ --reference {features}"),
         "--network": WORD,
         "--batch-size": COUNT,
         "--overwrite": SWITCH,

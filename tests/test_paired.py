@@ -12,6 +12,7 @@ from sit_jax import paired
 from sit_jax.errors import UserError
 from sit_jax.image_sets import ArrayImages
 from sit_jax.metrics.gaussian import Gaussian, frechet
+from sit_jax.worst_pairs import worst_pairs
 
 WIDTH = 6
 REFERENCE = Gaussian(np.full(WIDTH, 0.3), np.eye(WIDTH))
@@ -24,8 +25,62 @@ def drawn(seed, count=400, shift=0.0):
 @pytest.mark.parametrize("seed", range(20))
 def test_sets_that_differ_by_seed_are_within_noise(seed):
     a, b = drawn(2 * seed), drawn(2 * seed + 1)
-    gap = paired.compare(a, b, REFERENCE, are_pairs=False, resamples=20, seed=seed)
+    gap = paired.compare(a, b, REFERENCE, are_pairs=False)
     assert gap.within_noise and gap.sentence().startswith("Within noise: FID")
+
+
+LABELS = np.arange(400) % 4
+LAWS = {  # draw(seed, shift), the reference, labels
+    "far": (drawn, REFERENCE, None),
+    "the reference itself": (drawn, Gaussian(np.zeros(WIDTH), np.eye(WIDTH)), None),
+    "classes": (
+        lambda seed, **more: (
+            drawn(seed, **more) + np.eye(4, WIDTH)[LABELS] * LABELS[:, None]
+        ),
+        REFERENCE,
+        (LABELS, LABELS),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_the_noise_is_what_gaps_of_seeds_scatter_by(name):
+    """Over 300 pairs; of so many a standard deviation is known to 4 %."""
+    draw, there, labels = LAWS[name]
+    found = [
+        paired.compare(draw(i), draw(1000 + i), there, False, labels=labels)
+        for i in range(300)
+    ]
+    scores = np.array([each.gap / each.noise for each in found])
+    assert np.sqrt(np.mean(scores**2)) == pytest.approx(1, abs=0.12)
+    # 3 of 1 % are expected, and more than 9 come once in 1,000
+    assert sum(each.chance < 0.01 for each in found) <= 9
+    assert all(each.classes == (name == "classes") for each in found)
+
+
+def test_balanced_classes_narrow_the_band():
+    """What the numbers of classes would add does not scatter."""
+    draw, there, labels = LAWS["classes"]
+    known, unknown = (
+        paired.compare(draw(0), draw(1), there, False, labels=each)
+        for each in (labels, None)
+    )
+    assert known.noise < 0.8 * unknown.noise and not unknown.classes
+    other = LABELS, np.roll(LABELS, 1) * 0  # another policy: classes scatter too
+    found = paired.compare(draw(0), draw(1), there, False, labels=other)
+    assert found.noise == unknown.noise
+
+
+def test_a_difference_of_eight_deviations_is_found():
+    """In 20 of 20 pairs, and 4 deviations of a bootstrap would miss most of them."""
+    draw, there, labels = LAWS["classes"]
+    noise = paired.compare(draw(0), draw(1), there, False, labels=labels).noise
+    slope = 2 * (draw(0).mean(0) - there.mean)
+    shift = 8 * noise * slope / (slope @ slope)
+    for seed in range(20):
+        a, b = draw(seed, shift=shift), draw(1000 + seed)
+        gap = paired.compare(a, b, there, False, labels=labels)
+        assert not gap.within_noise and gap.sentence().startswith("Beyond noise")
 
 
 def test_a_real_shift_is_beyond_it():
@@ -48,22 +103,44 @@ def test_pairs_tell_what_sets_cannot():
         "a real difference that unpaired sets would not show."
     )
     assert gap.between == pytest.approx(WIDTH * 0.02**2, rel=1e-6)
+    drawn_anew = paired.compare(a, b, REFERENCE, are_pairs=True, resamples=400)
+    spread = np.ptp(drawn_anew.interval) / np.ptp(gap.interval)
+    assert spread == pytest.approx(1, abs=0.15)  # 400 resamples know it to 6 %
     size = np.sqrt((a**2).sum(1).mean())
     assert gap.feature_gap == pytest.approx(0.02 * np.sqrt(WIDTH) / size, rel=1e-9)
 
 
-def test_seeds_widen_the_band():
+def test_seeds_widen_the_band_where_they_scatter_more():
     a, b = drawn(0), drawn(1)
-    narrow = paired.compare(a, b, REFERENCE, are_pairs=False)
+    alone = paired.compare(a, b, REFERENCE, are_pairs=False)
+    far = alone.fids[0] + alone.noise * np.array([-0.7, 0.2, 0.8])
+    agreeing = paired.compare(a, b, REFERENCE, are_pairs=False, seeds=far)
+    assert agreeing.band == alone.band and agreeing.seeds == 3
     wide = paired.compare(a, b, REFERENCE, are_pairs=False, seeds=[1.0, 2.0, 3.0])
-    assert wide.band == pytest.approx(paired.WIDE * np.sqrt(2))
-    assert narrow.band < 1
+    assert wide.noise == pytest.approx(np.sqrt(2)) and wide.scatter == 1
+    # Student's t of 2 degrees of freedom
+    assert wide.band == pytest.approx(99.992 * np.sqrt(2), rel=1e-4)
+
+
+def test_other_numbers_of_images_move_fid_but_not_the_verdict():
+    draw = lambda seed, n: np.random.default_rng(seed).standard_normal((n, 40))
+    there = Gaussian(np.zeros(40), np.eye(40))
+    gap = paired.compare(draw(0, 2000), draw(1, 200), there, are_pairs=False)
+    assert gap.gap < -1 and abs(gap.net) < gap.band and gap.within_noise
+    assert "at equal numbers of images" in gap.sentence()
+
+
+def test_too_few_images_have_no_band():
+    gap = paired.compare(drawn(0, 3), drawn(1, 3), REFERENCE, are_pairs=True)
+    assert (gap.band, gap.noise, gap.chance, gap.interval) == (None,) * 4
+    assert gap.within_noise is None
+    assert gap.sentence().startswith("Too few images for a noise band: FID ")
 
 
 def test_swaps_add_up_to_the_gap():
     sets = [("A", drawn(0)), ("latents", drawn(1, shift=0.1)), ("B", drawn(2, shift=1))]
     other = Gaussian(np.zeros(WIDTH), np.eye(WIDTH))
-    rows = paired.swaps(sets, REFERENCE, other)
+    rows = paired.swaps(sets, REFERENCE, ("reference", sets[-1][1], other))
     assert [name for name, *_ in rows] == ["A", "latents", "B", "reference"]
     ends = (
         frechet(Gaussian.of(sets[0][1]), REFERENCE),
@@ -78,7 +155,7 @@ def test_the_worst_pairs_come_first():
     b = a.copy()
     b[290] += 50
     b[7, 0, 0, 0] += 40
-    worst, tiles = paired.worst_pairs(ArrayImages(a), ArrayImages(b), 2)
+    worst, tiles = worst_pairs(ArrayImages(a), ArrayImages(b), 2)
     assert [i for i, _ in worst] == [290, 7] and worst[0][1] == 50
     assert tiles.shape == (6, 4, 4, 3)
     np.testing.assert_array_equal(tiles[0], a[290])

@@ -98,3 +98,13 @@ def test_the_steps_add_up_to_the_gap(tmp_path, run):
     code, _, err = run(*sides, *flags[2:], "--swapped", a)
     assert code == 2 and "goes with latents (.npy)" in err
     assert not (tmp_path / "no").exists()
+    sides = (a, b, "--network", "digits", *flags)
+    code, _, err = run(*sides, "--swapped", tmp_path / "none.npy")
+    assert code == 2 and "--swapped: no file at" in err and "--noise" not in err
+    np.save(tmp_path / "few.npy", x[:7])
+    code, _, err = run(*sides, "--swapped", tmp_path / "few.npy")
+    assert code == 2 and "few.npy has 7 latents, B 200: it is what A's network" in err
+    sides = (*sides, "--inception-b", "x", "--features-b", tmp_path / "f.npz")
+    code, _, err = run(*sides)
+    assert code == 2 and "judges pictures, and" in err and "f.npz has none" in err
+    assert not (tmp_path / "no").exists()

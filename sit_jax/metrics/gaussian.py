@@ -79,6 +79,35 @@ def frechet(a, b):
     return float(gap @ gap + np.trace(a.cov) + np.trace(b.cov) - 2 * cross)
 
 
+class Influence:
+    """How much single features move the distance of a Gaussian to a reference.
+
+    The derivative of frechet(here, there) in the direction of one feature x [D], that
+    is 2 (m - r)'(x - m) + (x - m)'(1 - T)(x - m) but for a constant, m and r the means:
+    T, here's optimal transport to there, is F (F' S F)^-1/2 F' where F F' is there's
+    covariance and S here's (Bhatia, Jain and Lim, arXiv:1712.01504). The distance of a
+    set near `here` is that of `here` and the mean of these, to first order.
+    """
+
+    def __init__(self, here, there):
+        factor = _factor(there.cov)
+        values, vectors = np.linalg.eigh(factor.T @ here.cov @ factor)
+        kept = values > len(values) * np.finfo(float).eps * values[-1]
+        root = values[kept] ** -0.25
+        self._transport = (factor @ vectors[:, kept]) * root  # T is this by its own
+        self._mean, self._slope = here.mean, 2 * (here.mean - there.mean)
+
+    def __call__(self, features):
+        """features [N, D] -> float64 [N], but for a constant common to all."""
+        parts = [features[i : i + BLOCK] for i in range(0, len(features), BLOCK)]
+        return np.concatenate([self._of(np.asarray(x, np.float64)) for x in parts])
+
+    def _of(self, x):
+        x = x - self._mean
+        moved = np.square(x @ self._transport).sum(1)
+        return x @ self._slope + np.square(x).sum(1) - moved
+
+
 def _factor(cov):
     """F with F F' = cov: Cholesky's, or from eigenvalues where the rank is not full."""
     try:
