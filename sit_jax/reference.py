@@ -18,10 +18,8 @@ def original(clone):
     folder = Path(clone).expanduser()
     path = next((p for p in map(folder.joinpath, PLACES) if p.is_file()), None)
     if path is None:
-        wanted = " or ".join(PLACES)
-        raise UserError(
-            f"--reference: no {wanted} in {folder}; give a clone of the original"
-        )
+        missing = folder / PLACES[0]
+        raise UserError(f"--reference: no {missing}; give a clone of the original")
     found = importlib.util.spec_from_file_location("original_models", path)
     module = importlib.util.module_from_spec(found)
     try:
