@@ -31,6 +31,7 @@ from sit_jax.emulation import EMULATED
 from sit_jax.errors import UserError
 from sit_jax.locks import alone
 from sit_jax.numerals import COUNT, SEED
+from sit_jax.parts import is_begun
 from sit_jax.preview import rows
 from sit_jax.torch_config import FAMILIES
 from sit_jax.weights import open_weights, require_torch
@@ -52,7 +53,9 @@ def main():
 
 def sample(args, overrides):
     """-> exit code, after args.out and its manifest are written."""
-    out = outputs.check(args.out, args.overwrite)
+    # a kill may have come when the output was there and its parts not yet gone
+    begun = is_begun(args.out, args.out)
+    out = outputs.check(args.out, args.overwrite or begun)
     if args.trajectory is not None and out.suffix != ".png":
         raise UserError(f"--trajectory needs --out x.png, not {args.out}")
     if args.quantize is not None:
@@ -235,10 +238,15 @@ def _check_noise(args, made, shape):
 
 
 def _save_noise(args, room):
-    path = outputs.check(args.save_noise, args.overwrite)
+    path, array = Path(args.save_noise), None
     if path.suffix != ".npy":
         raise UserError(f"--save-noise {path}: write a name ending in .npy")
-    array = starts.starts(room)
+    if path.is_file() and not args.overwrite:
+        array = starts.starts(room)
+        if outputs.is_array(path, array):
+            return  # of a run that was killed
+    path = outputs.check(path, args.overwrite)
+    array = starts.starts(room) if array is None else array
     hosts.wait()  # until all have seen that the place is free
     if hosts.first():
         outputs.save_array(path, array)

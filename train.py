@@ -155,7 +155,8 @@ def _loop(config, parts, mesh, source, state, feed, log, saved, keeper, look, st
     first, key = int(state.step), jax.random.key(config.seed)
     names = tensor_names(state)
     shapes = abstract_batch(source, config.batch_size, mesh)
-    step = _compiled(log, config, parts, mesh, state, shapes, key)
+    with stop.compiling(first):
+        step = _compiled(log, config, parts, mesh, state, shapes, key)
     batch = next(feed)  # was read meanwhile
     meter = _meter(config, parts)
     feed.waited()

@@ -1,6 +1,7 @@
 """What the scripts share: arguments, and errors as one line with exit code 2."""
 
 import argparse
+import contextlib
 import difflib
 import os
 import re
@@ -18,6 +19,8 @@ SYMPTOM = 3.0  # seconds in which the loss of a process is noticed as its cause
 
 
 INTERRUPTED = "interrupted; the same command goes on, or begins again"
+
+_last_words = INTERRUPTED, 130  # and the exit code
 
 
 class _Parser(argparse.ArgumentParser):
@@ -100,7 +103,7 @@ def _ended(words, code):
 
 def _left():
     """Ends from a thread, while the main one is where no signal reaches it."""
-    code = _ended(INTERRUPTED, 130)
+    code = _ended(*_last_words)
     sys.stderr.flush()
     os._exit(code)
 
@@ -149,6 +152,20 @@ class Stop:
             for number in numbers:
                 self._before[number] = signal.signal(number, self._ask)
         return self
+
+    @contextlib.contextmanager
+    def compiling(self, step):
+        """Inside, nothing is done that `step` has not saved: a signal may end it all.
+
+        XLA's compiler takes minutes and hears nothing.
+        """
+        global _last_words
+        before = _last_words
+        words = f"stopped while compiling, after step {step}"
+        _last_words = f"{words}; the same command goes on from there", 0
+        with interrupts.impatience():
+            yield
+        _last_words = before
 
     def after(self, step):
         """Whether to stop after this step; they are counted from 1 as it is begun."""

@@ -1,17 +1,30 @@
 """Outputs that are whole or not there: written under another name, then renamed."""
 
 import contextlib
+import errno
 import os
+import re
 import shutil
+import sys
+from functools import partial
 from pathlib import Path
 
 from sit_jax.errors import UserError
+from sit_jax.interrupts import tidied
 from sit_jax.places import local
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+_open = set()  # drafts of this process
 
 
 def require_free(path, overwrite):
-    """-> absolute Path; refuses what exists already unless it may be overwritten."""
+    """-> absolute Path; refuses what exists already unless it may be overwritten.
+
+    What killed processes have left of it is cleared away before.
+    """
     path = local(path).absolute()
+    clear(path)
     if os.path.lexists(path) and not overwrite:
         raise UserError(f"{path} exists; --overwrite replaces it")
     require_writable(path)
@@ -47,6 +60,63 @@ def require_space(path, size):
 
 
 @contextlib.contextmanager
+def roomy(path, needed):
+    """Says of a disk that is full meanwhile what is lacking; needed(): bytes still."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        folder = next(parent for parent in Path(path).parents if parent.is_dir())
+        raise UserError(
+            f"{error.filename or path}: {error.strerror}; {path} still needs "
+            f"{needed():,} bytes, {shutil.disk_usage(folder).free:,} are free; make "
+            "space, and the same command goes on"
+        ) from error
+
+
+def clear(path):
+    """Removes drafts of `path` by processes that are dead.
+
+    One that was killed between the two renames that replace a folder had moved the
+    folder aside: it gets its name back.
+    """
+    for old in _left(path, re.escape(path.name), re.escape(".old")):
+        if os.path.lexists(path):
+            shutil.rmtree(old, ignore_errors=True)
+            continue
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            os.rename(old, path)
+            print(f"{path} is back: a killed run had moved it aside", file=sys.stderr)
+    for name in _left(path, re.escape(path.stem), f"({re.escape(path.suffix)})?"):
+        _remove(name)
+
+
+def _left(path, begin, end):
+    """What is named after a dead process, beside a path."""
+    pattern = re.compile(rf"\.{begin}\.(\d+){end}")
+    try:
+        beside = list(path.parent.iterdir())
+    except OSError:  # nothing there, or not ours to see
+        return []
+    found = ((each, pattern.fullmatch(each.name)) for each in beside)
+    return [e for e, match in found if match and e not in _open and _dead(match[1])]
+
+
+def _dead(process):
+    """Whether no other process has this number; containers give the same ones again."""
+    try:
+        if int(process) != os.getpid():
+            os.kill(int(process), 0)
+            return False
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
 def draft(path):
     """Gives a path beside `path`, of the same ending, that replaces it in the end.
 
@@ -55,11 +125,9 @@ def draft(path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
+    with _opened(name):
         yield name
         _replace(name, path)
-    finally:
-        _remove(name)
 
 
 @contextlib.contextmanager
@@ -71,12 +139,22 @@ def drafts(paths):
     """
     folder = paths[0].with_name(f".{paths[0].stem}.{os.getpid()}")
     folder.mkdir(parents=True)
-    try:
+    with _opened(folder):
         yield folder
         for path in reversed(paths):
             _replace(folder / path.name, path)
+
+
+@contextlib.contextmanager
+def _opened(name):
+    """Removes what is there of that name in the end, however it comes."""
+    _open.add(name)
+    try:
+        with tidied(partial(_remove, name)):
+            yield
     finally:
-        _remove(folder)
+        _open.discard(name)
+        _remove(name)
 
 
 def _replace(name, path):

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from sit_jax import hosts
-from sit_jax.data.filling import finish, missing, open_plan, shard
+from sit_jax.data.filling import finish, missing, needed, open_plan, shard
 from sit_jax.data.images import CROP
 from sit_jax.data.reading import Broken, read_with_gaps
-from sit_jax.data.tags import PLAN, Tags, default_shards
+from sit_jax.data.tags import DONE, PLAN, Tags, default_shards
 from sit_jax.data.workers import Workers
+from sit_jax.drafts import clear, roomy
 from sit_jax.errors import UserError
 from sit_jax.locks import alone
 from sit_jax.places import local
@@ -110,7 +111,8 @@ def _extracted(
     total = sum(len(tags.shard(k)[1]) for k in numbers)
     broken, encoder = Broken(source, say), Encoder(codec, tags, batch_size)
     batches = _batches(source, encoder, tags, numbers, threads, workers)
-    with contextlib.closing(batches):
+    lacking = partial(needed, path, tags, process, count)
+    with contextlib.closing(batches), roomy(path / DONE, lacking):
         for number, some in itertools.groupby(batches, lambda batch: batch.shard):
             with shard(path, tags, number) as filled:
                 for batch in some:
@@ -129,7 +131,11 @@ def _extracted(
 
 def _planned(out, tags):
     """-> the folder of the cache, which process 0 makes and the others see."""
-    path = open_plan(out, tags) if hosts.first() else local(out)
+    path = local(out)
+    if hosts.first():
+        for name in (PLAN, DONE):
+            clear(path / name)
+        open_plan(out, tags)
     hosts.require_shared(path / PLAN)
     return open_plan(out, tags)
 

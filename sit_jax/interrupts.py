@@ -1,4 +1,4 @@
-"""Ctrl-C that Python does not act on.
+"""Signals that Python does not act on.
 
 XLA compiles for minutes, and only when it returns does Python hear of a signal; an
 exception raised while Python collects garbage (JAX has a callback there) is dropped.
@@ -14,8 +14,11 @@ import threading
 import time
 
 GRACE = 3.5  # seconds
+ENDING = {signal.SIGINT, signal.SIGTERM}  # the latter where Python handles it
 
 _patient = 0  # how many ask for all the time they need, as to save a step
+_changes = 0  # of it: where there are some, the main thread is alive and has heard
+_left_behind = []  # what to call before the process ends from here
 
 
 def watch(end):
@@ -28,17 +31,48 @@ def watch(end):
 
 @contextlib.contextmanager
 def patience():
-    """Inside, a signal may wait for ever."""
-    global _patient
-    _patient += 1
+    """Inside, a first signal may wait for ever; a second one may not."""
+    with _counted(1):
+        yield
+
+
+@contextlib.contextmanager
+def impatience():
+    """Inside, patience is suspended: there is nothing to save."""
+    with _counted(-1):
+        yield
+
+
+@contextlib.contextmanager
+def tidied(remove):
+    """remove() is called if the process ends from here before the block does."""
+    _left_behind.append(remove)
     try:
         yield
     finally:
-        _patient -= 1
+        _left_behind.remove(remove)
+
+
+@contextlib.contextmanager
+def _counted(more):
+    global _patient, _changes
+    _patient, _changes = _patient + more, _changes + 1
+    try:
+        yield
+    finally:
+        _patient, _changes = _patient - more, _changes + 1
 
 
 def _wait(reading, end):
+    heard = 0
     while signals := os.read(reading, 16):
-        if signal.SIGINT in signals and not _patient:
-            time.sleep(GRACE)
+        count = len(ENDING.intersection(signals))
+        heard += count
+        if not count or (heard == 1 and _patient):
+            continue
+        before = _changes
+        time.sleep(GRACE)
+        if heard > 1 or before == _changes:
+            for remove in reversed(_left_behind):
+                remove()
             end()

@@ -5,10 +5,12 @@ import errno
 import json
 import os
 import socket
+from functools import partial
 from pathlib import Path
 
 from sit_jax import json_text
 from sit_jax.errors import UserError
+from sit_jax.interrupts import tidied
 
 ABSENT = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # as on some NFS
 
@@ -34,10 +36,12 @@ def alone(folder, name="lock", wanted=True):
         file.truncate(0)
         file.write(json.dumps(_owner()))
         file.flush()
+        remove = partial(path.unlink, missing_ok=True)
         try:
-            yield
+            with tidied(remove):
+                yield
         finally:
-            path.unlink(missing_ok=True)
+            remove()
 
 
 def _opened(path):

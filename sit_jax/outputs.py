@@ -10,7 +10,8 @@ import zipfile
 import jax
 import numpy as np
 
-from sit_jax.drafts import draft, require_writable
+from sit_jax import array_files
+from sit_jax.drafts import clear, draft, require_writable
 from sit_jax.errors import UserError
 from sit_jax.pictures import save_gif, save_png, sheet
 from sit_jax.places import local
@@ -33,6 +34,8 @@ def check(path, overwrite):
         require_writable(path / "any" if is_folder else path)
     except UserError as error:
         raise UserError(f"--out {error}") from error
+    for file in (path, manifest_path(path)):
+        clear(file)
     return path
 
 
@@ -45,6 +48,15 @@ def check_codec(path, parts):
     if wants_pictures(path):
         one = jax.ShapeDtypeStruct((1, *parts.shape), np.float32)
         jax.eval_shape(parts.codec.decode, one)
+
+
+def is_array(path, array):
+    """Whether a .npy holds it, to the byte."""
+    try:
+        found = array_files.load(path)
+    except UserError:
+        return False
+    return found.dtype == array.dtype and np.array_equal(found, array)
 
 
 def save_array(path, array):
@@ -100,8 +112,9 @@ def _stream(file, name, parts, count, total):
 
 
 def _folder(path, parts, count):
-    for old in path.glob("[0-9]*.png"):
-        old.unlink()  # of more images than there are now
+    for pattern in ("[0-9]*.png", ".[0-9]*.png"):
+        for old in path.glob(pattern):  # of more images, or what a kill has left
+            old.unlink()
     i = 0
     for images in _all(parts, count):
         for image in images:

@@ -1,16 +1,20 @@
 """Batches on disk until all are there, so that a long run can be killed and go on."""
 
 import shutil
+import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from sit_jax import json_text
+from sit_jax.array_files import DAMAGED
 from sit_jax.drafts import draft
 from sit_jax.errors import UserError
 from sit_jax.workdir import write_json
 
 MARK = "job.json"
+KEY = "part"  # the array in a batch that says whose it is
 
 
 def parts_mark(out):
@@ -20,41 +24,74 @@ def parts_mark(out):
 
 def parts_size(out):
     """Bytes of the batches that are there."""
-    return sum(path.stat().st_size for path in parts_mark(out).parent.glob("*.npz"))
+    return sum(path.stat().st_size for path in _files(parts_mark(out).parent))
+
+
+def is_begun(out, path):
+    """Whether a run that makes `out`, and may write `path`, was not finished."""
+    return str(Path(path).absolute()) in _read_mark(parts_mark(out)).get("writes", ())
+
+
+def remove_parts(out):
+    """The mark first: what a kill leaves of it then belongs to nobody."""
+    mark = parts_mark(out)
+    mark.unlink(missing_ok=True)
+    shutil.rmtree(mark.parent, ignore_errors=True)
 
 
 class Parts:
-    """A folder beside the output, with one file a batch; it belongs to one digest."""
+    """A folder beside the output, with one file a batch; it belongs to one digest.
 
-    def __init__(self, out, digest, overwrite=False):
+    Those of another digest are refused, or with overwrite removed. writes: paths that
+    the run will write, which it may replace when it goes on.
+    """
+
+    def __init__(self, out, digest, overwrite=False, writes=()):
+        self._out, self._digest = out, digest
         self.folder = parts_mark(out).parent
-        self._mark(digest, overwrite)
+        writes = [str(Path(path).absolute()) for path in writes]
+        self._mark({"digest": digest, "writes": writes}, overwrite)
 
     def missing(self, count):
         """-> numbers of the batches 0 .. count - 1 that are still to be made."""
         return [i for i in range(count) if not self._path(i).exists()]
 
-    def save(self, batch, images, stats):
-        """images [n, ...] of a batch, and its stats: arrays by name."""
+    def checked(self, count):
+        """As missing, of batches that are whole; others are named and removed.
+
+        Before any are made, by one process.
+        """
+        for left in self.folder.glob(".[0-9]*.npz"):
+            left.unlink()  # which a kill has left
+        for batch in set(range(count)).difference(self.missing(count)):
+            if why := self._damage(batch):
+                _say(f"{self._path(batch)} {why}: it is removed and made again")
+                self._path(batch).unlink()
+        return self.missing(count)
+
+    def save(self, batch, arrays):
+        """arrays [n, ...] of a batch, by name."""
         with draft(self._path(batch)) as name:
-            np.savez(name, images=images, **stats)
+            np.savez(name, **arrays, **{KEY: self._key(batch)})
+
+    def read(self, batch):
+        """-> what was saved."""
+        with np.load(self._path(batch), allow_pickle=False) as file:
+            return {name: file[name] for name in file if name != KEY}
 
     def images(self, batch):
-        return self._read(batch, "images")
+        return self._array(batch, "images")
 
     def stats(self, batch, name, default=None):
-        return self._read(batch, name, default)
+        return self._array(batch, name, default)
 
     def remove(self):
-        shutil.rmtree(self.folder)
+        remove_parts(self._out)
 
-    def _mark(self, digest, overwrite):
-        mark = self.folder / MARK
-        try:
-            found = json_text.parse(mark.read_text()).get("digest")
-        except (OSError, ValueError):
-            found = None
-        if found == digest:
+    def _mark(self, mark, overwrite):
+        path = self.folder / MARK
+        found = _read_mark(path)
+        if found.get("digest") == mark["digest"]:
             return  # going on
         if self.folder.exists() and not overwrite:
             raise UserError(
@@ -62,13 +99,55 @@ class Parts:
                 "own command, or start over with --overwrite"
             )
         if self.folder.exists():
+            self._require_ours()
+            _say(f"{self.folder} holds parts of another run, which are removed")
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True)
-        write_json(mark, {"digest": digest})
+        write_json(path, mark)
+
+    def _require_ours(self):
+        """Or nobody knows what would be removed."""
+        known = {MARK, *(path.name for path in _files(self.folder))}
+        for path in self.folder.iterdir():
+            if path.name not in known and path.name[0] != ".":
+                raise UserError(
+                    f"{self.folder} holds {path.name}, which is no part of anything; "
+                    "move the folder away"
+                )
 
     def _path(self, batch):
         return self.folder / f"{batch:06d}.npz"
 
-    def _read(self, batch, name, default=None):
+    def _key(self, batch):
+        return np.array(f"{self._digest} {batch}")
+
+    def _damage(self, batch):
+        """What is wrong with a batch that is there, or None; all of it is read."""
+        try:
+            with zipfile.ZipFile(self._path(batch)) as file:
+                if odd := file.testzip():
+                    return f"is damaged (sum of {odd})"
+            if self._array(batch, KEY, "") != self._key(batch):
+                return "belongs to another run"
+        except DAMAGED as error:
+            return f"is damaged ({str(error) or type(error).__name__})"
+
+    def _array(self, batch, name, default=None):
         with np.load(self._path(batch), allow_pickle=False) as file:
             return file[name] if default is None or name in file else default
+
+
+def _files(folder):
+    return folder.glob("[0-9]*.npz")
+
+
+def _read_mark(path):
+    try:
+        found = json_text.parse(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _say(words):
+    print(f"WARNING: {words}", file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import time
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from sit_jax import (
 )
 from sit_jax.adapters import put_all
 from sit_jax.codec import Latents
-from sit_jax.drafts import require_space
+from sit_jax.drafts import require_space, roomy
 from sit_jax.errors import UserError
 from sit_jax.generation import Generator
 from sit_jax.manifest import environment, weights_hash
@@ -88,8 +89,13 @@ def draw(room, out, overwrite=False, columns=None, frames=False):
     draws some of the batches, and process 0 puts them together. frames: the sampler
     keeps states, and out, a .png, becomes a strip of them with an animation beside it.
     """
+    with roomy(out, partial(_needed, room, out)):
+        return _drawn(room, out, overwrite, columns, frames)
+
+
+def _drawn(room, out, overwrite, columns, frames):
     job, begun = room.job, time.perf_counter()
-    _require_disk(room, out)
+    require_space(out, _needed(room, out))
     start, given, kicks = noise_of(room)
     batch_size = min(job.batch_size, len(job.labels))
     make = Generator(
@@ -100,7 +106,8 @@ def draw(room, out, overwrite=False, columns=None, frames=False):
     )
     parts = _parts(out, job, overwrite)
     count = -(-len(job.labels) // make.batch_size)
-    todo = hosts.told(parts.missing(count))[hosts.index() :: hosts.count()]
+    todo = hosts.told(parts.checked(count) if hosts.first() else None)
+    todo = todo[hosts.index() :: hosts.count()]
     ahead = make(job.seed, job.labels, start, given=given, todo=todo)
     drawing = time.perf_counter()
     with _bar(len(job.labels), count - len(todo), make.batch_size) as bar:
@@ -109,7 +116,8 @@ def draw(room, out, overwrite=False, columns=None, frames=False):
             if way is not None:
                 data = _checked_way(way)
             made = _pictures(room, data) if outputs.wants_pictures(out) else data
-            parts.save(batch, np.asarray(made), _each(stats, make.batch_size, data))
+            stats = _each(stats, make.batch_size, data)
+            parts.save(batch, {"images": np.asarray(made), **stats})
             bar.update(make.batch_size)
     seconds = time.perf_counter() - drawing
     drawn = sum(hosts.exchange(min(len(todo) * make.batch_size, len(job.labels))))
@@ -134,21 +142,21 @@ def draw(room, out, overwrite=False, columns=None, frames=False):
     )
 
 
-def _require_disk(room, out):
-    """Refuses what the disk cannot hold: the batches, and the output made of them."""
+def _needed(room, out):
+    """Bytes still to be written: the batches, and the output made of them."""
     one = jax.ShapeDtypeStruct((1, *room.parts.shape), np.float32)
     if outputs.wants_pictures(out):
         one = jax.eval_shape(_decoded, room.parts.codec, one)
     size = 2 * len(room.job.labels) * one.size * one.dtype.itemsize
-    require_space(out, max(0, size - parts_size(out)))
+    return max(0, size - parts_size(out))
 
 
 def _parts(out, job, overwrite):
     """-> Parts, made by process 0; two processes must not start over in turn."""
     hosts.require_same("the job", job.digest[:12], "their configs or files differ")
-    parts = Parts(out, job.digest, overwrite) if hosts.first() else None
+    ours = Parts(out, job.digest, overwrite, [out]) if hosts.first() else None
     hosts.require_shared(parts_mark(out))
-    return parts or Parts(out, job.digest)
+    return ours or Parts(out, job.digest)
 
 
 def _require_all(parts, count):

@@ -124,6 +124,11 @@ def test_a_directory_is_replaced_only_if_asked_and_only_a_checkpoint(
     shutil.copytree(ported / "bare", tmp_path / "ck")
     assert port(BARE, tmp_path / "ck", *SIT_A)[0] == 2
     assert port(BARE, tmp_path / "ck", *SIT_A, "--overwrite")[0] == 0
+    # as a kill between two renames leaves it
+    (tmp_path / "ck").rename(tmp_path / f".ck.{2**22 + 1}.old")
+    code, _, err = port(BARE, tmp_path / "ck", *SIT_A)
+    assert code == 2 and "ck is back: a killed run had moved it aside" in err
+    assert os.listdir(tmp_path) == ["ck"]
     (tmp_path / "ck" / "notes.txt").touch()
     code, _, err = port(BARE, tmp_path / "ck", *SIT_A, "--overwrite")
     assert code == 2

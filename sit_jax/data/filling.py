@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 
@@ -32,15 +33,24 @@ def missing(path, tags, process, count):
     """-> numbers of the shards that process `process` of `count` has yet to write."""
     if not 0 <= process < count:
         raise UserError(f"process {process} of {count}: they count from 0")
-    files = {k: path / tags.shard(k)[0] for k in range(process, tags.shards, count)}
-    numbers = [k for k, file in files.items() if not file.exists()]
+    numbers = _absent(path, tags, process, count)
     for k in numbers:
-        for left in path.glob(f".{files[k].stem}.*"):
+        for left in path.glob(f".{Path(tags.shard(k)[0]).stem}.*"):
             left.unlink()  # of one that was killed
-    size = np.dtype(tags.dtype).itemsize * int(np.prod(tags.shape)) + HEAD.size
-    images = sum(len(tags.shard(k)[1]) for k in numbers)
-    require_space(path / DONE, images * tags.views * size)
+    require_space(path / DONE, needed(path, tags, process, count))
     return numbers
+
+
+def needed(path, tags, process, count):
+    """Bytes of the shards that are missing."""
+    record = np.dtype(tags.dtype).itemsize * int(np.prod(tags.shape)) + HEAD.size
+    numbers = _absent(path, tags, process, count)
+    return record * tags.views * sum(len(tags.shard(number)[1]) for number in numbers)
+
+
+def _absent(path, tags, process, count):
+    mine = range(process, tags.shards, count)
+    return [k for k in mine if not (path / tags.shard(k)[0]).exists()]
 
 
 @contextlib.contextmanager

@@ -6,7 +6,9 @@ wants. The last record of a file is JSON: what the file holds, as its writer kne
 """
 
 import contextlib
+import errno
 import json
+import os
 import struct
 import threading
 
@@ -44,6 +46,9 @@ class ShardWriter:
             yield
         except RuntimeError as error:
             reason = str(error).split(";")[0]
+            if os.strerror(errno.ENOSPC) in reason:
+                full = (errno.ENOSPC, os.strerror(errno.ENOSPC), self._path)
+                raise OSError(*full) from error
             raise UserError(
                 f"cannot write {self._path} ({reason}); free space, or write elsewhere"
             ) from error

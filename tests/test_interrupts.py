@@ -1,0 +1,70 @@
+"""Signals while the main thread is where Python does not act on them."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sit_jax import interrupts
+
+DEAF = """
+import contextlib, ctypes, os, signal, sys
+from sit_jax import interrupts
+
+interrupts.GRACE = 0.3
+signal.signal(signal.SIGINT, lambda *words: None)
+
+def end():
+    print("ended", flush=True)
+    os._exit(7)
+
+interrupts.watch(end)
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # or it would wake up
+deaf = ctypes.CDLL(None).usleep  # Python's handlers run when it has returned
+with contextlib.ExitStack() as stack:
+    for name in sys.argv[2:]:
+        stack.enter_context(getattr(interrupts, name)())
+    stack.enter_context(interrupts.tidied(lambda: print("tidied")))
+    print("here", flush=True)
+    deaf(int(sys.argv[1]))
+print("over")
+"""
+
+
+def begin(*words):
+    command = [sys.executable, "-c", DEAF, *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "here\n"
+    return process
+
+
+@pytest.mark.parametrize("blocks", [(), ("patience", "impatience")], ids=["", "within"])
+def test_a_deaf_process_is_ended_and_tidied(blocks):
+    process = begin("30000000", *blocks)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=10)
+    assert (said, process.returncode) == ("tidied\nended\n", 7)
+
+
+def test_patience_waits_for_a_first_signal_and_not_for_a_second():
+    process = begin("30000000", "patience")
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.6)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=10)
+    assert (said, process.returncode) == ("tidied\nended\n", 7)
+
+
+def test_who_leaves_a_block_in_time_has_heard():
+    """As when a compiler returns within the seconds of grace, and a step is saved."""
+    process = begin("200000", "patience", "impatience")
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=10)
+    assert (said, process.returncode) == ("over\n", 0)
+
+
+def test_five_seconds_are_enough():
+    assert interrupts.GRACE < 4
