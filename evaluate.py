@@ -2,12 +2,10 @@
 
 Inception Score, FID, sFID, precision and recall, as ADM's evaluator prints them, and a
 JSON file beside the samples. python evaluate.py --stats DATA --out ref.npz makes a
-reference; --features takes features that were stored, and needs no network. The
-likelihood of a data set is sample.py --likelihood's.
+reference; --features takes features that were stored, and needs no network. Killed,
+the same command goes on. The likelihood of a data set is sample.py --likelihood's.
 """
 
-import dataclasses
-import os
 from functools import partial
 from pathlib import Path
 
@@ -21,13 +19,13 @@ from sit_jax import (
     summary,
 )
 from sit_jax.digit_features import WIDTHS, DigitFeatures
-from sit_jax.drafts import require_free
 from sit_jax.errors import UserError
 from sit_jax.evaluated import open_side
-from sit_jax.features import inception_extractor, remembered, write_features
+from sit_jax.features import inception_extractor
 from sit_jax.manifest import environment
 from sit_jax.numerals import COUNT, whole
 from sit_jax.sharding import make_mesh
+from sit_jax.unfinished import Unfinished
 from sit_jax.workdir import read_json, write_json
 
 KEPT = 10_000  # features in a statistics file: as many as ADM's references have images
@@ -77,8 +75,8 @@ def evaluate(args):
     width = WIDTHS[args.network]
     samples = open_side(args.features if only else args.samples, only, width)
     reference = open_side(args.reference, width=width)
-    out = _place(args.out or _beside(samples.path), args.overwrite)
-    saved = args.save_features and _place(args.save_features, args.overwrite)
+    out = args.out or _beside(samples.path)
+    work = Unfinished(out, args.overwrite, args.save_features)
     hosts.wait()  # until all have seen that these places are free
     needs = evaluation.needs_features(wanted) or args.bootstrap is not None
     missing = (
@@ -93,8 +91,22 @@ def evaluate(args):
     evaluation.require_comparable(samples, reference, extractor, args.force)
     print("samples", samples.describe())
     print("reference", reference.describe(), flush=True)
-    ours = _complete(samples, missing[0], extractor, saved)
-    theirs = _complete(reference, missing[1], extractor)
+    with work.alone():
+        ours = work.complete(samples, missing[0], extractor, "samples")
+        theirs = work.complete(reference, missing[1], extractor, "reference")
+        if hosts.first():
+            found = _figures(args, ours, theirs, wanted)
+            notes = evaluation.notes(ours.count, wanted, found)
+            print(*evaluation.lines(found), *notes, sep="\n")
+            sides = {"samples": (samples, ours), "reference": (reference, theirs)}
+            write_json(work.out, _record(sides, extractor, found, notes))
+            work.finish()
+            print(work.out)
+    return 0
+
+
+def _figures(args, ours, theirs, wanted):
+    """Summaries -> {name: figure}, with an interval if it is asked for."""
     found = evaluation.figures(ours, theirs, wanted, _bar("blocks"))
     if args.bootstrap and ours.features is not None:
         count, bar = args.bootstrap, _bar("resamples")
@@ -102,13 +114,7 @@ def evaluate(args):
             ours.features, theirs.pool, count, progress=bar
         )
         found["resamples"] = count
-    notes = evaluation.notes(ours.count, wanted, found)
-    if hosts.first():
-        print(*evaluation.lines(found), *notes, sep="\n")
-        sides = {"samples": (samples, ours), "reference": (reference, theirs)}
-        write_json(out, _record(sides, extractor, found, notes))
-        print(out)
-    return 0
+    return found
 
 
 def make_reference(args):
@@ -119,19 +125,21 @@ def make_reference(args):
         if getattr(args, name) is not None:
             raise UserError(f"--stats makes a reference, and takes no {name}")
     side = open_side(args.stats, width=WIDTHS[args.network])
-    out = _place(args.out, args.overwrite)
+    work = Unfinished(args.out, args.overwrite)
     hosts.wait()  # until all have seen that this place is free
     if side.summary is not None:
         raise UserError(f"{side.path} holds statistics already: it is a reference")
     if not args.force:
         evaluation.require_enough(["fid"], side)
     extractor = _extractor(args, [side], [side.source])
-    found = _summarized(side.source, extractor, KEPT)
-    if hosts.first():
-        record = {"data": str(side.path), "environment": environment()}
-        summary.save(out, found, record)
-        kept = len(found.features)
-        print(f"statistics of {found.count} images, {kept} features of them", out)
+    with work.alone():
+        found = work.summarized(side.source, extractor, "statistics", KEPT)
+        if hosts.first():
+            record = {"data": str(side.path), "environment": environment()}
+            summary.save(work.out, found, record)
+            work.finish()
+            kept = f"{len(found.features)} features of them"
+            print(f"statistics of {found.count} images, {kept}", work.out)
     return 0
 
 
@@ -140,15 +148,6 @@ def _beside(path):
     if path.is_dir():
         return path / "evaluation.json"
     return path.with_name(f"{path.name}.evaluation.json")
-
-
-def _place(path, overwrite):
-    """-> Path to write to; what cannot be written later is refused now."""
-    path = require_free(path, overwrite)
-    folder = next(parent for parent in path.parents if parent.is_dir())
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{folder} is not writable; name another place by --out")
-    return path
 
 
 def _extractor(args, sides, missing):
@@ -174,35 +173,6 @@ def _extractor(args, sides, missing):
         return None
     mesh = make_mesh(data=-1, fsdp=1)
     return inception_extractor(weights, mesh, min(args.batch_size, most))
-
-
-def _complete(side, missing, extractor, saved=None):
-    """-> the Summary of a side, from its file and from what it still lacks."""
-    if missing is None or (missing.needs_network and extractor is None):
-        return side.summary
-    found = _summarized(missing, extractor, saved=saved)
-    if side.summary is None:
-        return found
-    parts = {"features": found.features, "score": found.score}
-    return dataclasses.replace(side.summary, **parts)
-
-
-def _summarized(source, extractor, keep=None, saved=None):
-    from tqdm import tqdm
-
-    pipeline = extractor.pipeline if source.needs_network else source.pipeline
-    with tqdm(total=source.count, unit="image", disable=None) as bar:
-        batches = summary.counted(source.features(extractor), bar.update)
-        store = {}
-        if saved:
-            batches = remembered(batches, source.count, store)
-        found = summary.summarize(
-            batches, source.count, keep, pipeline, source.is_inception
-        )
-    if saved and hosts.first():
-        write_features(saved, store, {"pipeline": pipeline, "data": str(source.path)})
-        print(f"features of {source.count} images", saved)
-    return found
 
 
 def _bar(unit):

@@ -83,23 +83,37 @@ class Member:
 
     def __init__(self, path, name):
         self.path, self.name = path, name
-        self.shape, self.dtype, size, start, self.packed = self._header()
+        self.shape, self.dtype, size, start, found = self._header()
+        self.packed, self._crc = found.compress_size, found.CRC
         _require_size(f"{path}: {name}", self.shape, self.dtype, size - start)
 
     def __len__(self):
         return self.shape[0]
 
-    def parts(self, rows):
-        """Yields arrays [rows, ...] until the end; the last one may be shorter."""
+    @property
+    def identity(self):
+        """What tells it from others without reading it: CRC-32, dtype and shape."""
+        return [self._crc, str(self.dtype), list(self.shape)]
+
+    def parts(self, rows, wanted=None):
+        """Yields arrays [rows, ...] until the end; the last one may be shorter.
+
+        wanted: only these of them, by ascending numbers.
+        """
         row, count = self.shape[1:], self.shape[0] if self.shape else 1
+        size = math.prod(row) * self.dtype.itemsize
+        numbers = range(-(-count // rows)) if wanted is None else wanted
         with _plainly(f"{self.path}: {self.name} is damaged"):
             with zipfile.ZipFile(self.path) as archive, self._open(archive) as file:
                 _read_header(file)
-                for start in range(0, count, rows):
+                begin = file.tell()
+                for number in numbers:
+                    start = number * rows
                     shape = (min(rows, count - start), *row)
-                    wanted = math.prod(shape) * self.dtype.itemsize
-                    data = file.read(wanted)
-                    if len(data) < wanted:
+                    if file.tell() != begin + start * size:
+                        file.seek(begin + start * size)
+                    data = file.read(shape[0] * size)
+                    if len(data) < shape[0] * size:
                         raise EOFError("it ends too early")
                     yield np.frombuffer(data, self.dtype).reshape(shape)
 
@@ -114,7 +128,7 @@ class Member:
                 f"{self.path}: {self.name} is in Fortran order; save "
                 "np.ascontiguousarray of it"
             )
-        return shape, dtype, found.file_size, start, found.compress_size
+        return shape, dtype, found.file_size, start, found
 
     def _open(self, archive):
         return archive.open(f"{self.name}.npy")

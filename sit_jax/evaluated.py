@@ -29,8 +29,9 @@ class OfImages:
         """Numbers in the features, by name; nothing is computed."""
         return extractor.widths(self.images.shape)
 
-    def features(self, extractor):
-        return extractor(self.images.batches(extractor.batch_size))
+    def features(self, extractor, wanted=None):
+        """Yields batches of them; wanted: only these, by ascending numbers."""
+        return extractor(self.images.batches(extractor.batch_size, wanted))
 
 
 class OfFeatures:

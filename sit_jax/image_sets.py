@@ -1,9 +1,11 @@
 """Sets of images that are judged: an .npz read in place, or a folder of files.
 
-A set has a length, a shape [H, W, 3] and `batches(size)`, uint8 [n, H, W, 3] in order.
-Never all of them are in memory. Grey images count as coloured ones, as in PIL.
+A set has a length, a shape [H, W, 3] and `batches(size)`, uint8 [n, H, W, 3] in order,
+or of these only the ones wanted. Never all of them are in memory. Its `identity` tells
+whether it is still the same set. Grey images count as coloured ones, as in PIL.
 """
 
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -35,8 +37,12 @@ class NpzImages:
     def __len__(self):
         return len(self._member)
 
-    def batches(self, size):
-        for images in self._member.parts(size):
+    @property
+    def identity(self):
+        return self._member.identity
+
+    def batches(self, size, wanted=None):
+        for images in self._member.parts(size, wanted):
             yield np.broadcast_to(images, (*images.shape[:3], 3))
 
 
@@ -67,9 +73,20 @@ class FolderImages:
     def __len__(self):
         return len(self._files)
 
-    def batches(self, size):
+    @property
+    def identity(self):
+        """Names, sizes and times of change."""
+        digest = hashlib.sha256()
+        for file in self._files:
+            found = file.stat()
+            said = (str(file.relative_to(self.path)), found.st_size, found.st_mtime_ns)
+            digest.update(repr(said).encode())
+        return digest.hexdigest()
+
+    def batches(self, size, wanted=None):
+        numbers = range(-(-len(self) // size)) if wanted is None else wanted
         with ThreadPoolExecutor(THREADS) as pool:
-            for start in range(0, len(self._files), size):
+            for start in (number * size for number in numbers):
                 yield np.stack(
                     list(pool.map(_pixels, self._files[start : start + size]))
                 )

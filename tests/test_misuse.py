@@ -461,6 +461,7 @@ LOCKS = {  # script: folder and name of its lock
     "train": ("{new}", "lock"),
     "sample": ("{place}", "new.npz.lock"),
     "extract_features": ("{new}", "lock"),
+    "evaluate": ("{place}", "new.lock"),
 }
 
 
