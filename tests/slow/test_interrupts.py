@@ -1,4 +1,7 @@
-"""Ctrl-C in sample.py at random moments: a line within 5 seconds, and it goes on."""
+"""Ctrl-C in each script at random moments: a line within 5 seconds, and it goes on.
+
+Four minutes: pytest tests/slow/test_interrupts.py
+"""
 
 import os
 import random
@@ -6,34 +9,162 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 import small
-from conftest import ROOT
+import works
+from works import Work
+
+from sit_jax import checkpoint
+
+SAID = "interrupted; the same command goes on, or begins again"
+MAKE = """
+import sys, torch
+from sit_jax.models.dit import SiT
+from sit_jax.released import Released
+released = Released(SiT(depth=12, width=384, heads=6), (32, 32, 4))
+state = {name: torch.from_numpy(x) for name, x in released.constants.items()}
+state |= {name: torch.randn(shape) for name, shape in released.trained.items()}
+torch.save({"model": state, "ema": state}, sys.argv[1])
+"""
 
 
-def start(weights, out, cache):
-    # nothing compiled before, so that most moments fall into XLA's compiler
-    env = {**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(cache)}
-    words = [sys.executable, "sample.py", "--weights", weights, "--out", out]
-    words += ["--num", "4000", "--batch-size", "8", "--sampler", "dopri8"]
-    words = list(map(str, words))
-    return subprocess.Popen(words, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+def training(inputs):
+    """Two workers; nothing is compiled beforehand, and a step not soon."""
+    words = ("--config", "tests/small_config.py", "--config.steps=100000")
+    more = ("--config.workers=2", "--config.save_every=40", "--config.preview=0")
+    place = lambda place: (*words, *more, "--workdir", place / "run")
+    return Work("train", place, None, 0)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_ctrl_c_ends_within_five_seconds(tmp_path, seed):
-    weights = small.checkpoint(tmp_path / "weights", small.config())
-    process = start(weights, tmp_path / "x.npz", tmp_path / "cache")
-    time.sleep(4 + 10 * random.Random(seed).random())  # after the imports
-    assert process.poll() is None, process.stderr.read()
-    begun = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    seconds = time.monotonic() - begun
-    print(f"{seconds:.1f} s, {len(list((tmp_path / 'x.npz.parts').glob('*')))} parts")
-    assert process.returncode == 130 and seconds < 5, said
-    assert said.splitlines()[-1] == (
-        "sample.py: interrupted; the same command goes on, or begins again"
+def porting(inputs):
+    return Work(
+        "port_weights",
+        lambda place: (_torch_file(inputs), place / "ck", "--family", "sit"),
+        None,
+        0,
     )
-    assert not (tmp_path / "x.npz").exists()
+
+
+def quantization(inputs):
+    return Work(
+        "quantize",
+        lambda place: (_torch_file(inputs), place / "w8", "--family", "sit"),
+        None,
+        0,
+    )
+
+
+def diagnosis(inputs):
+    weights = small.checkpoint(inputs / "weights", small.config())
+    drawn = ("--num", 4, "--sampler", "heun", "--steps", 4, "--out", inputs / "x.npz")
+    done = small.script("sample.py", "--weights", weights, *drawn)
+    assert done.returncode == 0, done.stderr
+    manifest = inputs / "x.npz.manifest.json"
+    return Work(
+        "diagnose",
+        lambda place: ("--collect", place / "b", "--from-manifest", manifest),
+        None,
+        0,
+    )
+
+
+def _torch_file(inputs):
+    """SiT-S/2 twice, 0.26 GB, of random weights."""
+    path = inputs / "s2.pt"
+    if not path.exists():
+        subprocess.run([sys.executable, "-c", MAKE, path], check=True)
+    return path
+
+
+SCRIPTS = {  # seconds after the imports in which something is going on
+    works.sampling: 10,
+    works.extraction: 5,
+    works.evaluation: 4,
+    porting: 5,
+    quantization: 3,
+    diagnosis: 8,
+}
+
+
+@pytest.fixture
+def quiet(tmp_path, monkeypatch):
+    """-> a check that processes have left nothing in memory or for temporary use."""
+    temporary, shared = tmp_path / "tmp", Path("/dev/shm")
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    # nothing compiled before, so that many moments fall into XLA's compiler
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    before = set(shared.iterdir())
+
+    def check(children):
+        _, alive = psutil.wait_procs(children, timeout=5)
+        assert not alive
+        assert not {path for path in set(shared.iterdir()) - before if path.exists()}
+        assert not list(temporary.iterdir())
+
+    return check
+
+
+def interrupt(process, seconds):
+    """Ctrl-C then -> seconds until the end, exit code, lines, children it had."""
+    works.ready(process)
+    time.sleep(seconds)
+    children = psutil.Process(process.pid).children(recursive=True)
+    begun = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, said = process.communicate(timeout=60)
+    return time.monotonic() - begun, process.returncode, said.splitlines(), children
+
+
+@pytest.mark.parametrize("make", SCRIPTS, ids=lambda make: make.__name__)
+def test_ctrl_c_ends_within_five_seconds_and_it_goes_on(tmp_path, quiet, make):
+    inputs, place = tmp_path / "inputs", tmp_path / "place"
+    inputs.mkdir(), place.mkdir()
+    work, rng = make(inputs), random.Random(make.__name__)
+    work.words(inputs)  # makes what it reads
+    seconds = rng.uniform(0, SCRIPTS[make])
+    took, code, lines, children = interrupt(work.begin(place), seconds)
+    print(f"after {seconds:.1f} s, ended {took:.1f} s later: {lines[-1:]}")
+    assert took < 5 and code == 130, lines
+    assert lines[-1] == f"{work.script}.py: {SAID}"
+    assert not [line for line in lines if "Traceback" in line], lines
+    assert not list(place.rglob(".*"))
+    quiet(children)
+    works.ended(work.begin(place))
+    assert list(place.iterdir())
+    for path in place.iterdir():
+        assert checkpoint.steps(path) in ([], [0])  # or it would be half of one
+
+
+@pytest.mark.parametrize("seconds", [0.7, 3.5, 9])
+def test_ctrl_c_in_training_saves_or_has_nothing_to_save(tmp_path, quiet, seconds):
+    """Within 5 seconds also while XLA compiles; then the same command goes on."""
+    work, place = training(tmp_path), tmp_path / "place"
+    took, code, lines, children = interrupt(work.begin(place), seconds)
+    folder = place / "run" / "checkpoints"
+    print(f"after {seconds} s, ended {took:.1f} s later: {lines[-1:]}")
+    assert took < 5, lines
+    if code == 130:  # before anything had been begun
+        assert lines[-1] == f"train.py: {SAID}"
+    else:
+        assert code == 0, lines
+    if code == 0 and not checkpoint.steps(folder):
+        assert "stopped while compiling, after step 0; the same command" in lines[-1]
+    quiet(children)
+    last = max(small.losses(place / "run"), default=0) if _logged(place) else 0
+    assert last == max(checkpoint.steps(folder), default=0)
+    process = work.begin(place)
+    while not _logged(place) or max(small.losses(place / "run"), default=0) < last + 5:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    works.ended(process)
+    losses = small.losses(place / "run")
+    assert list(losses) == list(range(1, len(losses) + 1)) and len(losses) > last
+
+
+def _logged(place):
+    return (place / "run" / "metrics.jsonl").exists()
