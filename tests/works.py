@@ -40,7 +40,7 @@ from sit_jax.features import Extractor
 
 class Slow(Extractor):
     def __call__(self, batches):
-        return super().__call__((time.sleep(0.02), each)[1] for each in batches)
+        return super().__call__((time.sleep(0.05), each)[1] for each in batches)
 
 evaluate.inception_weights.load = lambda path: t.weights()
 evaluate.inception_extractor = lambda weights, mesh, size: Slow(
@@ -156,7 +156,7 @@ def evaluation(inputs):
         lambda place: (
             *(inputs / "s.npz", "--reference", inputs / "r", "--batch-size", 30),
             *("--out", place / "x.json", "--save-features", place / "f.npz"),
-            *("--bootstrap", 200, "--kid"),
+            *("--bootstrap", 4000, "--kid"),
         ),
         lambda place: sum(
             _count(place / f"x.json.{side}.parts") for side in ("samples", "reference")

@@ -85,7 +85,7 @@ SCRIPTS = {  # seconds after the imports in which something is going on
     works.evaluation: 4,
     porting: 5,
     quantization: 3,
-    diagnosis: 8,
+    diagnosis: 3,
 }
 
 
