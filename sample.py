@@ -64,7 +64,7 @@ def sample(args, overrides):
     room = _studio(wanted, None if args.force else expected)
     outputs.check_codec(out, room.parts)
     if args.save_noise:
-        _save_noise(args, room)
+        starts.save(args.save_noise, room, args.overwrite)
     with alone(out.parent, f"{out.name}.lock", hosts.first()):
         lines = sampling.draw(
             room,
@@ -235,21 +235,6 @@ def _check_noise(args, made, shape):
         raise UserError(
             f"--num {len(made.labels)}, but {made.noise} has {found} images"
         )
-
-
-def _save_noise(args, room):
-    path, array = Path(args.save_noise), None
-    if path.suffix != ".npy":
-        raise UserError(f"--save-noise {path}: write a name ending in .npy")
-    if path.is_file() and not args.overwrite:
-        array = starts.starts(room)
-        if outputs.is_array(path, array):
-            return  # of a run that was killed
-    path = outputs.check(path, args.overwrite)
-    array = starts.starts(room) if array is None else array
-    hosts.wait()  # until all have seen that the place is free
-    if hosts.first():
-        outputs.save_array(path, array)
 
 
 def _columns(args, wanted):

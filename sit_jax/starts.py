@@ -1,8 +1,10 @@
 """What a job's images start from: the seed's noise, a file's, or torch's."""
 
+from pathlib import Path
+
 import numpy as np
 
-from sit_jax import array_files, noise
+from sit_jax import array_files, hosts, noise, outputs
 from sit_jax.errors import UserError
 from sit_jax.guidance import is_none
 from sit_jax.torch_noise import torch_noise
@@ -59,3 +61,18 @@ def starts(room):
         noise.image_keys(room.job.seed, block), room.parts.shape
     )
     return np.concatenate([np.asarray(draw(block)) for block in blocks])
+
+
+def save(path, room, overwrite):
+    """Writes starts() to a .npy; what is there already is no mistake if it is them."""
+    path, array = Path(path), None
+    if path.suffix != ".npy":
+        raise UserError(f"--save-noise {path}: write a name ending in .npy")
+    if path.is_file() and not overwrite:
+        array = starts(room)
+        overwrite = outputs.is_array(path, array)  # of a run that was killed
+    path = outputs.check(path, overwrite)
+    array = starts(room) if array is None else array
+    hosts.wait()  # until all have seen that the place is free
+    if hosts.first():
+        outputs.save_array(path, array)
