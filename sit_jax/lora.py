@@ -12,7 +12,16 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from sit_jax.errors import UserError
-from sit_jax.stored import Adapted, Grown, matched, quantize, read, replace
+from sit_jax.stored import (
+    Adapted,
+    Grown,
+    Quantized,
+    matched,
+    quantize,
+    read,
+    replace,
+    to_int8,
+)
 
 TABLE = "cond/label/embedding"
 
@@ -46,11 +55,6 @@ class Lora:
             raise UserError(f"adapter.alpha is {self.alpha}; it must be positive")
         if self.new_classes < 0:
             raise UserError(f"adapter.new_classes is {self.new_classes}; at least 0")
-        if self.dora and self.dropout:
-            raise UserError(
-                "adapter.dora with dropout is not there: PEFT drops the base's input "
-                "too; set one of the two to nothing"
-            )
 
     @property
     def scale(self):
@@ -59,6 +63,13 @@ class Lora:
     def compressed(self, base):
         """The base as it is kept: int8 where the settings say so."""
         return base if self.int8 is None else replace(base, self.int8, quantize)
+
+    def compressed_shapes(self, base):
+        """The same of shapes."""
+        if self.int8 is None:
+            return base
+        store = lambda path, weight: Quantized(*to_int8(weight))
+        return jax.eval_shape(lambda base: replace(base, self.int8, store), base)
 
     def __call__(self, base, key):
         """The base with adapters that change nothing yet."""

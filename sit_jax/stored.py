@@ -66,14 +66,16 @@ class Adapted(struct.PyTreeNode):
         return whole if self.magnitude is None else whole * self._gain()[..., None, :]
 
     def product(self, x, dtype):
-        out = product(x, self.base, dtype)
+        out, dropped = product(x, self.base, dtype), self._dropped(x)
         down, up = self.down.astype(dtype), self.up.astype(dtype)
-        out = out + (self._dropped(x).astype(dtype) @ down) @ (self.scale * up)
-        return (
-            out
-            if self.magnitude is None
-            else out * over(self._gain().astype(dtype), out)
-        )
+        more = (dropped.astype(dtype) @ down) @ (self.scale * up)
+        if self.magnitude is None:
+            return out + more
+        gain = over(self._gain().astype(dtype), out)
+        if self.keys is None:
+            return gain * (out + more)
+        # PEFT: all that training adds to the base's output sees the dropped input
+        return out + (gain - 1) * product(dropped, self.base, dtype) + gain * more
 
     def rows(self, index):
         """Rows of a table that is not stacked: index int [B] -> [B, out]."""

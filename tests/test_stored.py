@@ -260,6 +260,23 @@ def test_dropout_is_of_a_row_by_its_key_and_keeps_the_mean():
     assert relative(both, run(tree, x, t, y)) > 1e-2
 
 
+def test_with_lengths_all_that_training_adds_sees_the_dropped_input():
+    """Written out for one matrix: gain - 1 times the base, gain times the adapter."""
+    base = weights(MODELS[0])["blocks"]["attn"]["qkv"]["kernel"][0]
+    node = adapter("kernel", base, dora=True, dropout=0.5)
+    x = np.random.default_rng(2).standard_normal((3, 5, 16)).astype(np.float32)
+    node = node.replace(keys=jax.random.split(jax.random.key(0), 3))
+    kept = np.asarray(node._dropped(np.ones_like(x)))
+    assert set(np.unique(kept)) == {0.0, 2.0}
+    dropped, update = kept * x, 0.5 * node.down @ node.up
+    gain = node.magnitude / np.linalg.norm(base + update, axis=0)
+    wanted = x @ base + dropped @ ((gain - 1) * base + gain * update)
+    assert relative(node.product(x, jnp.float32), wanted) < 1e-6
+    undropped = node.replace(keys=None)
+    wanted = x @ (gain * (base + update))
+    assert relative(undropped.product(x, jnp.float32), wanted) < 1e-6
+
+
 # What is meant by a pattern
 
 

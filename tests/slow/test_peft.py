@@ -105,6 +105,51 @@ def test_two_adapters_add_up_as_in_peft(tmp_path):
     assert relative(ours(merged(both)), theirs(network)) < 3e-6
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_dropout_reaches_what_pefts_reaches(dora):
+    """One layer in training, torch's random mask replaced by ours."""
+    network = torch.nn.Sequential(torch.nn.Linear(16, 24, bias=False))
+    config = peft.LoraConfig(
+        r=3, lora_alpha=4, target_modules=["0"], use_dora=dora, lora_dropout=0.5
+    )
+    network = peft.get_peft_model(network, config)
+    layer = network.base_model.model[0]
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.copy_(weight + 0.3 * torch.randn_like(weight))
+    take = lambda weight: weight.detach().numpy().T
+    length = layer.lora_magnitude_vector["default"].weight if dora else None
+    node = Adapted(
+        take(layer.base_layer.weight),
+        take(layer.lora_A["default"].weight),
+        take(layer.lora_B["default"].weight),
+        length if length is None else length.detach().numpy(),
+        jax.random.split(jax.random.key(0), 5),
+        scale=4 / 3,
+        dropout=0.5,
+    )
+    x = np.random.default_rng(0).standard_normal((5, 7, 16)).astype(np.float32)
+    mask = torch.from_numpy(np.array(node._dropped(np.ones_like(x))))
+    layer.lora_dropout["default"] = Masked(mask)
+    with torch.no_grad():
+        wanted = network.train()(torch.from_numpy(x)).numpy()
+        still = network.eval()(torch.from_numpy(x)).numpy()
+    assert relative(node.product(x, np.float32), wanted) < 3e-6
+    assert relative(node.replace(keys=None).product(x, np.float32), still) < 3e-6
+    assert relative(still, wanted) > 0.05
+
+
+class Masked(torch.nn.Module):
+    """A dropout whose mask is given."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x):
+        return x * self.mask if self.training else x
+
+
 def test_diffusers_names_on_a_network_with_split_qkv(tmp_path):
     """peft itself puts what we wrote for diffusers on three modules for q, k and v."""
     tree = random_adapters(targets=".*blocks/attn/qkv/kernel", rank=3, alpha=4.0)
