@@ -19,11 +19,11 @@ from sit_jax import (
     chips,
     command,
     conversion,
-    diffusers_files,
-    lora_files,
+    directions,
     mdt_files,
     model_folder,
     reference,
+    releases,
     tensor_files,
 )
 from sit_jax import config as configs
@@ -36,14 +36,14 @@ from sit_jax.manifest import weights_hash
 from sit_jax.models.mdt import MDT
 from sit_jax.numerals import COUNT, whole
 from sit_jax.places import local
-from sit_jax.torch_config import FAMILIES
+from sit_jax.torch_config import FAMILIES, family_of
 from sit_jax.workdir import read_json
 
 
 def main():
     parser = command.parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="x.pt, diffusers folder, workdir, ...")
+    add("source", metavar="SOURCE", help="x.pt, diffusers folder, workdir, name ...")
     add("target", metavar="TARGET", help="the other kind; written whole or not at all")
     add("--family", choices=FAMILIES, help="of weights that do not tell")
     add(
@@ -64,16 +64,20 @@ def main():
     add("--reference", metavar="DIR", help="clone of SiT or DiT to compare with")
     add("--adapter", choices=("peft", "diffusers", "merged"), help="what LoRA becomes")
     add("--base", metavar="DIR", help="workdir or checkpoint that LoRA files belong to")
+    add("--unmerge", metavar="ADAPTER", help="take it out of merged weights again")
     add("--overwrite", action="store_true")
     args, overrides = command.parse(parser)
     begun = time.perf_counter()
-    is_adapter = args.adapter or args.base or lora_files.is_adapter_folder(args.source)
-    inwards = not is_adapter and _inwards(args.source, args.target, args.to)
-    _refuse_others(args, overrides, inwards or is_adapter)
+    _fetch(args)
+    is_adapter = directions.is_adapter(args)
+    inwards = not is_adapter and directions.inwards(args.source, args.target, args.to)
+    directions.refuse_others(args, overrides, inwards)
+    if is_adapter:
+        directions.refuse_beside_adapters(args)
     _figures(args)  # refused before anything is read
     original = args.reference and reference.original(args.reference)
     if is_adapter:
-        how = (args.step, args.adapter, args.base, args.overwrite)
+        how = (args.step, args.adapter, args.base, args.unmerge, args.overwrite)
         print(*adapter_exchange.port(args.source, args.target, *how), sep="\n")
     elif inwards:
         to_checkpoint(args, overrides, original)
@@ -84,6 +88,15 @@ def main():
     memory = (chips.peak_memory() or 0) / 1e9
     print(f"{time.perf_counter() - begun:.1f} s, peak memory {memory:.2f} GB")
     return 0
+
+
+def _fetch(args):
+    """A published name becomes its file, which is loaded if it is not there."""
+    if releases.find(args.source) is None:
+        return
+    require_free(args.target, args.overwrite)
+    args.family = family_of(args.source, args.family)
+    args.source = releases.fetch(args.source)
 
 
 def to_checkpoint(args, overrides, original=None):
@@ -205,42 +218,6 @@ def _figures(args):
 def published(family):
     """The config of the published run that a family's weights are taken for."""
     return importlib.import_module(f"configs.{family}_xl2").get_config()
-
-
-def _inwards(source, target, to):
-    """Whether torch weights become a checkpoint, by the kinds of the two paths."""
-    source, target = local(source), local(target)
-    if not source.exists():
-        raise UserError(f"nothing at {source}")
-    foreign = not source.is_dir() or diffusers_files.is_folder(source)
-    is_file, ends = target.suffix in tensor_files.KINDS, ", ".join(tensor_files.KINDS)
-    if foreign and to:
-        raise UserError(f"--to {to} is for a checkpoint; {source} is none")
-    if foreign and is_file:
-        raise UserError(f"{source} and {target} are both torch files; name a directory")
-    if to and is_file:
-        raise UserError(f"--to {to} writes a folder, not {target}")
-    if not foreign and not is_file and not to:
-        raise UserError(
-            f"{source} and {target} are both directories; name a {ends}, or --to "
-            f"{' or '.join(model_folder.LAYOUTS)}"
-        )
-    return foreign
-
-
-def _refuse_others(args, overrides, inwards):
-    """Flags of the other direction."""
-    if overrides and not args.config:
-        raise UserError(f"{overrides[0]} changes a --config, and none is given")
-    if inwards and args.step is not None:
-        raise UserError(f"--step {args.step} is for a checkpoint, not {args.source}")
-    if args.figures and inwards:
-        raise UserError(f"--figures {args.figures[0]} goes into the card of an export")
-    if args.to and args.reference:
-        raise UserError(f"--reference {args.reference} is for a .pt, not for --to")
-    for name in () if inwards else ("family", "heads", "config"):
-        if (value := getattr(args, name)) is not None:
-            raise UserError(f"--{name} {value}: {args.source} brings its own config")
 
 
 def _not_steps(directory):

@@ -18,7 +18,7 @@ from sit_jax.exchange import open_torch
 from sit_jax.manifest import weights_hash
 from sit_jax.numerals import COUNT
 from sit_jax.quantized import SKIP, WORDS, storing
-from sit_jax.torch_config import FAMILIES
+from sit_jax.torch_config import FAMILIES, family_of
 from sit_jax.weights import open_weights, require_torch
 
 
@@ -39,8 +39,9 @@ def main():
     storing(args.form, args.skip)
     target = require_free(args.target, args.overwrite)
     require_torch(args.source, args.family, args.heads)
+    family = family_of(args.source, args.family)
     opened = open_weights(
-        args.source, lambda path: open_torch(path, _published, args.family, args.heads)
+        args.source, lambda path: open_torch(path, _published, family, args.heads)
     )
     config, item = opened.config, "params" if args.no_ema else "ema"
     if "quantized" in opened.meta:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from sit_jax import (
+    adapters,
     command,
     densities,
     hosts,
@@ -21,7 +22,6 @@ from sit_jax import (
     presets,
     program_cache,
     quantized,
-    releases,
     sampling,
     settings,
     starts,
@@ -33,7 +33,7 @@ from sit_jax.locks import alone
 from sit_jax.numerals import COUNT, SEED
 from sit_jax.parts import is_begun
 from sit_jax.preview import rows
-from sit_jax.torch_config import FAMILIES
+from sit_jax.torch_config import FAMILIES, family_of
 from sit_jax.weights import open_weights, require_torch
 
 
@@ -167,10 +167,9 @@ def _job(args, overrides):
     starts.check(args.noise)
     weights = _open(source, args.family, args.heads)
     config = settings.apply(weights.config, args, overrides, source, published)
-    classes, seed = (
-        config.model.classes,
-        args.seed or (published.seed if published else 0),
-    )
+    item = "params" if args.no_ema else "ema"
+    classes = config.model.classes + adapters.new_classes(args.lora, weights, item)
+    seed = args.seed or (published.seed if published else 0)
     number, word = args.num, args.labels
     if published and word is None and number is None:
         number, word = published.num, published.labels
@@ -180,7 +179,7 @@ def _job(args, overrides):
         weights=str(source),
         config=configs.to_json(config),
         labels=labels.labels(word, number, classes, seed),
-        item="params" if args.no_ema else "ema",
+        item=item,
         family=args.family,
         heads=args.heads,
         seed=seed,
@@ -211,8 +210,7 @@ def _studio(wanted, expected):
 
 def _open(path, family=None, heads=None):
     require_torch(path, family, heads)
-    told = getattr(releases.find(path), "family", None)
-    family = family or (told if told in FAMILIES else None)
+    family = family_of(path, family)
 
     def torch_file(path):
         from sit_jax.exchange import open_torch

@@ -6,9 +6,14 @@ import jax
 import numpy as np
 
 from sit_jax import checkpoint, lora_files, lora_names
-from sit_jax.adapters import open_adapter, table_of
+from sit_jax.adapters import (
+    open_adapter,
+    require_same_rows,
+    table_of,
+    taken_out,
+)
 from sit_jax.base import base_shapes, load_adapted, load_base, trained_shapes
-from sit_jax.config import build, from_json, spec, to_json
+from sit_jax.config import from_json, spec, to_json
 from sit_jax.drafts import draft, require_free
 from sit_jax.errors import UserError
 from sit_jax.lora import TABLE, Lora
@@ -18,14 +23,15 @@ from sit_jax.recipe import recipe
 from sit_jax.released import nest
 from sit_jax.sharding import make_mesh
 from sit_jax.stored import Grown, read
-from sit_jax.training import init_params
+from sit_jax.weights import Directory
 
 
-def port(source, target, step=None, kind=None, base=None, overwrite=False):
-    """LoRA between a checkpoint and files, or merged: -> lines that say what.
+def port(source, target, step=None, kind=None, base=None, away=None, overwrite=False):
+    """LoRA between a checkpoint and files, merged, or out again: -> lines that tell.
 
     kind: peft, diffusers, merged, or None for files that become a checkpoint of
-    adapters over base. target: a folder, written whole or not at all.
+    adapters over base. away: adapters to take out of the merged weights in source.
+    target: a folder, written whole or not at all.
     """
     target = require_free(target, overwrite)
     ours = {lora_files.CONFIG, lora_files.WEIGHTS, lora_files.DIFFUSERS}
@@ -38,6 +44,8 @@ def port(source, target, step=None, kind=None, base=None, overwrite=False):
             return [*write_files(source, step, name, kind), target]
     if kind == "merged":
         items, meta = merge(source, step)
+    elif away is not None:
+        items, meta = unmerge(source, step, away)
     elif base is None:
         raise UserError(f"{source} holds adapters: add --base, the network they are of")
     else:
@@ -78,10 +86,52 @@ def merge(source, step):
     directory, step = _found(source, step)
     meta = checkpoint.read_meta(directory, step)
     config = from_json(meta["config"])
-    params, record = load_adapted(recipe(config), make_mesh(), directory, step, "ema")
+    parts = recipe(config)
+    adapter = open_adapter(f"{directory}/{step}", parts.model, base_shapes(parts))
+    params, record = load_adapted(parts, make_mesh(), directory, step, "ema")
     params = read(params)
     del config["adapter"]
     about = {"config": to_json(config), "step": 0, "merged": record}
+    about["merged_adapter"] = {
+        "path": adapter.path,
+        "sha256": adapter.sha256,
+        "new_classes": adapter.new_classes,
+    }
+    return {"params": params, "ema": params}, about
+
+
+def unmerge(source, step, away):
+    """-> items and meta of a checkpoint of the network before merge put adapters in.
+
+    away: those adapters, in any form; refused if others are there, or none.
+    """
+    directory, newest = checkpoint.find(source)
+    step = newest if step is None else step
+    meta = checkpoint.read_meta(directory, step)
+    base, told = meta.get("merged"), meta.get("merged_adapter")
+    if told is None:
+        raise UserError(
+            f"--unmerge {away}: {directory}/{step} names no adapters merged into it"
+        )
+    config = from_json(meta["config"])
+    config.model.classes -= told["new_classes"]
+    parts = recipe(config)
+    adapter = open_adapter(away, parts.model, base_shapes(parts))
+    if adapter.base and adapter.base["sha256"] != base["sha256"]:
+        raise UserError(
+            f"{away} belongs to other weights ({adapter.base['sha256'][:12]}, "
+            f"{adapter.base['path']}), not to those below {directory}/{step} "
+            f"({base['sha256'][:12]}, {base['path']})"
+        )
+    if adapter.sha256 != told["sha256"]:
+        raise UserError(
+            f"{away} is not in {directory}/{step}: it is {adapter.sha256[:12]}, there "
+            f"is {told['sha256'][:12]}, of {told['path']}"
+        )
+    there = Directory(directory, step)
+    params = there.load("ema", recipe(there.config), make_mesh(data=-1, fsdp=1))
+    params = taken_out(params, adapter)
+    about = {"config": to_json(config), "step": 0, "unmerged": base}
     return {"params": params, "ema": params}, about
 
 
@@ -95,17 +145,14 @@ def read_files(source, base):
     if "config" not in meta:
         raise UserError(f"{base} has no config in its meta")
     config = from_json(meta["config"])
-    model, shape = build(config.model), tuple(config.shape)
-    shapes = jax.eval_shape(lambda k: init_params(model, shape, k), jax.random.key(0))
-    adapter = open_adapter(source, model, shapes)
-    more = adapter.flat.get(TABLE)
-    new = len(more.more) if isinstance(more, Grown) else 0
+    below = recipe(config)
+    adapter = open_adapter(source, below.model, base_shapes(below))
+    new = adapter.new_classes
     config.adapter = _settings(source, adapter, new)
     config.model.classes += new
     parts = recipe(config)
     params, record = load_base(parts, make_mesh(), base)
-    if new:
-        _require_rows(source, lora_files.read(source)[2], params)
+    require_same_rows(adapter, params["cond"]["label"]["embedding"])
     tree = jax.tree.map(np.asarray, nest(adapter.flat))
     checkpoint.compare(str(source), tree, trained_shapes(parts))
     about = {"config": to_json(config), "step": 0, "base": record}
@@ -139,18 +186,8 @@ def _found(source, step):
 
 
 def _table(parts, meta, adapter):
-    if not isinstance(adapter.flat.get(TABLE), Grown):
+    if adapter.more is None:
         return None
     record = meta["base"]
     base, _ = load_base(parts, make_mesh(), record["path"], record)
     return table_of(adapter, base["cond"]["label"]["embedding"])
-
-
-def _require_rows(source, table, params):
-    """Refuses a table whose old rows were trained too: only new ones are kept."""
-    base = np.asarray(params["cond"]["label"]["embedding"])
-    if not np.array_equal(np.concatenate([table[: len(base) - 1], table[-1:]]), base):
-        raise UserError(
-            f"{source}: the rows of {lora_files.TABLE} that the base has too are other "
-            "ones; only rows for new classes can be added"
-        )

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 
 from sit_jax import checkpoint, placement
-from sit_jax.base import load_base
+from sit_jax.base import load_base, require_checkpoint
 from sit_jax.errors import UserError
 from sit_jax.sharding import shaped
 from sit_jax.start import items_of, restored
@@ -57,5 +57,6 @@ def _adapters_at(path):
     """-> (directory, step) of a checkpoint of adapters, else None."""
     if path is None:
         return None
+    require_checkpoint(path)
     found = checkpoint.find(path)
     return found if "base" in checkpoint.read_meta(*found) else None

@@ -8,11 +8,13 @@ from functools import partial
 
 import jax
 
-from sit_jax import checkpoint, placement, quantizing, sharding
+from sit_jax import checkpoint, placement, quantizing, releases, sharding
 from sit_jax.config import difference, from_json, to_json
 from sit_jax.errors import UserError
 from sit_jax.manifest import weights_hash
+from sit_jax.places import local
 from sit_jax.stored import join, split
+from sit_jax.tensor_files import KINDS
 from sit_jax.training import init_params
 
 # Fields of a network that adapters may be trained with at other values.
@@ -25,6 +27,7 @@ def load_base(parts, mesh, path, record=None):
     parts: a Recipe with an adapter; record: one that the weights must agree with.
     """
     shapes = base_shapes(parts)
+    require_checkpoint(path)
     directory, step = checkpoint.find(path)
     if record and str(directory) == record["path"]:
         step = record["step"]
@@ -53,6 +56,15 @@ def load_base(parts, mesh, path, record=None):
     return params, {"path": str(directory), "step": step, "sha256": found}
 
 
+def require_checkpoint(path):
+    """Refuses a published name or a torch file, with what makes a checkpoint of it."""
+    if releases.find(path) or local(path).suffix in KINDS:
+        raise UserError(
+            f"{path} is no checkpoint, which adapters need below them: make one with "
+            f"port_weights.py {path} DIR, or quantize.py {path} DIR for int8 (QLoRA)"
+        )
+
+
 def _whole(mesh, shapes, directory, step):
     """The weights where this process can read them all, for their hash."""
     where = placement.weights(mesh, shapes)
@@ -64,8 +76,9 @@ def _whole(mesh, shapes, directory, step):
 
 
 def base_shapes(parts):
-    """The parameters' shapes of the network below a Recipe's adapter."""
-    classes = parts.model.classes - parts.adapter.new_classes
+    """The parameters' shapes of the network, below a Recipe's adapter if it has one."""
+    new = 0 if parts.adapter is None else parts.adapter.new_classes
+    classes = parts.model.classes - new
     if classes < 1:
         raise UserError(
             f"model.classes is {parts.model.classes}, all of them new: adapter."
@@ -110,6 +123,12 @@ def _require_same(path, theirs, parts):
     pick = lambda fields: {n: v for n, v in fields.items() if n not in FREE}
     classes = parts.model.classes - parts.adapter.new_classes
     unlike = difference(pick(theirs), pick(found))
+    if theirs["classes"] != classes and not unlike and parts.adapter.new_classes:
+        raise UserError(
+            f"{path} has {theirs['classes']} classes and the data {ours.classes}: "
+            f"that makes {ours.classes - theirs['classes']} new ones, but "
+            f"adapter.new_classes is {parts.adapter.new_classes}"
+        )
     if theirs["classes"] != classes:
         unlike.append(("classes", theirs["classes"], classes))
     if unlike:

@@ -21,8 +21,8 @@ from sit_jax.errors import UserError
 # Of data only the sources: other modules there also write.
 OURS = (
     "adan codec data.archives data.arrays data.cache data.cifar data.folders "
-    "data.prepared data.sources data.styles digit_features diffusion guidance "
-    "guidance_scales interpolant lora min_snr models paths predictions rounding "
+    "data.further data.prepared data.sources data.styles digit_features diffusion "
+    "guidance guidance_scales interpolant lora min_snr models paths predictions rounding "
     "samplers schedules time_densities timesteps"
 )
 ALLOWED = (*(f"sit_jax.{name}" for name in OURS.split()), "optax", "diffrax")

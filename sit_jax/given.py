@@ -3,9 +3,8 @@
 import dataclasses
 from collections.abc import Callable
 
-from sit_jax import releases
 from sit_jax.numerals import COUNT
-from sit_jax.torch_config import FAMILIES
+from sit_jax.torch_config import FAMILIES, family_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +21,7 @@ class Given:
         """-> exchange.TorchWeights of a .pt or .safetensors."""
         from sit_jax.exchange import open_torch
 
-        told = getattr(releases.find(self.path), "family", None)
-        family = self.family or (told if told in FAMILIES else None)
+        family = family_of(self.path, self.family)
         return open_torch(path, self.base, family, self.heads)
 
 

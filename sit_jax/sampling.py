@@ -68,6 +68,7 @@ def studio(job, opened, weak=None, expected=None):
     if job.lora:
         worn = put_all(params, job.lora, parts.model, found, job.item)
         params, record["lora"] = worn
+        parts = _with_classes(parts, sum(each["new_classes"] for each in worn[1]))
     if job.quantize:
         params = quantizing.quantized(params, job.quantize, job.quantize_skip)
     parts = dataclasses.replace(parts, model=precision.computing(word, parts.model))
@@ -80,6 +81,12 @@ def studio(job, opened, weak=None, expected=None):
     program = f"attention: {attention.of(parts.model)}"
     print(measured["line"], program, *filter(None, [warning]), sep="\n")
     return Studio(job, parts, params, mesh, weak, around, record)
+
+
+def _with_classes(parts, new):
+    """The recipe for a label table that adapters have added rows to."""
+    model = parts.model.clone(classes=parts.model.classes + new)
+    return dataclasses.replace(parts, model=model)
 
 
 def draw(room, out, overwrite=False, columns=None, frames=False):

@@ -22,10 +22,11 @@ FLOORS = (
     "paths schedules noise config port placement checkpoint manifest metrics pictures "
     "chips meter tracking comparison tensor_files moments precision "
     "models.layers data.sources data.names data.coins data.tags data.shards "
-    "data.images data.arrays data.styles averages timesteps guidance_scales "
-    "models.masking time_densities emulation probe samplers.walk torch_noise rounding "
-    "gaussians pod array_files graph_files models.inception_layers metrics.gaussian "
-    "metrics.score metrics.manifold metrics.kernel stored",
+    "data.images data.arrays data.styles data.further averages timesteps "
+    "guidance_scales models.masking time_densities emulation probe samplers.walk "
+    "torch_noise rounding gaussians pod array_files graph_files "
+    "models.inception_layers metrics.gaussian metrics.score metrics.manifold "
+    "metrics.kernel stored",
     "predictions guidance codec data.reading data.folders data.tars data.cache "
     "quantized data.filling data.prepared command workdir logging outputs torch_files "
     "labels download models.vae_layers models.applied replicas history lora "
@@ -53,6 +54,7 @@ FLOORS = (
     "inception_weights exchange adapter_exchange sampling densities activations card "
     "conversion plan keeper",
     "model_folder planning",
+    "directions",
     "stages given curve adapting judges swapping",
     "watching",
     "train sample port_weights quantize score_digits extract_features evaluate "

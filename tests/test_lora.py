@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import small
 from flax.traverse_util import flatten_dict
+from lora_runs import begun, config, saved
 from networks import quick_jit
 
 import port_weights
@@ -16,9 +17,8 @@ import train
 from configs.lora_xl2 import get_config as lora_xl2
 from sit_jax import checkpoint, quantizing
 from sit_jax.adapters import put_all
-from sit_jax.adapting import begin_adapted
 from sit_jax.base import base_shapes, load_adapted, trained_shapes
-from sit_jax.config import spec, to_json
+from sit_jax.config import to_json
 from sit_jax.data.styles import inverted, slanted
 from sit_jax.errors import UserError
 from sit_jax.given import Given
@@ -27,16 +27,7 @@ from sit_jax.models.applied import apply
 from sit_jax.quantized import SKIP
 from sit_jax.recipe import recipe
 from sit_jax.sharding import make_mesh
-from sit_jax.start import pack
 from sit_jax.stored import Adapted, Grown, join, read
-
-FIELDS = dict(targets="blocks/(attn/qkv|mlp/fc2)/kernel", rank=2, alpha=3.0)
-
-
-def config(adapter=None, **fields):
-    c = small.config(**{"steps": 2, "save_every": 2, "preview": 0, **fields})
-    c.adapter = spec(Lora, **{**FIELDS, **(adapter or {})})
-    return c
 
 
 @pytest.fixture(scope="module")
@@ -46,29 +37,12 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, base):
-    """What train.py leaves of adapters, with random ones."""
-    workdir = tmp_path_factory.mktemp("run") / "run"
-    parts, state, record = begun(base)
-    rng = np.random.default_rng(0)
-    kick = lambda x: 0.1 * rng.standard_normal(x.shape).astype(np.float32)
-    items, meta = pack(state, parts.ema_decay)
-    items |= {name: jax.tree.map(kick, items["params"]) for name in ("params", "ema")}
-    meta |= {"config": to_json(config()), "base": record, "step": 2}
-    small.save(workdir / "checkpoints", 2, meta, **items)
-    (workdir / "config.json").write_text(json.dumps(to_json(config())))
-    return workdir
+    return saved(tmp_path_factory.mktemp("run") / "run", base)
 
 
 @pytest.fixture
 def called(monkeypatch, capsys):
     return lambda script, *words: small.called(script.main, monkeypatch, capsys, *words)
-
-
-def begun(base, **adapter):
-    c = config(adapter)
-    c.model.classes += adapter.get("new_classes", 0)
-    state, _, about = begin_adapted(recipe(c), make_mesh(), 0, "nowhere", str(base))
-    return recipe(c), state, about["base"]
 
 
 # How adapters begin
@@ -280,7 +254,6 @@ def test_merging_writes_a_network_that_draws_the_same(called, run, tmp_path):
         (dict(rank=0), "adapter.rank is 0; it must be at least 1"),
         (dict(alpha=0.0), "adapter.alpha is 0.0"),
         (dict(dropout=1.0), "adapter.dropout is 1.0"),
-        (dict(dora=True, dropout=0.1), "adapter.dora with dropout"),
         (dict(targets="blocks/atn/.*"), "nearest: blocks/attn/"),
         (dict(targets=TABLE, dora=True), "is for products"),
         (dict(new_classes=-1), "new_classes is -1"),
@@ -302,6 +275,13 @@ def test_a_base_of_another_network_is_refused(base, tmp_path):
             train.train(c, tmp_path / "work", Given(str(base)))
     with pytest.raises(UserError, match="add --init BASE"):
         train.train(config(), tmp_path / "work")
+    with pytest.raises(UserError, match="5 classes .* 8: that makes 3 new ones, but"):
+        c = config(dict(new_classes=2))
+        c.model.classes = 8
+        train.train(c, tmp_path / "work", Given(str(base)))
+    for name in ("sit-xl2-256", "x.pt"):
+        with pytest.raises(UserError, match=f"port_weights.py {name} DIR, or quantize"):
+            train.train(config(), tmp_path / "work", Given(name))
 
 
 def test_adapters_where_they_do_not_belong(called, run, base, tmp_path):

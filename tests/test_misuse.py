@@ -140,6 +140,7 @@ FLAGS = {  # script: {flag: wrong values}, or (wrong values, what else is on the
         "--to": WORD,
         "--adapter": WORD,
         "--base": READ,
+        "--unmerge": READ,
         "--figures": ("{missing}", "{garbage}", "{folder}", ""),
         "--reference": ("{missing}", "{folder}", "{garbage}", ""),
         "--overwrite": SWITCH,

@@ -1,0 +1,50 @@
+"""What train.py leaves of adapters, with random ones, over tests/small.py's network."""
+
+import json
+
+import jax
+import numpy as np
+import small
+
+from sit_jax.adapting import begin_adapted
+from sit_jax.config import spec, to_json
+from sit_jax.lora import Lora
+from sit_jax.recipe import recipe
+from sit_jax.sharding import make_mesh
+from sit_jax.start import pack
+
+FIELDS = dict(targets="blocks/(attn/qkv|mlp/fc2)/kernel", rank=2, alpha=3.0)
+
+
+def config(adapter=None, **fields):
+    c = small.config(**{"steps": 2, "save_every": 2, "preview": 0, **fields})
+    c.adapter = spec(Lora, **{**FIELDS, **(adapter or {})})
+    return c
+
+
+def grown(adapter):
+    """The config of a run whose model counts its new classes too."""
+    c = config(adapter)
+    c.model.classes += c.adapter.new_classes
+    return c
+
+
+def begun(base, **adapter):
+    """-> the recipe, the state and the base's record of a run that begins."""
+    parts = recipe(grown(adapter))
+    state, _, about = begin_adapted(parts, make_mesh(), 0, "nowhere", str(base))
+    return parts, state, about["base"]
+
+
+def saved(workdir, base, seed=0, **adapter):
+    """-> workdir, with a checkpoint of step 2 whose adapters are random."""
+    parts, state, record = begun(base, **adapter)
+    rng = np.random.default_rng(seed)
+    kick = lambda x: 0.1 * rng.standard_normal(x.shape).astype(np.float32)
+    items, meta = pack(state, parts.ema_decay)
+    items |= {name: jax.tree.map(kick, items["params"]) for name in ("params", "ema")}
+    told = to_json(grown(adapter))
+    meta |= {"config": told, "base": record, "step": 2}
+    small.save(workdir / "checkpoints", 2, meta, **items)
+    (workdir / "config.json").write_text(json.dumps(told))
+    return workdir

@@ -1,0 +1,168 @@
+"""New classes by adapters: rows of the label table, sampled, refused, numbered."""
+
+import copy
+
+import jax
+import numpy as np
+import pytest
+import small
+from lora_runs import saved
+
+import port_weights
+import sample
+from sit_jax import checkpoint, quantizing
+from sit_jax.adapters import new_classes, put_all
+from sit_jax.base import load_adapted
+from sit_jax.config import to_json
+from sit_jax.data.further import Further
+from sit_jax.data.sources import Synthetic
+from sit_jax.errors import UserError
+from sit_jax.lora import TABLE
+from sit_jax.quantized import SKIP
+from sit_jax.recipe import recipe
+from sit_jax.sharding import make_mesh
+from sit_jax.stored import merged, read
+from sit_jax.weights import open_weights
+
+PARTS = recipe(small.config())
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return small.checkpoint(tmp_path_factory.mktemp("base"), small.config())
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory, base):
+    """Adapters with two new classes."""
+    return saved(tmp_path_factory.mktemp("more") / "run", base, new_classes=2)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory, base):
+    """Adapters of a label table of five classes."""
+    workdir = tmp_path_factory.mktemp("table") / "run"
+    return saved(workdir, base, seed=1, targets=TABLE)
+
+
+@pytest.fixture
+def called(monkeypatch, capsys):
+    return lambda script, *words: small.called(script.main, monkeypatch, capsys, *words)
+
+
+def params(base):
+    directory, step = checkpoint.find(base)
+    return open_weights(base, None).load("ema", PARTS, make_mesh(data=-1, fsdp=1))
+
+
+def worn(base, *words):
+    return put_all(params(base), [str(word) for word in words], PARTS.model, None)
+
+
+def equal(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def own(run):
+    """The weights of a run of adapters by itself."""
+    directory, step = checkpoint.find(run)
+    parts = recipe(open_weights(run, None).config)
+    return merged(load_adapted(parts, make_mesh(), directory, step, "ema")[0])
+
+
+@pytest.mark.parametrize("targets", ["blocks/attn/qkv/kernel", f"{TABLE}|blocks/.*"])
+def test_new_rows_come_with_their_adapters(base, tmp_path, targets):
+    """Also where the table itself is adapted: the same weights as the run alone."""
+    run = saved(tmp_path / "run", base, new_classes=2, targets=targets)
+    found, records = worn(base, run)
+    equal(found, own(run))
+    assert found["cond"]["label"]["embedding"].shape == (8, 16)
+    assert [each["new_classes"] for each in records] == [2]
+    assert new_classes([f"{run}:0.5"], open_weights(base, None)) == 2
+
+
+def test_rows_are_whole_at_any_weight(base, more):
+    whole, half = (worn(base, f"{more}:{w}")[0] for w in (1, 0))
+    names = "cond", "label", "embedding"
+    for name in names:
+        whole, half = whole[name], half[name]
+    np.testing.assert_array_equal(whole, half)
+
+
+def test_an_adapter_of_the_old_table_goes_below_new_rows(base, more, table):
+    """In whichever order they are given."""
+    found = [worn(base, *words)[0] for words in ((more, table), (table, more))]
+    equal(*found)
+    rows = np.asarray(found[0]["cond"]["label"]["embedding"])
+    old = np.asarray(own(table)["cond"]["label"]["embedding"])
+    np.testing.assert_array_equal(np.delete(rows, (5, 6), axis=0), old)
+
+
+def test_two_that_bring_classes_are_refused(base, more):
+    with pytest.raises(UserError, match="both add classes to the label table") as told:
+        worn(base, more, f"{more}:0.5")
+    assert "\n" not in str(told.value)
+
+
+def test_new_classes_are_sampled_over_their_base(called, base, more, tmp_path):
+    draw = lambda out, *words: called(sample, "--out", tmp_path / out, *words)
+    words = ("--weights", base, "--lora", more)
+    code, _, err = draw("a.npy", *words, "--labels", "6,0")
+    assert code == 0, err
+    code, _, err = draw("b.npy", "--weights", more, "--labels", "6,0")
+    assert code == 0, err
+    np.testing.assert_array_equal(*(np.load(tmp_path / f"{x}.npy") for x in "ab"))
+    code, _, err = draw("c.npy", *words, "--labels", "7")
+    assert code == 2 and "7 is not a class; there are 0..6" in err
+    code, _, err = draw("c.npy", "--weights", base, "--labels", "5")
+    assert code == 2 and "5 is not a class; there are 0..4" in err
+    assert not (tmp_path / "c.npy").exists()
+
+
+def test_pefts_files_bring_their_rows_too(called, base, more, tmp_path):
+    """The whole table is in them, and its old rows must be the base's."""
+    assert called(port_weights, more, tmp_path / "f", "--adapter", "peft")[0] == 0
+    equal(worn(base, tmp_path / "f")[0], worn(base, more)[0])
+    other = jax.tree.map(lambda w: w + 1, params(base))
+    with pytest.raises(UserError, match="rows of the label table that the base has"):
+        put_all(other, [str(tmp_path / "f")], PARTS.model, None)
+
+
+def test_an_adapted_table_with_new_rows_is_not_pefts(called, base, tmp_path):
+    run = saved(tmp_path / "run", base, new_classes=1, targets=TABLE)
+    code, _, err = called(port_weights, run, tmp_path / "f", "--adapter", "peft")
+    assert code == 2 and "both adapted and longer by 1 rows" in err
+    assert not (tmp_path / "f").exists()
+
+
+def test_int8_weights_take_new_rows(base, more, tmp_path):
+    weights = quantizing.quantized(params(base), "w8a8", SKIP)
+    found, _ = put_all(weights, [str(more)], PARTS.model, None)
+    assert found["cond"]["label"]["embedding"].shape == (8, 16)
+    node = found["blocks"]["attn"]["qkv"]["kernel"]
+    assert node.base.codes.dtype == "int8"
+    assert np.isfinite(np.asarray(read(node))).all()
+
+
+# Data of them
+
+
+def test_classes_of_the_data_are_numbered_after_the_bases():
+    plain = Synthetic((4, 4, 1), classes=3, length=20)
+    source = Further(plain, after=5)
+    assert (len(source), source.classes, source.shape) == (20, 8, (4, 4, 1))
+    labels = [int(record["label"]) for record in map(source.__getitem__, range(20))]
+    assert labels == [int(plain[i]["label"]) + 5 for i in range(20)]
+    assert set(labels) == {5, 6, 7} and source[0]["label"].dtype == np.int32
+    np.testing.assert_array_equal(source[3]["latent"], plain[3]["latent"])
+    again = copy.deepcopy(source)  # as pickling, for workers
+    assert again[3]["label"] == source[3]["label"] and again.length == 20
+    with pytest.raises(UserError, match="source.after is -1"):
+        Further(plain, after=-1)
+
+
+def test_a_config_with_further_classes_is_stored_and_counted():
+    from configs.lora_cached import get_config
+
+    c = get_config()
+    assert to_json(c)["source"]["after"] == 1000
