@@ -48,7 +48,10 @@ def plan(config, parts, mesh):
     """-> Plan of a training step. mesh: of devices, or sharding.planned_mesh's."""
     shapes, where = program.state_shapes(parts, mesh)
     sizes = lambda x, s: (_total(x), bytes_of(x, s))
-    items = {
+    frozen = (
+        {"frozen base": sizes(shapes.frozen, where.frozen)} if parts.adapter else {}
+    )
+    items = frozen | {
         "parameters": sizes(shapes.params, where.params),
         "gradients": sizes(shapes.params, placement.once(mesh, shapes.params)),
         "optimizer": sizes(shapes.opt_state, where.opt_state),

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from sit_jax import placement, precision, sharding
+from sit_jax.base import base_shapes
 from sit_jax.generation import lowered
 from sit_jax.models import attention
 from sit_jax.recipe import recipe
-from sit_jax.training import init_params, init_state, make_train_step
+from sit_jax.training import fresh_state, init_params, make_train_step
 
 
 def training_recipe(config):
@@ -28,10 +29,19 @@ def training_precision(config):
 
 
 def state_shapes(parts, mesh):
-    """-> the TrainState of a run as shapes, and its shardings; nothing is allocated."""
-    begin = partial(init_state, parts.model, parts.tx, parts.shape)
-    begin = partial(begin, decay=parts.ema_decay, losses=parts.losses)
-    shapes = jax.eval_shape(begin, jax.random.key(0))
+    """-> the TrainState of a run as shapes, and its shardings; nothing is allocated.
+
+    Of a run of adapters, over a base that is floats but for what adapter.int8 says.
+    """
+
+    def begin(key, base):
+        params = parts.adapter(base, key) if parts.adapter else base
+        return fresh_state(parts.tx, params, parts.ema_decay, parts.losses)
+
+    base = base_shapes(parts)
+    if parts.adapter:
+        base = parts.adapter.compressed_shapes(base)
+    shapes = jax.eval_shape(begin, jax.random.key(0), base)
     return shapes, placement.of_state(mesh, shapes)
 
 
