@@ -22,8 +22,8 @@ from sit_jax.errors import UserError
 OURS = (
     "adan codec data.archives data.arrays data.cache data.cifar data.folders "
     "data.further data.prepared data.sources data.styles digit_features diffusion "
-    "guidance guidance_scales interpolant lora min_snr models paths predictions rounding "
-    "samplers schedules time_densities timesteps"
+    "guidance guidance_scales interpolant lora min_snr models paths predictions "
+    "rounding samplers schedules time_densities timesteps"
 )
 ALLOWED = (*(f"sit_jax.{name}" for name in OURS.split()), "optax", "diffrax")
 
