@@ -36,7 +36,8 @@ from sit_jax.manifest import weights_hash
 from sit_jax.models.mdt import MDT
 from sit_jax.numerals import COUNT, whole
 from sit_jax.places import local
-from sit_jax.torch_config import FAMILIES, family_of
+from sit_jax.torch_config import FAMILIES
+from sit_jax.weights import family_of
 from sit_jax.workdir import read_json
 
 

@@ -18,8 +18,8 @@ from sit_jax.exchange import open_torch
 from sit_jax.manifest import weights_hash
 from sit_jax.numerals import COUNT
 from sit_jax.quantized import SKIP, WORDS, storing
-from sit_jax.torch_config import FAMILIES, family_of
-from sit_jax.weights import open_weights, require_torch
+from sit_jax.torch_config import FAMILIES
+from sit_jax.weights import family_of, open_weights, require_torch
 
 
 def main():

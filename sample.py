@@ -33,8 +33,8 @@ from sit_jax.locks import alone
 from sit_jax.numerals import COUNT, SEED
 from sit_jax.parts import is_begun
 from sit_jax.preview import rows
-from sit_jax.torch_config import FAMILIES, family_of
-from sit_jax.weights import open_weights, require_torch
+from sit_jax.torch_config import FAMILIES
+from sit_jax.weights import family_of, open_weights, require_torch
 
 
 def main():

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Callable
 
 from sit_jax.numerals import COUNT
-from sit_jax.torch_config import FAMILIES, family_of
+from sit_jax.torch_config import FAMILIES
+from sit_jax.weights import family_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import optax
 
-from sit_jax import paths, predictions, releases
+from sit_jax import paths, predictions
 from sit_jax.adan import adan
 from sit_jax.config import build, difference, spec, to_json
 from sit_jax.errors import UserError
@@ -46,12 +46,6 @@ SETTINGS = {  # of the originals' args -> ours
     "cfg_scale": "guidance",
 }
 NETWORK = ("model", "process", "shape")
-
-
-def family_of(path, given=None):
-    """The family of a torch file: as given, or as the name of a release tells."""
-    told = getattr(releases.find(path), "family", None)
-    return given or (told if told in FAMILIES else None)
 
 
 def config_of(file, base, family=None, heads=None, config=None):

@@ -17,6 +17,7 @@ from sit_jax.recipe import recipe
 from sit_jax.sharding import everywhere, shaped
 from sit_jax.stored import merged
 from sit_jax.tensor_files import KINDS
+from sit_jax.torch_config import FAMILIES
 from sit_jax.training import init_params
 
 
@@ -96,3 +97,9 @@ def require_torch(path, family, heads):
     for flag, value in (("--family", family), ("--heads", heads)):
         if value is not None and local(path).is_dir():
             raise UserError(f"{flag} {value}: {path} is no torch file; leave it out")
+
+
+def family_of(path, given=None):
+    """The family of a torch file: as given, or as the name of a release tells."""
+    told = getattr(releases.find(path), "family", None)
+    return given or (told if told in FAMILIES else None)
