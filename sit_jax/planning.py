@@ -53,7 +53,8 @@ def training(args, config):
     if devices:
         lower = lambda batch: program.lowered_step(config, parts, mesh, batch, "tpu")
         step = sharding.rows(mesh) * config.accumulate
-        _compile(args, devices[0], lower, config.batch_size, step)
+        flops = made.flops / mesh.size
+        _compile(args, devices[0], lower, config.batch_size, step, flops)
     return 0
 
 
@@ -61,10 +62,8 @@ def sampling(args, config):
     """Prints the plan of drawing one batch of samples; -> exit code."""
     if not args.topology:
         raise UserError("--plan needs --topology here: samples are planned for TPUs")
-    devices = topology.devices(args.topology)
-    hosts = len({device.process_index for device in devices})
     # each host draws batches of its own, see sampling.studio
-    devices = [d for d in devices if d.process_index == devices[0].process_index]
+    devices, hosts = topology.host(args.topology)
     mesh = sharding.make_mesh(data=-1, fsdp=1, devices=devices)
     parts, around = program.sampling_recipe(config, "tpu")
     lower = lambda batch: program.lowered_sampling(parts, mesh, batch, around)
@@ -85,12 +84,12 @@ def _kind(args, devices):
     return chips.kind_named(args.chip) if args.chip else jax.devices()[0].device_kind
 
 
-def _compile(args, device, lower, batch, step):
+def _compile(args, device, lower, batch, step, flops=None):
     name, made = args.topology, pod.compile_for(lower(batch), device)
     if made is None:
         _print(f"{name}, batch {batch}: DOES NOT FIT")
     else:
-        _print(f"{name}, batch {batch}:", *pod.lines(made))
+        _print(f"{name}, batch {batch}:", *pod.lines(made, flops, device.device_kind))
         _print(pod.HEADER, pod.row(name, batch, made))
     if args.once:
         return

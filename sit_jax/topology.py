@@ -55,6 +55,19 @@ def devices(name):
     return found.devices
 
 
+def host(name):
+    """-> the devices of one host of a slice, and how many hosts the slice has.
+
+    They are those of the smallest slice, since only a whole one can be compiled for.
+    """
+    each = devices(name)
+    first = [device for device in each if device.process_index == 0]
+    if len(first) == len(each):
+        return each, 1
+    kind = name.partition(":")[0]
+    return devices(f"{kind}:{KNOWN[kind][0]}"), len(each) // len(first)
+
+
 def available(device):
     """-> bytes of memory that the compiler gives programs on such a device.
 
