@@ -74,6 +74,17 @@ def by_kind(found):
     return {kind: tuple(row) for kind, row in table.items() if row[0]}
 
 
+def sent(found):
+    """-> bytes that a device sends for collectives in a run, in rings.
+
+    Of n devices each sends (n - 1) / n of a gathered array, which is nearly all of it,
+    and for a sum that all get twice that. What is scattered is told by its small
+    result: then each sends as much as all results together, taken to be 16.
+    """
+    weight = {"all-reduce": 2}
+    return sum(weight.get(each.kind, 1) * each.bytes * each.times for each in found)
+
+
 def products(text):
     """-> Counter of the Products (dots and convolutions) that are written down."""
     found = collections.Counter()
@@ -87,6 +98,19 @@ def products(text):
                 precision = asked[1] if asked else "default"
                 found[Product(left, right, types[line.name], precision)] += 1
     return found
+
+
+def cycles(text):
+    """-> cycles of a run by the compiler's own reckoning, which TPU programs carry.
+
+    One operation after the other, loops counted, without waiting for other chips.
+    """
+    program = _computations(text)
+    times, total = _times(program), 0
+    for name, lines in program.items():
+        told = (re.search(r'"estimated_cycles":"(\d+)"', line.rest) for line in lines)
+        total += times[name] * sum(int(found[1]) for found in told if found)
+    return total
 
 
 def aliased(text):

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 
-from sit_jax import hlo, topology
+from sit_jax import chips, hlo, topology
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +42,8 @@ def compile_for(lowered, device):
     )
 
 
-def lines(made):
-    """A Compiled in words."""
+def lines(made, flops=None, kind=None):
+    """A Compiled in words. flops: of a chip in a run, if its pace is to be told."""
     gb = lambda n: f"{n / 1e9:.3f}"
     yield (
         f"compiled in {made.seconds:.0f} s; GB a chip: arguments {gb(made.arguments)}, "
@@ -53,14 +53,30 @@ def lines(made):
     )
     found = hlo.collectives(made.text)
     yield f"{'collectives':20} written      run  GB a chip  largest MB"
-    for kind, (written, run, size) in hlo.by_kind(found).items():
-        largest = max(each.bytes for each in found if each.kind == kind)
+    for name, (written, run, size) in hlo.by_kind(found).items():
+        largest = max(each.bytes for each in found if each.kind == name)
         size, largest = size / 1e9, largest / 1e6
-        yield f"{kind:20} {written:7} {run:8} {size:10.3f} {largest:11.2f}"
+        yield f"{name:20} {written:7} {run:8} {size:10.3f} {largest:11.2f}"
+    yield from _pace(made, flops, kind) if flops else ()
     yield "products, and how many are written down:"
     for each, count in hlo.products(made.text).most_common():
         told = f"{each.left} x {each.right} -> {each.out}"
         yield f"  {told:24} {each.precision:8} {count:4}"
+
+
+def _pace(made, flops, kind):
+    """What the compiler's own reckoning of cycles comes to, and the wires at best."""
+    count, clock = hlo.cycles(made.text), chips.clock_of(kind)
+    peak, wires = chips.peak_of(kind), chips.wires_of(kind)
+    if not (count and clock and wires):
+        return
+    seconds, sent = count / clock, hlo.sent(hlo.collectives(made.text))
+    yield (
+        f"the compiler reckons {count / 1e6:.1f} million cycles, "
+        f"{1e3 * seconds:.1f} ms at {clock / 1e9:g} GHz, {flops / peak / seconds:.0%} "
+        "MFU, without waiting for other chips; all collectives take "
+        f"{1e3 * sent / wires:.1f} ms if every wire is used"
+    )
 
 
 HEADER = (

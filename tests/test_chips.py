@@ -28,6 +28,15 @@ def test_peak_of_known_chips(kind, tflops):
     assert chips.peak_flops(device) == tflops * 1e12
 
 
+@pytest.mark.parametrize("part, clock", chips.CLOCKS)
+def test_clocks_agree_with_the_peaks(part, clock):
+    """A TPU's products in a cycle are a power of two."""
+    operations = np.log2(chips.peak_of(part) / (clock * 1e9))
+    assert abs(operations - round(operations)) < 0.005
+    assert chips.clock_of(part) == clock * 1e9 and chips.wires_of(part)
+    assert chips.clock_of("NVIDIA H100") is None
+
+
 def test_no_peak_is_made_up_for_others():
     assert chips.peak_flops() is None  # the CPU of this test
     assert chips.peak_flops(types.SimpleNamespace(device_kind="Radeon")) is None

@@ -24,13 +24,13 @@ FLOORS = (
     "models.layers data.sources data.names data.coins data.tags data.shards "
     "data.images data.arrays data.styles data.further averages timesteps "
     "guidance_scales models.masking time_densities emulation probe samplers.walk "
-    "torch_noise rounding gaussians pod array_files graph_files "
+    "torch_noise rounding gaussians array_files graph_files "
     "models.inception_layers metrics.gaussian metrics.score metrics.manifold "
     "metrics.kernel stored",
     "predictions guidance codec data.reading data.folders data.tars data.cache "
     "quantized data.filling data.prepared command workdir logging outputs torch_files "
     "labels download models.vae_layers models.applied replicas history lora "
-    "lora_names",
+    "lora_names pod",
     "checkpoint.__main__ diffusers_files job",
     "image_sets bundle paired worst_pairs effects models.inception parts releases "
     "models.vae lora_files",

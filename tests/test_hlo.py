@@ -28,7 +28,8 @@ metadata={op_name="a/qkv"}
   %w = bf16[4,8]{1,0} get-tuple-element(%s), index=1
   %g.1 = bf16[16,8]{1,0} all-gather(%w), channel_id=3, metadata={op_name="a/qkv"}
   %more = bf16[16,8]{1,0} fusion(%w), kind=kLoop, calls=%piece
-  %a = bf16[2,16]{1,0} broadcast(%w), dimensions={}
+  %a = bf16[2,16]{1,0} broadcast(%w), dimensions={}, backend_config={\
+"estimated_cycles":"100"}
   %dot.1 = f32[2,8]{1,0} dot(%a, %g.1), lhs_contracting_dims={1}
   %c.1 = f32[2,8]{1,0} convolution(%dot.1, %dot.1), operand_precision={highest,highest}
   ROOT %next = (s32[], bf16[4,8]) tuple(%w, %w)
@@ -54,7 +55,7 @@ ENTRY %main (p0: f32[8], p1: f32[8]) -> f32[8] {
   %r.1 = (f32[8]{0}, /*index=1*/f32[2,2]{1,0}) all-reduce(%p0, %q), channel_id=5, \
 to_apply=%add
   %if = f32[8]{0} conditional(%k, %p0, %p0), branch_computations={%rare, %rare}
-  ROOT %out = f32[8]{0} copy(%p0)
+  ROOT %out = f32[8]{0} copy(%p0), backend_config={"estimated_cycles":"7"}
 }
 """
 
@@ -75,11 +76,20 @@ def test_they_are_summed_by_kind():
     assert "reduce-scatter" not in table
 
 
+def test_a_sum_sends_twice_what_a_gather_does():
+    gathered, moved = 28 * 256, 32 + 2 * 32  # a permute, and two all-to-alls
+    assert hlo.sent(hlo.collectives(TEXT)) == gathered + moved + 2 * (32 + 16)
+
+
 def test_products_with_the_types_of_their_operands():
     assert dict(hlo.products(TEXT)) == {
         Product("bf16", "bf16", "f32", "default"): 1,
         Product("f32", "f32", "f32", "highest"): 1,
     }
+
+
+def test_cycles_are_counted_as_often_as_their_loop_turns():
+    assert hlo.cycles(TEXT) == 28 * 100 + 7
 
 
 def test_outputs_in_the_memory_of_inputs_are_counted():

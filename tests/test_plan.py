@@ -1,5 +1,7 @@
 """Plans: their sizes against arrays and published figures, and what they refuse."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -199,7 +201,10 @@ def test_what_was_compiled_in_words_and_as_a_row():
     from test_hlo import TEXT
 
     made = pod.Compiled(16 * 10**9, 10**9, 2 * 10**9, 0, 10**9, 7.4, TEXT)
-    said = "\n".join(pod.lines(made))
+    assert "reckons" not in "\n".join(pod.lines(made))
+    long = dataclasses.replace(made, text=TEXT.replace(':"100"', ':"125000"'))
+    said = "\n".join(pod.lines(long, flops=459e9, kind="TPU v5p"))  # 1 ms at the peak
+    assert "3.5 million cycles, 2.0 ms at 1.75 GHz, 50% MFU" in said
     assert "free 12.000 of 16.000; 2 arrays take" in said
     assert "f32 x f32 -> f32         highest     1" in said
     cells = pod.row("v5e:4x4", 1024, made).split(" | ")
