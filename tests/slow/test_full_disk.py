@@ -1,10 +1,17 @@
-"""A disk that fills up, or may no longer be written, while a run saves to it."""
+"""A disk that fills up, or may no longer be written, while something is written to it.
 
+Two minutes, as root: pytest tests/slow/test_full_disk.py
+"""
+
+import contextlib
+import re
 import subprocess
+import time
 
 import pytest
 import runs
 import small
+import works
 
 from sit_jax import checkpoint
 
@@ -14,7 +21,19 @@ FIELDS = {"steps": 400, "save_every": 10, "keep_last": 2}
 @pytest.fixture
 def disk(tmp_path):
     """-> a workdir whose checkpoints lie on a file system of 4 MB."""
-    folder = tmp_path / "work" / "checkpoints"
+    with mounted(tmp_path / "work" / "checkpoints") as folder:
+        yield folder
+
+
+@pytest.fixture
+def place(tmp_path):
+    """-> a folder on a file system of 4 MB."""
+    with mounted(tmp_path / "place") as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def mounted(folder):
     folder.mkdir(parents=True)
     words = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
     done = subprocess.run(words, capture_output=True, text=True)
@@ -26,7 +45,7 @@ def disk(tmp_path):
 
 def fill(disk):
     """Takes what is left, to the last byte."""
-    with open(disk / "ballast", "wb", buffering=0) as file:
+    with open(disk / "ballast", "ab", buffering=0) as file:
         try:
             while True:
                 file.write(bytes(4096))
@@ -62,3 +81,38 @@ def test_it_stops_within_one_save_and_goes_on_when_it_can(disk, spoil, said, tmp
     runs.ended(runs.start(work, **FIELDS))
     runs.ended(runs.start(unbroken, **FIELDS))
     assert small.losses(work) == small.losses(unbroken)
+
+
+WORKS = {
+    works.sampling: "x.npz",
+    works.extraction: "cache.json",
+    works.evaluation: "x.json.samples",
+    works.statistics: "ref.npz.statistics",
+}
+
+
+@pytest.mark.parametrize("make", WORKS, ids=lambda make: make.__name__)
+def test_long_work_tells_the_bytes_it_needs_and_goes_on(tmp_path, place, make):
+    """Full a third of the way; with space again, the bytes of an unbroken run."""
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    work = make(inputs)
+    unbroken = work.unbroken(place)
+    process = work.begin(place)
+    works.ready(process)
+    runs.until(process, lambda: work.parts(place) >= work.whole // 3)
+    while process.poll() is None:  # it may still find what another file gives back
+        fill(place)
+        time.sleep(0.01)
+    lines = works.ended(process, code=2)
+    print(lines)
+    assert len(lines) == 1 and "No space left on device" in lines[0]
+    told = re.search(
+        r"(\S+) still needs ([\d,]+) bytes, ([\d,]+) are free; make", lines[0]
+    )
+    needed, free = (int(told[i].replace(",", "")) for i in (2, 3))
+    assert told[1].endswith(WORKS[make]) and needed > 0 and free < 4096
+    assert not list(place.rglob(".*.[0-9]*"))  # no draft
+    (place / "ballast").unlink()
+    works.ended(work.begin(place))
+    assert work.contents(place) == unbroken

@@ -6,6 +6,7 @@ Some minutes: pytest tests/slow/test_many_processes.py
 import json
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import photographs
@@ -57,8 +58,19 @@ def short(tmp_path_factory):
     return workdir
 
 
+MORE = ("--config.steps=9", *SHORT[1:])
+
+
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory):
+    """The losses of nine steps in one process."""
+    workdir = tmp_path_factory.mktemp("nine")
+    processes.run(1, *words(workdir, *MORE))
+    return small.losses(workdir)
+
+
 @pytest.mark.parametrize("count", [2, 4])
-def test_training_on_many_then_on_fewer(tmp_path, short, count):
+def test_training_on_many_then_on_fewer(tmp_path, short, longer, count):
     """Six steps on many processes; three more on half, as by one process alone.
 
     Losses to 1e-5: Adam's steps carry the rounding of the first ones further.
@@ -68,13 +80,11 @@ def test_training_on_many_then_on_fewer(tmp_path, short, count):
     np.testing.assert_allclose(list(many.values()), list(one.values()), rtol=1e-5)
     sheets = [path / "samples" / "0000006.png" for path in (short, tmp_path / "many")]
     assert np.abs(np.subtract(*map(pixels, sheets))).max() <= 1
-    more = ("--config.steps=9", *SHORT[1:])
-    said = processes.run(count // 2, *words(tmp_path / "many", *more))
+    said = processes.run(count // 2, *words(tmp_path / "many", *MORE))
     assert "goes on from step 6" in said
-    processes.run(1, *words(tmp_path / "alone", *more))
-    one, many = small.losses(tmp_path / "alone"), small.losses(tmp_path / "many")
+    many = small.losses(tmp_path / "many")
     assert list(many) == list(range(1, 10))
-    np.testing.assert_allclose(list(many.values()), list(one.values()), rtol=1e-5)
+    np.testing.assert_allclose(list(many.values()), list(longer.values()), rtol=1e-5)
 
 
 def pixels(path):
@@ -161,33 +171,44 @@ def test_a_missing_process_ends_the_run_in_time(tmp_path):
     assert errors.startswith("process 0 of 2: train.py: process 1 of 2 did not come to")
 
 
-@pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("kind", ["x.npz", "x/"])
-def test_ten_images_exactly_once(tmp_path, short, count, kind):
-    """Bytes of one process: an image follows from the seed and its number."""
+def drawn(count, short, out):
+    """Ten images by so many processes; -> where they are."""
     draw = ("sample.py", "--weights", short, "--num", 10, "--batch-size", 4)
-    for number in (1, count):
-        out = f"{tmp_path}/{number}-{kind}"
-        said = processes.run(number, *draw, "--labels", "random", "--out", out)
-        assert "10 images" in said
-        assert not list(tmp_path.glob("*.parts"))
-    one, many = tmp_path / f"1-{kind}", tmp_path / f"{count}-{kind}"
-    if kind == "x/":
-        names = sorted(path.name for path in many.glob("*.png"))
-        assert names == [f"{i:06d}.png" for i in range(10)]
-        assert all((one / n).read_bytes() == (many / n).read_bytes() for n in names)
-        return
-    with np.load(one) as ours, np.load(many) as theirs:
+    said = processes.run(count, *draw, "--labels", "random", "--out", out)
+    assert "10 images" in said
+    assert not list(Path(out).parent.glob("*.parts"))
+    return Path(out)
+
+
+@pytest.fixture(scope="module")
+def ten(tmp_path_factory, short):
+    """Ten images, by one process."""
+    return drawn(1, short, tmp_path_factory.mktemp("ten") / "x.npz")
+
+
+def test_ten_images_exactly_once(tmp_path, short, ten):
+    """Bytes of one process: an image follows from the seed and its number."""
+    many = drawn(4, short, tmp_path / "x.npz")
+    with np.load(ten) as ours, np.load(many) as theirs:
         assert ours["arr_0"].shape[0] == 10
         assert ours["arr_0"].tobytes() == theirs["arr_0"].tobytes()
         assert ours["arr_1"].tobytes() == theirs["arr_1"].tobytes()
     records = [
         json.loads(path.with_name(f"{path.name}.manifest.json").read_text())
-        for path in (one, many)
+        for path in (ten, many)
     ]
     for name in ("job", "weights_sha256", "batch_size", "stats", "precision", "codec"):
         assert records[0][name] == records[1][name], name
-    assert [record["hosts"] for record in records] == [1, count]
+    assert [record["hosts"] for record in records] == [1, 4]
+
+
+def test_ten_files_exactly_once(tmp_path, short, ten):
+    many = drawn(2, short, f"{tmp_path}/x/")
+    names = sorted(path.name for path in many.glob("*.png"))
+    assert names == [f"{i:06d}.png" for i in range(10)]
+    with np.load(ten) as whole:
+        for name, image in zip(names, whole["arr_0"], strict=True):
+            np.testing.assert_array_equal(pixels(many / name), image, err_msg=name)
 
 
 def test_likelihoods_of_two_are_those_of_one(tmp_path):
@@ -208,29 +229,35 @@ def test_likelihoods_of_two_are_those_of_one(tmp_path):
     assert tables[0] == tables[1] and tables[0].count(b"\n") == 8
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_extraction_by_many_is_that_by_one(tmp_path, count):
+def extracted(count, root, out):
+    """60 photographs as a cache, by so many processes; -> {name: bytes}."""
+    more = ("--vae", "x", "--size", 8, "--out", out, "--shards", 6, "--batch-size", 8)
+    said = processes.run(count, "-c", EXTRACT, "--data", root, *more)
+    assert f"\n60 images in {out}, 0 broken" in said
+    kept = (file for file in out.iterdir() if file.name != "manifest.json")
+    return {file.name: file.read_bytes() for file in kept}
+
+
+def test_extraction_by_many_is_that_by_one(tmp_path):
     root = photographs.folder(tmp_path / "images", each=20, size=(10, 8))
-    for number in (1, count):
-        out = tmp_path / str(number)
-        more = ("--vae", "x", "--size", 8, "--out", out, "--shards", 6)
-        said = processes.run(
-            number, "-c", EXTRACT, "--data", root, *more, "--batch-size", 8
-        )
-        assert f"\n60 images in {out}, 0 broken" in said
-    files = [
-        {
-            file.name: file.read_bytes()
-            for file in (tmp_path / str(number)).iterdir()
-            if file.name != "manifest.json"
-        }
-        for number in (1, count)
-    ]
-    assert files[0] == files[1] and len(files[0]) == 8
+    one, two, four = (extracted(n, root, tmp_path / str(n)) for n in (1, 2, 4))
+    assert one == two == four and len(one) == 8
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_figures_of_many_are_those_of_one(tmp_path, count):
+def figures(count, folder):
+    """-> those of 211 images, by so many processes."""
+    out, kept = folder / f"{count}.json", folder / f"f{count}.npz"
+    sides = (folder / "s.npz", "--reference", folder / "r.npz")
+    more = ("--out", out, "--save-features", kept, "--batch-size", 16)
+    processes.run(count, "-c", EVALUATE, *sides, *more)
+    with np.load(kept) as features:
+        assert len(features["pool"]) == 211
+    found = json.loads(out.read_text())
+    assert found["samples"]["images"] == 211
+    return found["figures"]
+
+
+def test_figures_of_many_are_those_of_one(tmp_path):
     """Every image once: 211 of them are no multiple of anything here.
 
     To 1e-5: features differ by the last bit with the rows on a device.
@@ -239,16 +266,8 @@ def test_figures_of_many_are_those_of_one(tmp_path, count):
     for name, bright in (("s", 256), ("r", 200)):
         image = rng.integers(0, bright, (211, 2, 2, 3)).astype(np.uint8)
         np.savez(tmp_path / name, arr_0=image)
-    found = []
-    for number in (1, count):
-        out, kept = tmp_path / f"{number}.json", tmp_path / f"f{number}.npz"
-        sides = (tmp_path / "s.npz", "--reference", tmp_path / "r.npz")
-        more = ("--out", out, "--save-features", kept, "--batch-size", 16)
-        processes.run(number, "-c", EVALUATE, *sides, *more)
-        found.append(json.loads(out.read_text()))
-        with np.load(kept) as features:
-            assert len(features["pool"]) == 211
-    ours, theirs = (each["figures"] for each in found)
-    assert ours.keys() == theirs.keys() and found[1]["samples"]["images"] == 211
-    for name, value in ours.items():
-        np.testing.assert_allclose(theirs[name], value, rtol=1e-5, err_msg=name)
+    one, *others = (figures(count, tmp_path) for count in (1, 2, 4))
+    for many in others:
+        assert many.keys() == one.keys()
+        for name, value in one.items():
+            np.testing.assert_allclose(many[name], value, rtol=1e-5, err_msg=name)

@@ -18,51 +18,48 @@ from sit_jax import hlo, placement, pod, program, sharding, topology
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
 )
-POD = {  # and a mesh of fsdp 16: then weights are cut into whole tiles, see docs/tpu.md
-    "v4:4x4x4": {"mesh.data": 4},
-    "v5e:4x4": {},
-    "v5p:4x4x8": {"mesh.data": 8},
-    "v6e:16x16": {"mesh.data": 16},
-}
-NAMES = ("sit_xl2", "dit_xl2", "mdtv2_xl2")
-# At 512 px a batch of 1,024 does not fit sixteen chips of 16 GB with the policy `dots`.
-CASES = [(name, slice_, {}) for name in NAMES for slice_ in POD] + [
-    (f"{name}_512", slice_, {"model.remat": "full"} if slice_ == "v5e:4x4" else {})
-    for name in ("sit_xl2", "dit_xl2")
-    for slice_ in POD
-]
 BATCH = 1024
+# Each compiles for about a CPU minute, so every network and every slice is here and not
+# every pair; docs/tpu.md has the table and the command that adds a row to it.
+CASES = [
+    ("sit_xl2", "v5e:4x4", BATCH),
+    ("sit_xl2", "v4:4x4x4", BATCH),
+    ("dit_xl2", "v5p:4x4x8", BATCH),
+    ("mdtv2_xl2", "v6e:16x16", BATCH),
+    ("sit_xl2_512", "v5p:4x4x8", BATCH),
+]
 
 
-def compiled(name, slice_, changes, word="bf16"):
-    """-> what of the program is looked at, and the shapes of the state."""
+def compiled(name, slice_, word="bf16", **changes):
+    """-> what of the program is looked at, its config, shapes of the state, mesh."""
     devices = topology.devices(slice_)
     c = importlib.import_module(f"configs.{name}").get_config()
-    settings = {"precision.training": word, "batch_size": BATCH} | POD[slice_]
-    settings |= changes
+    settings = {"precision.training": word} | changes
     configs.override(c, [f"--config.{k}={v}" for k, v in settings.items()])
     mesh = sharding.make_mesh(**c.mesh, devices=devices)
     parts = program.training_recipe(c)
     shapes, _ = program.state_shapes(parts, mesh)
     lowered = program.lowered_step(c, parts, mesh, c.batch_size, "tpu")
-    return pod.compile_for(lowered, devices[0]), shapes, mesh
+    made = pod.compile_for(lowered, devices[0])
+    assert made is not None and made.free > 0, "does not fit"
+    print(f"\n{name}", pod.row(slice_, c.batch_size, made))
+    return made, c, shapes, mesh
 
 
 def size(tree):
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def largest_layer(params):
-    """Bytes of the heaviest weight of one layer."""
+def blocks(params):
+    """Weights of one layer: bytes of each."""
     found = jax.tree_util.tree_leaves_with_path(params)
     stacked = [leaf for path, leaf in found if "blocks" in str(path[0])]
-    return max(leaf.size // leaf.shape[0] * leaf.dtype.itemsize for leaf in stacked)
+    return [leaf.size // leaf.shape[0] * leaf.dtype.itemsize for leaf in stacked]
 
 
-@pytest.mark.parametrize("name, slice_, changes", CASES)
-def test_the_step_of_a_pod(name, slice_, changes):
-    made, shapes, mesh = compiled(name, slice_, changes)
-    assert made is not None and made.free > 0, "does not fit"
+@pytest.mark.parametrize("name, slice_, batch", CASES)
+def test_the_step_of_a_pod(name, slice_, batch):
+    made, c, shapes, mesh = compiled(name, slice_, batch_size=batch)
 
     # no chip holds the whole optimizer; biases and small tables are whole
     rest = size(shapes) - size(shapes.params)
@@ -73,22 +70,32 @@ def test_the_step_of_a_pod(name, slice_, changes):
 
     found = hlo.collectives(made.text)
     gathered = [each for each in found if each.kind == "all-gather"]
-    assert gathered or any(each.kind == "collective-permute" for each in found)
-    most = max((each.bytes for each in gathered), default=0)
-    assert most <= largest_layer(shapes.params)
+    assert gathered
+    # in the loop over layers one weight, in bfloat16; after it new weights from
+    # replicas, a stack's share of a device: never more than one layer in float32
+    turning = [each.bytes for each in gathered if each.times > 1]
+    assert max(turning) <= max(blocks(shapes.params)) // 2
+    assert max(each.bytes for each in gathered) <= sum(blocks(shapes.params))
     # whole batches of activations stay where they are
-    tokens = math.prod((BATCH, 256, 1152)) * 2 // sharding.rows(mesh)
-    assert all(each.bytes < tokens for each in found if each.kind == "all-to-all")
+    height, width, _ = c.shape
+    tokens = height * width // c.model.patch**2
+    each_row = tokens * c.model.width * 2
+    moved = [each.bytes for each in found if each.kind == "all-to-all"]
+    assert max(moved, default=0) < batch * each_row // sharding.rows(mesh)
 
-    wide = [each for each in hlo.products(made.text).elements() if each.left == "bf16"]
+    products = hlo.products(made.text)
+    wide = [each for each in products.elements() if each.left == "bf16"]
     assert len(wide) >= 20  # forward, backward twice, and again what is not kept
     assert {each.right for each in wide} == {"bf16"}
+    # scores are kept as they were summed; other products are rounded once, after it
+    assert products["bf16", "bf16", "f32", "default"] >= 2
+    assert {each.out for each in wide} <= {"bf16", "f32"}
 
 
 @pytest.mark.parametrize("word, asked", [("exact", {"highest"}), ("fast", {"default"})])
 def test_words_of_precision_reach_every_wide_product(word, asked):
-    changes = {"model.depth": 2, "batch_size": 64}
-    made, _, _ = compiled("sit_xl2", "v5e:4x4", changes, word)
+    small = {"model.depth": 2, "batch_size": 64}
+    made, *_ = compiled("sit_xl2", "v5e:4x4", word, **small)
     wide = [
         each for each in hlo.products(made.text) if each.left == each.right == "f32"
     ]
@@ -97,23 +104,17 @@ def test_words_of_precision_reach_every_wide_product(word, asked):
 
 def test_between_slices_only_gradients_and_weights_travel():
     """Two slices of v5e:4x4, data parallel between them, ZeRO-1 across both."""
-    devices = topology.devices("v5e:4x4*2")
-    assert len(devices) == 32
-    c = importlib.import_module("configs.sit_xl2").get_config()
-    settings = {"precision.training": "bf16", "model.depth": 2, "mesh.data": 2}
-    configs.override(c, [f"--config.{k}={v}" for k, v in settings.items()])
-    mesh = sharding.make_mesh(**c.mesh, devices=devices)
-    parts = program.training_recipe(c)
-    shapes, _ = program.state_shapes(parts, mesh)
-    made = pod.compile_for(program.lowered_step(c, parts, mesh, 64, "tpu"), devices[0])
-    assert made is not None and made.arguments < size(shapes) / 16
+    small = {"model.depth": 2, "batch_size": 64}
+    made, _, shapes, mesh = compiled("sit_xl2", "v5e:4x4*2", **small)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 16, "tensor": 1}
+    assert made.arguments < size(shapes) / 16
     once = jax.tree.leaves(placement.once(mesh, shapes.ema))
     assert any("data" in str(place.spec) for place in once)
 
 
-def test_a_topology_that_libtpu_knows_is_counted_by_chips():
-    for name in POD:
-        dims = [int(n) for n in re.findall(r"\d+", name.partition(":")[2])]
-        devices = topology.devices(name)
-        assert len(devices) == math.prod(dims)
-        assert topology.available(devices[0]) > 15 * 2**30
+@pytest.mark.parametrize("name", {slice_: None for _, slice_, _ in CASES})
+def test_a_topology_that_libtpu_knows_is_counted_by_chips(name):
+    dims = [int(n) for n in re.findall(r"\d+", name.partition(":")[2])]
+    devices = topology.devices(name)
+    assert len(devices) == math.prod(dims)
+    assert topology.available(devices[0]) > 15 * 2**30
