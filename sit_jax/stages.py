@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sit_jax import noise, predictions, sampling
+from sit_jax import noise, predictions, starts
 from sit_jax.activations import Line, activations, named
 from sit_jax.bundle import INPUTS, Bundle
 from sit_jax.errors import UserError
@@ -112,7 +112,7 @@ def _own_inputs(room, images):
         keys = noise.image_keys(job.seed, np.arange(count))
         start = noise.start(keys, room.parts.shape)
     else:
-        start = sampling.starts(room)[:count]
+        start = starts.starts(room)[:count]
     share = (np.arange(count) + 0.5) / count
     if hasattr(process, "field"):
         t0, t1 = process.span()

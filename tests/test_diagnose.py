@@ -169,6 +169,16 @@ def test_own_inputs_differ_with_the_seed(good, made):
     assert found["causes"][0]["name"] == "noise"
 
 
+def test_given_noise_is_where_the_stages_begin(tmp_path):
+    array = np.random.default_rng(0).standard_normal((6, 4, 4, 4), np.float32)
+    np.save(tmp_path / "noise.npy", array)
+    c = config()
+    job = Job("w", to_json(c), np.arange(6), noise=str(tmp_path / "noise.npy"))
+    room = types.SimpleNamespace(job=job, parts=recipe(c))
+    found = stages.inputs(room, 4)
+    np.testing.assert_array_equal(found["noise"], array[:4])
+
+
 def test_stages_are_those_of_the_network(good, tensors):
     """Against the model and the sampler called directly."""
     found = bundle.read(good)

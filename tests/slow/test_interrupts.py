@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import runs
 import small
 import works
 from works import Work
@@ -110,7 +111,6 @@ def quiet(tmp_path, monkeypatch):
 
 def interrupt(process, seconds):
     """Ctrl-C then -> seconds until the end, exit code, lines, children it had."""
-    works.ready(process)
     time.sleep(seconds)
     children = psutil.Process(process.pid).children(recursive=True)
     begun = time.monotonic()
@@ -126,7 +126,9 @@ def test_ctrl_c_ends_within_five_seconds_and_it_goes_on(tmp_path, quiet, make):
     work, rng = make(inputs), random.Random(make.__name__)
     work.words(inputs)  # makes what it reads
     seconds = rng.uniform(0, SCRIPTS[make])
-    took, code, lines, children = interrupt(work.begin(place), seconds)
+    process = work.begin(place)
+    works.ready(process)
+    took, code, lines, children = interrupt(process, seconds)
     print(f"after {seconds:.1f} s, ended {took:.1f} s later: {lines[-1:]}")
     assert took < 5 and code == 130, lines
     assert lines[-1] == f"{work.script}.py: {SAID}"
@@ -139,32 +141,50 @@ def test_ctrl_c_ends_within_five_seconds_and_it_goes_on(tmp_path, quiet, make):
         assert checkpoint.steps(path) in ([], [0])  # or it would be half of one
 
 
-@pytest.mark.parametrize("seconds", [0.7, 3.5, 9])
-def test_ctrl_c_in_training_saves_or_has_nothing_to_save(tmp_path, quiet, seconds):
+MOMENTS = {  # what has happened before, and the longest it is waited after that
+    "beginning": (lambda place: True, 3),
+    "compiling": (lambda place: "GMAC an image" in _log(place), 3),
+    "training": (lambda place: _last(place) >= 5, 1),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_ctrl_c_in_training_saves_or_has_nothing_to_save(tmp_path, quiet, moment):
     """Within 5 seconds also while XLA compiles; then the same command goes on."""
     work, place = training(tmp_path), tmp_path / "place"
-    took, code, lines, children = interrupt(work.begin(place), seconds)
-    folder = place / "run" / "checkpoints"
-    print(f"after {seconds} s, ended {took:.1f} s later: {lines[-1:]}")
-    assert took < 5, lines
-    if code == 130:  # before anything had been begun
-        assert lines[-1] == f"train.py: {SAID}"
-    else:
-        assert code == 0, lines
-    if code == 0 and not checkpoint.steps(folder):
-        assert "stopped while compiling, after step 0; the same command" in lines[-1]
-    quiet(children)
-    last = max(small.losses(place / "run"), default=0) if _logged(place) else 0
-    assert last == max(checkpoint.steps(folder), default=0)
+    happened, most = MOMENTS[moment]
     process = work.begin(place)
-    while not _logged(place) or max(small.losses(place / "run"), default=0) < last + 5:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
+    works.ready(process)
+    runs.until(process, lambda: happened(place))
+    seconds = random.Random(moment).uniform(0, most)
+    took, code, lines, children = interrupt(process, seconds)
+    newest = max(checkpoint.steps(place / "run" / "checkpoints"), default=0)
+    print(f"{moment}, ended {took:.1f} s later after step {newest}: {lines[-1:]}")
+    assert took < 5, lines
+    if moment == "beginning":
+        assert (code, lines[-1]) == (130, f"train.py: {SAID}")
+    elif moment == "training":
+        said = f"stopped at step {newest}; the same command goes on from there"
+        assert code == 0 and said in _log(place)
+    elif newest == 0:
+        said = "stopped while compiling, after step 0; the same command goes on from"
+        assert code == 0 and said in lines[-1]
+    quiet(children)
+    assert _last(place) == newest
+    process = work.begin(place)
+    runs.until(process, lambda: _last(place) >= newest + 5)
     process.send_signal(signal.SIGINT)
     works.ended(process)
     losses = small.losses(place / "run")
-    assert list(losses) == list(range(1, len(losses) + 1)) and len(losses) > last
+    assert list(losses) == list(range(1, len(losses) + 1)) and len(losses) > newest
 
 
-def _logged(place):
-    return (place / "run" / "metrics.jsonl").exists()
+def _last(place):
+    """The last step that was logged."""
+    there = (place / "run" / "metrics.jsonl").exists()
+    return max(small.losses(place / "run"), default=0) if there else 0
+
+
+def _log(place):
+    path = place / "run" / "log.txt"
+    return path.read_text() if path.exists() else ""
