@@ -69,9 +69,9 @@ def roomy(path, needed):
             raise
         folder = next(parent for parent in Path(path).parents if parent.is_dir())
         raise UserError(
-            f"{error.filename or path}: {error.strerror}; {path} still needs "
-            f"{needed():,} bytes, {shutil.disk_usage(folder).free:,} are free; make "
-            "space, and the same command goes on"
+            f"{error.strerror}: {path} still needs {needed():,} bytes, "
+            f"{shutil.disk_usage(folder).free:,} are free; make space, and the same "
+            "command goes on"
         ) from error
 
 

@@ -15,7 +15,7 @@ from sit_jax.data.cache import LatentCache, check_cache
 from sit_jax.data.coins import coins
 from sit_jax.data.filling import finish, missing, open_plan, shard
 from sit_jax.data.pairs import from_pairs, to_pairs
-from sit_jax.data.shards import ShardReader, ShardWriter
+from sit_jax.data.shards import BLOCK, HEAD, ShardReader, ShardWriter, file_size
 from sit_jax.data.sources import LatentFolder
 from sit_jax.data.tags import Tags, default_shards
 from sit_jax.errors import UserError
@@ -311,3 +311,15 @@ def test_every_half_becomes_its_single():
     found = cache._single(halves)
     assert found.dtype == np.float32 and found.shape == halves.shape
     np.testing.assert_array_equal(found, halves.astype(np.float32))
+
+
+@pytest.mark.parametrize("images", [1, 8, 500])
+def test_the_size_of_a_file_is_known_before_it_is_written(tmp_path, images):
+    view = np.random.default_rng(0).standard_normal((2, 2, 4)).astype(np.float32)
+    writer = ShardWriter(tmp_path / "a")
+    for i in range(images):
+        writer.add(i, 0, [view, view])
+    writer.close({"images": images})
+    told = file_size(2 * images, view.nbytes + HEAD.size)
+    found = (tmp_path / "a").stat().st_size
+    assert found <= told <= found + 2 * BLOCK

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sit_jax.data.shards import HEAD, ShardReader, ShardWriter
+from sit_jax.data.shards import HEAD, ShardReader, ShardWriter, file_size
 from sit_jax.data.tags import DONE, PLAN, read_json, read_tags, require_same
 from sit_jax.drafts import draft, require_space
 from sit_jax.errors import UserError
@@ -44,8 +44,8 @@ def missing(path, tags, process, count):
 def needed(path, tags, process, count):
     """Bytes of the shards that are missing."""
     record = np.dtype(tags.dtype).itemsize * int(np.prod(tags.shape)) + HEAD.size
-    numbers = _absent(path, tags, process, count)
-    return record * tags.views * sum(len(tags.shard(number)[1]) for number in numbers)
+    counts = (len(tags.shard(k)[1]) for k in _absent(path, tags, process, count))
+    return sum(file_size(tags.views * images, record) for images in counts)
 
 
 def _absent(path, tags, process, count):

@@ -19,7 +19,16 @@ from sit_jax.errors import UserError
 
 HEAD = struct.Struct("<qii")
 WRITING = "group_size:1,uncompressed"  # floats hardly shrink, and zstd doubles the time
+BLOCK, HEADERS = 2**16, 64  # bytes: as found by writing some
 READING = "readahead_buffer_size:0,max_parallelism:0"  # for single records
+
+
+def file_size(records, size):
+    """Bytes of a file of records of `size` each; at most two blocks too many.
+
+    A header stands before each, and data and index are filled up to blocks of 64 KiB.
+    """
+    return -(-records * (size + HEADERS) // BLOCK) * BLOCK + BLOCK
 
 
 class ShardWriter:
