@@ -27,15 +27,15 @@ def disk(tmp_path):
 
 @pytest.fixture
 def place(tmp_path):
-    """-> a folder on a file system of 4 MB."""
-    with mounted(tmp_path / "place") as folder:
+    """-> a folder on a file system of 16 MB."""
+    with mounted(tmp_path / "place", "16m") as folder:
         yield folder
 
 
 @contextlib.contextmanager
-def mounted(folder):
+def mounted(folder, size="4m"):
     folder.mkdir(parents=True)
-    words = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"cannot mount a small file system: {done.stderr.strip()}")
