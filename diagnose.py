@@ -32,6 +32,11 @@ from sit_jax.weights import open_weights
 from sit_jax.workdir import read_json
 from sit_jax.worst_pairs import worst_pairs
 
+OF_FIGURES = (
+    *("reference_b", "seeds", "swap", "swapped", "features_b", "inception_b"),
+    "resamples",
+)
+
 
 def main():
     parser = command.parser(__doc__.splitlines()[0])
@@ -119,20 +124,24 @@ def report(args):
     a, b = (
         _seen(args, diagnosis.open_evidence(side, eye.width)) for side in args.sides
     )
-    if None in (a.bundle, b.bundle) and None in (a.manifest, b.manifest):
-        if not (args.reference or a.samples and b.samples):
-            raise UserError("A and B have no bundles, manifests or samples in common")
     pairs = args.paired or diagnosis.are_pairs(a, b)
+    sets = [_images(each) for each in (a, b)]
+    pictured = pairs and None not in sets
+    if None in (a.bundle, b.bundle) and None in (a.manifest, b.manifest):
+        if not (args.reference or pictured):
+            raise UserError("A and B have no bundles or manifests: give --reference")
+    judged = a.samples or b.samples or None in (a.bundle, b.bundle)
+    odd = [name for name in OF_FIGURES if getattr(args, name)]
+    if odd and not (judged and args.reference):
+        raise UserError(
+            f"--{odd[0].replace('_', '-')} is for figures of pictures or features: "
+            "give --reference, and sides that have them"
+        )
     reference = eye.gaussian(args.reference) if args.reference else None
     gap, swaps = None, ()
-    if reference is not None and (
-        a.samples or b.samples or None in (a.bundle, b.bundle)
-    ):
+    if judged and reference is not None:
         gap, swaps = _statistics(args, eye, a, b, pairs, reference)
-    worst, tiles = (), None
-    sets = [_images(each) for each in (a, b)]
-    if pairs and None not in sets:
-        worst, tiles = worst_pairs(*sets)
+    worst, tiles = worst_pairs(*sets) if pictured else ((), None)
     found = diagnosis.diagnose(a, b, gap, swaps, worst, reference)
     hosts.wait()
     if hosts.first():
@@ -174,15 +183,18 @@ def _statistics(args, eye, a, b, pairs, reference):
 
 def _by_another(args, side):
     """A Side of B's pictures -> what B's network makes of them and of the reference."""
+    if args.network != "inception":
+        raise UserError(f"--inception-b has no use beside --network {args.network}")
     eye = Evaluator(args.network, args.inception_b, args.batch_size)
-    theirs = args.reference_b or args.reference
-    for each in (side, eye.side(theirs)):
-        if each.source is None or not each.source.needs_network:
+    sides = [side] if args.reference_b else [side, eye.side(args.reference)]
+    for each in sides:
+        if each.summary is not None or not each.source.needs_network:
             raise UserError(
                 f"--inception-b {args.inception_b} judges pictures, and {each.path} "
-                "has none; give --features-b and --reference-b instead"
+                "has other things; give --reference-b or --features-b, made by it"
             )
-    return "feature network", eye.features(side), eye.gaussian(theirs)
+    theirs = eye.gaussian(args.reference_b or args.reference)
+    return "feature network", eye.features(side), theirs
 
 
 def _chain(args, eye, a, b, pairs):

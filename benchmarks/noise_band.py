@@ -104,7 +104,7 @@ def power(law, args):
     """-> {rule: share of pairs found beyond noise, for each true gap}"""
     draw, labels = law
     there, rng = reference(args), np.random.default_rng(2)
-    count = max(args.pairs // 10, 10)
+    count = max(args.pairs // 3, 10)
     base = Gaussian.of(np.concatenate([draw(rng, 0.0) for _ in range(20)]))
     noise = compared(draw(rng, 0.0), draw(rng, 0.0), there, labels).noise
     shares = {"this band": [], "4 bootstrap sd": []}

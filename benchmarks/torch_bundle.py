@@ -7,7 +7,6 @@ place beside another side's: python diagnose.py JAX TORCH --out report/. The clo
 timm, SiT's also torchdiffeq; torchvision is not needed.
 """
 
-import argparse
 import contextlib
 import platform
 import sys
@@ -28,8 +27,10 @@ import diagnose
 from sit_jax import bundle, command, inception_weights, port, probe, stages
 from sit_jax import reference as originals
 from sit_jax.drafts import require_free
+from sit_jax.errors import UserError
 from sit_jax.interpolant import Interpolant
 from sit_jax.manifest import weights_hash
+from sit_jax.numerals import COUNT
 from sit_jax.released import Released
 from sit_jax.samplers import ode
 
@@ -38,21 +39,24 @@ WIDTHS = ((1,), (3,))  # of pictures
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command.parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("--reference", required=True, metavar="DIR", help="a clone of the original")
     add("--collect", required=True, metavar="OUT", help="the bundle, a folder")
     add("--from-manifest", required=True, metavar="M", help="of samples")
     add("--weights", metavar="PATH", help="where they are on this machine")
     add("--inputs", metavar="BUNDLE", help="take its noise, times and labels")
-    add("--images", type=int, default=8, metavar="N")
-    add("--steps", type=int, default=50, metavar="N", help="of the fixed grid")
+    add("--images", type=COUNT, default=8, metavar="N")
+    add("--steps", type=COUNT, default=50, metavar="N", help="of the fixed grid")
     add("--inception", metavar="FILE", help="weights of the 2015 network, for features")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--tf32", action="store_true", help="as the originals' scripts set it")
     add("--force", action="store_true", help="other weights than the manifest's")
     add("--overwrite", action="store_true")
-    args = parser.parse_args()
+    args, rest = command.parse(parser)
+    if rest:
+        raise UserError(f"{rest[0]}: this script has no config")
+    _check_device(args.device)
     out = require_free(args.collect, args.overwrite)
     given = bundle.read(args.inputs) if args.inputs else None
     room, manifest = diagnose.studio(args)
@@ -66,6 +70,14 @@ def main():
     print(f"{len(made.stages)} stages of {len(made.inputs['t'])} images")
     print(made.record["precision"]["line"], out, sep="\n")
     return 0
+
+
+def _check_device(name):
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: {reason}") from error
 
 
 def collect(room, manifest, out, args, given=None, judge=None):

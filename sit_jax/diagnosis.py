@@ -161,6 +161,8 @@ def verdict(found, gap, known=True, swaps=()):
 def _shares(swaps):
     """Where the way from A's figure to B's leads through, in a sentence or none."""
     rows = sorted(_swaps(swaps)[1:], key=lambda row: -row["share"])
+    if len(rows) < 2:
+        return []
     told = [f"{r['after']} {r['step']:+.3g} ({r['share']:.0%})" for r in rows]
     told = [each for each, row in zip(told, rows, strict=True) if row["share"] > 0]
     return [f"From A's figure to B's: {', '.join(told)}."] if told else []

@@ -6,11 +6,13 @@ memory of the paper.
 """
 
 import json
+import re
 from typing import NamedTuple
 
 from sit_jax.config import difference
 
 LONGEST = 70  # characters of a value that is shown
+HASH = "[0-9a-f]{64}"  # of which fewer do
 
 
 class Effect(NamedTuple):
@@ -95,4 +97,6 @@ def _short(value):
     if isinstance(value, list) and len(value) > 8:
         return f"{len(value)} values"
     text = value if isinstance(value, str) else json.dumps(value)
+    if re.fullmatch(HASH, text):
+        return f"{text[:12]}..."
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

@@ -104,7 +104,8 @@ def test_the_steps_add_up_to_the_gap(tmp_path, run):
     np.save(tmp_path / "few.npy", x[:7])
     code, _, err = run(*sides, "--swapped", tmp_path / "few.npy")
     assert code == 2 and "few.npy has 7 latents, B 200: it is what A's network" in err
-    sides = (*sides, "--inception-b", "x", "--features-b", tmp_path / "f.npz")
-    code, _, err = run(*sides)
-    assert code == 2 and "judges pictures, and" in err and "f.npz has none" in err
+    code, _, err = run(*sides, "--inception-b", "x")
+    assert code == 2 and "no use beside --network digits" in err
+    code, _, err = run(a, b, "--swapped", a, "--out", tmp_path / "no")
+    assert code == 2 and "--swapped is for figures of pictures" in err
     assert not (tmp_path / "no").exists()
