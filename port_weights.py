@@ -35,7 +35,7 @@ from sit_jax.exchange import Stored, open_torch
 from sit_jax.manifest import weights_hash
 from sit_jax.models.mdt import MDT
 from sit_jax.numerals import COUNT, whole
-from sit_jax.places import local
+from sit_jax.places import place
 from sit_jax.torch_config import FAMILIES
 from sit_jax.weights import family_of
 from sit_jax.workdir import read_json
@@ -107,7 +107,8 @@ def to_checkpoint(args, overrides, original=None):
     config = args.config and configs.load(args.config)
     if config:
         configs.override(config, overrides)
-    weights = open_torch(args.source, published, args.family, args.heads, config)
+    source = releases.fetch(args.source)
+    weights = open_torch(source, published, args.family, args.heads, config)
     print(f"converting {args.source}", flush=True)
     items, meta = weights.items()
     require_space(target, sum(leaf.nbytes for leaf in jax.tree.leaves(items)))
@@ -208,7 +209,7 @@ def _contents(stored, target):
 
 def _figures(args):
     """Paths of evaluate.py's JSON files, which are there and can be read."""
-    paths = [local(path) for path in args.figures or ()]
+    paths = [place(path) for path in args.figures or ()]
     for path in paths:
         if not path.is_file():
             raise UserError(f"--figures: no file at {path}")

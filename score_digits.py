@@ -5,8 +5,6 @@ that was asked for, and its hidden layer gives the features for a Frechet distan
 same two figures for real digits stand beside them.
 """
 
-from pathlib import Path
-
 import numpy as np
 
 from sit_jax import command
@@ -16,6 +14,7 @@ from sit_jax.digit_features import DigitFeatures
 from sit_jax.drafts import draft, require_free
 from sit_jax.errors import UserError
 from sit_jax.metrics import Gaussian, frechet
+from sit_jax.places import place
 from sit_jax.workdir import write_json
 
 
@@ -28,8 +27,8 @@ def main():
     args, rest = command.parse(parser)
     if rest:
         raise UserError(f"{rest[0]}: this script has no config")
-    out = Path(args.out) if args.out else Path(args.samples).with_name("score.json")
-    require_free(out, args.overwrite)
+    out = args.out or place(args.samples).with_name("score.json")
+    out = require_free(out, args.overwrite)
     held_out = args.held_out and require_free(args.held_out, args.overwrite)
     images, labels = _samples(args.samples)
     figures = score(images, labels)

@@ -171,6 +171,7 @@ def _loop(config, parts, mesh, source, state, feed, log, saved, keeper, look, st
         asked = stop.after(at - first)
         if asked or at == config.steps or at % config.save_every == 0:
             _report(log, meter.flush(), names, config, saved)
+            log.keep()
             meter.pause(keeper.save(at, state))
         meter.pause(look(at, _average(state, parts)))
         if asked:

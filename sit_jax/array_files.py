@@ -15,8 +15,9 @@ import zlib
 import numpy as np
 from numpy.lib import format as npy
 
+from sit_jax import places
 from sit_jax.errors import UserError
-from sit_jax.places import local
+from sit_jax.places import place
 
 DAMAGED = (
     zipfile.BadZipFile,
@@ -42,11 +43,11 @@ class ArrayFile:
     """An opened .npz; its members by name."""
 
     def __init__(self, path):
-        self.path = local(path)
+        self.path = place(path)
         if not self.path.is_file():
             raise UserError(f"no file at {self.path}")
         with _plainly(f"{self.path} is no .npz file, or ends too early"):
-            with zipfile.ZipFile(self.path) as archive:
+            with _unzipping(self.path) as archive:
                 members = archive.infolist()
         for member in members:
             _require_tame(self.path, member)
@@ -104,7 +105,7 @@ class Member:
         size = math.prod(row) * self.dtype.itemsize
         numbers = range(-(-count // rows)) if wanted is None else wanted
         with _plainly(f"{self.path}: {self.name} is damaged"):
-            with zipfile.ZipFile(self.path) as archive, self._open(archive) as file:
+            with _unzipping(self.path) as archive, self._open(archive) as file:
                 _read_header(file)
                 begin = file.tell()
                 for number in numbers:
@@ -119,7 +120,7 @@ class Member:
 
     def _header(self):
         with _plainly(f"{self.path}: {self.name} is damaged"):
-            with zipfile.ZipFile(self.path) as archive, self._open(archive) as file:
+            with _unzipping(self.path) as archive, self._open(archive) as file:
                 shape, fortran, dtype = _read_header(file)
                 found, start = archive.getinfo(f"{self.name}.npy"), file.tell()
         _require_numbers(f"{self.path}: {self.name}", dtype)
@@ -132,6 +133,13 @@ class Member:
 
     def _open(self, archive):
         return archive.open(f"{self.name}.npy")
+
+
+@contextlib.contextmanager
+def _unzipping(path):
+    """An opened zip file; one in a bucket is read as far as it is used."""
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        yield archive
 
 
 def _read_header(file):
@@ -149,13 +157,13 @@ def _read_header(file):
 
 def load(path):
     """The array of a .npy file, whole."""
-    path = local(path)
+    path = place(path)
     if not path.is_file():
         raise UserError(f"no file at {path}")
     with _plainly(f"{path} is no whole .npy file"):
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             shape, fortran, dtype = _read_header(file)
-            start, size = file.tell(), path.stat().st_size
+            start, size = file.tell(), places.size(path)
             _require_numbers(path, dtype)
             _require_size(path, shape, dtype, size - start)
             array = np.frombuffer(file.read(size - start), dtype)
@@ -180,7 +188,7 @@ def _require_tame(path, member):
     if name.startswith("/") or ".." in name.split("/") or "\\" in name:
         raise UserError(f"{path}: {name[:200]!r} leads out of it; save it again")
     packed = member.compress_size
-    if packed > path.stat().st_size:
+    if packed > places.size(path):
         raise UserError(f"{path}: {name[:200]} has {packed} bytes, more than the file")
 
 

@@ -12,7 +12,7 @@ import time
 import traceback
 import warnings
 
-from sit_jax import hosts, interrupts
+from sit_jax import buckets, hosts, interrupts
 from sit_jax.errors import UserError, one_line
 
 SYMPTOM = 3.0  # seconds in which the loss of a process is noticed as its cause
@@ -83,6 +83,8 @@ def run(main):
     except KeyboardInterrupt:
         code = _ended(INTERRUPTED, 130)
     except Exception as error:
+        if said := buckets.fault(error):
+            sys.exit(_ended(said, 2))
         if not hosts.several():
             raise
         time.sleep(SYMPTOM)

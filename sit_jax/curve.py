@@ -5,7 +5,6 @@ stay what they are.
 """
 
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from sit_jax.evaluated import open_side
 from sit_jax.features import inception_extractor
 from sit_jax.generation import Generator
 from sit_jax.labels import labels
+from sit_jax.places import place
 
 BATCH = 64  # images that are drawn together
 
@@ -66,7 +66,7 @@ def check(config):
             "evaluate_every needs a reference: --config.reference=FILE, made by "
             "evaluate.py --stats or ADM's"
         )
-    if isinstance(config.reference, str) and not Path(config.reference).is_file():
+    if isinstance(config.reference, str) and not place(config.reference).is_file():
         raise UserError(f"reference: no file at {config.reference}")
 
 

@@ -9,7 +9,6 @@ and no more than another unit.
 import csv
 import dataclasses
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -204,7 +203,7 @@ def _written(out, rows, config, survey, item, params, parts, source):
         "bits_per_dim": {"mean": mean[1], "standard_error": error[1]},
         **environment(),
     }
-    write_json(Path(f"{out}.manifest.json"), record)
+    write_json(f"{out}.manifest.json", record)
     return [
         f"{len(rows)} records, of {of}: {mean[0]:.6g} +- {error[0]:.2g} nats, "
         f"{mean[1]:.5g} +- {error[1]:.2g} bits/dim"

@@ -13,7 +13,7 @@ import numpy as np
 from sit_jax import torch_files
 from sit_jax.errors import UserError
 from sit_jax.models.layers import grid_embedding
-from sit_jax.places import local
+from sit_jax.places import local, place
 from sit_jax.port import listed
 
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second until 2024
@@ -52,7 +52,7 @@ FIXED = {
 
 def is_folder(path):
     """Whether a path is a folder of a model as diffusers saves it."""
-    return _is_model(local(path) / "config.json")
+    return _is_model(place(path) / "config.json")
 
 
 def read(path):

@@ -2,7 +2,7 @@
 
 from sit_jax import diffusers_files, lora_files, model_folder, tensor_files
 from sit_jax.errors import UserError
-from sit_jax.places import local
+from sit_jax.places import place
 
 
 def is_adapter(args):
@@ -13,7 +13,7 @@ def is_adapter(args):
 
 def inwards(source, target, to):
     """Whether torch weights become a checkpoint, by the kinds of the two paths."""
-    source, target = local(source), local(target)
+    source, target = place(source), place(target)
     if not source.exists():
         raise UserError(f"nothing at {source}")
     foreign = not source.is_dir() or diffusers_files.is_folder(source)

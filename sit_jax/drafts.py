@@ -1,4 +1,8 @@
-"""Outputs that are whole or not there: written under another name, then renamed."""
+"""Outputs that are whole or not there: written elsewhere, then renamed, or uploaded.
+
+A draft is beside what it becomes, or in the folder for temporary files if that is in a
+bucket.
+"""
 
 import contextlib
 import errno
@@ -6,12 +10,14 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
+from sit_jax import places
 from sit_jax.errors import UserError
 from sit_jax.interrupts import tidied
-from sit_jax.places import local
+from sit_jax.places import absolute, in_bucket, place
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -19,20 +25,31 @@ _open = set()  # drafts of this process
 
 
 def require_free(path, overwrite):
-    """-> absolute Path; refuses what exists already unless it may be overwritten.
+    """-> absolute place; refuses what exists already unless it may be overwritten.
 
     What killed processes have left of it is cleared away before.
     """
-    path = local(path).absolute()
+    path = absolute(path)
     clear(path)
-    if os.path.lexists(path) and not overwrite:
+    if is_taken(path) and not overwrite:
         raise UserError(f"{path} exists; --overwrite replaces it")
     require_writable(path)
     return path
 
 
+def is_taken(path):
+    """Whether there is anything at a place, be it a broken link."""
+    return path.exists() if in_bucket(path) else os.path.lexists(path)
+
+
 def require_writable(path):
-    """Refuses a path below a file, or below a folder that may not be written to."""
+    """Refuses a path below a file, or below a folder that may not be written to.
+
+    What a bucket allows is found out by writing there.
+    """
+    if in_bucket(path):
+        place(path)
+        return
     folder = next(parent for parent in Path(path).absolute().parents if _exists(parent))
     if not folder.is_dir():
         raise UserError(f"{path}: {folder} is a file and no folder; name another place")
@@ -52,11 +69,18 @@ def _exists(path):
 
 def require_space(path, size):
     """Refuses to begin what the disk of the nearest existing folder cannot hold."""
-    folder = next(parent for parent in Path(path).parents if parent.is_dir())
+    folder = _disk(path)
     if (free := shutil.disk_usage(folder).free) < size:
         raise UserError(
             f"{folder} has {free / 1e9:.3g} GB free, {path} needs {size / 1e9:.3g} GB"
         )
+
+
+def _disk(path):
+    """The folder that a path's draft will be in, or the nearest above it."""
+    if in_bucket(path):
+        return Path(tempfile.gettempdir())
+    return next(parent for parent in Path(path).parents if parent.is_dir())
 
 
 @contextlib.contextmanager
@@ -67,7 +91,7 @@ def roomy(path, needed):
     except OSError as error:
         if error.errno not in FULL:
             raise
-        folder = next(parent for parent in Path(path).parents if parent.is_dir())
+        folder = _disk(path)
         raise UserError(
             f"{error.strerror}: {path} still needs {needed():,} bytes, "
             f"{shutil.disk_usage(folder).free:,} are free; make space, and the same "
@@ -81,6 +105,8 @@ def clear(path):
     One that was killed between the two renames that replace a folder had moved the
     folder aside: it gets its name back.
     """
+    if in_bucket(path):
+        return
     for old in _left(path, re.escape(path.name), re.escape(".old")):
         if os.path.lexists(path):
             shutil.rmtree(old, ignore_errors=True)
@@ -118,11 +144,15 @@ def _dead(process):
 
 @contextlib.contextmanager
 def draft(path):
-    """Gives a path beside `path`, of the same ending, that replaces it in the end.
+    """Gives a local path, of the same ending, whose content replaces `path` in the end.
 
     What was at `path` stays until then; after an error the draft is removed.
     """
-    path = Path(path)
+    path = place(path)
+    if in_bucket(path):
+        with drafts([path]) as folder:
+            yield folder / path.name
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     with _opened(name):
@@ -132,17 +162,21 @@ def draft(path):
 
 @contextlib.contextmanager
 def drafts(paths):
-    """Gives a folder beside `paths`; files of their names in it take their places.
+    """Gives a local folder; files of the names of `paths` in it take their places.
 
     None of them is touched before all are written, nor after an error. The first of
     the paths is replaced last.
     """
-    folder = paths[0].with_name(f".{paths[0].stem}.{os.getpid()}")
-    folder.mkdir(parents=True)
+    if in_bucket(paths[0]):
+        folder, put = Path(tempfile.mkdtemp(prefix="sit_jax.")), _upload
+    else:
+        folder = paths[0].with_name(f".{paths[0].stem}.{os.getpid()}")
+        folder.mkdir(parents=True)
+        put = _replace
     with _opened(folder):
         yield folder
         for path in reversed(paths):
-            _replace(folder / path.name, path)
+            put(folder / path.name, path)
 
 
 @contextlib.contextmanager
@@ -155,6 +189,13 @@ def _opened(name):
     finally:
         _open.discard(name)
         _remove(name)
+
+
+def _upload(name, path):
+    """An object is replaced by the new one; a folder has to be removed before."""
+    if path.is_dir():
+        places.remove(path)
+    places.send(name, path)
 
 
 def _replace(name, path):

@@ -13,7 +13,7 @@ from sit_jax.errors import UserError
 from sit_jax.features import StoredFeatures
 from sit_jax.image_sets import FolderImages, NpzImages
 from sit_jax.models.inception_layers import POOL
-from sit_jax.places import local
+from sit_jax.places import in_bucket, local, place
 
 
 class OfImages:
@@ -97,7 +97,9 @@ def open_side(path, only_features=False, width=POOL):
 
     width: numbers in the features that a network will make of images.
     """
-    path = local(path)
+    path = place(path)
+    if in_bucket(path) and path.is_dir():
+        local(path)  # refuses it, with what to do: pictures are read from a disk
     if path.is_dir() and not only_features:
         return Side(
             path, None, OfImages(FolderImages(path), width), {"all": "its images"}

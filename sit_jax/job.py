@@ -9,7 +9,7 @@ import numpy as np
 from sit_jax import config as configs
 from sit_jax import json_text
 from sit_jax.errors import UserError
-from sit_jax.places import local
+from sit_jax.places import place
 from sit_jax.quantized import SKIP
 
 KINDS = {  # of fields that are no words
@@ -91,7 +91,7 @@ class Job:
 
 def of_manifest(path):
     """-> the Job recorded in a manifest.json, and the sha256 of its weights."""
-    path = local(path)
+    path = place(path)
     if path.is_dir():
         path = path / "manifest.json"
     try:

@@ -1,4 +1,7 @@
-"""One process at a time in a folder: a lock that ends with its holder."""
+"""One process at a time in a folder: a lock that ends with its holder.
+
+In a bucket it is a lease, which its holder renews.
+"""
 
 import contextlib
 import errno
@@ -11,6 +14,8 @@ from pathlib import Path
 from sit_jax import json_text
 from sit_jax.errors import UserError
 from sit_jax.interrupts import tidied
+from sit_jax.leases import leased
+from sit_jax.places import in_bucket, place
 
 ABSENT = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # as on some NFS
 
@@ -28,11 +33,22 @@ def alone(folder, name="lock", wanted=True):
     if not wanted:
         yield
         return
-    path = Path(folder) / f".{name}"
+    path = place(folder) / f".{name}"
+
+    def refuse(owner):
+        raise UserError(f"{folder} is in use by {_told(owner, path)}")
+
+    lease = (path, _owner(), _is_gone, refuse)
+    with leased(*lease) if in_bucket(path) else _locked(path, refuse):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(path, refuse):
     with _opened(path) as file:
         if not _taken(file):
             file.seek(0)
-            raise UserError(f"{folder} is in use by {_told(file.read(), path)}")
+            refuse(_read(file.read()))
         file.truncate(0)
         file.write(json.dumps(_owner()))
         file.flush()
@@ -84,6 +100,11 @@ def _alive(owner):
     return owner.get("began") is not None and _began(owner["pid"]) == owner["began"]
 
 
+def _is_gone(owner):
+    """Whether the holder of a lease is known to have ended: on this machine."""
+    return owner.get("host") == socket.gethostname() and not _alive(owner)
+
+
 def _began(process):
     """When a process began, in the kernel's ticks; None: there is no such one."""
     try:
@@ -101,7 +122,6 @@ def _read(text):
     return found if isinstance(found, dict) else {}
 
 
-def _told(text, path):
-    owner = _read(text)
+def _told(owner, path):
     who = f"process {owner.get('pid', '?')} on {owner.get('host', 'some machine')}"
     return f"{who}; wait for it, end it, or if it is long gone remove {path}"

@@ -11,12 +11,13 @@ import math
 import os
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 
+from sit_jax.mirrors import mirrored
 from sit_jax.pictures import save_png
+from sit_jax.places import place
 from sit_jax.tracking import TensorBoard, Wandb, naming
 
 
@@ -28,7 +29,7 @@ class RunLog:
     """
 
     def __init__(self, workdir, total_steps, first_step=0, wandb=None, stream=None):
-        self._workdir, self._total = Path(workdir), total_steps
+        self._workdir, self._total = place(workdir), total_steps
         self._sinks, self._console = [], None
         self._opened = contextlib.ExitStack()
         if jax.process_index() == 0:
@@ -75,6 +76,11 @@ class RunLog:
         for sink in self._sinks:
             sink.image(step, name, array)
 
+    def keep(self):
+        """Before a step is saved: what is written of it is to be where the step is."""
+        if self._console is not None:
+            self._mirror.send()
+
     def close(self):
         """Ends files and bar; safe to call twice."""
         self._console, self._sinks = None, []
@@ -90,7 +96,10 @@ class RunLog:
         def keep(part):
             return opened.enter_context(contextlib.closing(part))
 
-        workdir = self._workdir
+        begun = ("metrics.jsonl", "log.txt", "wandb_id.txt")
+        there = mirrored(self._workdir, begun, besides=("wandb",))
+        self._mirror = opened.enter_context(there)
+        self._workdir = workdir = self._mirror.here
         with naming(workdir):
             workdir.mkdir(parents=True, exist_ok=True)
         # the newest step that stays; a run that starts anew keeps nothing

@@ -11,23 +11,23 @@ import jax
 import numpy as np
 
 from sit_jax import array_files
-from sit_jax.drafts import clear, draft, require_writable
+from sit_jax.drafts import clear, draft, is_taken, require_writable
 from sit_jax.errors import UserError
 from sit_jax.pictures import save_gif, save_png, sheet
-from sit_jax.places import local
+from sit_jax.places import place
 
 KINDS = (".png", ".npy", ".npz")
 
 
 def check(path, overwrite):
-    """-> Path; refuses what exists already and endings that mean nothing."""
+    """-> place; refuses what exists already and endings that mean nothing."""
     is_folder = str(path).endswith(("/", os.sep))
-    path = local(path)
+    path = place(path)
     if not is_folder and path.suffix not in KINDS:
         raise UserError(
             f"--out {path}: write a name ending in {', '.join(KINDS)}, or a folder/"
         )
-    taken = any(path.iterdir()) if is_folder and path.is_dir() else path.exists()
+    taken = any(path.iterdir()) if is_folder and path.is_dir() else is_taken(path)
     if taken and not overwrite:
         raise UserError(f"--out {path} exists; --overwrite replaces it")
     try:

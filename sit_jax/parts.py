@@ -1,16 +1,17 @@
 """Batches on disk until all are there, so that a long run can be killed and go on."""
 
-import shutil
+import io
+import re
 import sys
 import zipfile
-from pathlib import Path
 
 import numpy as np
 
-from sit_jax import json_text
+from sit_jax import json_text, places
 from sit_jax.array_files import DAMAGED
 from sit_jax.drafts import draft
 from sit_jax.errors import UserError
+from sit_jax.places import absolute, make_folder, place
 from sit_jax.workdir import write_json
 
 MARK = "job.json"
@@ -19,24 +20,24 @@ KEY = "part"  # the array in a batch that says whose it is
 
 def parts_mark(out):
     """The file that says whose the parts of an output are."""
-    return Path(f"{str(out).rstrip('/')}.parts") / MARK
+    return place(f"{str(out).rstrip('/')}.parts") / MARK
 
 
 def parts_size(out):
     """Bytes of the batches that are there."""
-    return sum(path.stat().st_size for path in _files(parts_mark(out).parent))
+    return sum(_files(parts_mark(out).parent).values())
 
 
 def is_begun(out, path):
     """Whether a run that makes `out`, and may write `path`, was not finished."""
-    return str(Path(path).absolute()) in _read_mark(parts_mark(out)).get("writes", ())
+    return str(absolute(path)) in _read_mark(parts_mark(out)).get("writes", ())
 
 
 def remove_parts(out):
     """The mark first: what a kill leaves of it then belongs to nobody."""
     mark = parts_mark(out)
     mark.unlink(missing_ok=True)
-    shutil.rmtree(mark.parent, ignore_errors=True)
+    places.remove(mark.parent)
 
 
 class Parts:
@@ -49,20 +50,22 @@ class Parts:
     def __init__(self, out, digest, overwrite=False, writes=()):
         self._out, self._digest = out, digest
         self.folder = parts_mark(out).parent
-        writes = [str(Path(path).absolute()) for path in writes]
+        writes = [str(absolute(path)) for path in writes]
         self._mark({"digest": digest, "writes": writes}, overwrite)
 
     def missing(self, count):
         """-> numbers of the batches 0 .. count - 1 that are still to be made."""
-        return [i for i in range(count) if not self._path(i).exists()]
+        there = _files(self.folder)
+        return [i for i in range(count) if self._path(i).name not in there]
 
     def checked(self, count):
         """As missing, of batches that are whole; others are named and removed.
 
         Before any are made, by one process.
         """
-        for left in self.folder.glob(".[0-9]*.npz"):
-            left.unlink()  # which a kill has left
+        for name in places.files(self.folder):
+            if re.fullmatch(r"\.\d.*\.npz", name):
+                (self.folder / name).unlink()  # which a kill has left
         for batch in set(range(count)).difference(self.missing(count)):
             if why := self._damage(batch):
                 _say(f"{self._path(batch)} {why}: it is removed and made again")
@@ -76,7 +79,7 @@ class Parts:
 
     def read(self, batch):
         """-> what was saved."""
-        with np.load(self._path(batch), allow_pickle=False) as file:
+        with np.load(self._open(batch), allow_pickle=False) as file:
             return {name: file[name] for name in file if name != KEY}
 
     def images(self, batch):
@@ -101,13 +104,13 @@ class Parts:
         if self.folder.exists():
             self._require_ours()
             _say(f"{self.folder} holds parts of another run, which are removed")
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True)
+            places.remove(self.folder)
+        make_folder(self.folder)
         write_json(path, mark)
 
     def _require_ours(self):
         """Or nobody knows what would be removed."""
-        known = {MARK, *(path.name for path in _files(self.folder))}
+        known = {MARK, *_files(self.folder)}
         for path in self.folder.iterdir():
             if path.name not in known and path.name[0] != ".":
                 raise UserError(
@@ -124,7 +127,7 @@ class Parts:
     def _damage(self, batch):
         """What is wrong with a batch that is there, or None; all of it is read."""
         try:
-            with zipfile.ZipFile(self._path(batch)) as file:
+            with zipfile.ZipFile(self._open(batch)) as file:
                 if odd := file.testzip():
                     return f"is damaged (sum of {odd})"
             if self._array(batch, KEY, "") != self._key(batch):
@@ -132,13 +135,18 @@ class Parts:
         except DAMAGED as error:
             return f"is damaged ({str(error) or type(error).__name__})"
 
+    def _open(self, batch):
+        return io.BytesIO(self._path(batch).read_bytes())
+
     def _array(self, batch, name, default=None):
-        with np.load(self._path(batch), allow_pickle=False) as file:
+        with np.load(self._open(batch), allow_pickle=False) as file:
             return file[name] if default is None or name in file else default
 
 
 def _files(folder):
-    return folder.glob("[0-9]*.npz")
+    """-> {name: bytes} of the batches that are there."""
+    there = places.files(folder).items()
+    return {name: size for name, size in there if re.fullmatch(r"\d+\.npz", name)}
 
 
 def _read_mark(path):

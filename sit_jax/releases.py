@@ -12,9 +12,11 @@ import sys
 import urllib.parse
 from pathlib import Path
 
+from sit_jax import places
 from sit_jax.download import download
+from sit_jax.drafts import draft, require_space
 from sit_jax.errors import UserError
-from sit_jax.places import local
+from sit_jax.places import in_bucket, place
 
 HUB = "https://huggingface.co"  # or a mirror of it, in HF_ENDPOINT
 
@@ -107,10 +109,14 @@ def cache():
 
 
 def fetch(name):
-    """-> Path of a release's file, loaded if it is not there; of a path, itself."""
+    """-> Path of a release's file, loaded if it is not there; of a path, itself.
+
+    A bucket's files are loaded too, its folders are read where they are.
+    """
     release = find(name)
     if release is None:
-        return local(name)
+        path = place(name)
+        return _brought(path) if in_bucket(path) and path.is_file() else path
     path = cache() / release.place
     if not path.exists():
         print(f"{name}: from {release.url}, licence {release.licence}", file=sys.stderr)
@@ -121,3 +127,17 @@ def fetch(name):
             "remove it to load it again"
         )
     return path
+
+
+def _brought(path):
+    """-> this machine's copy of a bucket's file; another version is another copy."""
+    if re.fullmatch(r"model\d+\.pt", path.name):
+        raise UserError(f"{path} is one of several files; copy its folder to a disk")
+    version = str(places.version(path)[1])
+    here = cache() / "gs" / str(path).removeprefix("gs://") / version / path.name
+    if not here.exists():
+        print(f"{path}: copied to {here}", file=sys.stderr)
+        require_space(here, places.size(path))
+        with draft(here) as name:
+            places.bring(path, name)
+    return here

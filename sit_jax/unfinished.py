@@ -1,15 +1,13 @@
 """An evaluation that is under way, until its output is there."""
 
 import dataclasses
-import os
 
 from sit_jax import hosts, locks, summary
 from sit_jax.drafts import require_free, roomy
-from sit_jax.errors import UserError
 from sit_jax.feature_parts import FLOAT, FeatureParts
 from sit_jax.features import remembered, write_features
 from sit_jax.parts import is_begun, remove_parts
-from sit_jax.places import local
+from sit_jax.places import absolute
 
 SIDES = ("samples", "reference", "statistics")  # whose features lie beside the output
 
@@ -22,11 +20,11 @@ class Unfinished:
     """
 
     def __init__(self, out, overwrite, saved=None):
-        out = local(out).absolute()
+        out = absolute(out)
         self._parts = {side: f"{out}.{side}" for side in SIDES}
         begun = lambda path: any(is_begun(each, path) for each in self._parts.values())
-        place = lambda path: _place(path, overwrite or begun(path))
-        self.out, self.saved = place(out), saved and place(local(saved).absolute())
+        free = lambda path: require_free(path, overwrite or begun(path))
+        self.out, self.saved = free(out), saved and free(saved)
 
     def alone(self):
         """A lock, which process 0 holds."""
@@ -78,12 +76,3 @@ class Unfinished:
         """The output is there: what lies beside it goes."""
         for parts in self._parts.values():
             remove_parts(parts)
-
-
-def _place(path, overwrite):
-    """-> Path to write to; what cannot be written later is refused now."""
-    path = require_free(path, overwrite)
-    folder = next(parent for parent in path.parents if parent.is_dir())
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{folder} is not writable; name another place by --out")
-    return path

@@ -12,7 +12,7 @@ from sit_jax import checkpoint, diffusers_files, quantizing, releases
 from sit_jax.base import load_adapted
 from sit_jax.config import from_json
 from sit_jax.errors import UserError
-from sit_jax.places import local
+from sit_jax.places import place
 from sit_jax.recipe import recipe
 from sit_jax.sharding import everywhere, shaped
 from sit_jax.stored import merged
@@ -95,7 +95,7 @@ def open_weights(path, torch_file):
 def require_torch(path, family, heads):
     """Refuses --family and --heads beside a folder, which knows both."""
     for flag, value in (("--family", family), ("--heads", heads)):
-        if value is not None and local(path).is_dir():
+        if value is not None and place(path).is_dir():
             raise UserError(f"{flag} {value}: {path} is no torch file; leave it out")
 
 

@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-from pathlib import Path
 
 from sit_jax import hosts, json_text
 from sit_jax.checkpoint import steps
 from sit_jax.config import difference
 from sit_jax.drafts import draft
 from sit_jax.errors import UserError
-from sit_jax.places import local
+from sit_jax.places import make_folder, place
 
 # Fields that a run may be continued with at other values than it began with. None of
 # them changes what a training step computes, but for the batch's size: history.py.
@@ -42,8 +41,8 @@ MAY_CHANGE = (
 
 
 def check_workdir(path, config):
-    """-> Path; refuses a folder that is not free for this JSON config."""
-    path = local(path)
+    """-> place; refuses a folder that is not free for this JSON config."""
+    path = place(path)
     if steps(path):
         raise UserError(
             f"{path} is a checkpoint directory, not a workdir; begin from it with "
@@ -62,7 +61,7 @@ def open_workdir(path, config):
     path = check_workdir(path, config)
     try:
         if hosts.first():
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
             write_json(path / "config.json", config)
     except OSError as error:
         reason = f"{error.filename or path}: {error.strerror or error}"
@@ -114,7 +113,7 @@ def check_same(path, before, now):
 
 def read_json(path):
     try:
-        return json_text.parse(Path(path).read_text())
+        return json_text.parse(place(path).read_text())
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
 

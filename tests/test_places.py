@@ -1,4 +1,4 @@
-"""Addresses are refused where paths are meant, and no folder "gs:" is made."""
+"""Addresses are refused where files are meant, and no folder "gs:" is made."""
 
 from pathlib import Path
 
@@ -16,12 +16,6 @@ from sit_jax.releases import fetch
 from sit_jax.workdir import check_workdir
 
 ASKS = {
-    "workdir": lambda path: check_workdir(path, {}),
-    "steps": checkpoint.find,
-    "saving": Checkpoints,
-    "weights": fetch,
-    "output": lambda path: outputs.check(f"{path}.png", False),
-    "draft": lambda path: drafts.require_free(path, False),
     "latents": LatentFolder,
     "cache": LatentCache,
     "images": ImageFolder,
@@ -38,9 +32,23 @@ def test_a_bucket_is_refused_with_what_to_do(ask, tmp_path, monkeypatch):
     assert "\n" not in said and not list(tmp_path.iterdir())
 
 
-def test_other_storage_too():
-    with pytest.raises(UserError, match="s3://b/x: only paths of files"):
-        local("s3://b/x")
+OTHERS = {
+    "path": local,
+    "workdir": lambda path: check_workdir(path, {}),
+    "steps": checkpoint.find,
+    "saving": Checkpoints,
+    "weights": fetch,
+    "output": lambda path: outputs.check(f"{path}.png", False),
+    "draft": lambda path: drafts.require_free(path, False),
+}
+
+
+@pytest.mark.parametrize("ask", OTHERS)
+def test_other_storage_is_refused_everywhere(ask, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="s3://b/x.*: only paths of files.* s3 storage"):
+        OTHERS[ask]("s3://b/x")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["a:b", "a/b://c", "hf:owner/repo/file", "C://x", "x"])

@@ -135,7 +135,7 @@ BAD = {
     "clip": (["--config.clip=-1.0"], "clip is -1.0"),
     "preview": (["--config.preview=-3"], "preview is -3"),
     "dtype": (["--config.model.dtype=bfloat17"], "bfloat17"),
-    "bucket": (["--workdir", "gs://bucket/run"], "gs://bucket/run: only paths"),
+    "bucket": (["--workdir", "s3://bucket/run"], "s3://bucket/run: only paths"),
     "no checkpoint": (["--init", "nowhere"], "no weights at nowhere"),
 }
 

@@ -3,12 +3,11 @@
 Exit code 0: none is damaged; 1: some are; 2: there is nothing to look at.
 """
 
-from pathlib import Path
-
 from sit_jax import command
 from sit_jax.checkpoint.folder import find, steps, unfinished
 from sit_jax.checkpoint.sums import damages, has_sums
 from sit_jax.errors import UserError
+from sit_jax.places import absolute
 
 
 def main():
@@ -19,7 +18,7 @@ def main():
     if rest:
         raise UserError(f"{rest[0]}: this command has no config")
     directory, newest = find(args.directory)
-    one = Path(args.directory).expanduser().absolute() == directory / str(newest)
+    one = absolute(args.directory) == directory / str(newest)
     found = [newest] if one else steps(directory)
     print(directory)
     damaged = [step for step in found if not _report(directory / str(step))]

@@ -6,6 +6,7 @@ import re
 
 import orbax.checkpoint as ocp
 
+from sit_jax import buckets
 from sit_jax.checkpoint.whole import Damaged
 from sit_jax.errors import UserError
 
@@ -34,3 +35,7 @@ def plainly(directory, step=None):
         if step is None or not re.match(r"[A-Z_]{5,}: ", str(error)):
             raise
         raise Damaged(directory, step, f"{str(error)[:100]} ...") from error
+    except Exception as error:
+        if said := buckets.fault(error):
+            raise UserError(f"{directory}: {said}") from error
+        raise

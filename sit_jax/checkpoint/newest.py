@@ -1,7 +1,5 @@
 """The newest step of a run that is whole; damaged ones after it lose their names."""
 
-from pathlib import Path
-
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -9,6 +7,7 @@ from jax.experimental import multihost_utils
 from sit_jax.checkpoint.folder import set_aside, steps, unfinished
 from sit_jax.checkpoint.sums import has_sums
 from sit_jax.checkpoint.whole import Damaged, require_whole
+from sit_jax.places import place
 
 
 def newest_whole(directory, use):
@@ -26,7 +25,7 @@ def newest_whole(directory, use):
             damaged.append(error)
             continue
         said = [f"goes on from step {step}"]
-        if not has_sums(Path(directory) / str(step)):
+        if not has_sums(place(directory) / str(step)):
             said.append("it has no sums, so nothing tells whether it is damaged")
         for error in damaged:
             aside = _set_aside(directory, error.step)

@@ -1,7 +1,6 @@
 """Reads steps: only the items asked for, and only what is as it was saved."""
 
 import contextlib
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,6 +11,7 @@ from sit_jax.checkpoint.handling import TREES, handlers, plainly
 from sit_jax.checkpoint.trees import compare, named
 from sit_jax.checkpoint.whole import require_whole
 from sit_jax.errors import UserError
+from sit_jax.places import absolute
 
 
 def read_meta(directory, step):
@@ -92,9 +92,9 @@ def _reader(directory, step, wanted, tree_handler=ocp.StandardCheckpointHandler)
     trees = {name for name in found if name in TREES or name.startswith("ema_")}
     options = ocp.CheckpointManagerOptions(read_only=True)
     with (
-        plainly(Path(directory), step),
+        plainly(directory, step),
         ocp.CheckpointManager(
-            Path(directory).absolute(),
+            absolute(directory),
             options=options,
             item_handlers=handlers(trees, tree_handler),
         ) as manager,

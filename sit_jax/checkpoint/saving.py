@@ -6,7 +6,7 @@ import orbax.checkpoint as ocp
 
 from sit_jax.checkpoint.handling import TREES, handlers, plainly
 from sit_jax.checkpoint.sums import write_sums
-from sit_jax.places import local
+from sit_jax.places import absolute
 
 
 class Checkpoints:
@@ -17,7 +17,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory, keep_last=None, keep_every=None, items=()):
-        self.directory, self._saving = local(directory).absolute(), None
+        self.directory, self._saving = absolute(directory), None
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last,
             keep_period=keep_every,

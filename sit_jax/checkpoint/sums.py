@@ -12,6 +12,8 @@ import hashlib
 import re
 from concurrent.futures import ThreadPoolExecutor
 
+from sit_jax import places
+
 SUMS = "SHA256SUMS"
 
 
@@ -62,12 +64,9 @@ def _parsed(text):
 
 def _files(step):
     """Names, relative to the step, of all files of its items; hidden ones left out."""
-    found = []
-    for item in sorted(step.iterdir()):
-        if item.is_dir():
-            found += [file for file in item.rglob("*") if file.is_file()]
-    names = (file.relative_to(step).as_posix() for file in found)
-    return sorted(name for name in names if not name.split("/")[-1].startswith("."))
+    names = (name.split("/") for name in places.files(step))
+    inside = (name for name in names if len(name) > 1)
+    return ["/".join(name) for name in inside if not name[-1].startswith(".")]
 
 
 def _digests(step, names):
@@ -78,11 +77,10 @@ def _digests(step, names):
 
 
 def _digest_now(path):
-    status = path.stat()
-    return _digest(path, status.st_size, status.st_mtime_ns)
+    return _digest(path, places.version(path))
 
 
 @functools.lru_cache(2**14)
-def _digest(path, size, changed):
+def _digest(path, version):
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

