@@ -3,8 +3,10 @@
 #   REPO=https://... bash launch/tpu_vm.sh sit us-central2-b v4-32 10.0.0.2:/vol1 \
 #       --config configs/sit_xl2.py
 # SHARE is an NFS share (Filestore), for checkpoints and latents: all hosts must see them
-# under one path, and a directory must be renamed at once, which gcsfuse does not do. Each
-# host runs the same command; JAX asks the metadata server which one it is.
+# under one path, and a directory must be renamed at once, which gcsfuse does not do.
+# Without one: "none", and a last flag --workdir gs://BUCKET/run; latents then have to be
+# on each host's disk. Each host runs the same command; JAX asks the metadata server which
+# one it is.
 set -eu
 name=$1 zone=$2 type=$3 share=$4
 shift 4
@@ -15,9 +17,9 @@ gcloud compute tpus tpu-vm create "$name" --zone "$zone" --accelerator-type "$ty
     --version "${RUNTIME:-tpu-ubuntu2204-base}"
 
 "${ssh[@]}" "git clone $repo sit && cd sit && python3 -m venv .venv \
-    && .venv/bin/pip install -q -r requirements.txt 'jax[tpu]' \
-    && sudo apt-get install -qy nfs-common && sudo mkdir -p /shared \
-    && sudo mount -t nfs $share /shared"
+    && .venv/bin/pip install -q -r requirements.txt 'jax[tpu]' gcsfs"
+[ "$share" = none ] || "${ssh[@]}" "sudo apt-get install -qy nfs-common \
+    && sudo mkdir -p /shared && sudo mount -t nfs $share /shared"
 
 "${ssh[@]}" "cd sit && .venv/bin/python train.py --workdir /shared/run $*"
 

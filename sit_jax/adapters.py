@@ -147,7 +147,7 @@ def taken_out(params, adapter):
 def named(word):
     """PATH:WEIGHT or PATH -> path, weight."""
     path, colon, weight = word.rpartition(":")
-    if not colon:
+    if not colon or weight.startswith("//"):  # gs://...
         return word, 1.0
     try:
         return path, float(weight)
