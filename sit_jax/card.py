@@ -1,6 +1,7 @@
 """Model cards: what tells of exported weights how they came about and are loaded."""
 
 import json
+import math
 
 from sit_jax.errors import UserError
 from sit_jax.releases import RELEASES
@@ -57,9 +58,7 @@ def licence(source):
 
 
 def _architecture(model, stored):
-    from math import prod
-
-    count = sum(prod(leaf.shape) for leaf in stored.released.params.values())
+    count = sum(math.prod(leaf.shape) for leaf in stored.released.params.values())
     fields = ("depth", "width", "heads", "patch", "mlp_ratio", "classes", "learn_sigma")
     more = ("decoder", "frequency_shift", "norm2_epsilon")
     shown = [f for f in (*fields, *more) if hasattr(model, f)]

@@ -26,10 +26,10 @@ def write(folder, stored, layout, name, figures=()):
     """
     folder.mkdir(parents=True)
     content, parts = stored.content(bare=True)
-    lines, gap = [], None
+    lines, words = [], None
     if layout == "diffusers":
-        gap = _require_dit(stored)
-        lines.append(gap)
+        words = _require_dit(stored)
+        lines.append(words)
         config = diffusers_files.config_of(stored.released.model, stored.released.shape)
         tensors, file = diffusers_files.named(content), diffusers_files.WEIGHTS[0]
     else:
@@ -43,7 +43,7 @@ def write(folder, stored, layout, name, figures=()):
     found = compare(each, {part: written.ema for part in parts})
     shas = {file: file_sha(folder / file)}
     snippet = "diffusers" if layout == "diffusers" else "torch"
-    text = card(stored, _shown(name, file, layout), snippet, shas, figures, gap)
+    text = card(stored, _shown(name, file, layout), snippet, shas, figures, words)
     (folder / "README.md").write_text(text)
     return found, lines
 
