@@ -6,8 +6,8 @@ side's, both compute the same images.
 """
 
 import dataclasses
-import importlib
 
+from configs import published
 from sit_jax import (
     bundle,
     command,
@@ -24,11 +24,11 @@ from sit_jax.drafts import require_free
 from sit_jax.errors import UserError
 from sit_jax.evaluated import OfFeatures, of_images, open_side
 from sit_jax.features import StoredFeatures
+from sit_jax.given import Given
 from sit_jax.judges import Evaluator
 from sit_jax.numerals import COUNT, whole
 from sit_jax.stages import collect
 from sit_jax.swapping import decoded, exchanged_sides
-from sit_jax.weights import open_weights
 from sit_jax.workdir import read_json
 from sit_jax.worst_pairs import worst_pairs
 
@@ -239,16 +239,7 @@ def _images(evidence):
 
 
 def _open(path, family=None, heads=None):
-    def torch_file(path):
-        from sit_jax.exchange import open_torch
-
-        return open_torch(path, _published, family, heads)
-
-    return open_weights(path, torch_file)
-
-
-def _published(family):
-    return importlib.import_module(f"configs.{family}_xl2").get_config()
+    return Given(path, family=family, heads=heads, base=published).open()
 
 
 if __name__ == "__main__":

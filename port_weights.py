@@ -8,11 +8,11 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no accelerator is needed, so none held
 
-import importlib
 import time
 
 import jax
 
+from configs import published
 from sit_jax import (
     adapter_exchange,
     checkpoint,
@@ -32,11 +32,11 @@ from sit_jax.comparison import compare, file_sha
 from sit_jax.drafts import draft, drafts, require_free, require_space
 from sit_jax.errors import UserError
 from sit_jax.exchange import Stored, open_torch
+from sit_jax.given import add_untold
 from sit_jax.manifest import weights_hash
 from sit_jax.models.mdt import MDT
-from sit_jax.numerals import COUNT, whole
+from sit_jax.numerals import whole
 from sit_jax.places import place
-from sit_jax.torch_config import FAMILIES
 from sit_jax.weights import family_of
 from sit_jax.workdir import read_json
 
@@ -46,13 +46,7 @@ def main():
     add = parser.add_argument
     add("source", metavar="SOURCE", help="x.pt, diffusers folder, workdir, name ...")
     add("target", metavar="TARGET", help="the other kind; written whole or not at all")
-    add("--family", choices=FAMILIES, help="of weights that do not tell")
-    add(
-        "--heads",
-        type=COUNT,
-        metavar="N",
-        help="where the size is not a published one",
-    )
+    add_untold(add)
     add("--config", metavar="FILE", help="of the run; refused if the weights differ")
     add(
         "--step",
@@ -215,11 +209,6 @@ def _figures(args):
             raise UserError(f"--figures: no file at {path}")
         read_json(path)
     return paths
-
-
-def published(family):
-    """The config of the published run that a family's weights are taken for."""
-    return importlib.import_module(f"configs.{family}_xl2").get_config()
 
 
 def _not_steps(directory):

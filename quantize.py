@@ -8,18 +8,14 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no accelerator is needed, so none held
 
-import importlib
-
+from configs import published
 from sit_jax import chips, command, conversion, quantizing
 from sit_jax.config import to_json
 from sit_jax.drafts import draft, require_free, require_space
 from sit_jax.errors import UserError
-from sit_jax.exchange import open_torch
+from sit_jax.given import Given, add_untold
 from sit_jax.manifest import weights_hash
-from sit_jax.numerals import COUNT
 from sit_jax.quantized import SKIP, WORDS, storing
-from sit_jax.torch_config import FAMILIES
-from sit_jax.weights import family_of, open_weights, require_torch
 
 
 def main():
@@ -30,19 +26,15 @@ def main():
     add("--form", default="w8", metavar="WORD", help=WORDS)
     add("--skip", default=SKIP, metavar="REGEX", help="weights that stay floats")
     add("--no-ema", action="store_true", help="the weights themselves, not their mean")
-    add("--family", choices=FAMILIES, help="of a bare .pt or .safetensors")
-    add("--heads", type=COUNT, help="of a bare file whose width is not a published one")
+    add_untold(add)
     add("--overwrite", action="store_true")
     args, overrides = command.parse(parser)
     if overrides:
         raise UserError(f"{overrides[0]}: the config is that of the weights")
     storing(args.form, args.skip)
     target = require_free(args.target, args.overwrite)
-    require_torch(args.source, args.family, args.heads)
-    family = family_of(args.source, args.family)
-    opened = open_weights(
-        args.source, lambda path: open_torch(path, _published, family, args.heads)
-    )
+    how = {"family": args.family, "heads": args.heads, "base": published}
+    opened = Given(args.source, **how).open()
     config, item = opened.config, "params" if args.no_ema else "ema"
     if "quantized" in opened.meta:
         form = opened.meta["quantized"]["form"]
@@ -58,11 +50,6 @@ def main():
         quantizing.save(name, 0, params, meta, args.form, args.skip)
     _report(rows, params, target)
     return 0
-
-
-def _published(family):
-    """The config of the published run that a torch file's network is put into."""
-    return importlib.import_module(f"configs.{family}_xl2").get_config()
 
 
 def _report(rows, params, target):

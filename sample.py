@@ -5,11 +5,11 @@ preset, a config or the flags. Image i follows from the seed, its label and i al
 """
 
 import dataclasses
-import importlib
 from pathlib import Path
 
 import numpy as np
 
+from configs import published
 from sit_jax import (
     adapters,
     command,
@@ -29,12 +29,11 @@ from sit_jax import (
 from sit_jax import config as configs
 from sit_jax.emulation import EMULATED
 from sit_jax.errors import UserError
+from sit_jax.given import Given, add_untold
 from sit_jax.locks import alone
 from sit_jax.numerals import COUNT, SEED
 from sit_jax.parts import is_begun
 from sit_jax.preview import rows
-from sit_jax.torch_config import FAMILIES
-from sit_jax.weights import family_of, open_weights, require_torch
 
 
 def main():
@@ -130,12 +129,7 @@ def _parser():
     add("--no-ema", action="store_true", help="the weights themselves, not their mean")
     add("--vae", metavar="PATH", help="or sd-vae-ft-mse, sd-vae-ft-ema")
     add("--rounding", metavar="RULE", help="brighter (DiT, SiT) | darker (MDT)")
-    add("--family", choices=FAMILIES, help="of a bare .pt or .safetensors")
-    add(
-        "--heads",
-        type=COUNT,
-        help="of a bare file whose width is not a published one",
-    )
+    add_untold(add)
     add("--overwrite", action="store_true")
     add("--force", action="store_true", help="other weights than the manifest's")
     settings.add_flags(parser)
@@ -202,27 +196,14 @@ def _own_vae(args, config):
     return config.get("vae") if outputs.wants_pictures(Path(args.out)) else None
 
 
+def _open(path, family=None, heads=None):
+    return Given(path, family=family, heads=heads, base=published).open()
+
+
 def _studio(wanted, expected):
     weights = _open(wanted.weights, wanted.family, wanted.heads)
     weak = _open(wanted.weak) if wanted.weak else None
     return sampling.studio(wanted, weights, weak, expected)
-
-
-def _open(path, family=None, heads=None):
-    require_torch(path, family, heads)
-    family = family_of(path, family)
-
-    def torch_file(path):
-        from sit_jax.exchange import open_torch
-
-        return open_torch(path, _published, family, heads)
-
-    return open_weights(path, torch_file)
-
-
-def _published(family):
-    """The config of the published run that a torch file's network is put into."""
-    return importlib.import_module(f"configs.{family}_xl2").get_config()
 
 
 def _check_noise(args, made, shape):

@@ -4,12 +4,12 @@ The same command in the same workdir goes on where its last checkpoint left off.
 """
 
 import contextlib
-import importlib
 from functools import partial
 from pathlib import Path
 
 import jax
 
+from configs import published
 from sit_jax import (
     averages,
     chips,
@@ -66,7 +66,7 @@ def main():
     if args.plan:
         return planning.training(args, config)
     workdir = args.workdir or f"runs/{Path(args.config).stem}"
-    given = Given(args.init, args.weights_only, args.family, args.heads, _published)
+    given = Given(args.init, args.weights_only, args.family, args.heads, published)
     return train(config, workdir, given, args.wandb)
 
 
@@ -135,11 +135,6 @@ def _begin(config, parts, mesh, folder, given):
         more = (given.path, given.weights_only, given.torch_file)
         return (*begin(*where, *more), {})
     return begin_adapted(*where, given.path)
-
-
-def _published(family):
-    """The config of the published run that a torch file's network is put into."""
-    return importlib.import_module(f"configs.{family}_xl2").get_config()
 
 
 def _recipe(config, mesh):

@@ -15,7 +15,7 @@ from sit_jax.guidance import guided
 from sit_jax.recipe import recipe
 from sit_jax.training import init_state, make_train_step
 
-FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+FILES = sorted((Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
 NAMES = [file.stem for file in FILES]
 FOLDER = FILES[0].parent
 

@@ -10,6 +10,7 @@ import small
 from recorded import FOLDER
 
 import sample
+from configs import published
 from sit_jax import noise, sharding
 from sit_jax.exchange import open_torch
 from sit_jax.generation import Generator
@@ -123,7 +124,7 @@ def test_torch_weights_are_sampled_as_their_checkpoint_is(run, tmp_path):
     told = ["--family", "sit", "--heads", "4"]
     out = tmp_path / "a.npy"
     assert run(*arguments, *told, "--out", out, weights=file)[0] == 0
-    items, meta = open_torch(file, sample._published, "sit", 4).items()
+    items, meta = open_torch(file, published, "sit", 4).items()
     small.save(tmp_path / "ported", 0, meta, **items)
     other = tmp_path / "b.npy"
     assert run(*arguments, "--out", other, weights=tmp_path / "ported")[0] == 0
