@@ -6,7 +6,6 @@ python extract_features.py --data DIR --vae sd-vae-ft-mse --size 256 --out laten
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 from sit_jax import cluster, command, hosts, program_cache
 from sit_jax.data.archives import ImageNetTar, WebdatasetTars
@@ -21,6 +20,7 @@ from sit_jax.errors import UserError
 from sit_jax.extraction import DTYPES, describe, extract
 from sit_jax.manifest import environment
 from sit_jax.numerals import COUNT, SEED, real, whole
+from sit_jax.places import local
 from sit_jax.precision import chosen
 from sit_jax.workdir import write_json
 
@@ -77,7 +77,7 @@ def main():
     args, rest = command.parse(parser)
     if rest:
         raise UserError(f"unknown argument {rest[0]!r}; see --help")
-    require_writable(Path(args.out) / "any")
+    require_writable(local(args.out) / "any")
     if args.kind in PAIRS:
         return convert(args)
     if not cluster.apart(args):
