@@ -35,6 +35,13 @@ def spec(name, shape, axes=WEIGHTS, **mesh):
         ("blocks/attn/proj/kernel", (28, 1152, 1152), (None, "tensor", "fsdp")),
         ("head/adaLN/kernel", (1152, 2304), (("fsdp", "tensor"), None)),
         ("cond/label/embedding", (1001, 1152), (None, ("fsdp", "tensor"))),
+        # adapters: not in the table, and split along all but the rank
+        (
+            "blocks/attn/qkv/kernel/down",
+            (28, 1152, 16),
+            (None, ("fsdp", "tensor"), None),
+        ),
+        ("blocks/attn/qkv/kernel/up", (28, 16, 3456), (None, None, ("fsdp", "tensor"))),
         ("patch/kernel", (2, 2, 4, 1152), (None, None, None, ("fsdp", "tensor"))),
     ],
 )
