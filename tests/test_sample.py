@@ -150,7 +150,7 @@ BAD = {
     "misfit": (["--sampler", "ddpm"], "Ancestral"),
     "steps": (
         ["--sampler", "dopri5", "--steps", "9"],
-        "--steps 9: AdaptiveOde has no such setting; --sampler euler",
+        "--steps 9: --sampler dopri5 has no such setting; --sampler euler",
     ),
     "no steps": (["--steps", "0"], "--steps 0: a whole"),
     "negative rtol": (["--sampler", "dopri5", "--config.sampler.rtol=-1"], "rtol=-1"),

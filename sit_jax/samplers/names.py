@@ -125,12 +125,21 @@ def spacing(word):
 
 
 def _misplaced(flag, word, field, sampler):
-    kind = sampler.make.__name__
     fits = [name for name, make in SAMPLERS.items() if field in make()]
     said = flag if word is True else f"{flag} {word}"
     if flag == "--respacing":
         fits = ["ddpm", "ddim"]
-    return f"{said}: {kind} has no such setting; --sampler {_list(fits)} does"
+    now = _name_of(sampler)
+    return f"{said}: {now} has no such setting; --sampler {_list(fits)} does"
+
+
+def _name_of(sampler):
+    """What a spec is called on the command line, or by its class."""
+    chief = lambda node: [node.make, node.get("method"), node.get("implicit")]
+    solver = lambda node: node.get("solver") and node.solver.make
+    same = lambda a, b: chief(a) == chief(b) and solver(a) == solver(b)
+    found = (name for name, make in SAMPLERS.items() if same(make(), sampler))
+    return next((f"--sampler {name}" for name in found), sampler.make.__name__)
 
 
 def _list(names):
