@@ -69,35 +69,14 @@ def make_train_step(
     A model with .passes(key, shape) -> {prefix: inputs} is trained on the sum of the
     losses of all passes, at the same times but with other noise and dropped labels.
     """
-    wants_rows = by_quartile or timesteps is not None
-
-    def loss(frozen, params, data, t, weights, passes):
-        terms, params = {}, join(params, frozen)
-        for prefix, (inputs, noise, keys) in passes.items():
-            net = partial(apply, model, dropping(params, keys), **inputs)
-            found = process.loss(net, data, noise, t)
-            terms |= {prefix + name: term for name, term in found.items()}
-        rows = {"rows": terms} if wants_rows else {}
-        if weights is not None:
-            terms = jax.tree.map(lambda term: weights * term, terms)
-        means = jax.tree.map(jnp.mean, terms)
-        return _total(passes, means), means | rows
+    loss = _loss(model, process, by_quartile or timesteps is not None)
 
     def train_step(state, codec, batch, key):
         key = jax.random.fold_in(key, state.step)
         keys = jax.random.split(key, 4)
         data = data_of(codec, keys[0], batch)
-        labels = drop_labels(keys[1], batch["label"], model.classes, drop)
         t, weights = _times(timesteps, process, keys[2], state.losses, len(data))
-        noise = jax.random.normal(keys[3], data.shape)
-        rows = jax.random.split(jax.random.fold_in(key, 5), len(data))
-        passes = {"": ({"y": labels}, noise, rows)}
-        for i, (prefix, inputs) in enumerate(_more_passes(model, key, data.shape)):
-            label_key, noise_key = (jax.random.fold_in(keys[j], i) for j in (1, 3))
-            labels = drop_labels(label_key, batch["label"], model.classes, drop)
-            noise = jax.random.normal(noise_key, data.shape)
-            rows = jax.vmap(partial(jax.random.fold_in, data=i))(rows)
-            passes[prefix] = ({"y": labels, **inputs}, noise, rows)
+        passes = _passes(model, key, keys, data.shape, batch["label"], drop)
         grad = jax.grad(partial(loss, state.frozen), has_aux=True)
         grad = in_parts(grad, accumulate)
         grads, metrics = grad(state.params, data, t, weights, passes)
@@ -117,6 +96,45 @@ def make_train_step(
         return new, metrics
 
     return train_step
+
+
+def _loss(model, process, wants_rows):
+    """-> loss(frozen, params, data, t, weights, passes) -> (total, terms).
+
+    wants_rows: the terms of each row, before they are weighted, are there as "rows".
+    """
+
+    def loss(frozen, params, data, t, weights, passes):
+        terms, params = {}, join(params, frozen)
+        for prefix, (inputs, noise, keys) in passes.items():
+            net = partial(apply, model, dropping(params, keys), **inputs)
+            found = process.loss(net, data, noise, t)
+            terms |= {prefix + name: term for name, term in found.items()}
+        rows = {"rows": terms} if wants_rows else {}
+        if weights is not None:
+            terms = jax.tree.map(lambda term: weights * term, terms)
+        means = jax.tree.map(jnp.mean, terms)
+        return _total(passes, means), means | rows
+
+    return loss
+
+
+def _passes(model, key, keys, shape, given, drop):
+    """-> {prefix: (inputs of the model, noise [B, ...], a key for each row)}.
+
+    keys: four of the step's key; given: labels [B], some of which are dropped.
+    """
+    labels = drop_labels(keys[1], given, model.classes, drop)
+    noise = jax.random.normal(keys[3], shape)
+    rows = jax.random.split(jax.random.fold_in(key, 5), shape[0])
+    passes = {"": ({"y": labels}, noise, rows)}
+    for i, (prefix, inputs) in enumerate(_more_passes(model, key, shape)):
+        label_key, noise_key = (jax.random.fold_in(keys[j], i) for j in (1, 3))
+        labels = drop_labels(label_key, given, model.classes, drop)
+        noise = jax.random.normal(noise_key, shape)
+        rows = jax.vmap(partial(jax.random.fold_in, data=i))(rows)
+        passes[prefix] = ({"y": labels, **inputs}, noise, rows)
+    return passes
 
 
 def in_parts(grad, parts):
