@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +11,15 @@ from conftest import ROOT
 from networks import quick_jit
 
 import diagnose
-from sit_jax import ladder, stages
+from sit_jax import ladder, reference, stages
 from sit_jax.config import to_json
+from sit_jax.diffusion import Diffusion, hybrid
+from sit_jax.errors import UserError
+from sit_jax.guidance_scales import PowerCosine
 from sit_jax.job import Job
+from sit_jax.min_snr import min_snr
+from sit_jax.models.dit import DiT
+from sit_jax.models.mdt import MDTv2
 
 PLAIN = ROOT / "tests" / "plain_torch"
 
@@ -83,3 +90,95 @@ def test_what_the_original_cannot_do_is_refused(tmp_path, run):
     code, _, err = run("torch", *flags)
     assert code == 2 and "the originals guide 3 channels, the manifest 4" in err
     assert not out.exists()
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+
+
+class Clone:
+    """As MDT's network is asked; remembers what for."""
+
+    def forward_with_cfg(self, x, t, labels, **strength):
+        self.asked = labels.tolist(), strength
+        return x
+
+
+RISING = PowerCosine(scale=3.8, power=4.0, steps=1000)
+STRENGTHS = {  # guidance: what MDT's forward_with_cfg is told
+    RISING: {"cfg_scale": 3.8, "scale_pow": 4.0, "diffusion_steps": 1000},
+    2.5: {"cfg_scale": 2.5, "scale_pow": 0.0},  # whose rise is over at once
+}
+
+
+@pytest.mark.parametrize("guidance", STRENGTHS)
+def test_mdt_is_guided_as_its_script_does(guidance, benchmarks):
+    import torch
+    import torch_stages
+
+    parts = SimpleNamespace(guidance=guidance, model=MDTv2(classes=5))
+    clone, y = Clone(), torch.tensor([1, 2])
+    net, both, doubled = torch_stages.guided(parts, clone, y)
+    net(both(torch.zeros(2, 1)), both(torch.zeros(2)))
+    assert doubled and clone.asked == ([1, 2, 5, 5], STRENGTHS[guidance])
+    t = np.array([999.0, 500.0, 0.0], np.float32)
+    power = STRENGTHS[guidance]["scale_pow"]
+    rise = (1 - np.cos((1 - t / 1000) ** power * np.pi)) / 2
+    scale = STRENGTHS[guidance]["cfg_scale"]
+    want = guidance(t) if callable(guidance) else np.full(3, guidance)
+    np.testing.assert_allclose((scale - 1) * rise + 1, want, rtol=1e-5)
+
+
+def test_only_mdt_has_rising_guidance(benchmarks):
+    import torch_stages
+
+    for objective in (hybrid, min_snr):  # of the loss, which a bundle does not see
+        process = Diffusion(objective=objective)
+        parts = SimpleNamespace(guidance=RISING, process=process, guidance_channels=3)
+        room = SimpleNamespace(parts=parts, weak=None)
+        parts.model = MDTv2()
+        torch_stages.check(room)
+        parts.model = DiT()
+        with pytest.raises(UserError, match="or MDT's rise"):
+            torch_stages.check(room)
+
+
+def test_the_blocks_of_clones_have_our_names(benchmarks):
+    import torch_stages
+    from torch import nn
+
+    some = lambda count: nn.ModuleList(nn.Identity() for _ in range(count))
+    first = SimpleNamespace(blocks=some(3), decode_layer=1)
+    names = ["encoder block 0", "encoder block 1", "decoder block 0"]
+    assert list(torch_stages._blocks(first)) == names
+    second = SimpleNamespace(
+        en_inblocks=some(1), en_outblocks=some(1), de_blocks=some(2)
+    )
+    names = ["in block 0", "out block 0", "decoder block 0", "decoder block 1"]
+    assert list(torch_stages._blocks(second)) == names
+
+
+def test_features_by_torch_need_a_package(benchmarks, monkeypatch):
+    import torch_judge
+
+    monkeypatch.delitem(sys.modules, torch_judge.PACKAGE, raising=False)
+    monkeypatch.setattr(torch_judge.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install --no-deps torch-fidelity"):
+        torch_judge.network(None)
+
+
+def test_mdts_models_are_found_in_their_folder(tmp_path):
+    (tmp_path / "masked_diffusion").mkdir()
+    code = "class MDTv2:\n    def __init__(self, **told):\n        raise KeyError(told)"
+    (tmp_path / "masked_diffusion" / "models.py").write_text(code)
+    module = reference.original(tmp_path)
+    model = MDTv2(decoder=4, hide=0.3)
+    with pytest.raises(KeyError) as told:
+        reference.network(module, model, (32, 32, 4), {})
+    told = told.value.args[0]
+    assert (told["decode_layer"], told["mask_ratio"], told["depth"]) == (4, 0.3, 28)
+    with pytest.raises(UserError, match="has no DiT, which the weights are of"):
+        reference.network(module, DiT(), (32, 32, 4), {})
+    with pytest.raises(UserError, match="for MDT there is benchmarks/torch_bundle"):
+        reference.differences(module, model, (32, 32, 4), {}, {})
