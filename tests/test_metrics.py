@@ -223,3 +223,30 @@ def test_kid_of_few_images_takes_smaller_subsets():
     assert np.isfinite(kernel_distance(normal(5, 2), normal(3, 2), subsets=4)).all()
     with pytest.raises(UserError, match="KID needs at least two"):
         kernel_distance(normal(5, 2), normal(1, 2))
+
+
+@pytest.mark.parametrize(("rank", "off"), [(5, 1e-5), (3, 1e-3)])
+def test_influence_is_the_derivative_of_the_distance(rank, off):
+    """Also to a reference of lower rank, where roots of rounding are left: 1e-8 / eps.
+
+    Of full rank it is eps^2.
+    """
+    rng = np.random.default_rng(0)
+    root = rng.standard_normal((5, rank))
+    there = Gaussian(rng.standard_normal(5), root @ root.T)
+    x = rng.standard_normal((400, 5)) @ rng.standard_normal((5, 5)) + 1
+    y = rng.standard_normal((7, 5)) + 2
+    here, eps = Gaussian(x.mean(0), np.cov(x.T, bias=True)), 1e-4
+
+    def mixed(share):
+        """x, and y with this share of the weight."""
+        weights = np.r_[np.full(400, (1 - share) / 400), np.full(7, share / 7)]
+        both = np.concatenate([x, y])
+        mean = weights @ both
+        gap = both - mean
+        return frechet(Gaussian(mean, (weights[:, None] * gap).T @ gap), there)
+
+    influence = gaussian.Influence(here, there)
+    slope = (mixed(eps) - mixed(-eps)) / (2 * eps)
+    want = influence(y).mean() - influence(x).mean()
+    assert slope == pytest.approx(want, rel=off)
