@@ -3,6 +3,8 @@
 import dataclasses
 import time
 
+import jax
+
 from sit_jax import chips, hlo, topology
 
 
@@ -38,8 +40,16 @@ def compile_for(lowered, device):
         output=found.output_size_in_bytes - found.alias_size_in_bytes,
         code=found.generated_code_size_in_bytes,
         seconds=time.perf_counter() - begun,
-        text=program.as_text(),
+        text=_text(program),
     )
+
+
+def _text(program):
+    """Its HLO, or nothing where libtpu has written what this jaxlib cannot read."""
+    try:
+        return program.as_text()
+    except jax.errors.JaxRuntimeError:
+        return ""
 
 
 def lines(made, flops=None, kind=None):
@@ -48,9 +58,12 @@ def lines(made, flops=None, kind=None):
     yield (
         f"compiled in {made.seconds:.0f} s; GB a chip: arguments {gb(made.arguments)}, "
         f"temporaries {gb(made.temporaries)}, program {gb(made.code)}, "
-        f"free {gb(made.free)} of {gb(made.available)}; "
-        f"{hlo.aliased(made.text)} arrays take the memory of donated ones"
+        f"free {gb(made.free)} of {gb(made.available)}"
     )
+    if not made.text:
+        yield "this jaxlib cannot read the program: no more is known of it"
+        return
+    yield f"{hlo.aliased(made.text)} arrays take the memory of donated ones"
     found = hlo.collectives(made.text)
     yield f"{'collectives':20} written      run  GB a chip  largest MB"
     for name, (written, run, size) in hlo.by_kind(found).items():
@@ -89,9 +102,10 @@ HEADER = (
 def row(name, batch, made):
     """A Compiled as a row of the table in docs/tpu.md, below HEADER; GB a chip."""
     kinds = hlo.by_kind(hlo.collectives(made.text))
-    sent = (kinds.get(kind, (0, 0, 0))[2] for kind in hlo.KINDS)
-    sizes = (made.arguments, made.temporaries, made.free, *sent)
-    cells = (name, f"{batch:,}", *(f"{n / 1e9:.2f}" for n in sizes))
+    sent = [kinds.get(kind, (0, 0, 0))[2] for kind in hlo.KINDS]
+    sizes = (made.arguments, made.temporaries, made.free)
+    told = [f"{n / 1e9:.2f}" for n in (*sizes, *(sent if made.text else ()))]
+    cells = (name, f"{batch:,}", *told, *["?"] * (0 if made.text else len(sent)))
     return f"| {' | '.join(cells)} | {made.seconds:.0f} |"
 
 

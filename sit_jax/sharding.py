@@ -120,13 +120,27 @@ def by_rows(x, *axes):
     """x [B, ...], stated to be split over BATCH, and its other axes over `axes`.
 
     Without this the compiler may split what passes between layers by features, as the
-    weights are, and send whole batches around. Does nothing outside `on`, or where a
-    dimension does not divide.
+    weights are, and send whole batches around.
     """
+    return _stated(x, BATCH, *axes)
+
+
+def gathered(weight, *axes):
+    """A layer's weight, stated to be split over `axes` only while it is multiplied.
+
+    Without this the compiler may leave it in its pieces, send those round in a ring and
+    add up a batch's products with each of them, 72 rows at a time and rounded to the
+    weight's type (docs/tpu.md).
+    """
+    return _stated(weight, *axes)
+
+
+def _stated(x, *axes):
+    """x with a constraint; none outside `on`, or where a dimension does not divide."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or any(mode != _AUTO[0] for mode in mesh.axis_types):
         return x
-    spec = [BATCH, *axes, *[None] * (x.ndim - 1 - len(axes))]
+    spec = [*axes, *[None] * (x.ndim - len(axes))]
     for i, names in enumerate(spec):
         names = (names,) if isinstance(names, str) else names or ()
         if x.shape[i] % math.prod(mesh.shape[name] for name in names):

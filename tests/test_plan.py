@@ -205,8 +205,11 @@ def test_what_was_compiled_in_words_and_as_a_row():
     long = dataclasses.replace(made, text=TEXT.replace(':"100"', ':"125000"'))
     said = "\n".join(pod.lines(long, flops=459e9, kind="TPU v5p"))  # 1 ms at the peak
     assert "3.5 million cycles, 2.0 ms at 1.75 GHz, 50% MFU" in said
-    assert "free 12.000 of 16.000; 2 arrays take" in said
+    assert "free 12.000 of 16.000\n2 arrays take" in said
     assert "f32 x f32 -> f32         highest     1" in said
     cells = pod.row("v5e:4x4", 1024, made).split(" | ")
     assert cells[:5] == ["| v5e:4x4", "1,024", "1.00", "2.00", "12.00"]
     assert len(cells) == len(pod.HEADER.split(" | ")) and cells[-1] == "7 |"
+    unread = dataclasses.replace(made, text="")
+    assert "cannot read" in list(pod.lines(unread))[-1]
+    assert pod.row("v5e:4x4", 1024, unread).count("?") == 5

@@ -10,7 +10,15 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sit_jax import sharding
 from sit_jax.errors import UserError
-from sit_jax.sharding import by_rows, everywhere, make_mesh, on, shaped, split_batch
+from sit_jax.sharding import (
+    by_rows,
+    everywhere,
+    gathered,
+    make_mesh,
+    on,
+    shaped,
+    split_batch,
+)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +126,15 @@ def test_what_is_kept_is_split_by_rows_and_the_axes_named():
     found = placed_by(mesh, x, None, "tensor")
     assert found.is_equivalent_to(NamedSharding(mesh, expect), 3)
     assert placed_by(mesh, x, None, "tensor", inside=False).is_fully_replicated
+
+
+def test_a_weight_is_gathered_but_for_the_axes_named():
+    mesh, w = make_mesh(1, -1, 2), jnp.ones((8, 6))
+    pieces = jax.device_put(w, NamedSharding(mesh, PartitionSpec("fsdp")))
+    for axes in [(None, "tensor"), ("tensor", None), ()]:
+        found = jax.jit(on(mesh, lambda w, a=axes: gathered(2 * w, *a)))(pieces)
+        expect = NamedSharding(mesh, PartitionSpec(*axes))
+        assert found.sharding.is_equivalent_to(expect, 2), axes
 
 
 def test_what_does_not_divide_is_left_alone():

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from flax.linen.dtypes import promote_dtype
 
 from sit_jax.errors import UserError
 from sit_jax.models.attention import attend
-from sit_jax.sharding import HEADS, by_rows
+from sit_jax.sharding import HEADS, by_rows, gathered
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -32,9 +33,22 @@ REMAT = {
 
 
 class Dense(nn.Dense):
-    """Xavier-uniform weight [in, out], zero bias: torch's Linear as DiT starts it."""
+    """Xavier-uniform weight [in, out], zero bias: torch's Linear as DiT starts it.
+
+    split: mesh axes over which the weight stays split while it is multiplied.
+    """
 
     kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+    split: tuple = (None, None)
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        bias = self.param("bias", self.bias_init, shape[1:], self.param_dtype)
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        out = jnp.dot(x, gathered(kernel, *self.split))
+        return out + jnp.expand_dims(bias, range(out.ndim - 1))
 
 
 class Patches(nn.Conv):
@@ -63,7 +77,8 @@ class Attention(nn.Module):
         qkv = Dense(3 * width, dtype=self.dtype, name="qkv")(x)
         q, k, v = by_head(qkv, self.heads)
         x = rearrange(attend(q, k, v, by=self.program), "b t h d -> b t (h d)")
-        return Dense(width, dtype=self.dtype, name="proj")(x)
+        kept = (HEADS, None)
+        return Dense(width, dtype=self.dtype, split=kept, name="proj")(x)
 
 
 class Mlp(nn.Module):
@@ -73,9 +88,10 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x):
         width = x.shape[-1]
-        x = Dense(int(width * self.ratio), dtype=self.dtype, name="fc1")(x)
+        hidden, how = int(width * self.ratio), {"dtype": self.dtype}
+        x = Dense(hidden, split=(None, HEADS), name="fc1", **how)(x)
         x = nn.gelu(by_rows(x, None, HEADS), approximate=True)
-        return Dense(width, dtype=self.dtype, name="fc2")(x)
+        return Dense(width, split=(HEADS, None), name="fc2", **how)(x)
 
 
 class Conditioning(nn.Module):
@@ -133,7 +149,7 @@ def modulate(x, shift, scale):
 def modulation(n, c, dtype=jnp.float32):
     """c [B, D] -> n arrays [B, 1, D], all zero at initialization."""
     zeros = nn.initializers.zeros
-    dense = nn.Dense(n * c.shape[-1], dtype=dtype, kernel_init=zeros, name="adaLN")
+    dense = Dense(n * c.shape[-1], dtype=dtype, kernel_init=zeros, name="adaLN")
     return jnp.split(dense(nn.silu(c))[:, None], n, axis=-1)
 
 

@@ -29,7 +29,7 @@ from sit_jax.models.layers import (
     norm,
     stack,
 )
-from sit_jax.sharding import by_rows
+from sit_jax.sharding import HEADS, by_rows
 
 
 class Attention(nn.Module):
@@ -58,7 +58,8 @@ class Attention(nn.Module):
         q, k, v = by_head(qkv, self.heads)
         x = attend(q, k, v, bias, mask, self.program)
         x = rearrange(x, "b t h d -> b t (h d)")
-        return Dense(width, dtype=self.dtype, name="proj")(x)
+        kept = (HEADS, None)
+        return Dense(width, dtype=self.dtype, split=kept, name="proj")(x)
 
 
 class Block(nn.Module):
