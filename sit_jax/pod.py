@@ -109,11 +109,11 @@ def row(name, batch, made):
     return f"| {' | '.join(cells)} | {made.seconds:.0f} |"
 
 
-def largest_batch(lower, device, known, step, attempts=4):
+def largest_batch(lower, device, known, step, attempts=3):
     """-> the largest batch, in multiples of `step`, that was seen to fit, or 0.
 
     lower(batch) -> a lowered program; known: {batch: Compiled or None}, to which what
-    is tried is added. Memory is taken to grow in proportion to the batch; the
+    is tried is added. Temporaries are taken to grow in proportion to the batch; the
     compiler also trades time for memory near the limit, so a larger one might fit.
     """
     for _ in range(attempts):
@@ -130,13 +130,13 @@ def _guess(known, step):
     above = min((batch for batch, made in known.items() if not made), default=None)
     if not fits:
         return above // 2 // step * step
+    high = fits[-1]
     if len(fits) == 1:
-        guess = 2 * fits[0]
+        slope = known[high].temporaries / high
     else:
-        low, high = fits[-2:]
+        low = fits[-2]
         slope = (known[low].free - known[high].free) / (high - low)
-        guess = high + int(known[high].free / max(slope, 1))
-    guess = guess // step * step
+    guess = (high + int(known[high].free / max(slope, 1))) // step * step
     return (
         guess if above is None else min(guess, (fits[-1] + above) // 2 // step * step)
     )
