@@ -42,7 +42,7 @@ def compiled(name, slice_, word="bf16", **changes):
     lowered = program.lowered_step(c, parts, mesh, c.batch_size, "tpu")
     made = pod.compile_for(lowered, devices[0])
     assert made is not None and made.free > 0, "does not fit"
-    print(f"\n{name}", pod.row(slice_, c.batch_size, made))
+    print(f"\n| {name}", pod.row(slice_, c.batch_size, made))
     return made, c, shapes, mesh
 
 
