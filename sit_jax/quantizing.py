@@ -45,15 +45,15 @@ def shapes(like, meta):
 def converted(leaves, word, skip, total=None):
     """(path, float array) one after the other -> the tree, and a row on each stack.
 
-    Only one float leaf is held at a time. A row: path, floats' bytes, bytes, relative
-    L2 error of the weights, 0 of those that stay. total: how many there will be.
+    Only one float leaf is held at a time, and no second one of its size is made. A row:
+    path, floats' bytes, bytes, relative L2 error of the weights, 0 of those that stay.
+    total: how many there will be.
     """
     from tqdm import tqdm
 
     store, flat, rows = storing(word, skip), {}, []
     for path, leaf in tqdm(leaves, total=total, unit="weight", disable=None):
-        require_finite(path, leaf)
-        flat[path] = jax.block_until_ready(store(path, jnp.asarray(leaf)))
+        flat[path] = jax.block_until_ready(_by_layers(store, path, leaf))
         error = _error(flat[path], leaf) if is_stored(flat[path]) else 0.0
         rows.append((path, leaf.nbytes, size(flat[path]), error))
     return _nested(flat, word, skip), sorted(rows)
@@ -69,6 +69,18 @@ def save(directory, step, params, meta, word, skip):
     saved = checkpoint.Checkpoints(directory, items={"ema": params})
     saved.save(step, {**meta, "quantized": {"form": word, "skip": skip}}, ema=params)
     saved.close()
+
+
+def _by_layers(store, path, leaf):
+    """store(path, leaf), a layer of a stack at a time; refuses what is not finite."""
+
+    def one(weight):
+        require_finite(path, weight)
+        return store(path, jnp.asarray(weight))
+
+    if leaf.ndim < 3:
+        return one(leaf)
+    return jax.tree.map(lambda *layers: np.stack(layers), *map(one, leaf))
 
 
 def _error(stored, leaf, most=2**24):
