@@ -76,15 +76,7 @@ NOTHING = Given()
 def train(config, workdir, given=NOTHING, wandb=None):
     """Runs to config.steps, or until asked to stop; -> exit code."""
     mesh = sharding.make_mesh(**config.mesh)
-    source = _source(config)
-    if config.get("count_classes"):
-        config.model.classes = source.classes
-    parts = _recipe(config, mesh)
-    check_training(config, source)
-    check_batch(config, sharding.rows(mesh))
-    curve.check(config)
-    check_cache(source, parts.codec, parts.shape)
-    check_data(parts, source)
+    source, parts = _made(config, mesh)
     stored = configs.to_json(config)
     folder = check_workdir(workdir, stored) / "checkpoints"
     agree(stored, folder)
@@ -106,26 +98,38 @@ def train(config, workdir, given=NOTHING, wandb=None):
         stack.callback(saved.close)
         log = RunLog(workdir, config.steps, first, wandb and {"project": wandb})
         stack.callback(log.close)
-        log.say(f"{workdir} {origin}")
-        for line in past.changes:
+        for line in (f"{workdir} {origin}", *past.changes):
             log.say(line)
-        about = {"config": stored, **environment()}
         if hosts.first():
-            write_json(workdir / "manifest.json", about)
+            write_json(workdir / "manifest.json", {"config": stored, **environment()})
         if first >= config.steps:
             log.say(f"nothing to do: config.steps is {config.steps}")
             return 0
-        how = {"workers": config.get("workers", 0), "say": log.say}
-        how["skip"] = past.skip
-        feed = batches(source, config.batch_size, config.seed, first, mesh, **how)
+        size, how = config.batch_size, {"say": log.say, "skip": past.skip}
+        how["workers"] = config.get("workers", 0)
+        feed = batches(source, size, config.seed, first, mesh, **how)
         stack.callback(feed.close)
         _introduce(log, config, parts, mesh, state, source)
         look = viewer(log, config, parts, mesh)
         stop = stack.enter_context(command.Stop())
-        below = {"config": stored, **more}
-        keeper = Keeper(saved, watch, past, below, parts.ema_decay)
+        about = {"config": stored, **more}
+        keeper = Keeper(saved, watch, past, about, parts.ema_decay)
         run = (state, feed, log, saved, keeper, look, stop)
         return _loop(config, parts, mesh, source, *run)
+
+
+def _made(config, mesh):
+    """-> source and recipe of a config that fit each other and the mesh."""
+    source = _source(config)
+    if config.get("count_classes"):
+        config.model.classes = source.classes
+    parts = _recipe(config, mesh)
+    check_training(config, source)
+    check_batch(config, sharding.rows(mesh))
+    curve.check(config)
+    check_cache(source, parts.codec, parts.shape)
+    check_data(parts, source)
+    return source, parts
 
 
 def _begin(config, parts, mesh, folder, given):

@@ -119,12 +119,8 @@ def _drawn(room, out, overwrite, columns, frames):
     drawing = time.perf_counter()
     with _bar(len(job.labels), count - len(todo), make.batch_size) as bar:
         for batch, (data, stats) in zip(todo, ahead, strict=True):
-            way = stats.pop("trajectory", None)
-            if way is not None:
-                data = _checked_way(way)
-            made = _pictures(room, data) if outputs.wants_pictures(out) else data
-            stats = _each(stats, make.batch_size, data)
-            parts.save(batch, {"images": np.asarray(made), **stats})
+            made = _finished(room, data, stats, outputs.wants_pictures(out))
+            parts.save(batch, made)
             bar.update(make.batch_size)
     seconds = time.perf_counter() - drawing
     drawn = sum(hosts.exchange(min(len(todo) * make.batch_size, len(job.labels))))
@@ -147,6 +143,17 @@ def _drawn(room, out, overwrite, columns, frames):
     return lines(
         room, found, min(drawn, len(job.labels)), seconds, make.compile_seconds
     )
+
+
+def _finished(room, data, stats, pictures):
+    """-> what is kept of a batch: its images, and a number of each statistic for each.
+
+    data [n, H, W, C], in whose place come the states on the way there, if any.
+    """
+    way = stats.pop("trajectory", None)
+    data = data if way is None else _checked_way(way)
+    made = _pictures(room, data) if pictures else data
+    return {"images": np.asarray(made), **_each(stats, len(data))}
 
 
 def _needed(room, out):
@@ -237,9 +244,8 @@ def _checked_way(way):
     return np.swapaxes(way, 0, 1)  # [n, frames, H, W, C]
 
 
-def _each(stats, batch_size, data):
+def _each(stats, n):
     """Stats as one number an image, as far as they are numbers."""
-    n = len(data)
     return {name: np.broadcast_to(value, (n,)) for name, value in stats.items()}
 
 
