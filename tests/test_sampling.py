@@ -248,7 +248,7 @@ BAD = {
         "--diffusion-form 'sigmoid' is unknown (did you mean sigma?); there are sigma",
         ...,
     ),
-    "last step": (["--last-step", "Mean"], "--last-step Mean: Ode has no such", ...),
+    "last step": (["--last-step", "Mean"], "--last-step Mean: --sampler heun", ...),
     "eta": (["--sampler", "ddim", "--eta", "2"], "eta=2.0 of Ddim", ...),
     "control": (
         ["--sampler", "dopri5", "--step-control", "image"],
