@@ -7,7 +7,7 @@ import threading
 from sit_jax.errors import UserError
 
 PATIENCE = 60.0  # seconds in which a bucket has to answer
-LIBRARIES = ("gcsfs", "aiohttp", "google", "requests")
+LIBRARIES = ("gcsfs.", "aiohttp.", "google.auth.", "google.api_core.", "google.cloud.")
 
 
 @functools.cache
@@ -45,7 +45,7 @@ def require_answer(bucket):
 
 def fault(error):
     """An exception of talking to a bucket in one line; None of any other."""
-    if type(error).__module__.split(".")[0] in LIBRARIES:
+    if f"{type(error).__module__}.".startswith(LIBRARIES):
         return f"Google Cloud Storage: {_reason(error)}; {_remedy()}"
     return None
 
