@@ -119,8 +119,7 @@ def _drawn(room, out, overwrite, columns, frames):
     drawing = time.perf_counter()
     with _bar(len(job.labels), count - len(todo), make.batch_size) as bar:
         for batch, (data, stats) in zip(todo, ahead, strict=True):
-            made = _finished(room, data, stats, outputs.wants_pictures(out))
-            parts.save(batch, made)
+            parts.save(batch, _finished(room, out, data, stats))
             bar.update(make.batch_size)
     seconds = time.perf_counter() - drawing
     drawn = sum(hosts.exchange(min(len(todo) * make.batch_size, len(job.labels))))
@@ -145,15 +144,13 @@ def _drawn(room, out, overwrite, columns, frames):
     )
 
 
-def _finished(room, data, stats, pictures):
-    """-> what is kept of a batch: its images, and a number of each statistic for each.
-
-    data [n, H, W, C], in whose place come the states on the way there, if any.
-    """
+def _finished(room, out, data, stats):
+    """-> what is kept of a batch [n, H, W, C], or of the states on its way."""
     way = stats.pop("trajectory", None)
     data = data if way is None else _checked_way(way)
-    made = _pictures(room, data) if pictures else data
-    return {"images": np.asarray(made), **_each(stats, len(data))}
+    made = _pictures(room, data) if outputs.wants_pictures(out) else data
+    each = {name: np.broadcast_to(value, len(data)) for name, value in stats.items()}
+    return {"images": np.asarray(made), **each}
 
 
 def _needed(room, out):
@@ -242,11 +239,6 @@ def _checked_way(way):
             f"a trajectory of {way.nbytes / 1e9:.3g} GB: fewer images or --trajectory"
         )
     return np.swapaxes(way, 0, 1)  # [n, frames, H, W, C]
-
-
-def _each(stats, n):
-    """Stats as one number an image, as far as they are numbers."""
-    return {name: np.broadcast_to(value, (n,)) for name, value in stats.items()}
 
 
 def _bar(total, done, size):
