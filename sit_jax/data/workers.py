@@ -23,6 +23,9 @@ from sit_jax.data.reading import read
 from sit_jax.errors import UserError
 
 LOCK = threading.Lock()
+# After a kill Python's tracker removes the locks that the processes shared. That is all
+# right, and it need not say so below the last line.
+QUIET = "ignore::UserWarning:multiprocessing.resource_tracker"
 
 
 class Workers:
@@ -30,6 +33,8 @@ class Workers:
 
     def __init__(self, source, count, read=read):
         self._count, self._read = count, read
+        if QUIET not in sys.warnoptions:
+            sys.warnoptions.append(QUIET)  # which the tracker is started with
         self._pool = ProcessPoolExecutor(count, _Context(), _begin, (source,))
 
     def __call__(self, ids, mirrors):

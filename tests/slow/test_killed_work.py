@@ -1,6 +1,6 @@
 """sample.py --num, extract_features.py and evaluate.py, killed at ten random moments.
 
-Five minutes: pytest tests/slow/test_killed_work.py
+Three minutes: pytest tests/slow/test_killed_work.py
 """
 
 import random
