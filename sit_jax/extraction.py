@@ -87,7 +87,9 @@ def extract(
     Process `process` of `count` takes every count-th shard. cache.json is None as long
     as other processes' shards are missing. show(images, of) hears of every batch.
     """
-    with alone(local(out), wanted=hosts.first()):
+    # processes that never meet have a lock each: only none may be there twice
+    name = "lock" if count == hosts.count() else f"lock.{process}-of-{count}"
+    with alone(local(out), name, hosts.first()):
         return _extracted(
             source,
             codec,
@@ -106,7 +108,7 @@ def extract(
 def _extracted(
     source, codec, out, tags, batch_size, process, count, threads, workers, show, say
 ):
-    path = _planned(out, tags)
+    path = _planned(out, tags, count == hosts.count())
     numbers = missing(path, tags, process, count)
     total = sum(len(tags.shard(k)[1]) for k in numbers)
     broken, encoder = Broken(source, say), Encoder(codec, tags, batch_size)
@@ -129,11 +131,11 @@ def _extracted(
     return total, hosts.told(about)
 
 
-def _planned(out, tags):
+def _planned(out, tags, is_alone):
     """-> the folder of the cache, which process 0 makes and the others see."""
     path = local(out)
     if hosts.first():
-        for name in (PLAN, DONE):
+        for name in (PLAN, DONE) if is_alone else ():
             clear(path / name)
         open_plan(out, tags)
     hosts.require_shared(path / PLAN)

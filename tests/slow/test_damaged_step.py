@@ -79,4 +79,4 @@ def test_both_take_the_step_before_and_go_on_as_if_nothing_had_been(tmp_path):
     found = run(work, 10)
     assert [code for code, *_ in found] == [0, 0], found
     assert "WARNING: step 9 is damaged" in found[0][1] and good.name in found[0][1]
-    assert checkpoint.steps(folder) == [3, 6, 9, 10]
+    assert checkpoint.steps(folder) == [6, 9, 10]  # the newest three are kept
