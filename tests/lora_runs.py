@@ -7,11 +7,11 @@ import numpy as np
 import small
 
 from sit_jax.adapting import begin_adapted
+from sit_jax.base import load_base, trained_shapes
 from sit_jax.config import spec, to_json
 from sit_jax.lora import Lora
 from sit_jax.recipe import recipe
 from sit_jax.sharding import make_mesh
-from sit_jax.start import pack
 
 FIELDS = dict(targets="blocks/(attn/qkv|mlp/fc2)/kernel", rank=2, alpha=3.0)
 
@@ -38,13 +38,13 @@ def begun(base, **adapter):
 
 def saved(workdir, base, seed=0, **adapter):
     """-> workdir, with a checkpoint of step 2 whose adapters are random."""
-    parts, state, record = begun(base, **adapter)
+    parts = recipe(grown(adapter))
+    _, record = load_base(parts, make_mesh(), str(base))
     rng = np.random.default_rng(seed)
-    kick = lambda x: 0.1 * rng.standard_normal(x.shape).astype(np.float32)
-    items, meta = pack(state, parts.ema_decay)
-    items |= {name: jax.tree.map(kick, items["params"]) for name in ("params", "ema")}
+    draw = lambda x: 0.1 * rng.standard_normal(x.shape).astype(np.float32)
+    items = {n: jax.tree.map(draw, trained_shapes(parts)) for n in ("params", "ema")}
     told = to_json(grown(adapter))
-    meta |= {"config": told, "base": record, "step": 2}
+    meta = {"config": told, "base": record, "step": 2}
     small.save(workdir / "checkpoints", 2, meta, **items)
     (workdir / "config.json").write_text(json.dumps(told))
     return workdir

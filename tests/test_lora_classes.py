@@ -70,7 +70,10 @@ def own(run):
     return merged(load_adapted(parts, make_mesh(), directory, step, "ema")[0])
 
 
-@pytest.mark.parametrize("targets", ["blocks/attn/qkv/kernel", f"{TABLE}|blocks/.*"])
+BOTH = pytest.param(f"{TABLE}|blocks/.*", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("targets", ["blocks/attn/qkv/kernel", BOTH])
 def test_new_rows_come_with_their_adapters(base, tmp_path, targets):
     """Also where the table itself is adapted: the same weights as the run alone."""
     run = saved(tmp_path / "run", base, new_classes=2, targets=targets)
@@ -135,6 +138,7 @@ def test_an_adapted_table_with_new_rows_is_not_pefts(called, base, tmp_path):
     assert not (tmp_path / "f").exists()
 
 
+@pytest.mark.slow  # quantizes a network
 def test_int8_weights_take_new_rows(base, more, tmp_path):
     weights = quantizing.quantized(params(base), "w8a8", SKIP)
     found, _ = put_all(weights, [str(more)], PARTS.model, None)

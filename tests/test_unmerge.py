@@ -77,7 +77,7 @@ def test_only_what_was_merged_is_taken_out(base, tmp_path, port):
         ((merged, "--unmerge", two), f"two is not in {merged}/0: it is "),
         ((merged, "--unmerge", foreign), "belongs to other weights ("),
         ((merged, "--unmerge", base), "no adapters: use --weights"),
-        ((merged, "--unmerge", "nowhere"), "no checkpoint in nowhere"),
+        ((merged, "--unmerge", "nowhere"), "nowhere; it holds no step"),
         ((merged, "--unmerge", one, "--adapter", "peft"), "one at a time"),
         ((merged, "--unmerge", one, "--to", "diffusers"), "--to diffusers is for a"),
     ]
