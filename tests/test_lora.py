@@ -293,7 +293,7 @@ def test_adapters_where_they_do_not_belong(called, run, base, tmp_path):
         ((wider, [str(run)], None), r"another network: its blocks/attn/qkv/kernel is"),
         ((params, [f"{run}:much"], None), "PATH, or PATH:WEIGHT"),
         ((params, [str(base)], None), "no adapters: use --weights"),
-        ((params, ["nowhere"], None), "no checkpoint in nowhere"),
+        ((params, ["nowhere"], None), "nowhere; it holds no step"),
     ]
     for (weights, words, sha), line in told:
         with pytest.raises(UserError, match=line) as raised:
