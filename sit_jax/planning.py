@@ -94,7 +94,7 @@ def _compile(args, device, lower, batch, step, flops=None):
     if args.once:
         return
     _print("looking for the largest batch that fits ...")
-    most = pod.largest_batch(lower, device, {batch: made}, step)
+    most = pod.largest_batch(lower, device, {batch: made}, step, say=_print)
     _print(f"largest batch seen to fit: {most or f'none; less than {batch}'}")
 
 

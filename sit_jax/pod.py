@@ -109,18 +109,21 @@ def row(name, batch, made):
     return f"| {' | '.join(cells)} | {made.seconds:.0f} |"
 
 
-def largest_batch(lower, device, known, step, attempts=3):
+def largest_batch(lower, device, known, step, attempts=3, say=lambda line: None):
     """-> the largest batch, in multiples of `step`, that was seen to fit, or 0.
 
-    lower(batch) -> a lowered program; known: {batch: Compiled or None}, to which what
-    is tried is added. Temporaries are taken to grow in proportion to the batch; the
-    compiler also trades time for memory near the limit, so a larger one might fit.
+    say(line) is told of each that is tried. lower(batch) -> a lowered program; known:
+    {batch: Compiled or None}, to which what is tried is added. Temporaries are taken to
+    grow in proportion to the batch; the compiler also trades time for memory near the
+    limit, so a larger one might fit.
     """
     for _ in range(attempts):
         guess = _guess(known, step)
         if guess in known or guess < step:
             break
-        known[guess] = compile_for(lower(guess), device)
+        known[guess] = made = compile_for(lower(guess), device)
+        fits = f"{made.free / 1e9:.2f} GB a chip free" if made else "does not fit"
+        say(f"batch {guess}: {fits}")
     return max((batch for batch, made in known.items() if made), default=0)
 
 

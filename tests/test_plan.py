@@ -113,9 +113,11 @@ def limit(per_image, most):
 def test_the_largest_batch_is_found_by_a_straight_line(monkeypatch, first):
     compile_for, asked = limit(per_image=10, most=5000)
     monkeypatch.setattr(pod, "compile_for", compile_for)
-    known = {first: compile_for(first, None)}
-    found = pod.largest_batch(lambda batch: batch, None, known, 8, attempts=12)
+    known, said = {first: compile_for(first, None)}, []
+    how = {"attempts": 12, "say": said.append}
+    found = pod.largest_batch(lambda batch: batch, None, known, 8, **how)
     assert found == 496 and len(asked) <= 12  # 500 in multiples of 8
+    assert "batch 496: 0.00 GB a chip free" in said and len(said) == len(asked) - 1
 
 
 def test_no_batch_may_fit(monkeypatch):
