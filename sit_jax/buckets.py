@@ -1,6 +1,7 @@
 """Google's buckets as fsspec's gcsfs serves them: one connection, and plain errors."""
 
 import functools
+import logging
 import os
 import threading
 
@@ -15,6 +16,8 @@ def system():
     """The file system of all buckets. Listings are not kept: others write there too."""
     import fsspec
 
+    logging.getLogger("gcsfs").propagate = False  # it logs tracebacks; it also raises
+    logging.getLogger("gcsfs").addHandler(_heard)
     fsspec.config.conf.setdefault("gcs", {}).update(use_listings_cache=False)
     try:
         return fsspec.filesystem("gcs", finalize_on_close=True)  # as epath asks for it
@@ -36,11 +39,24 @@ def require_answer(bucket):
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(PATIENCE)
-    answer = found[0] if found else TimeoutError(f"no answer in {PATIENCE:g} s")
+    late = f"no answer in {PATIENCE:g} s{_heard.words}"
+    answer = found[0] if found else TimeoutError(late)
     if isinstance(answer, UserError):
         raise answer
     if not isinstance(answer, dict):
         raise UserError(f"gs://{bucket}: {_reason(answer)}; {_remedy()}")
+
+
+class _Heard(logging.Handler):
+    """words: the last that gcsfs has logged, which says why it tries again."""
+
+    words = ""
+
+    def emit(self, record):
+        self.words = f" ({record.getMessage().splitlines()[0][:150]})"
+
+
+_heard = _Heard(logging.WARNING)
 
 
 def fault(error):
