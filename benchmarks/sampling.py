@@ -40,6 +40,7 @@ SAMPLERS = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", default="S,B")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="one instead of both")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--reference", metavar="DIR", help="a clone of SiT")
@@ -47,7 +48,7 @@ def main():
     args = parser.parse_args()
     results = []
     for size in args.sizes.split(","):
-        for name in SAMPLERS:
+        for name in [args.sampler] if args.sampler else SAMPLERS:
             row = {"size": f"{size}/2", "sampler": name, "batch": args.batch}
             row |= ours(size, SAMPLERS[name](), args.batch, args.repeats)
             if args.reference:

@@ -1,11 +1,11 @@
 """Training steps: images/s, MFU, memory, compile time, beside PyTorch's in one run.
 
 python benchmarks/train_step.py --sizes S --batches 8 --reference DIR --json out.json
-python benchmarks/train_step.py --kind mdtv2 --masked [--reference DIR]
+python benchmarks/train_step.py --kind mdtv2 --masked --in-turn [--reference DIR]
 
 Each row is a process of its own (steps.py). DIR is a clone of SiT (--kind sit), DiT or
 fast-DiT (dit) or MDT (mdtv2); of its settings the quickest is what ratios are to. On a
-CPU rows take turns, so that what else runs there slows them all. --masked: MDT's plain
+CPU rows can take turns, so that what else runs slows them all. --masked: MDT's plain
 and masked pass in one step, over two plain steps. It imports jax, flax, optax, einops
 and numpy, and torch for DIR.
 """
@@ -13,12 +13,15 @@ and numpy, and torch for DIR.
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+# Else Linux gives a CPU its gigabytes of temporaries anew, 4 KiB at a time, every step.
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "THP_MEM_ALLOC_ENABLE": "1"}
 
 
 def main():
@@ -57,6 +60,8 @@ def arguments():
     add("--remat", default="none", help="none, dots, full, offload")
     add("--attention", default="auto", help="auto, xla, cudnn, head_by_head")
     add("--unroll", default="1")
+    add("--width", type=int, help="other than the size's, so that a CPU can hold XL")
+    add("--heads", type=int, help="to go with it")
     add("--reference", metavar="DIR", help="a clone of the original")
     add("--no-compile", action="store_true", help="without torch.compile")
     add("--masked", action="store_true", help="beside two plain steps")
@@ -64,12 +69,19 @@ def arguments():
     add("--steps", type=int, default=1, help="in a round")
     add("--in-turn", action="store_true", help="hold all rows in memory at once")
     add("--json", metavar="FILE")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.reference and (args.width or args.heads):
+        parser.error("the originals have four sizes: --reference goes without --width")
+    return args
 
 
 def cases(args):
     words = lambda text, kind=str: [kind(word) for word in text.split(",")]
-    shared = {"kind": args.kind, "reference": args.reference}
+    shared = {"kind": args.kind, "reference": args.reference, "fields": {}}
+    for name in ("width", "heads"):
+        if getattr(args, name) is not None:
+            shared["fields"][name] = getattr(args, name)
+    plain = {"fields": shared["fields"] | {"hide": None}}
     for size, batch in itertools.product(words(args.sizes), words(args.batches, int)):
         base = shared | {"size": size, "batch": batch}
         grid = (words(args.dtypes), words(args.remat), words(args.attention))
@@ -78,12 +90,12 @@ def cases(args):
             case = base | dict(zip(names, values, strict=True), side="jax")
             yield case
             if args.masked:
-                yield case | {"fields": {"hide": None}}
+                yield case | plain
         if args.reference:
             for each in settings(words(args.dtypes), words(args.remat), args):
                 yield base | each
                 if args.masked:
-                    yield base | each | {"fields": {"hide": None}}
+                    yield base | each | plain
 
 
 def settings(dtypes, remat, args):
@@ -106,7 +118,10 @@ class Row:
     def begin(self):
         words = [sys.executable, str(HERE / "steps.py"), json.dumps(self.case)]
         pipe = subprocess.PIPE
-        self.worker = subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True)
+        environ = os.environ | HUGE_PAGES
+        self.worker = subprocess.Popen(
+            words, stdin=pipe, stdout=pipe, text=True, env=environ
+        )
         self.facts |= self._answer()
 
     def time(self, steps):
@@ -166,8 +181,10 @@ def said(row, opponent):
     else:
         how = [row.get("version", "jax"), row["dtype"], f"remat {row['remat']}"]
         how += [row.get("attention", ""), f"unroll {row['unroll']}"]
-    plain = ", plain pass" if row.get("fields") else ""
-    name = f"{row['kind']} {row['size']}/2{plain}: {' '.join(how)}"
+    size = f"{row['kind']} {row['size']}/2"
+    size += f", width {row['fields']['width']}" * ("width" in row["fields"])
+    size += ", plain pass" * ("hide" in row["fields"])
+    name = f"{size}: {' '.join(how)}"
     if "step_s" not in row:
         return f"| {name} | {row['batch']} | {row.get('error', 'no answer')} |"
     mfu = f"{row['mfu']:.3f}" if "mfu" in row else "-"
