@@ -210,6 +210,7 @@ def test_one_at_a_time(bucket):
         (socket.gethostname(), 2**22 + 1, 0, True),  # no such process here
         (socket.gethostname(), os.getpid(), 0, False),
     ],
+    ids=["elsewhere", "long ago", "ended", "running"],  # the same in every process
 )
 def test_a_lease_ends_with_its_holder(bucket, host, pid, age, taken):
     owner = {"host": host, "pid": pid, "began": locks._began(pid)}
