@@ -94,8 +94,9 @@ def evaluate(args):
     with work.alone():
         ours = work.complete(samples, missing[0], extractor, "samples")
         theirs = work.complete(reference, missing[1], extractor, "reference")
+        shares = _overlap(ours, theirs, wanted)
         if hosts.first():
-            found = _figures(args, ours, theirs, wanted)
+            found = _figures(args, ours, theirs, wanted, shares)
             notes = evaluation.notes(ours.count, wanted, found)
             print(*evaluation.lines(found), *notes, sep="\n")
             sides = {"samples": (samples, ours), "reference": (reference, theirs)}
@@ -105,9 +106,19 @@ def evaluate(args):
     return 0
 
 
-def _figures(args, ours, theirs, wanted):
+def _overlap(ours, theirs, wanted):
+    """Summaries, which process 0 has -> precision and recall, in all processes."""
+    if not {"precision", "recall"} & set(wanted):
+        return {}
+    if hosts.first():
+        evaluation.require_widths(ours.widths(), theirs.widths())
+    sides = [hosts.told_array(each and each.features) for each in (ours, theirs)]
+    return evaluation.overlap(*sides, wanted, _bar("blocks"))
+
+
+def _figures(args, ours, theirs, wanted, shares):
     """Summaries -> {name: figure}, with an interval if it is asked for."""
-    found = evaluation.figures(ours, theirs, wanted, _bar("blocks"))
+    found = evaluation.figures(ours, theirs, wanted, shares, _bar("blocks"))
     if args.bootstrap and ours.features is not None:
         count, bar = args.bootstrap, _bar("resamples")
         found["interval"] = evaluation.interval(

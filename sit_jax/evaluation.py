@@ -44,8 +44,29 @@ def fid(batches, extractor, reference):
     return frechet(moments.gaussian(), reference.pool)
 
 
-def figures(samples, reference, wanted, progress=iter):
-    """Summaries -> {name: figure} of those wanted that both have what is needed for."""
+def overlap(samples, reference, wanted, progress=iter):
+    """Features of both [N, D], or None -> {name: precision or recall} of those wanted.
+
+    Computed on a device, so that all processes call this.
+    """
+    names = [name for name in ("precision", "recall") if name in wanted]
+    if not names or samples is None or reference is None:
+        return {}
+    found = dict(
+        zip(
+            ("precision", "recall"),
+            precision_recall(samples, reference, progress),
+            strict=True,
+        )
+    )
+    return {name: found[name] for name in names}
+
+
+def figures(samples, reference, wanted, shares=(), progress=iter):
+    """Summaries -> {name: figure} of those wanted that both have what is needed for.
+
+    shares: what overlap() found.
+    """
     require_widths(samples.widths(), reference.widths())
     found = {}
     if "inception_score" in wanted and samples.score is not None:
@@ -55,15 +76,9 @@ def figures(samples, reference, wanted, progress=iter):
         found[name] = frechet(samples.pool, reference.pool)
     if "sfid" in wanted and None not in (samples.spatial, reference.spatial):
         found["sfid"] = frechet(samples.spatial, reference.spatial)
+    found |= dict(shares)
     sides = (samples.features, reference.features)
-    if any(each is None for each in sides):
-        return found
-    if {"precision", "recall"} & set(wanted):
-        both = zip(
-            ("precision", "recall"), precision_recall(*sides, progress), strict=True
-        )
-        found |= {name: share for name, share in both if name in wanted}
-    if "kid" in wanted:
+    if "kid" in wanted and not any(each is None for each in sides):
         found["kid"], found["kid_std"] = kernel_distance(*sides, progress=progress)
         found["kid_subsets"] = [SUBSETS, min(SIZE, *map(len, sides))]
     return found

@@ -10,6 +10,7 @@ import signal
 import sys
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from sit_jax import cluster, greeting
@@ -92,6 +93,16 @@ def wait():
 def told(value):
     """-> process 0's value, for all."""
     return exchange(value)[0]
+
+
+def told_array(array):
+    """-> process 0's array, or None, for all; too large for the words of told()."""
+    like = told(None if array is None else [array.shape, array.dtype.str])
+    if like is None or not several():
+        return array
+    if not first():
+        array = np.zeros(*like)
+    return multihost_utils.broadcast_one_to_all(array)
 
 
 def require_same(what, value, remedy):

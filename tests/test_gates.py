@@ -16,11 +16,19 @@ ROOT = Path(__file__).parents[1]
 ASKS = {"first", "index", "process_index", "is_leader"}  # who am I
 HARMLESS = set(
     "process_index process_count devices local_devices device_count "
-    "local_device_count ShapeDtypeStruct keystr leaves flatten map "
+    "local_device_count ShapeDtypeStruct eval_shape keystr leaves flatten map "
     "tree_leaves_with_path tree_map_with_path structure".split()
 )
 LIBRARIES = {"jax", "jnp", "lax", "multihost_utils", "optax", "diffrax", "ocp"}
-TOGETHER = {"exchange", "wait", "told", "require_same", "require_shared", "stop_at"}
+TOGETHER = {
+    "exchange",
+    "wait",
+    "told",
+    "told_array",
+    "require_same",
+    "require_shared",
+    "stop_at",
+}
 # methods of files, threads and arrays that happen to be called like some of ours
 COMMON = set(
     "add append begin close end get items join keys load map open read save update "
