@@ -35,6 +35,12 @@ from sit_jax.numerals import COUNT, SEED
 from sit_jax.parts import is_begun
 from sit_jax.preview import rows
 
+# flags beside --from-manifest: where things are, and what runs on how many hosts
+REPEATED = set(
+    "from_manifest weights out overwrite force save_noise coordinator processes "
+    "process join_timeout heartbeat_timeout".split()
+)
+
 
 def main():
     args, overrides = command.parse(_parser())
@@ -148,6 +154,7 @@ def _parser():
 def _job(args, overrides):
     """-> the Job, and the sha256 that its weights must have, or None."""
     if args.from_manifest:
+        _require_same(args, overrides)
         found, expected = job.of_manifest(args.from_manifest)
         if args.weights:
             found = dataclasses.replace(found, weights=args.weights)
@@ -189,6 +196,18 @@ def _job(args, overrides):
     )
     _check_noise(args, made, tuple(config.shape))
     return made, None
+
+
+def _require_same(args, overrides):
+    """Refuses what would make other samples than those of a manifest."""
+    usual = vars(_parser().parse_args([]))
+    changed = [name for name, value in vars(args).items() if value != usual[name]]
+    other = [f"--{n.replace('_', '-')}" for n in changed if n not in REPEATED]
+    if other := [*other, *overrides]:
+        raise UserError(
+            f"{', '.join(other)}: --from-manifest makes the same samples again; for "
+            "others name --weights and all that is wanted instead"
+        )
 
 
 def _own_vae(args, config):

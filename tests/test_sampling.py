@@ -243,6 +243,11 @@ BAD = {
     "nothing": ([], "--weights PATH is needed", None),
     "preset": (["--preset", "sit"], "there are sit-paper-ode", None),
     "manifest": (["--from-manifest", "no.json"], "no manifest to read", None),
+    "other than the manifest's": (
+        ["--from-manifest", "no.json", "--seed", "3", "--guidance", "2"],
+        "--seed, --guidance: --from-manifest makes the same samples again",
+        None,
+    ),
     "form": (
         ["--sampler", "euler-maruyama", "--diffusion-form", "sigmoid"],
         "--diffusion-form 'sigmoid' is unknown (did you mean sigma?); there are sigma",
