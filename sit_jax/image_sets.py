@@ -84,9 +84,8 @@ class FolderImages:
         return digest.hexdigest()
 
     def batches(self, size, wanted=None):
-        numbers = range(-(-len(self) // size)) if wanted is None else wanted
         with ThreadPoolExecutor(THREADS) as pool:
-            for start in (number * size for number in numbers):
+            for start in starts(len(self), size, wanted):
                 yield np.stack(
                     list(pool.map(_pixels, self._files[start : start + size]))
                 )
@@ -101,9 +100,15 @@ class ArrayImages:
     def __len__(self):
         return len(self._images)
 
-    def batches(self, size):
-        for start in range(0, len(self._images), size):
+    def batches(self, size, wanted=None):
+        for start in starts(len(self), size, wanted):
             yield self._images[start : start + size]
+
+
+def starts(count, size, wanted=None):
+    """-> where batches of so many images begin; wanted: only these batches' numbers."""
+    numbers = range(-(-count // size)) if wanted is None else wanted
+    return [number * size for number in numbers]
 
 
 def _checked(file):

@@ -13,6 +13,7 @@ from sit_jax import sampling
 from sit_jax.codec import Latents
 from sit_jax.errors import UserError
 from sit_jax.evaluated import of_images
+from sit_jax.image_sets import starts
 from sit_jax.job import Job
 from sit_jax.recipe import recipe
 from sit_jax.sharding import make_mesh
@@ -35,8 +36,8 @@ class Decoded:
     def __len__(self):
         return len(self._latents)
 
-    def batches(self, size):
-        for start in range(0, len(self), size):
+    def batches(self, size, wanted=None):
+        for start in starts(len(self), size, wanted):
             images = _decode(
                 self.codec, jnp.asarray(self._latents[start : start + size])
             )

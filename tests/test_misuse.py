@@ -29,7 +29,7 @@ SCRIPTS = {  # script: what it is called with, where a case says nothing else
     "port_weights": "{weights} {new}.pt",
     "extract_features": "--data {images} --vae x --size 8 --out {new}",
     "evaluate": "--features {features} --reference {features} --out {new} --force",
-    "diagnose": "{features} {features} --out {new}",
+    "diagnose": "{features} {features} --reference {features} --out {new}",
     "quantize": "{weights} {new}",
     "score_digits": "{samples} --out {new}",
 }
