@@ -182,8 +182,10 @@ def said(row, opponent):
         how = [row.get("version", "jax"), row["dtype"], f"remat {row['remat']}"]
         how += [row.get("attention", ""), f"unroll {row['unroll']}"]
     size = f"{row['kind']} {row['size']}/2"
-    size += f", width {row['fields']['width']}" * ("width" in row["fields"])
-    size += ", plain pass" * ("hide" in row["fields"])
+    if "width" in row["fields"]:
+        size += f", width {row['fields']['width']}"
+    if "hide" in row["fields"]:
+        size += ", plain pass"
     name = f"{size}: {' '.join(how)}"
     if "step_s" not in row:
         return f"| {name} | {row['batch']} | {row.get('error', 'no answer')} |"
