@@ -165,9 +165,11 @@ class Stop:
         before = _last_words
         words = f"stopped while compiling, after step {step}"
         _last_words = f"{words}; the same command goes on from there", 0
-        with interrupts.impatience():
-            yield
-        _last_words = before
+        try:
+            with interrupts.impatience():
+                yield
+        finally:
+            _last_words = before
 
     def after(self, step):
         """Whether to stop after this step; they are counted from 1 as it is begun."""

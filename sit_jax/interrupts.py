@@ -17,7 +17,8 @@ GRACE = 3.5  # seconds
 ENDING = {signal.SIGINT, signal.SIGTERM}  # the latter where Python handles it
 
 _patient = 0  # how many ask for all the time they need, as to save a step
-_changes = 0  # of it: where there are some, the main thread is alive and has heard
+_open = 0  # blocks that the main thread is in
+_left = 0  # those that it has left: it is alive, and Python has told it of the signal
 _left_behind = []  # what to call before the process ends from here
 
 
@@ -55,12 +56,12 @@ def tidied(remove):
 
 @contextlib.contextmanager
 def _counted(more):
-    global _patient, _changes
-    _patient, _changes = _patient + more, _changes + 1
+    global _patient, _open, _left
+    _patient, _open = _patient + more, _open + 1
     try:
         yield
     finally:
-        _patient, _changes = _patient - more, _changes + 1
+        _patient, _open, _left = _patient - more, _open - 1, _left + 1
 
 
 def _wait(reading, end):
@@ -70,9 +71,10 @@ def _wait(reading, end):
         heard += count
         if not count or (heard == 1 and _patient):
             continue
-        before = _changes
+        # outside all blocks an exception was raised, and who still runs has lost it
+        inside, before = _open, _left
         time.sleep(GRACE)
-        if heard > 1 or before == _changes:
+        if heard > 1 or not inside or before == _left:
             for remove in reversed(_left_behind):
                 remove()
             end()

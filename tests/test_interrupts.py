@@ -24,17 +24,23 @@ interrupts.watch(end)
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # or it would wake up
 deaf = ctypes.CDLL(None).usleep  # Python's handlers run when it has returned
 with contextlib.ExitStack() as stack:
-    for name in sys.argv[2:]:
+    for name in sys.argv[3:]:
         stack.enter_context(getattr(interrupts, name)())
     stack.enter_context(interrupts.tidied(lambda: print("tidied")))
     print("here", flush=True)
     deaf(int(sys.argv[1]))
+with interrupts.patience():
+    with interrupts.impatience():
+        pass
+    deaf(int(sys.argv[2]))
 print("over")
 """
 
 
-def begin(*words):
-    command = [sys.executable, "-c", DEAF, *words]
+def begin(seconds, *blocks, more=0):
+    """A process that is deaf in the blocks, and for `more` in others behind them."""
+    times = (str(int(1e6 * each)) for each in (seconds, more))
+    command = [sys.executable, "-c", DEAF, *times, *blocks]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "here\n"
     return process
@@ -42,14 +48,14 @@ def begin(*words):
 
 @pytest.mark.parametrize("blocks", [(), ("patience", "impatience")], ids=["", "within"])
 def test_a_deaf_process_is_ended_and_tidied(blocks):
-    process = begin("30000000", *blocks)
+    process = begin(30, *blocks)
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=10)
     assert (said, process.returncode) == ("tidied\nended\n", 7)
 
 
 def test_patience_waits_for_a_first_signal_and_not_for_a_second():
-    process = begin("30000000", "patience")
+    process = begin(30, "patience")
     process.send_signal(signal.SIGINT)
     time.sleep(0.6)
     assert process.poll() is None
@@ -60,10 +66,18 @@ def test_patience_waits_for_a_first_signal_and_not_for_a_second():
 
 def test_who_leaves_a_block_in_time_has_heard():
     """As when a compiler returns within the seconds of grace, and a step is saved."""
-    process = begin("200000", "patience", "impatience")
+    process = begin(0.2, "patience", "impatience")
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=10)
     assert (said, process.returncode) == ("over\n", 0)
+
+
+def test_who_enters_a_block_has_heard_nothing():
+    """As when the exception was dropped, and training begins in spite of it."""
+    process = begin(0.1, more=30)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=10)
+    assert (said, process.returncode) == ("ended\n", 7)
 
 
 def test_five_seconds_are_enough():
