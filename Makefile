@@ -38,6 +38,8 @@ lint: .venv/dev
 
 .venv/slow: requirements-slow.txt .venv/dev
 	$(BIN)/python -m pip install -q -r requirements-slow.txt
+	# without torchvision, which only its command takes
+	$(BIN)/python -m pip install -q --no-deps torch-fidelity==0.4.0
 	touch $@
 
 clean:
