@@ -108,7 +108,7 @@ def evaluate(args):
 
 def _overlap(ours, theirs, wanted):
     """Summaries, which process 0 has -> precision and recall, in all processes."""
-    if not {"precision", "recall"} & set(wanted):
+    if not set(evaluation.SHARES) & set(wanted):
         return {}
     if hosts.first():
         evaluation.require_widths(ours.widths(), theirs.widths())

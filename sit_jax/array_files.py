@@ -24,7 +24,7 @@ DAMAGED = (
     zlib.error,
     EOFError,
     ValueError,
-    NotImplementedError,
+    NotImplementedError,  # zipfile's for packing that it does not know
     RuntimeError,  # a password, or what a damaged compressed stream is called
     TypeError,
     RecursionError,

@@ -21,6 +21,7 @@ LINES = {  # ADM's order and wording
     "recall": "Recall",
 }
 MORE = {"frechet_distance": "Frechet distance", "kid": "KID"}
+SHARES = ("precision", "recall")  # of images
 WANTED = (*LINES, "kid")  # what can be asked for
 PUBLISHED = 50_000  # images behind a published figure
 LEAST = 2048  # images for a covariance of as many features
@@ -49,17 +50,11 @@ def overlap(samples, reference, wanted, progress=iter):
 
     Computed on a device, so that all processes call this.
     """
-    names = [name for name in ("precision", "recall") if name in wanted]
-    if not names or samples is None or reference is None:
+    if samples is None or reference is None:
         return {}
-    found = dict(
-        zip(
-            ("precision", "recall"),
-            precision_recall(samples, reference, progress),
-            strict=True,
-        )
-    )
-    return {name: found[name] for name in names}
+    shares = precision_recall(samples, reference, progress)
+    found = dict(zip(SHARES, shares, strict=True))
+    return {name: share for name, share in found.items() if name in wanted}
 
 
 def figures(samples, reference, wanted, shares=(), progress=iter):

@@ -63,8 +63,7 @@ def make_train_step(
     metrics["bad"] is the place of the first such tensor in tensor_names(state).
     accumulate > 1 goes through the batch in that many parts, for the same gradient.
     timesteps: see timesteps.py; None: the process draws its times. by_quartile: losses
-    are also given for each quarter of the times. place(grads) -> grads says where they
-    live; see placement.py.
+    are also given by quarters of the times. place(grads) -> grads: see placement.py.
 
     A model with .passes(key, shape) -> {prefix: inputs} is trained on the sum of the
     losses of all passes, at the same times but with other noise and dropped labels.

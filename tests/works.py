@@ -145,9 +145,7 @@ def extraction(inputs):
 
 def evaluation(inputs):
     """900 images of 12 numbers against 300 in a folder, 30 batches and 10."""
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (900, 2, 2, 3)).astype(np.uint8)
-    np.savez(inputs / "s.npz", arr_0=images)
+    images = _images(inputs / "s.npz")
     (inputs / "r").mkdir()
     for i, image in enumerate(images[:300] // 2):
         Image.fromarray(image).save(inputs / "r" / f"{i}.png")
@@ -168,9 +166,7 @@ def evaluation(inputs):
 
 def statistics(inputs):
     """Of the same 900 images, in 30 batches."""
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (900, 2, 2, 3)).astype(np.uint8)
-    np.savez(inputs / "d.npz", arr_0=images)
+    _images(inputs / "d.npz")
     return Work(
         "evaluate",
         lambda place: (
@@ -181,6 +177,13 @@ def statistics(inputs):
         30,
         patch=NETWORK,
     )
+
+
+def _images(path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (900, 2, 2, 3)).astype(np.uint8)
+    np.savez(path, arr_0=images)
+    return images
 
 
 def _count(folder):
