@@ -159,17 +159,20 @@ class Stop:
     def compiling(self, step):
         """Inside, nothing is done that `step` has not saved: a signal may end it all.
 
-        XLA's compiler takes minutes and hears nothing.
+        XLA's compiler takes minutes and hears nothing. Of several processes, the others
+        are to be asked first.
         """
         global _last_words
         before = _last_words
         words = f"stopped while compiling, after step {step}"
-        _last_words = f"{words}; the same command goes on from there", 0
+        _last_words = said = f"{words}; the same command goes on from there", 0
         try:
             with interrupts.impatience():
                 yield
         finally:
             _last_words = before
+        if self.asked and not hosts.several():
+            sys.exit(_ended(*said))
 
     def after(self, step):
         """Whether to stop after this step; they are counted from 1 as it is begun."""
