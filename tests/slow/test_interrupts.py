@@ -83,7 +83,7 @@ def _torch_file(inputs):
 SCRIPTS = {  # seconds after the imports in which something is going on
     works.sampling: 10,
     works.extraction: 5,
-    works.evaluation: 4,
+    works.evaluation: 2,
     porting: 5,
     quantization: 3,
     diagnosis: 3,
@@ -142,7 +142,7 @@ def test_ctrl_c_ends_within_five_seconds_and_it_goes_on(tmp_path, quiet, make):
 
 
 MOMENTS = {  # what has happened before, and the longest it is waited after that
-    "beginning": (lambda place: True, 3),
+    "beginning": (lambda place: True, 0.5),
     "compiling": (lambda place: "GMAC an image" in _log(place), 3),
     "training": (lambda place: _last(place) >= 5, 1),
 }
