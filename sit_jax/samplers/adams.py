@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sit_jax.errors import UserError
-from sit_jax.samplers.flow import add, flow
+from sit_jax.samplers.flow import add, flow, weighted
 from sit_jax.samplers.ode import rk4
 from sit_jax.samplers.walk import check_steps, walk
 
@@ -61,10 +61,10 @@ class Adams:
             return rk4(stage, begin, dt[i], x), jnp.int32(3), known
 
         def later(slopes, known, x, i):
-            move = _weighted(dt[i] * guess[known - 1], slopes)
+            move = weighted(dt[i] * guess[known - 1], slopes)
             if not self.implicit:
                 return add(x, (1.0, move)), jnp.int32(0), known
-            fixed = _weighted(dt[i] * correct[known - 1, 1:], slopes)
+            fixed = weighted(dt[i] * correct[known - 1, 1:], slopes)
             share = dt[i] * correct[known - 1, 0]
             ahead = lambda move: slope(at[i] + dt[i], add(x, (1.0, move)))
             again = lambda move: add(fixed, (share, ahead(move)))
@@ -105,13 +105,6 @@ class Adams:
         begin = (move, again(move), jnp.int32(1))
         old, move, count = jax.lax.while_loop(going, once, begin)
         return move, count, ~apart(old, move)
-
-
-def _weighted(weights, slopes):
-    """weights [n] over the leading axis of a tree's leaves, newest slope first."""
-    return jax.tree.map(
-        lambda s: jnp.tensordot(weights, s[: len(weights)], axes=1), slopes
-    )
 
 
 def _tables():

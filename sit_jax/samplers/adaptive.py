@@ -51,8 +51,8 @@ def over_batch(sampler, slope, start, t0, t1):
     if sampler.frames:
         moments = np.linspace(t0, t1, sampler.frames + 1)[1:]
         save["way"] = diffrax.SubSaveAt(ts=moments)
-    solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(lambda t, x, args: slope(t, x)),
+    solution = _solved(
+        slope,
         solver,
         *(t0, t1, dt, start),
         # a solver that keeps its last slope for the next step is given the first
@@ -68,6 +68,21 @@ def over_batch(sampler, slope, start, t0, t1):
     if sampler.frames:
         stats["trajectory"] = solution.ys["way"]
     return jax.tree.map(lambda x: x[0], solution.ys["end"]), stats
+
+
+def _solved(slope, *problem, **how):
+    """diffrax's solution, with float32 products: Dopri5's interpolation asks for none.
+
+    The network's are what its own precision says.
+    """
+    outside = jax.config.jax_default_matmul_precision
+
+    def term(t, x, args):
+        with jax.default_matmul_precision(outside):
+            return slope(t, x)
+
+    with jax.default_matmul_precision("highest"):
+        return diffrax.diffeqsolve(diffrax.ODETerm(term), *problem, **how)
 
 
 def per_image(sampler, slope, start, t0, t1):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sit_jax.errors import UserError
-from sit_jax.samplers.flow import add, first_step, size
+from sit_jax.samplers.flow import add, first_step, size, weighted
 
 SAFETY, SLOWEST, FASTEST = 0.9, 0.2, 10.0
 # Weights of the stages' slopes in the state half a step on.
@@ -30,73 +30,89 @@ HALFWAY = {
 
 def like_torchdiffeq(sampler, slope, start, t0, t1):
     """start: tree of arrays at t0 -> (the tree at t1, stats)."""
-    tableau, sign = sampler.solver.tableau, 1.0 if t1 > t0 else -1.0
-    halfway = _halfway(sampler.solver)
-    forward = lambda s, x: jax.tree.map(
-        lambda v: sign * v, slope(t0 + sign * s, x)
-    )  # s rises from 0
-    order, span = sampler.solver.order(None), abs(t1 - t0)
+    sign, span = 1.0 if t1 > t0 else -1.0, abs(t1 - t0)
+    # s rises from 0
+    forward = lambda s, x: jax.tree.map(lambda v: sign * v, slope(t0 + sign * s, x))
+    order = sampler.solver.order(None)
     here, dt = first_step(
         forward, start, 0.0, 1.0, sampler.rtol, sampler.atol, order, jnp.inf
     )
     moments = jnp.asarray(span * np.linspace(0, 1, max(sampler.frames, 1) + 1)[1:])
+    keep = lambda x: jnp.broadcast_to(x, (len(moments), *x.shape))
+    begin = {
+        "s": jnp.float32(0),
+        "dt": dt,
+        "x": start,
+        "slope": here,
+        "seen": jax.tree.map(keep, start),
+        "accepted": jnp.int32(0),
+        "rejected": jnp.int32(0),
+    }
 
     def going(state):
         s, dt, steps = state["s"], state["dt"], state["accepted"] + state["rejected"]
         return (s < span) & (s + dt > s) & (steps < sampler.max_steps)
 
+    step = _step(sampler, forward, moments, _halfway(sampler.solver))
+    return _ended(sampler, jax.lax.while_loop(going, step, begin), span)
+
+
+def _step(sampler, slope, moments, halfway):
+    """-> state -> state: a step tried, and taken if its error is small enough."""
+    order = sampler.solver.order(None)
+
     def step(state):
         s, dt, x, k0 = (state[name] for name in ("s", "dt", "x", "slope"))
-        stages, ahead, error = _stages(tableau, forward, s, dt, x, k0)
-        wide = lambda e, a, b: (
-            e / (sampler.atol + sampler.rtol * jnp.maximum(jnp.abs(a), jnp.abs(b)))
-        )
-        ratio = size(jax.tree.map(wide, error, x, ahead))
+        stages, ahead, error = _stages(sampler.solver.tableau, slope, s, dt, x, k0)
+        ratio = _ratio(sampler, error, x, ahead)
         good = ratio <= 1
-        middle = add(x, (1.0, _sum(dt * halfway, stages)))
+        middle = add(x, (1.0, weighted(dt * halfway, stages)))
         last = jax.tree.map(lambda k: k[-1], stages)
-        read = _quartic(x, ahead, middle, k0, last, dt)
         place = (moments - s) / dt
+        read = jax.vmap(_quartic(x, ahead, middle, k0, last, dt))(place)
         passed = good & (place > 0) & (place <= 1)
-        pick = lambda new, old: jax.tree.map(
-            lambda a, b: jnp.where(_like(passed, a), a, b), new, old
-        )
-        take = lambda new, old: jax.tree.map(
-            lambda a, b: jnp.where(good, a, b), new, old
-        )
-        slowest = jnp.where(ratio < 1, 1.0, SLOWEST)
-        factor = jnp.clip(SAFETY * ratio ** (-1 / order), slowest, FASTEST)
         return {
             "s": jnp.where(good, s + dt, s),
-            "dt": dt * jnp.where(ratio == 0, FASTEST, factor),
-            "x": take(ahead, x),
-            "slope": take(last, k0),
-            "seen": pick(jax.vmap(read)(place), state["seen"]),
+            "dt": dt * _factor(ratio, order),
+            "x": _where(good, ahead, x),
+            "slope": _where(good, last, k0),
+            "seen": _where(passed, read, state["seen"]),
             "accepted": state["accepted"] + good,
             "rejected": state["rejected"] + ~good,
         }
 
-    keep = lambda x: jnp.broadcast_to(x, (len(moments), *x.shape))
-    state = jax.lax.while_loop(
-        going,
-        step,
-        {
-            "s": jnp.float32(0),
-            "dt": dt,
-            "x": start,
-            "slope": here,
-            "seen": jax.tree.map(keep, start),
-            "accepted": jnp.int32(0),
-            "rejected": jnp.int32(0),
-        },
+    return step
+
+
+def _ratio(sampler, error, x, ahead):
+    """The estimated error over what the tolerances allow."""
+    allowed = lambda a, b: (
+        sampler.atol + sampler.rtol * jnp.maximum(jnp.abs(a), jnp.abs(b))
     )
+    return size(jax.tree.map(lambda e, a, b: e / allowed(a, b), error, x, ahead))
+
+
+def _factor(ratio, order):
+    """What the next step is to this one."""
+    slowest = jnp.where(ratio < 1, 1.0, SLOWEST)
+    factor = jnp.clip(SAFETY * ratio ** (-1 / order), slowest, FASTEST)
+    return jnp.where(ratio == 0, FASTEST, factor)
+
+
+def _where(flags, new, old):
+    """flags [] or [frames], over trees."""
+    return jax.tree.map(lambda a, b: jnp.where(_like(flags, a), a, b), new, old)
+
+
+def _ended(sampler, state, span):
+    """-> the state at the end, or where the steps ended before it, and stats."""
     finished = state["s"] >= span
     last = jax.tree.map(
         lambda seen, x: jnp.where(finished, seen[-1], x), state["seen"], state["x"]
     )
     steps = state["accepted"] + state["rejected"]
     stats = {
-        "evaluations": 2 + steps * (tableau.num_stages - 1),
+        "evaluations": 2 + steps * (sampler.solver.tableau.num_stages - 1),
         "accepted": state["accepted"],
         "rejected": state["rejected"],
         "finished": finished,
@@ -122,21 +138,16 @@ def _stages(tableau, slope, s, dt, x, first):
 
     def stage(slopes, i):
         at = jnp.where(c[i] == 1, jnp.nextafter(s + dt, -jnp.inf), s + c[i] * dt)
-        guess = add(x, (1.0, _sum(dt * lower[i], slopes)))
+        guess = add(x, (1.0, weighted(dt * lower[i], slopes)))
         put = lambda row, new: row.at[i].set(new)
         return jax.tree.map(put, slopes, slope(at, guess)), None
 
     start = jax.tree.map(lambda k: jnp.zeros((count, *k.shape)).at[0].set(k), first)
     slopes, _ = jax.lax.scan(stage, start, jnp.arange(1, count))
     weights = lower[-1] if tableau.fsal else jnp.asarray(tableau.b_sol, jnp.float32)
-    ahead = add(x, (1.0, _sum(dt * weights, slopes)))
-    error = _sum(dt * jnp.asarray(tableau.b_error, jnp.float32), slopes)
+    ahead = add(x, (1.0, weighted(dt * weights, slopes)))
+    error = weighted(dt * jnp.asarray(tableau.b_error, jnp.float32), slopes)
     return slopes, ahead, error
-
-
-def _sum(weights, slopes):
-    """weights [stages] over the leading axis; not a dot, which might be less exact."""
-    return jax.tree.map(lambda k: jnp.sum(_like(weights, k) * k, axis=0), slopes)
 
 
 def _quartic(x, ahead, middle, first, last, dt):
@@ -159,7 +170,8 @@ def _quartic(x, ahead, middle, first, last, dt):
 
 
 def _like(flags, x):
-    return flags.reshape(-1, *[1] * (x.ndim - 1))
+    """Flags with as many axes as x, of which the first is theirs."""
+    return flags.reshape(flags.shape + (1,) * (x.ndim - flags.ndim))
 
 
 def _halfway(solver):
