@@ -22,6 +22,7 @@ from sit_jax import (
     presets,
     program_cache,
     quantized,
+    rounding,
     sampling,
     settings,
     starts,
@@ -108,6 +109,7 @@ def likelihood(args, overrides):
     out = densities.check(args.out, args.overwrite)
     weights = _open(args.weights, args.family, args.heads)
     config = settings.apply(weights.config, args, overrides, args.weights)
+    args.seed = args.seed or 0
     fields = (f.name for f in dataclasses.fields(densities.Survey))
     survey = densities.Survey(**{name: getattr(args, name) for name in fields})
     item = "params" if args.no_ema else "ema"
@@ -125,7 +127,7 @@ def _parser():
     add("--config", metavar="FILE", help="another sampler and guidance; same network")
     add("--labels", metavar="A,B,...", help="classes | random | balanced | FILE")
     add("--num", type=COUNT, metavar="N", help="images; default: one for each label")
-    add("--seed", type=SEED, default=0)
+    add("--seed", type=SEED, metavar="N", help="default: the preset's, else 0")
     add("--out", metavar="X", help="x.png | x.npy | x.npz | folder/")
     add("--noise", metavar="FILE.npy", help="start from it; or torch:SEED")
     add("--save-noise", metavar="FILE.npy", help="keep what the images started from")
@@ -170,7 +172,7 @@ def _job(args, overrides):
     config = settings.apply(weights.config, args, overrides, source, published)
     item = "params" if args.no_ema else "ema"
     classes = config.model.classes + adapters.new_classes(args.lora, weights, item)
-    seed = args.seed or (published.seed if published else 0)
+    seed = published.seed if published and args.seed is None else args.seed or 0
     number, word = args.num, args.labels
     if published and word is None and number is None:
         number, word = published.num, published.labels
@@ -188,7 +190,7 @@ def _job(args, overrides):
         batch_size=args.batch_size,
         weak=args.autoguidance,
         vae=args.vae or (published.vae if published else _own_vae(args, config)),
-        rounding=args.rounding or (published.rounding if published else "brighter"),
+        rounding=args.rounding or _own_rounding(published, config),
         emulate=args.emulate,
         lora=tuple(args.lora),
         quantize=args.quantize,
@@ -213,6 +215,10 @@ def _require_same(args, overrides):
 def _own_vae(args, config):
     """The VAE that the run was trained with, if pictures are wanted."""
     return config.get("vae") if outputs.wants_pictures(Path(args.out)) else None
+
+
+def _own_rounding(published, config):
+    return published.rounding if published else rounding.name(config.codec.rounding)
 
 
 def _open(path, family=None, heads=None):

@@ -8,14 +8,18 @@ are from the branch mdtv1 of sail-sg/MDT; in brackets where there.
 import optax
 
 from configs.dit_xl2 import get_config as dit_xl2
+from sit_jax.codec import Latents
 from sit_jax.config import spec
 from sit_jax.guidance_scales import PowerCosine
 from sit_jax.models.dit import SIZES
 from sit_jax.models.mdt import MDT
+from sit_jax.rounding import to_uint8_darker
 
 
 def get_config():
     c = dit_xl2()
+    # [image_sample.py: (x + 1) 127.5 to bytes, half a level less than DiT's rule]
+    c.codec = spec(Latents, rounding=to_uint8_darker)
     # [run.sh: --mask_ratio 0.30 --decode_layer 2, of all sizes; models.py: sizes]
     c.model = spec(MDT, patch=2, decoder=2, hide=0.3, remat="dots", **SIZES["XL"])
     # [image_train.py: lr 3e-4, weight_decay 0, lr_anneal_steps 0, which means constant;

@@ -21,3 +21,8 @@ def to_uint8_darker(x):
 
 
 ROUNDINGS = {"brighter": to_uint8, "darker": to_uint8_darker}
+
+
+def name(rule):
+    """The word for a rule: of ROUNDINGS, or the function's own name."""
+    return next((n for n, known in ROUNDINGS.items() if known is rule), rule.__name__)

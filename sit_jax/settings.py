@@ -16,6 +16,7 @@ from sit_jax.samplers.names import (
 
 NETWORK = ("model", "process", "shape")
 # how it is computed, and not what
+_SCALE = "1: none; of MDT's schedule its largest, --guidance-interval 0,1 without it"
 COMPUTING = ("model.remat", "model.unroll", "model.attention", "model.dtype")
 
 
@@ -45,7 +46,7 @@ def add_flags(parser):
         metavar="N",
         help="N states on the way, as a strip",
     )
-    add("--guidance", "--cfg-scale", type=real(), metavar="SCALE", help="1: none")
+    add("--guidance", "--cfg-scale", type=real(), metavar="SCALE", help=_SCALE)
     add("--guidance-interval", metavar="LO,HI", help="0 noise, 1 data; none outside")
     add("--guidance-channels", metavar="3|all", help="those that are extrapolated")
     add("--precision", metavar="WORD", help=", ".join(PRECISIONS))
@@ -93,7 +94,7 @@ def _take(config, given, source):
 def _guide(config, args):
     with config.ignore_type():
         if args.guidance is not None:
-            config.guidance = args.guidance
+            _strength(config, args)
         if args.guidance_interval is not None:
             low, high = _ends(args.guidance_interval)
             scale = config.guidance
@@ -109,6 +110,15 @@ def _guide(config, args):
     if word not in ("3", "all"):
         raise UserError(f"--guidance-channels {word!r}: 3 or all")
     config.guidance_channels = config.shape[-1] if word == "all" else 3
+
+
+def _strength(config, args):
+    """A number is the scale of a schedule that the weights come with, as MDT's do."""
+    shaped = hasattr(config.guidance, "make") and "scale" in config.guidance
+    if shaped and args.guidance != 1 and args.guidance_interval is None:
+        config.guidance.scale = args.guidance
+    else:
+        config.guidance = args.guidance
 
 
 def _ends(text):
