@@ -25,11 +25,13 @@ BATCH = 64  # images that are drawn together
 class Curve:
     """Draws `count` images, each class as often, by the config's sampler and guidance.
 
-    A codec that makes no pictures is refused at construction. On several hosts all draw
-    all of them.
+    around: see generation.make_generate. A codec that makes no pictures is refused at
+    construction. On several hosts all draw all of them.
     """
 
-    def __init__(self, parts, mesh, seed, count, extractor, reference):
+    def __init__(
+        self, parts, mesh, seed, count, extractor, reference, around=lambda fn: fn
+    ):
         made = jax.eval_shape(parts.codec.decode, jnp.zeros((1, *parts.shape)))
         if made.shape[-1] not in (1, 3):
             raise UserError(f"{made.shape[-1]} channels do not make a picture")
@@ -37,6 +39,7 @@ class Curve:
         self._labels = labels("balanced", count, parts.model.classes, seed)
         self._parts, self._mesh, self._seed = parts, mesh, seed
         self._extractor, self._reference, self._draw = extractor, reference, None
+        self._around = around
         self.name = f"{'fid' if reference.is_inception else 'frechet'}_{count}"
 
     def __call__(self, params):
@@ -44,7 +47,8 @@ class Curve:
         begun = time.perf_counter()
         if self._draw is None:
             batch = min(len(self._labels), BATCH)
-            self._draw = Generator(self._parts, params, self._mesh, batch)
+            how = {"around": self._around}
+            self._draw = Generator(self._parts, params, self._mesh, batch, **how)
         drawn = self._draw(self._seed, self._labels, params=params)
         images = (_coloured(self._parts.codec.decode(data)) for data, _ in drawn)
         found = evaluation.fid(images, self._extractor, self._reference)
@@ -70,7 +74,7 @@ def check(config):
         raise UserError(f"reference: no file at {config.reference}")
 
 
-def curve(config, parts, mesh):
+def curve(config, parts, mesh, around=lambda fn: fn):
     """-> Curve of a config; without weights for its features a UserError."""
     extractor = build(config.features)
     if extractor is None:
@@ -78,7 +82,7 @@ def curve(config, parts, mesh):
         extractor = inception_extractor(weights, mesh, BATCH)
     reference = _reference(build(config.reference), extractor)
     count = config.evaluate_images
-    return Curve(parts, mesh, config.seed, count, extractor, reference)
+    return Curve(parts, mesh, config.seed, count, extractor, reference, around)
 
 
 def _reference(given, extractor):

@@ -14,23 +14,25 @@ from sit_jax.pictures import sheet
 class Preview:
     """The same `count` images, from the same noise, each time it is called.
 
-    A codec that makes no pictures is refused at construction.
+    around: see generation.make_generate. A codec that makes no pictures is refused at
+    construction.
     """
 
-    def __init__(self, parts, mesh, seed, count):
+    def __init__(self, parts, mesh, seed, count, around=lambda fn: fn):
         made = jax.eval_shape(parts.codec.decode, jnp.zeros((1, *parts.shape)))
         if made.shape[-1] not in (1, 3):
             raise UserError(f"{made.shape[-1]} channels do not make a picture")
         self._columns, self._labels = rows(parts.model.classes, count)
         self._parts, self._mesh, self._seed = parts, mesh, seed
-        self._draw = None
+        self._draw, self._around = None, around
 
     def __call__(self, params):
         """-> uint8 picture, and the seconds it took, the first time with compiling."""
         begun = time.perf_counter()
         if self._draw is None:
             batch = min(len(self._labels), 32)
-            self._draw = Generator(self._parts, params, self._mesh, batch)
+            how = {"around": self._around}
+            self._draw = Generator(self._parts, params, self._mesh, batch, **how)
         drawn = self._draw(self._seed, self._labels, params=params)
         images = [np.asarray(self._parts.codec.decode(data)) for data, _ in drawn]
         picture = sheet(np.concatenate(images), self._columns)

@@ -47,10 +47,18 @@ def state_shapes(parts, mesh):
 
 def sampling_recipe(config, platform):
     """-> the recipe with a model of the config's sampling precision, and fn -> fn."""
-    parts, word = recipe(config), precision.chosen(config.precision.model)
+    parts, around = as_sampled(config, recipe(config), platform)
+    model = attention.settled(parts.model, platform)
+    return dataclasses.replace(parts, model=model), around
+
+
+def as_sampled(config, parts, platform=None):
+    """-> the recipe with a model that computes as sample.py's will, and fn -> fn."""
+    words = config.get("precision")
+    word = precision.chosen(words.model if words else "exact")
     model = precision.computing(word, parts.model)
-    parts = dataclasses.replace(parts, model=attention.settled(model, platform))
-    return parts, partial(precision.applied, word, platform=platform)
+    around = partial(precision.applied, word, platform=platform)
+    return dataclasses.replace(parts, model=model), around
 
 
 def lowered_sampling(parts, mesh, batch_size, around):

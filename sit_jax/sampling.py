@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from sit_jax import config as configs
 from sit_jax import (
+    autoguidance,
     emulation,
     hosts,
     outputs,
@@ -19,6 +19,7 @@ from sit_jax import (
     quantizing,
     sharding,
 )
+from sit_jax import config as configs
 from sit_jax.adapters import put_all
 from sit_jax.codec import Latents
 from sit_jax.drafts import require_space, roomy
@@ -75,8 +76,9 @@ def studio(job, opened, weak=None, expected=None):
     parts, record["codec"] = with_codec(parts, job, config.precision.vae, mesh)
     if weak is not None:
         other = recipe(weak.config)
-        _check_weak(parts, other, job.weak)
-        weak = other.model, weak.load(job.item, other, mesh)
+        autoguidance.check(parts, other, job.weak)
+        loaded = weak.load(job.item, other, mesh)
+        weak = precision.computing(word, other.model), loaded
         record["weak_sha256"] = weights_hash(weak[1])
     program = f"attention: {attention.of(parts.model)}"
     print(measured["line"], program, *filter(None, [warning]), sep="\n")
@@ -208,14 +210,6 @@ def with_codec(parts, job, word, mesh):
     record = codec.record() if hasattr(codec, "record") else {}
     record = {"kind": type(codec).__name__, "rounding": job.rounding, **record}
     return dataclasses.replace(parts, codec=codec), record
-
-
-def _check_weak(parts, other, path):
-    if other.shape != parts.shape or other.model.classes != parts.model.classes:
-        raise UserError(
-            f"--autoguidance {path} is for {other.shape} in {other.model.classes} "
-            f"classes, not for {parts.shape} in {parts.model.classes}"
-        )
 
 
 def _pictures(room, data):

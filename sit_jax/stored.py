@@ -37,7 +37,8 @@ class Quantized(struct.PyTreeNode):
     def product(self, x, dtype):
         """x [..., in] -> [..., out] of one layer, computed in dtype."""
         out = x.astype(dtype) @ self.codes.astype(dtype)
-        return out * over(self.scale.astype(dtype), out)
+        # float32: rounding the scale would move a whole channel to one side
+        return (out * over(self.scale, out)).astype(dtype)
 
 
 class Adapted(struct.PyTreeNode):
@@ -130,7 +131,10 @@ def read(tree):
 
 
 def merged(tree):
-    """Adapters and new rows read into their base where that is an array, not int8."""
+    """Adapters and new rows read into their base where that is an array, not int8.
+
+    With float32 products, whatever the platform's default.
+    """
 
     def one(node):
         below = node
@@ -138,7 +142,8 @@ def merged(tree):
             below = below.base
         return node if is_stored(below) else read(node)
 
-    return jax.tree.map(one, tree, is_leaf=is_stored)
+    with jax.default_matmul_precision("highest"):
+        return jax.tree.map(one, tree, is_leaf=is_stored)
 
 
 def product(x, weight, dtype):

@@ -4,13 +4,15 @@ from sit_jax import hosts
 from sit_jax.curve import curve
 from sit_jax.errors import UserError
 from sit_jax.preview import Preview
+from sit_jax.program import as_sampled
 
 
 def viewer(log, config, parts, mesh):
     """-> look(step, average), which does what the step is due for -> seconds."""
+    sampled = as_sampled(config, parts)  # or figures are not those of sample.py
     looks = [
-        (config.sample_every, _sheets(log, config, parts, mesh)),
-        (config.get("evaluate_every", 0), _curve(log, config, parts, mesh)),
+        (config.sample_every, _sheets(log, config, mesh, *sampled)),
+        (config.get("evaluate_every", 0), _curve(log, config, mesh, *sampled)),
     ]
     able = [each is not _nothing for _, each in looks]
     hosts.require_same(
@@ -28,11 +30,11 @@ def _nothing(at, average):
     return 0.0
 
 
-def _sheets(log, config, parts, mesh):
+def _sheets(log, config, mesh, parts, around):
     if not config.preview:
         return _nothing
     try:
-        preview = Preview(parts, mesh, config.seed, config.preview)
+        preview = Preview(parts, mesh, config.seed, config.preview, around)
     except UserError as reason:
         log.say(f"no sheets of samples: {reason}")
         return _nothing
@@ -46,11 +48,11 @@ def _sheets(log, config, parts, mesh):
     return show
 
 
-def _curve(log, config, parts, mesh):
+def _curve(log, config, mesh, parts, around):
     if not config.get("evaluate_every", 0):
         return _nothing
     try:
-        judge = curve(config, parts, mesh)
+        judge = curve(config, parts, mesh, around)
     except UserError as reason:
         log.say(f"no curve of FIDs: {reason}")
         return _nothing

@@ -11,6 +11,7 @@ from sit_jax.digit_features import DigitFeatures
 from sit_jax.errors import UserError
 from sit_jax.generation import Generator
 from sit_jax.metrics import Gaussian, frechet
+from sit_jax.program import training_recipe
 from sit_jax.recipe import recipe
 from sit_jax.sharding import make_mesh
 
@@ -66,6 +67,19 @@ def test_points_of_a_curve(monkeypatch):
     there = np.stack([each["image"] for each in Pictures()]).repeat(3, -1)
     ours, theirs = (Gaussian.of(next(Toy()([x]))["pool"]) for x in (drawn, there))
     assert log.values[3] == {"frechet_20": pytest.approx(frechet(ours, theirs), 1e-6)}
+
+
+def test_a_point_is_of_images_as_sample_py_draws_them():
+    """Also where the network is trained in bfloat16, by the word precision.model."""
+    found, mesh = [], make_mesh(data=-1, fsdp=1)
+    for word in ("fast", "bf16"):
+        c, log = config(), Log()
+        c.precision.training = word
+        parts = training_recipe(c)
+        look = watching.viewer(log, c, parts, mesh)
+        look(3, small.random_params(parts, 0))
+        found.append(log.values[3])
+    assert found[0] == found[1]
 
 
 def test_without_weights_there_is_one_line_and_no_curve(monkeypatch, tmp_path):

@@ -28,10 +28,10 @@ FLOORS = (
     "torch_noise rounding gaussians array_files graph_files "
     "models.inception_layers metrics.gaussian metrics.score metrics.manifold "
     "metrics.kernel stored",
-    "predictions guidance codec data.reading data.folders data.tars data.cache "
-    "quantized data.filling data.prepared command workdir logging outputs torch_files "
-    "labels download models.vae_layers models.applied replicas history lora "
-    "lora_names pod",
+    "predictions guidance autoguidance codec data.reading data.folders data.tars "
+    "data.cache quantized data.filling data.prepared command workdir logging "
+    "outputs torch_files labels download models.vae_layers models.applied replicas "
+    "history lora lora_names pod",
     "checkpoint.__main__ diffusers_files job",
     "image_sets bundle paired worst_pairs effects models.inception parts releases "
     "models.vae lora_files",

@@ -11,7 +11,7 @@ import pytest
 import small
 
 import sample
-from sit_jax import drafts, noise, sampling
+from sit_jax import drafts, noise, predictions, sampling
 from sit_jax.config import spec
 from sit_jax.data.sources import Digits
 from sit_jax.diffusion import Diffusion
@@ -161,6 +161,16 @@ def test_a_worse_network_leads_away(run, tmp_path, weights):
     )
     record = manifest(tmp_path / "same.npy")
     assert record["weak_sha256"] == record["weights_sha256"]
+
+
+def test_a_worse_network_must_be_asked_the_same(run, tmp_path):
+    config = small.config()
+    config.process.predicts = predictions.noise
+    other = small.checkpoint(tmp_path / "weak", config)
+    how = ("--autoguidance", other, "--guidance", "3", "--out", tmp_path / "x.npy")
+    code, _, err = run("--labels", "1", *how)
+    assert code == 2 and not (tmp_path / "x.npy").exists()
+    assert "Interpolant(path=linear, predicts=noise), where" in err
 
 
 @pytest.mark.slow
