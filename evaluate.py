@@ -14,6 +14,7 @@ from sit_jax import (
     evaluation,
     hosts,
     inception_weights,
+    label_policy,
     outputs,
     program_cache,
     summary,
@@ -96,7 +97,7 @@ def evaluate(args):
         theirs = work.complete(reference, missing[1], extractor, "reference")
         shares = _overlap(ours, theirs, wanted)
         if hosts.first():
-            found = _figures(args, ours, theirs, wanted, shares)
+            found = _figures(args, samples, ours, theirs, wanted, shares)
             notes = evaluation.notes(ours.count, wanted, found)
             print(*evaluation.lines(found), *notes, sep="\n")
             sides = {"samples": (samples, ours), "reference": (reference, theirs)}
@@ -116,15 +117,16 @@ def _overlap(ours, theirs, wanted):
     return evaluation.overlap(*sides, wanted, _bar("blocks"))
 
 
-def _figures(args, ours, theirs, wanted, shares):
+def _figures(args, side, ours, theirs, wanted, shares):
     """Summaries -> {name: figure}, with an interval if it is asked for."""
     found = evaluation.figures(ours, theirs, wanted, shares, _bar("blocks"))
     if args.bootstrap and ours.features is not None:
-        count, bar = args.bootstrap, _bar("resamples")
-        found["interval"] = evaluation.interval(
-            ours.features, theirs.pool, count, progress=bar
-        )
-        found["resamples"] = count
+        bar = partial(_bar("resamples"), total=args.bootstrap)
+        labels = label_policy.decided(side.path, ours.count)
+        how = (ours.features, theirs.pool, args.bootstrap, labels, bar)
+        found["interval"] = evaluation.interval(*how)
+        found["interval_by_class"] = labels is not None
+        found["resamples"] = args.bootstrap
     return found
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import numpy as np
 
 from sit_jax.effects import BY_NAME, manifest_differences
+from sit_jax.label_policy import classes_of, policy
 
 # Stages that nothing else enters after the one before them
 ONLY = {"decoded": "decoder", "uint8": "rounding", "resized": "resize"}
@@ -55,7 +56,9 @@ def _judge_labels(found, cause, a, b):
         cause("number of images").said.append(f"{counts[0]} and {counts[1]} images")
     if "labels" not in found:
         return
-    words = [policy(each, _classes(m)) for each, m in zip(labels, (a, b), strict=True)]
+    words = [
+        policy(each, classes_of(m)) for each, m in zip(labels, (a, b), strict=True)
+    ]
     if words == ["random", "random"] and "noise" in found:
         found.pop("labels")  # other draws of the same kind, by another seed
         found["noise"].said.append("another seed drew noise and labels")
@@ -64,18 +67,6 @@ def _judge_labels(found, cause, a, b):
     other = int((labels[0][:small] != labels[1][:small]).sum())
     kinds = f"{words[0]} and {words[1]}; " if words[0] != words[1] else ""
     found["labels"].said.append(f"{kinds}{other} of {small} differ")
-
-
-def policy(labels, classes):
-    """How labels were chosen, to judge by them: balanced, listed or random."""
-    if len(labels) == 0:
-        return "none"
-    counts = np.bincount(labels, minlength=classes)
-    if np.ptp(counts) <= 1 and len(labels) >= classes:
-        return "balanced"
-    runs = 1 + int((np.diff(labels) != 0).sum())
-    held = counts[counts > 0]
-    return "listed" if runs == len(held) and np.ptp(held) == 0 else "random"
 
 
 def _judge_bundles(found, cause, bundles):
@@ -167,8 +158,3 @@ def _words(bundles):
         emulating = measured.get("emulate")
         said.append(f"{word}, emulating {emulating}" if emulating else str(word))
     return " and ".join(said)
-
-
-def _classes(manifest):
-    model = manifest.get("job", {}).get("config", {}).get("model", {})
-    return int(model.get("classes", 0) or 0)

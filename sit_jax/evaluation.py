@@ -5,8 +5,7 @@ conventions of the evaluator in openai/guided-diffusion that published figures o
 DiT, SiT and MDT come from.
 """
 
-import numpy as np
-
+from sit_jax import resampling
 from sit_jax.errors import UserError
 from sit_jax.features import unlike
 from sit_jax.metrics.gaussian import Gaussian, Moments, frechet
@@ -25,7 +24,6 @@ SHARES = ("precision", "recall")  # of images
 WANTED = (*LINES, "kid")  # what can be asked for
 PUBLISHED = 50_000  # images behind a published figure
 LEAST = 2048  # images for a covariance of as many features
-LEVEL = 0.95  # of the interval
 
 
 def fid(batches, extractor, reference):
@@ -84,25 +82,23 @@ def lines(found):
     said = [f"{words}: {found[n]}" for n, words in (LINES | MORE).items() if n in found]
     if "interval" in found:
         low, high = found["interval"]
-        said.append(f"95 % of resamples of the samples: {low:.6g} to {high:.6g}")
+        how = "as they are" if found.get("interval_by_class") else "drawn too"
+        said.append(f"95 % of other samples, classes {how}: {low:.6g} to {high:.6g}")
     return said
 
 
-def interval(features, reference, resamples, seed=0, progress=iter):
+def interval(features, reference, resamples, labels=None, progress=iter):
     """features [N, D], Gaussian -> (low, high), a 95 % interval of their distance.
 
-    The bootstrap's percentiles, over sets of N drawn with replacement. Drawing images
-    twice raises a Frechet distance, so the percentiles are moved by as much as their
-    mean lies above the distance itself. The reference is taken as exact.
+    That of other sets drawn like this one; the reference is taken as exact. labels: of
+    the images, where it was decided how many there are of each class; None where these
+    numbers are chance too, as of random labels.
     """
-    rng, found = np.random.default_rng(seed), []
-    for _ in progress(range(resamples)):
-        chosen = rng.integers(len(features), size=len(features))
-        found.append(frechet(Gaussian.of(features[np.sort(chosen)]), reference))
+    groups = resampling.strata(labels, len(features))
+    rows = progress(resampling.draws(groups, resamples))
+    found = [frechet(Gaussian.of(features[chosen]), reference) for chosen in rows]
     value = frechet(Gaussian.of(features), reference)
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(np.asarray(found) - np.mean(found), [tail, 1 - tail])
-    return float(value + low), float(value + high)
+    return resampling.interval(value, found, groups)
 
 
 def wanted(listed, kid):

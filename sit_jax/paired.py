@@ -17,13 +17,13 @@ from statistics import NormalDist
 
 import numpy as np
 
+from sit_jax import resampling
 from sit_jax.errors import UserError
 from sit_jax.metrics.gaussian import Gaussian, Influence, Moments, frechet
 
 LEVEL = 1e-4  # of gaps by seeds alone that are called beyond noise
 RARE = 0.01  # of gaps by seeds alone that are called worth another look
 ODD_SEEDS = 1e-2  # of sets of seeds that are taken to scatter more than images explain
-COVERED = 0.95  # of the interval over pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,24 +189,19 @@ def _paired(gap, shares, classes):
         classes = np.zeros_like(classes)
     count = np.bincount(classes)
     error = np.sqrt((count * _variances(shares, classes)).sum()) / len(shares)
-    half = float(NormalDist().inv_cdf((1 + COVERED) / 2) * error)
+    half = float(NormalDist().inv_cdf((1 + resampling.COVERED) / 2) * error)
     return gap - half, gap + half
 
 
-def _resampled(a, b, reference, classes, resamples, seed=0):
+def _resampled(a, b, reference, classes, resamples):
     """The interval by drawing pairs anew, of each class as many."""
     from tqdm import tqdm
 
-    rng, found = np.random.default_rng(seed), []
-    groups = [np.flatnonzero(classes[0] == each) for each in np.unique(classes[0])]
-    for _ in tqdm(range(resamples), unit="resamples", disable=None, leave=False):
-        rows = np.sort(np.concatenate([rng.choice(g, len(g)) for g in groups]))
-        found.append(distance(a[rows], reference) - distance(b[rows], reference))
-    gap = distance(a, reference) - distance(b, reference)
-    tails = (1 - COVERED) / 2, (1 + COVERED) / 2
-    # resampled sets are farther from the reference, both of them: centre it
-    low, high = np.quantile(np.asarray(found) - np.mean(found), tails)
-    return float(gap + low), float(gap + high)
+    groups = resampling.strata(classes[0], len(a))
+    gap = lambda *rows: distance(a[rows], reference) - distance(b[rows], reference)
+    drawn = resampling.draws(groups, resamples)
+    bar = tqdm(drawn, total=resamples, unit="resamples", disable=None, leave=False)
+    return resampling.interval(gap(...), [gap(rows) for rows in bar], groups)
 
 
 def _judged(net, noise, scatter, seeds):

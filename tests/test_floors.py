@@ -27,12 +27,12 @@ FLOORS = (
     "guidance_scales models.masking time_densities emulation probe samplers.walk "
     "torch_noise rounding gaussians array_files graph_files "
     "models.inception_layers metrics.gaussian metrics.score metrics.manifold "
-    "metrics.kernel stored",
+    "metrics.kernel stored resampling",
     "predictions guidance autoguidance codec data.reading data.folders data.tars "
     "data.cache quantized data.filling data.prepared command workdir logging "
     "outputs torch_files labels download models.vae_layers models.applied replicas "
     "history lora lora_names pod",
-    "checkpoint.__main__ diffusers_files job",
+    "checkpoint.__main__ diffusers_files job label_policy",
     "image_sets bundle paired worst_pairs effects models.inception parts releases "
     "models.vae lora_files",
     "features feature_parts",

@@ -1,0 +1,201 @@
+"""What evaluate.py refuses: in one line, with nothing written."""
+
+import judged
+import numpy as np
+import pytest
+from judged import ENOUGH, images, npz, refused, weights
+
+from sit_jax import evaluation
+from sit_jax.errors import UserError
+from sit_jax.evaluated import open_side
+
+network, run, sides = judged.network, judged.run, judged.sides
+
+
+def test_few_images_need_force(tmp_path, sides, run):
+    few = npz(tmp_path / "few.npz", images(204))
+    refused(
+        run(few, "--reference", sides[1]),
+        r"few\.npz has 204 images; FID and sFID need 205 .*--force",
+    )
+    refused(run(sides[0], "--reference", few), r"few\.npz has 204 images")
+    refused(run("--stats", few, "--out", tmp_path / "x.npz"), "few.npz has 204 images")
+    code, out, _ = run(few, "--reference", sides[1], "--metrics", "precision,recall")
+    assert code == 0 and "FID" not in out and "Recall: " in out
+    assert run(few, "--reference", sides[1], "--force", "--overwrite")[0] == 0
+
+
+def test_a_covariance_of_2048_features_needs_2048_images(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    few, enough = (npz(tmp_path / f"{n}.npz", images(n)) for n in (2047, 2048))
+    with pytest.raises(UserError, match="2047 images; FID and sFID need 2048"):
+        evaluation.require_enough(["sfid"], open_side(enough), open_side(few))
+    evaluation.require_enough(["fid"], open_side(enough))
+    evaluation.require_enough(["precision"], open_side(few))
+
+
+def test_another_pipeline_needs_force(tmp_path, sides, run, network):
+    made = tmp_path / "ref.npz"
+    run("--stats", sides[1], "--out", made)
+    network(weights(1, released=False))
+    message = "made by another pipeline .*weights: 0000.* not 1111.*--force"
+    refused(run(sides[0], "--reference", made), message)
+    assert run(sides[0], "--reference", made, "--force")[0] == 0
+
+
+def test_files_that_do_not_say_what_made_them_need_force(tmp_path, sides, run):
+    """pytorch-fid's hold mu and sigma, and its resize is another one."""
+    path = tmp_path / "fid.npz"
+    np.savez(path, mu=np.zeros(12), sigma=np.eye(12))
+    refused(run(sides[0], "--reference", path), "another pipeline .library unknown")
+    code, out, _ = run(sides[0], "--reference", path, "--force")
+    assert code == 0
+    assert "lack what it takes: sFID, Precision, Recall" in out
+
+
+def test_adms_statistics_go_with_the_released_weights_only(
+    tmp_path, sides, run, network
+):
+    known = {"mu": np.zeros(12), "mu_s": np.zeros(6)}
+    known |= {"sigma": np.eye(12), "sigma_s": np.eye(6)}
+    reference = npz(tmp_path / "adm.npz", images(100), **known)
+    network(weights(0, released=False))
+    message = "library guided-diffusion; weights: of the released graph"
+    refused(run(sides[0], "--reference", reference), message)
+
+
+@pytest.mark.parametrize(
+    "reference, message",
+    [
+        ({"mu": np.zeros(9), "sigma": np.eye(9)}, "has 9 pool features.* have 12"),
+        (
+            {"mu": np.zeros(9), "sigma": np.eye(8)},
+            r"mu \[9\] and sigma \[8, 8\] are no",
+        ),
+        ({"mu": np.zeros(9)}, "has no array sigma"),
+        ({"mu": np.full(2, np.nan), "sigma": np.eye(2)}, "values that are no number"),
+        ({"mu": np.array([None]), "sigma": np.eye(2)}, "holds Python objects"),
+        (
+            {"mu": np.zeros(2), "sigma": np.eye(2), "pool": np.ones((4, 3))},
+            "different features",
+        ),
+        (
+            {"features": np.ones((ENOUGH, 12))},
+            "only one of .* of the Inception network",
+        ),
+        ({"labels": np.ones(3)}, "has no arr_0, only labels"),
+    ],
+    ids=["size", "shape", "half", "nan", "objects", "kept", "network", "nothing"],
+)
+def test_references_that_do_not_fit_are_refused(
+    tmp_path, sides, run, reference, message
+):
+    np.savez(tmp_path / "bad.npz", allow_pickle=True, **reference)
+    refused(run(sides[0], "--reference", tmp_path / "bad.npz"), message)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"images": images(9)}, "has no arr_0, only images"),
+        ({"arr_0": images(9).astype(np.float32)}, "float32.*; images are uint8"),
+        ({"arr_0": np.moveaxis(images(9), -1, 1)}, "channels first; transpose to NHWC"),
+        ({"arr_0": np.array([{}])}, "holds Python objects"),
+        (None, "is no .npz file, or ends too early"),
+    ],
+    ids=["name", "floats", "chw", "objects", "truncated"],
+)
+def test_bad_samples_leave_nothing_behind(tmp_path, sides, run, content, message):
+    path = tmp_path / "bad.npz"
+    if content is None:
+        path.write_bytes(sides[0].read_bytes()[:-9])
+    else:
+        np.savez(path, allow_pickle=True, **content)
+    before = sorted(tmp_path.rglob("*"))
+    refused(run(path, "--reference", sides[1]), message)
+    refused(run("--stats", path, "--out", tmp_path / "x.npz"), message)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_damage_on_the_way_leaves_nothing_behind(tmp_path, sides, run):
+    data = bytearray(sides[0].read_bytes())
+    data[1000] ^= 255
+    sides[0].write_bytes(data)
+    before = sorted(tmp_path.rglob("*"))
+    kept = ("--save-features", tmp_path / "f.npz")
+    refused(run(sides[0], "--reference", sides[1], *kept), "arr_0 is damaged")
+    refused(run("--stats", sides[0], "--out", tmp_path / "x.npz"), "arr_0 is damaged")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_missing_weights(tmp_path, sides, run, network):
+    """Needed for samples; where the reference has statistics, two lines are missing."""
+    known = {"mu": np.zeros(12), "mu_s": np.zeros(6)}
+    known |= {"sigma": np.eye(12), "sigma_s": np.eye(6)}
+    reference = npz(tmp_path / "adm.npz", images(100), **known)
+    kept = tmp_path / "f.npz"
+    run(sides[0], "--reference", sides[1], "--save-features", kept)
+    network(None)
+    refused(run(sides[1], "--reference", sides[0]), "^script.py: no Inception weights")
+    code, out, _ = run("--features", kept, "--reference", reference)
+    assert code == 0 and "\nFID: " in out and "\nsFID: " in out
+    assert "lack what it takes: Precision, Recall" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((), "name SAMPLES or --features"),
+        (("s.npz", "--features", "f.npz"), "name SAMPLES or --features"),
+        (("s.npz",), "--reference REF names"),
+        (
+            ("s.npz", "--reference", "r.npz", "--metrics", "fid,mind"),
+            "no 'mind'; there",
+        ),
+        (
+            ("s.npz", "--reference", "r.npz", "--batch-size", "0"),
+            "--batch-size 0: a whole number of at le",
+        ),
+        (
+            ("s.npz", "--reference", "r.npz", "--bootstrap", "3"),
+            "--bootstrap 3: a whole number of at least",
+        ),
+        (
+            ("s.npz", "--reference", "r.npz", "--config.x=1"),
+            "this script has no config",
+        ),
+        (("--stats", "s.npz"), "--stats needs --out FILE.npz"),
+        (("--stats", "s.npz", "--out", "x.json"), "--stats needs --out FILE.npz"),
+        (
+            ("--stats", "s.npz", "--out", "x.npz", "--reference", "r.npz"),
+            "takes no reference",
+        ),
+        (("none.npz", "--reference", "r.npz"), "nothing at none.npz"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_arguments_that_make_no_sense(tmp_path, monkeypatch, run, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    refused(run(*arguments), message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten(tmp_path, sides, run):
+    flags = ("--reference", sides[1], "--metrics", "fid")
+    run(sides[0], *flags)
+    refused(run(sides[0], *flags), r"s\.npz\.evaluation\.json exists; --overwrite")
+    assert run(sides[0], *flags, "--overwrite")[0] == 0
+    made = ("--stats", sides[0], "--out", sides[1])
+    refused(run(*made), r"r\.npz exists; --overwrite")
+    run("--stats", sides[0], "--out", tmp_path / "x.npz")
+    refused(run("--stats", tmp_path / "x.npz", "--out", tmp_path / "y.npz"), "already")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(
+    tmp_path, sides, run, network, monkeypatch
+):
+    network(None)  # which it would say, had it come so far
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path / "locked")
+    (tmp_path / "locked").mkdir()
+    found = run(sides[0], "--reference", sides[1], "--out", tmp_path / "locked" / "x")
+    refused(found, r"locked is not writable; name another place")
