@@ -10,21 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from sit_jax.array_files import ArrayFile
 from sit_jax.data.images import pillow, rgb
 from sit_jax.errors import UserError
 from sit_jax.places import local
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 THREADS = 8
-
-
-def open_images(path):
-    """-> NpzImages or FolderImages; what is neither is refused."""
-    path = local(path)
-    if path.is_dir():
-        return FolderImages(path)
-    return NpzImages(ArrayFile(path))
 
 
 class NpzImages:
@@ -89,20 +80,6 @@ class FolderImages:
                 yield np.stack(
                     list(pool.map(_pixels, self._files[start : start + size]))
                 )
-
-
-class ArrayImages:
-    """uint8 [N, H, W, 3] in memory."""
-
-    def __init__(self, images):
-        self._images, self.shape = images, images.shape[1:]
-
-    def __len__(self):
-        return len(self._images)
-
-    def batches(self, size, wanted=None):
-        for start in starts(len(self), size, wanted):
-            yield self._images[start : start + size]
 
 
 def starts(count, size, wanted=None):

@@ -135,7 +135,8 @@ def require_path(sampler, process):
     if not hasattr(process, "field"):
         raise UserError(
             f"{type(sampler).__name__} samples an Interpolant; "
-            f"{type(process).__name__} has no continuous path: use Ancestral or Ddim"
+            f"{type(process).__name__} has no continuous path: use Ancestral "
+            "or Ddim (--sampler ddpm, ddim)"
         )
 
 

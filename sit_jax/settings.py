@@ -31,7 +31,7 @@ def add_flags(parser):
         help="as the originals count",
     )
     add("--respacing", metavar="N|A,B,..|ddimN", help="steps of a diffusion to keep")
-    add("--eta", type=real(0), help="of ddim: 0 no fresh noise, 1 as much as ddpm")
+    add("--eta", type=real(0, 1), help="of ddim: 0 no fresh noise, 1 as much as ddpm")
     add("--atol", type=real(above=0), metavar="TOLERANCE")
     add("--rtol", type=real(above=0), metavar="TOLERANCE")
     add("--step-control", metavar="WORD", help=", ".join(CONTROLS))

@@ -14,7 +14,7 @@ from sit_jax.features import (
     unlike,
     write_features,
 )
-from sit_jax.image_sets import ArrayImages
+from sit_jax.image_sets import starts
 from sit_jax.inception_weights import Weights
 from sit_jax.sharding import make_mesh
 
@@ -40,6 +40,10 @@ def extractor(devices=8, batch_size=16, run=network):
     return Extractor(run, params(), mesh, batch_size)
 
 
+def parts(images, size):
+    return (images[start : start + size] for start in starts(len(images), size))
+
+
 def joined(batches):
     batches = list(batches)
     return {n: np.concatenate([b[n] for b in batches]) for n in batches[0]}
@@ -51,7 +55,7 @@ def test_every_image_once_and_in_order(devices, batch_size, count):
     images = pictures(count)
     run = extractor(devices, batch_size)
     assert run.batch_size % devices == 0 and run.batch_size >= batch_size
-    found = joined(run(ArrayImages(images).batches(11)))
+    found = joined(run(parts(images, 11)))
     want = network(params(), images)
     for name, array in want.items():
         assert found[name].shape == array.shape
@@ -66,7 +70,7 @@ def test_50003_images_over_8_devices_count_once_each():
         "pool": (images[:, 0, 0, :3].astype("float32") * np.float32([[1, 256, 65536]]))
     }
     run = extractor(8, 4096, back)
-    found = joined(run(ArrayImages(numbers[..., :3]).batches(4096)))["pool"].sum(1)
+    found = joined(run(parts(numbers[..., :3], 4096)))["pool"].sum(1)
     np.testing.assert_array_equal(found, np.arange(count))
 
 
@@ -96,7 +100,7 @@ def test_widths_are_known_before_anything_is_computed():
 
 def test_features_are_kept_and_read_again(tmp_path):
     store, images = {}, pictures(21)
-    batches = extractor()(ArrayImages(images).batches(8))
+    batches = extractor()(parts(images, 8))
     found = joined(remembered(batches, 21, store))
     write_features(tmp_path / "f.npz", store, {"pipeline": {"network": "toy"}})
     stored = StoredFeatures(ArrayFile(tmp_path / "f.npz"))

@@ -8,7 +8,7 @@ from PIL import Image
 
 from sit_jax.array_files import ArrayFile
 from sit_jax.errors import UserError
-from sit_jax.image_sets import FolderImages, open_images
+from sit_jax.image_sets import FolderImages, NpzImages
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 4, 5, 3)).astype(np.uint8)
 
@@ -16,6 +16,10 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (7, 4, 5, 3)).astype(np.uint8
 def npz(path, compressed=False, **arrays):
     (np.savez_compressed if compressed else np.savez)(path, **arrays)
     return path
+
+
+def open_images(path):
+    return FolderImages(path) if path.is_dir() else NpzImages(ArrayFile(path))
 
 
 def folder(path, images=PIXELS, ending=".png"):

@@ -9,8 +9,9 @@ from PIL import Image
 
 import diagnose
 from sit_jax import paired
+from sit_jax.array_files import ArrayFile
 from sit_jax.errors import UserError
-from sit_jax.image_sets import ArrayImages
+from sit_jax.image_sets import NpzImages
 from sit_jax.metrics.gaussian import Gaussian, frechet
 from sit_jax.worst_pairs import worst_pairs
 
@@ -149,13 +150,16 @@ def test_swaps_add_up_to_the_gap():
     assert sum(step for *_, step in rows) == pytest.approx(ends[1] - ends[0], rel=1e-6)
 
 
-def test_the_worst_pairs_come_first():
+def test_the_worst_pairs_come_first(tmp_path):
     rng = np.random.default_rng(0)
     a = rng.integers(0, 200, (300, 4, 4, 3)).astype(np.uint8)
     b = a.copy()
     b[290] += 50
     b[7, 0, 0, 0] += 40
-    worst, tiles = worst_pairs(ArrayImages(a), ArrayImages(b), 2)
+    for name, images in (("a", a), ("b", b)):
+        np.savez(tmp_path / name, arr_0=images)
+    files = (ArrayFile(tmp_path / name) for name in ("a.npz", "b.npz"))
+    worst, tiles = worst_pairs(*map(NpzImages, files), 2)
     assert [i for i, _ in worst] == [290, 7] and worst[0][1] == 50
     assert tiles.shape == (6, 4, 4, 3)
     np.testing.assert_array_equal(tiles[0], a[290])

@@ -264,7 +264,7 @@ BAD = {
         ...,
     ),
     "last step": (["--last-step", "Mean"], "--last-step Mean: --sampler heun", ...),
-    "eta": (["--sampler", "ddim", "--eta", "2"], "eta=2.0 of Ddim", ...),
+    "eta": (["--sampler", "ddim", "--eta", "2"], "--eta 2: a number from 0 to 1", None),
     "control": (
         ["--sampler", "dopri5", "--step-control", "image"],
         "there are global, sample, torchdiffeq",

@@ -77,7 +77,7 @@ class Ddim:
         check_spacing(self.steps)
         check_frames(self.frames)
         if not 0 <= self.eta <= 1:
-            raise UserError(f"eta={self.eta} of Ddim must lie between 0 and 1")
+            raise UserError(f"eta={self.eta}: from 0, no fresh noise, to 1, DDPM's")
         if self.reverse and self.eta:
             raise UserError(f"eta={self.eta}: the way back to the noise needs eta=0")
 
@@ -141,7 +141,8 @@ def short(sampler, process):
     if not hasattr(process, "posterior"):
         raise UserError(
             f"{type(sampler).__name__} samples a Diffusion; "
-            f"{type(process).__name__} has no chain of steps: use Ode or Sde"
+            f"{type(process).__name__} has no chain of steps: use Ode or Sde "
+            "(--sampler heun, euler-maruyama)"
         )
     return process.respaced(sampler.steps)
 

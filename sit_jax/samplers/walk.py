@@ -31,11 +31,9 @@ def walk(step, start, count, frames=0):
 
 def check_steps(sampler, steps, at_least=1):
     """Refuses a number of steps, or of frames, that is none."""
-    name = type(sampler).__name__
     if steps < at_least or steps != int(steps):
-        raise UserError(
-            f"steps={steps}: {name} needs a whole number, at least {at_least}"
-        )
+        why = " here" if at_least > 1 else ""
+        raise UserError(f"steps={steps}: a whole number, at least {at_least}{why}")
     check_frames(sampler.frames)
 
 
