@@ -34,38 +34,47 @@ def adan(learning_rate, b1=0.98, b2=0.92, b3=0.99, eps=1e-8, weight_decay=0.0):
     inside, and as MDT splits the optimizer over its ranks, each rank clips its part
     by the norm of that part, so that how much depends on their number.
     """
-    for name, value in (("b1", b1), ("b2", b2), ("b3", b3)):
+    shares = {"b1": b1, "b2": b2, "b3": b3}
+    for name, value in shares.items():
         if not 0 < value < 1:
             raise UserError(f"adan's {name} is {value}; it must be between 0 and 1")
-
-    def init(params):
-        zeros = lambda: jax.tree.map(jnp.zeros_like, params)
-        return AdanState(jnp.zeros((), jnp.int32), *(zeros() for _ in range(4)))
 
     def update(grads, state, params=None):
         if params is None:
             raise ValueError("adan needs the weights: tx.update(grads, state, params)")
-        count = optax.safe_increment(state.count)
-        # the first change is 0
-        change = lambda g, n: jnp.where(state.count == 0, 0.0, g + n)
-        changes = jax.tree.map(change, grads, state.negative)
-        look = jax.tree.map(lambda g, d: jnp.square(g + b2 * d), grads, changes)
-        average = lambda b: lambda new, old: b * old + (1 - b) * new
-        mean = jax.tree.map(average(b1), grads, state.mean)
-        mean_change = jax.tree.map(average(b2), changes, state.change)
-        square = jax.tree.map(average(b3), look, state.square)
+        new = _averaged(grads, state, b1, b2, b3)
         given = callable(learning_rate)
         rate = learning_rate(state.count) if given else learning_rate
         # 1 - b^count, whose digits float32 would lose at the first steps
-        bias1, bias2, bias3 = (-jnp.expm1(count * math.log(b)) for b in (b1, b2, b3))
+        log = {name: math.log(b) for name, b in shares.items()}
+        bias = {name: -jnp.expm1(new.count * each) for name, each in log.items()}
 
         def step(m, v, n, weight):
-            scale = jnp.sqrt(n) / jnp.sqrt(bias3) + eps
-            move = (m / bias1 + b2 * v / bias2) / scale
+            scale = jnp.sqrt(n) / jnp.sqrt(bias["b3"]) + eps
+            move = (m / bias["b1"] + b2 * v / bias["b2"]) / scale
             return -rate * (move + weight_decay * weight) / (1 + rate * weight_decay)
 
-        updates = jax.tree.map(step, mean, mean_change, square, params)
-        negative = jax.tree.map(jnp.negative, grads)
-        return updates, AdanState(count, mean, mean_change, square, negative)
+        return jax.tree.map(step, new.mean, new.change, new.square, params), new
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(_begun, update)
+
+
+def _begun(params):
+    zeros = lambda: jax.tree.map(jnp.zeros_like, params)
+    return AdanState(jnp.zeros((), jnp.int32), *(zeros() for _ in range(4)))
+
+
+def _averaged(grads, state, b1, b2, b3):
+    """The state with a step's gradient in its averages."""
+    # the first change is 0
+    change = lambda g, n: jnp.where(state.count == 0, 0.0, g + n)
+    changes = jax.tree.map(change, grads, state.negative)
+    look = jax.tree.map(lambda g, d: jnp.square(g + b2 * d), grads, changes)
+    average = lambda b: lambda new, old: b * old + (1 - b) * new
+    return AdanState(
+        count=optax.safe_increment(state.count),
+        mean=jax.tree.map(average(b1), grads, state.mean),
+        change=jax.tree.map(average(b2), changes, state.change),
+        square=jax.tree.map(average(b3), look, state.square),
+        negative=jax.tree.map(jnp.negative, grads),
+    )

@@ -83,35 +83,19 @@ def diagnose(a, b, gap=None, swaps=(), worst=(), reference=None):
 
     reference: a Gaussian for the last rung, the FID.
     """
-    both = None
-    rungs, found, rows = [], [], []
-    if None not in (a.bundle, b.bundle):
-        both = (a.bundle, b.bundle)
-        bundles.require_same_network(*both)
-        rungs = ladder.climb(*both)
-        rungs += ladder.figures(*both, rungs, reference)
-    if None not in (a.manifest, b.manifest):
-        manifests = _manifests(a, b)
-        rows = manifest_differences(*manifests)
-        found = causes(manifests, both, rungs)
+    bundled = None not in (a.bundle, b.bundle)
+    known = None not in (a.manifest, b.manifest)
+    both = (a.bundle, b.bundle) if bundled else None
+    rungs = _rungs(both, reference) if bundled else []
+    manifests = _manifests(a, b) if known else None
+    found = causes(manifests, both, rungs) if known else []
+    rows = manifest_differences(*manifests) if known else []
     return {
         "a": str(a.path),
         "b": str(b.path),
-        "verdict": verdict(
-            found, gap, a.manifest is not None and b.manifest is not None, swaps
-        ),
+        "verdict": verdict(found, gap, known, swaps),
         "causes": [dataclasses.asdict(cause) for cause in found],
-        "manifest": [
-            {
-                "field": n,
-                "a": x,
-                "b": y,
-                "cause": e.name,
-                "fid": e.fid,
-                "source": e.source,
-            }
-            for e, n, x, y in rows
-        ],
+        "manifest": [_fact(*row) for row in rows],
         "probes": [_probe(each) for each in (a, b)],
         "weights": _weights(both),
         "ladder": [
@@ -124,6 +108,18 @@ def diagnose(a, b, gap=None, swaps=(), worst=(), reference=None):
         "swaps": _swaps(swaps),
         "worst": [{"image": i, "rms": size} for i, size in worst],
     }
+
+
+def _rungs(both, reference):
+    bundles.require_same_network(*both)
+    rungs = ladder.climb(*both)
+    return rungs + ladder.figures(*both, rungs, reference)
+
+
+def _fact(effect, field, a, b):
+    """A setting that differs, as the report has it."""
+    cause = {"cause": effect.name, "fid": effect.fid, "source": effect.source}
+    return {"field": field, "a": a, "b": b, **cause}
 
 
 def _manifests(a, b):

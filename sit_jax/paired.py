@@ -84,22 +84,14 @@ def compare(a, b, reference, are_pairs, seeds=(), labels=None, resamples=0):
     noise and label. labels: of a and b, int [N] and [M], if they are known. resamples:
     of pairs, for an interval by bootstrap instead of by variance.
     """
-    if a.shape[1:] != b.shape[1:]:
-        raise UserError(f"features are {a.shape[1]} numbers in A, {b.shape[1]} in B")
-    if are_pairs and len(a) != len(b):
-        raise UserError(f"{len(a)} and {len(b)} images are no pairs")
-    if min(len(a), len(b)) < 2:
-        raise UserError("a set of one image has no covariance")
+    _require(a, b, are_pairs)
     gaussians = tuple(_gaussian(x, reference) for x in (a, b))
     fids = tuple(frechet(each, reference) for each in gaussians)
-    net, noise, shares = fids[0] - fids[1], None, None
     classes = _classes(labels, a, b)
-    if len(a) + len(b) > a.shape[1] + 1:  # or the pool has no transport
-        influence = Influence(_pool(a, b), reference)
-        shares = influence(a), influence(b)
-        noise = float(np.sqrt(_variance(shares, classes)))
-        if len(a) != len(b):
-            net = float(shares[0].mean() - shares[1].mean())
+    noise, at_equal_numbers = _noise(a, b, reference, classes)
+    net = fids[0] - fids[1]
+    if len(a) != len(b) and noise is not None:
+        net = at_equal_numbers
     interval = None
     if are_pairs and resamples:
         interval = _resampled(a, b, reference, classes, resamples)
@@ -129,6 +121,16 @@ def distance(features, reference):
     return frechet(_gaussian(features, reference), reference)
 
 
+def _require(a, b, are_pairs):
+    """Refuses features that cannot be compared."""
+    if a.shape[1:] != b.shape[1:]:
+        raise UserError(f"features are {a.shape[1]} numbers in A, {b.shape[1]} in B")
+    if are_pairs and len(a) != len(b):
+        raise UserError(f"{len(a)} and {len(b)} images are no pairs")
+    if min(len(a), len(b)) < 2:
+        raise UserError("a set of one image has no covariance")
+
+
 def _gaussian(features, reference):
     if features.shape[1] != len(reference.mean):
         raise UserError(
@@ -136,6 +138,19 @@ def _gaussian(features, reference):
             f"{len(reference.mean)}: other networks'"
         )
     return Gaussian.of(features)
+
+
+def _noise(a, b, reference, classes):
+    """-> standard deviation of the gap over seeds, and the gap at equal numbers.
+
+    Both None where the images of both are too few for the pool's transport.
+    """
+    if len(a) + len(b) <= a.shape[1] + 1:
+        return None, None
+    influence = Influence(_pool(a, b), reference)
+    shares = influence(a), influence(b)
+    net = float(shares[0].mean() - shares[1].mean())
+    return float(np.sqrt(_variance(shares, classes))), net
 
 
 def _pool(a, b):
