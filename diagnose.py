@@ -39,41 +39,7 @@ OF_FIGURES = (
 
 
 def main():
-    parser = command.parser(__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("sides", nargs="*", metavar="A B", help="bundles, or samples with manifests")
-    add("--out", metavar="FOLDER", help="of the report")
-    add("--reference", metavar="REF", help="for FIDs: images, features, statistics")
-    add("--reference-b", metavar="REF", help="B's, if it was another")
-    add("--seeds", action="append", default=[], metavar="X", help="one more seed's set")
-    add("--swap", action="append", default=[], metavar="NAME=FEATURES.npz")
-    add("--swapped", metavar="X.npy", help="latents of A's network from B's noise")
-    add("--features-b", metavar="X.npz", help="B's pictures by B's own evaluator")
-    add("--paired", action="store_true", help="image i of both has one noise and label")
-    add(
-        "--resamples",
-        type=whole(10),
-        default=0,
-        metavar="N",
-        help="of pairs: their interval by bootstrap",
-    )
-    add("--inception", metavar="FILE", help="weights of the 2015 network, for images")
-    add("--inception-b", metavar="FILE", help="B's, if it was another")
-    add("--network", choices=list(WIDTHS), default="inception", help="of the features")
-    add("--batch-size", type=COUNT, default=64, metavar="N")
-    add("--overwrite", action="store_true")
-    make = parser.add_argument_group("to make a bundle")
-    add = make.add_argument
-    add("--collect", metavar="OUT", help="the bundle, a folder")
-    add("--from-manifest", metavar="M", help="of samples that were drawn")
-    add("--weights", metavar="PATH", help="where they are on this machine")
-    add("--inputs", metavar="BUNDLE", help="take its noise, times and labels")
-    add("--images", type=COUNT, default=8, metavar="N")
-    add("--steps", type=COUNT, default=50, metavar="N", help="of the fixed grid")
-    add("--features", metavar="X.npz", help="of the samples, to go with them")
-    add("--force", action="store_true", help="other weights than the manifest's")
-    hosts.add_flags(parser)
-    args, rest = command.parse(parser)
+    args, rest = command.parse(_parser())
     if rest:
         raise UserError(f"{rest[0]}: this script has no config")
     hosts.join(args)
@@ -156,6 +122,44 @@ def job_file(path):
 
     path = Path(path).expanduser()
     return path / "manifest.json" if path.is_dir() else path
+
+
+def _parser():
+    parser = command.parser(__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("sides", nargs="*", metavar="A B", help="bundles, or samples with manifests")
+    add("--out", metavar="FOLDER", help="of the report")
+    add("--reference", metavar="REF", help="for FIDs: images, features, statistics")
+    add("--reference-b", metavar="REF", help="B's, if it was another")
+    add("--seeds", action="append", default=[], metavar="X", help="one more seed's set")
+    add("--swap", action="append", default=[], metavar="NAME=FEATURES.npz")
+    add("--swapped", metavar="X.npy", help="latents of A's network from B's noise")
+    add("--features-b", metavar="X.npz", help="B's pictures by B's own evaluator")
+    add("--paired", action="store_true", help="image i of both has one noise and label")
+    add(
+        "--resamples",
+        type=whole(10),
+        default=0,
+        metavar="N",
+        help="of pairs: their interval by bootstrap",
+    )
+    add("--inception", metavar="FILE", help="weights of the 2015 network, for images")
+    add("--inception-b", metavar="FILE", help="B's, if it was another")
+    add("--network", choices=list(WIDTHS), default="inception", help="of the features")
+    add("--batch-size", type=COUNT, default=64, metavar="N")
+    add("--overwrite", action="store_true")
+    make = parser.add_argument_group("to make a bundle")
+    add = make.add_argument
+    add("--collect", metavar="OUT", help="the bundle, a folder")
+    add("--from-manifest", metavar="M", help="of samples that were drawn")
+    add("--weights", metavar="PATH", help="where they are on this machine")
+    add("--inputs", metavar="BUNDLE", help="take its noise, times and labels")
+    add("--images", type=COUNT, default=8, metavar="N")
+    add("--steps", type=COUNT, default=50, metavar="N", help="of the fixed grid")
+    add("--features", metavar="X.npz", help="of the samples, to go with them")
+    add("--force", action="store_true", help="other weights than the manifest's")
+    hosts.add_flags(parser)
+    return parser
 
 
 def _statistics(args, eye, a, b, pairs, reference):

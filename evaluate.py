@@ -34,30 +34,7 @@ LONG = 16  # a list in a manifest that is left out of the record
 
 
 def main():
-    parser = command.parser(__doc__.splitlines()[0])
-    parser.epilog = None  # there is no config
-    add = parser.add_argument
-    add("samples", nargs="?", metavar="SAMPLES", help=".npz with arr_0, or a folder")
-    add("--features", metavar="X.npz", help="stored features instead of SAMPLES")
-    add("--reference", metavar="REF", help="images, ADM's .npz, or made by --stats")
-    add("--stats", metavar="DATA", help="make a reference of these images or features")
-    add("--out", metavar="FILE", help="default: a JSON beside SAMPLES")
-    add("--save-features", metavar="X.npz", help="keep them for --features")
-    add("--metrics", metavar="A,B", help=f"of {','.join(evaluation.WANTED)}")
-    add("--kid", action="store_true", help="the kernel distance too")
-    add(
-        "--bootstrap",
-        type=whole(10),
-        metavar="N",
-        help="resamples for an interval of FID",
-    )
-    add("--batch-size", type=COUNT, default=64, metavar="N")
-    add("--inception", metavar="FILE", help="weights of the 2015 network")
-    add("--network", choices=list(WIDTHS), default="inception", help="of the features")
-    add("--force", action="store_true", help="compare what is not comparable")
-    add("--overwrite", action="store_true")
-    hosts.add_flags(parser)
-    args, rest = command.parse(parser)
+    args, rest = command.parse(_parser())
     if rest:
         raise UserError(f"{rest[0]}: this script has no config")
     hosts.join(args)
@@ -105,6 +82,33 @@ def evaluate(args):
             work.finish()
             print(work.out)
     return 0
+
+
+def _parser():
+    parser = command.parser(__doc__.splitlines()[0])
+    parser.epilog = None  # there is no config
+    add = parser.add_argument
+    add("samples", nargs="?", metavar="SAMPLES", help=".npz with arr_0, or a folder")
+    add("--features", metavar="X.npz", help="stored features instead of SAMPLES")
+    add("--reference", metavar="REF", help="images, ADM's .npz, or made by --stats")
+    add("--stats", metavar="DATA", help="make a reference of these images or features")
+    add("--out", metavar="FILE", help="default: a JSON beside SAMPLES")
+    add("--save-features", metavar="X.npz", help="keep them for --features")
+    add("--metrics", metavar="A,B", help=f"of {','.join(evaluation.WANTED)}")
+    add("--kid", action="store_true", help="the kernel distance too")
+    add(
+        "--bootstrap",
+        type=whole(10),
+        metavar="N",
+        help="resamples for an interval of FID",
+    )
+    add("--batch-size", type=COUNT, default=64, metavar="N")
+    add("--inception", metavar="FILE", help="weights of the 2015 network")
+    add("--network", choices=list(WIDTHS), default="inception", help="of the features")
+    add("--force", action="store_true", help="compare what is not comparable")
+    add("--overwrite", action="store_true")
+    hosts.add_flags(parser)
+    return parser
 
 
 def _overlap(ours, theirs, wanted):

@@ -42,26 +42,7 @@ from sit_jax.workdir import read_json
 
 
 def main():
-    parser = command.parser(__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("source", metavar="SOURCE", help="x.pt, diffusers folder, workdir, name ...")
-    add("target", metavar="TARGET", help="the other kind; written whole or not at all")
-    add_untold(add)
-    add("--config", metavar="FILE", help="of the run; refused if the weights differ")
-    add(
-        "--step",
-        type=whole(0),
-        metavar="N",
-        help="of a checkpoint; default: the newest",
-    )
-    add("--to", choices=model_folder.LAYOUTS, help="a folder, instead of a .pt")
-    add("--figures", metavar="FILE", nargs="+", help="of evaluate.py, for the card")
-    add("--reference", metavar="DIR", help="clone of SiT or DiT to compare with")
-    add("--adapter", choices=("peft", "diffusers", "merged"), help="what LoRA becomes")
-    add("--base", metavar="DIR", help="workdir or checkpoint that LoRA files belong to")
-    add("--unmerge", metavar="ADAPTER", help="take it out of merged weights again")
-    add("--overwrite", action="store_true")
-    args, overrides = command.parse(parser)
+    args, overrides = command.parse(_parser())
     begun = time.perf_counter()
     _fetch(args)
     is_adapter = directions.is_adapter(args)
@@ -83,6 +64,29 @@ def main():
     memory = (chips.peak_memory() or 0) / 1e9
     print(f"{time.perf_counter() - begun:.1f} s, peak memory {memory:.2f} GB")
     return 0
+
+
+def _parser():
+    parser = command.parser(__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="x.pt, diffusers folder, workdir, name ...")
+    add("target", metavar="TARGET", help="the other kind; written whole or not at all")
+    add_untold(add)
+    add("--config", metavar="FILE", help="of the run; refused if the weights differ")
+    add(
+        "--step",
+        type=whole(0),
+        metavar="N",
+        help="of a checkpoint; default: the newest",
+    )
+    add("--to", choices=model_folder.LAYOUTS, help="a folder, instead of a .pt")
+    add("--figures", metavar="FILE", nargs="+", help="of evaluate.py, for the card")
+    add("--reference", metavar="DIR", help="clone of SiT or DiT to compare with")
+    add("--adapter", choices=("peft", "diffusers", "merged"), help="what LoRA becomes")
+    add("--base", metavar="DIR", help="workdir or checkpoint that LoRA files belong to")
+    add("--unmerge", metavar="ADAPTER", help="take it out of merged weights again")
+    add("--overwrite", action="store_true")
+    return parser
 
 
 def _fetch(args):

@@ -173,11 +173,7 @@ def _job(args, overrides):
     item = "params" if args.no_ema else "ema"
     classes = config.model.classes + adapters.new_classes(args.lora, weights, item)
     seed = published.seed if published and args.seed is None else args.seed or 0
-    number, word = args.num, args.labels
-    if published and word is None and number is None:
-        number, word = published.num, published.labels
-    if args.noise and not args.noise.startswith("torch:") and number is None:
-        number = len(starts.given_noise(args.noise, tuple(config.shape)))
+    word, number = _asked(args, published, tuple(config.shape))
     made = job.Job(
         weights=str(source),
         config=configs.to_json(config),
@@ -190,7 +186,8 @@ def _job(args, overrides):
         batch_size=args.batch_size,
         weak=args.autoguidance,
         vae=args.vae or (published.vae if published else _own_vae(args, config)),
-        rounding=args.rounding or _own_rounding(published, config),
+        rounding=args.rounding
+        or (published.rounding if published else rounding.name(config.codec.rounding)),
         emulate=args.emulate,
         lora=tuple(args.lora),
         quantize=args.quantize,
@@ -198,6 +195,16 @@ def _job(args, overrides):
     )
     _check_noise(args, made, tuple(config.shape))
     return made, None
+
+
+def _asked(args, published, shape):
+    """-> labels, as a word, and how many images, or None."""
+    number, word = args.num, args.labels
+    if published and word is None and number is None:
+        number, word = published.num, published.labels
+    if args.noise and not args.noise.startswith("torch:") and number is None:
+        number = len(starts.given_noise(args.noise, shape))
+    return word, number
 
 
 def _require_same(args, overrides):
@@ -215,10 +222,6 @@ def _require_same(args, overrides):
 def _own_vae(args, config):
     """The VAE that the run was trained with, if pictures are wanted."""
     return config.get("vae") if outputs.wants_pictures(Path(args.out)) else None
-
-
-def _own_rounding(published, config):
-    return published.rounding if published else rounding.name(config.codec.rounding)
 
 
 def _open(path, family=None, heads=None):
