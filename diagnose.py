@@ -5,6 +5,8 @@ machine by diagnose.py --collect OUT --from-manifest M; taking --inputs of the o
 side's, both compute the same images.
 """
 
+import sit_jax.opening
+
 import dataclasses
 
 from configs import published

@@ -6,6 +6,8 @@ reference; --features takes features that were stored, and needs no network. Kil
 the same command goes on. The likelihood of a data set is sample.py --likelihood's.
 """
 
+import sit_jax.opening
+
 from functools import partial
 from pathlib import Path
 

@@ -3,6 +3,8 @@
 python extract_features.py --data DIR --vae sd-vae-ft-mse --size 256 --out latents
 """
 
+import sit_jax.opening
+
 import sys
 import time
 from functools import partial

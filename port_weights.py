@@ -4,6 +4,8 @@ python port_weights.py SiT-XL-2-256.pt sit-xl2 --family sit
 python port_weights.py runs/digits digits.pt
 """
 
+import sit_jax.opening
+
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no accelerator is needed, so none held

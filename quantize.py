@@ -4,6 +4,8 @@ What sample.py takes by --weights; a fourth of the bytes on disk and in memory, 
 Weights are read a stack of layers at a time, so the floats are never all in memory.
 """
 
+import sit_jax.opening
+
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no accelerator is needed, so none held

@@ -4,6 +4,8 @@ The network comes from the weights; sampler and guidance from there too, or from
 preset, a config or the flags. Image i follows from the seed, its label and i alone.
 """
 
+import sit_jax.opening
+
 import dataclasses
 from pathlib import Path
 

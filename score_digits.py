@@ -5,6 +5,8 @@ that was asked for, and its hidden layer gives the features for a Frechet distan
 same two figures for real digits stand beside them.
 """
 
+import sit_jax.opening
+
 import numpy as np
 
 from sit_jax import command

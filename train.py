@@ -3,6 +3,8 @@
 The same command in the same workdir goes on where its last checkpoint left off.
 """
 
+import sit_jax.opening
+
 import contextlib
 from functools import partial
 from pathlib import Path
@@ -156,6 +158,7 @@ def _loop(config, parts, mesh, source, state, feed, log, saved, keeper, look, st
     shapes = abstract_batch(source, config.batch_size, mesh)
     with stop.compiling(first):
         step = _compiled(log, config, parts, mesh, state, shapes, key)
+    stop.outlook = keeper.outlook
     batch = next(feed)  # was read meanwhile
     meter = _meter(config, parts)
     feed.waited()
@@ -166,14 +169,15 @@ def _loop(config, parts, mesh, source, state, feed, log, saved, keeper, look, st
         _report(log, meter.add(at, metrics, feed.waited()), names, config, saved)
         log.progress(at)
         keeper.look(at, state)
-        # once: a later signal must find its step saved too
         asked = stop.after(at - first)
-        if asked or at == config.steps or at % config.save_every == 0:
+        saves = asked or at == config.steps or at % config.save_every == 0
+        if saves:
             _report(log, meter.flush(), names, config, saved)
             log.keep()
             meter.pause(keeper.save(at, state))
-        meter.pause(look(at, _average(state, parts)))
-        if asked:
+        ends = asked or (saves and stop.now())  # if meanwhile, this step is saved
+        meter.pause(look(at, _average(state, parts), ends))
+        if ends or (saves and stop.now()):
             log.say(f"stopped at step {at}; the same command goes on from there")
             break
     saved.wait()

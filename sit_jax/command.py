@@ -12,7 +12,7 @@ import time
 import traceback
 import warnings
 
-from sit_jax import buckets, hosts, interrupts
+from sit_jax import buckets, hosts, interrupts, opening
 from sit_jax.errors import UserError, one_line
 
 SYMPTOM = 3.0  # seconds in which the loss of a process is noticed as its cause
@@ -125,6 +125,7 @@ def script(main):
 
     sys.unraisablehook = hook
     interrupts.watch(_left)
+    opening.over()
     try:
         run(main)
     except SystemExit as end:
@@ -137,11 +138,12 @@ def script(main):
 class Stop:
     """Inside it, the first SIGTERM or Ctrl-C only asks; the second one interrupts.
 
-    Of several processes one is asked and all stop, after the same step.
+    Of several processes one is asked and all stop, after the same step. outlook: None,
+    or () -> what is waited for then, in words.
     """
 
     def __init__(self):
-        self.asked = False
+        self.asked, self.outlook = False, None
 
     def __enter__(self):
         self._before = {}
@@ -171,12 +173,16 @@ class Stop:
                 yield
         finally:
             _last_words = before
-        if self.asked and not hosts.several():
+        if self.now():
             sys.exit(_ended(*said))
 
     def after(self, step):
         """Whether to stop after this step; they are counted from 1 as it is begun."""
         return hosts.stop_at(step) if hosts.several() else self.asked
+
+    def now(self):
+        """The same of a process that is alone, at any moment."""
+        return self.asked and not hosts.several()
 
     def __exit__(self, *error):
         self._patience.__exit__(None, None, None)
@@ -187,5 +193,9 @@ class Stop:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        if self.outlook:
+            name = os.path.basename(sys.argv[0])
+            words = f"{name}: {self.outlook()}; Ctrl-C again ends without it\n"
+            os.write(2, words.encode())  # print() may be what was interrupted
         if hosts.several():
             os.kill(os.getpid(), signal.SIGTERM)  # JAX's, which tells the others

@@ -8,7 +8,10 @@ from sit_jax.program import as_sampled
 
 
 def viewer(log, config, parts, mesh):
-    """-> look(step, average), which does what the step is due for -> seconds."""
+    """-> look(step, average, ends), which does what the step is due for -> seconds.
+
+    ends: nothing is begun any more, as it may take minutes.
+    """
     sampled = as_sampled(config, parts)  # or figures are not those of sample.py
     looks = [
         (config.sample_every, _sheets(log, config, mesh, *sampled)),
@@ -19,9 +22,13 @@ def viewer(log, config, parts, mesh):
         "able to draw sheets and FIDs", able, "give all hosts the Inception weights"
     )
 
-    def look(at, average):
+    def look(at, average, ends=False):
         due = lambda every: every and (at % every == 0 or at == config.steps)
-        return sum((each(at, average) for every, each in looks if due(every)), 0.0)
+        wanted = [each for every, each in looks if due(every) and each is not _nothing]
+        if wanted and ends:
+            log.say(f"no samples of step {at} were drawn; sample.py makes them of it")
+            return 0.0
+        return sum((each(at, average) for each in wanted), 0.0)
 
     return look
 

@@ -26,7 +26,7 @@ from sit_jax.checkpoint import (
 from sit_jax.errors import UserError
 from sit_jax.placement import once
 from sit_jax.recipe import recipe
-from sit_jax.sharding import make_mesh, shaped
+from sit_jax.sharding import everywhere, make_mesh, shaped
 from sit_jax.start import pack
 from sit_jax.training import init_state
 
@@ -244,6 +244,19 @@ def test_what_fails_in_the_background_is_raised_at_the_next_look(
             time.sleep(0.01)
     assert steps(tmp_path) == [1]  # keep_last=1, and yet the good one is kept
     checkpoint.require_whole(tmp_path, 1)
+
+
+def test_saving_compiles_nothing(tmp_path):
+    """Slices of what eight devices hold alike were a program each, 7 s of them."""
+    whole = jax.device_put(np.ones((8, 37), np.float32), everywhere(mesh(8)))
+    state, built = {"params": {"w": whole}}, []
+    hear = lambda event, seconds, **more: built.append(event)
+    jax.monitoring.register_event_duration_secs_listener(hear)
+    try:
+        saved(tmp_path, state, 7)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(hear)
+    assert not [event for event in built if event.startswith("/jax/core/compile")]
 
 
 def test_every_item_that_is_read_has_been_written():

@@ -1,7 +1,8 @@
 """train.py from its command line: what a run leaves behind, and what it refuses."""
 
-import contextlib
 import json
+import os
+import signal
 import socket
 
 import jax
@@ -13,6 +14,7 @@ from conftest import ROOT
 import train
 from sit_jax import checkpoint
 from sit_jax.data import sources
+from sit_jax.keeper import Keeper
 
 TINY = ROOT / "tests" / "small_config.py"
 
@@ -88,21 +90,40 @@ def test_init_takes_weights_optimizer_and_step(run, tmp_path):
     }
 
 
+def interrupted(monkeypatch, owner, name, at):
+    """Ctrl-C when something is called for a step."""
+    call = getattr(owner, name)
+
+    def calling(*words):
+        if at in words:
+            os.kill(os.getpid(), signal.SIGINT)
+        return call(*words)
+
+    monkeypatch.setattr(owner, name, calling)
+
+
+@pytest.mark.parametrize("name, at", [("save", 4), ("look", 5)])
+def test_a_signal_finds_the_step_saved(tmp_path, monkeypatch, capfd, name, at):
+    """Once: a step that is being saved is the last one, and no sheet is begun."""
+    interrupted(monkeypatch, Keeper, name, at)
+    config = small.config(save_every=4, sample_every=4 if at == 4 else 99)
+    assert train.train(config, tmp_path) == 0
+    assert checkpoint.steps(tmp_path / "checkpoints") == sorted({4, at})
+    assert list(small.losses(tmp_path)) == list(range(1, at + 1))
+    out, err = capfd.readouterr()
+    assert "ends when this step is saved (" in err and "Ctrl-C again" in err
+    assert f"stopped at step {at}" in out
+    assert ("no samples of step 4 were drawn" in out) == (at == 4)
+
+
 def test_a_signal_during_a_picture_finds_its_step_saved(tmp_path, monkeypatch):
-    class Stop(contextlib.nullcontext):
-        asked = False
-        compiling = contextlib.nullcontext
+    """Of a step that has no save of its own, the next one is taken and saved."""
 
-        def after(self, step):
-            return self.asked
-
-    stop = Stop()
-
-    def look(at, ema):
-        stop.asked = stop.asked or at == 3
+    def look(at, average, ends):
+        if at == 3:
+            os.kill(os.getpid(), signal.SIGINT)
         return 0.0
 
-    monkeypatch.setattr(train.command, "Stop", lambda: contextlib.nullcontext(stop))
     monkeypatch.setattr(train, "viewer", lambda *arguments: look)
     assert train.train(small.config(save_every=99), tmp_path) == 0
     assert checkpoint.steps(tmp_path / "checkpoints") == [4]

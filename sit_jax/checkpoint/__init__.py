@@ -10,6 +10,8 @@ files, which are compared before any of them is used. `meta` is JSON: the config
 step and what else describes the weights; it is enough to build the model.
 """
 
+import sit_jax.opening
+
 from sit_jax.checkpoint.folder import find, items, steps
 from sit_jax.checkpoint.newest import newest_whole
 from sit_jax.checkpoint.reading import leaves, load, read_meta

@@ -1,0 +1,39 @@
+"""A script's first import: Ctrl-C during the others is a line as well.
+
+JAX takes a second or two to import, and a KeyboardInterrupt in there is a traceback
+through files that nobody wrote here. Nothing has been touched then.
+"""
+
+import os
+import signal
+import sys
+
+INTERRUPTED = "interrupted before it began"
+
+
+def over():
+    """All is imported: from here on Ctrl-C is what it is to Python."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(number, frame):
+    # no exception, which a callback may drop: there is nothing to tidy
+    name = os.path.basename(sys.argv[0])
+    os.write(2, f"{name}: {INTERRUPTED}\n".encode())
+    os._exit(130)
+
+
+def _is_ours():
+    """Whether this process runs a script of the repository, or python -m sit_jax.x."""
+    if sys.argv[:1] == ["-m"]:  # which stands there until the module is found
+        module = sys.orig_argv[sys.orig_argv.index("-m") + 1]
+        return module.startswith("sit_jax.")
+    file = getattr(sys.modules["__main__"], "__file__", None) or ""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    return os.path.dirname(os.path.abspath(file)) == root
+
+
+# not where Ctrl-C is not Python's: of a job in the background it is ignored
+if _is_ours() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _end)
