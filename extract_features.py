@@ -18,7 +18,7 @@ from sit_jax.data.pairs import from_pairs, to_pairs
 from sit_jax.data.prepared import Tfds
 from sit_jax.data.sources import LatentFolder
 from sit_jax.drafts import require_writable
-from sit_jax.errors import UserError
+from sit_jax.errors import UserError, one_line
 from sit_jax.extraction import DTYPES, describe, extract
 from sit_jax.manifest import environment
 from sit_jax.numerals import COUNT, SEED, real, whole
@@ -93,8 +93,8 @@ def run(args, codec):
     process, count = _share(args)
     source = KINDS[args.kind](args)
     print(f"{len(source):,} images in {source.classes} classes: {_some(source)}")
-    if ignored := getattr(source, "ignored", None):
-        print(f"{len(ignored)} files are no images by name, the first: {ignored[0]}")
+    for remark in getattr(source, "remarks", ()):
+        print(one_line(remark))
     tags = describe(source, codec, args.dtype, not args.no_flip, args.shards)
     begun = time.perf_counter()
     with Bar() as bar:

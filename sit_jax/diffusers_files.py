@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from sit_jax import torch_files
+from sit_jax import hosts, torch_files
 from sit_jax.errors import UserError
 from sit_jax.models.layers import grid_embedding
 from sit_jax.places import local, place
@@ -66,6 +66,7 @@ def read(path):
     file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if file is None:
         raise UserError(f"{folder} has no {' and no '.join(WEIGHTS)}")
+    hosts.require_same_files(file, folder / "config.json")
     found = torch_files.read(file)
     state = Released(file, found.ema, config)
     return dataclasses.replace(

@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sit_jax import cluster, greeting
+from sit_jax.comparison import file_sha
 from sit_jax.errors import UserError
 from sit_jax.numbered import Numbered
 from sit_jax.party import Party
@@ -114,6 +115,24 @@ def require_same(what, value, remedy):
                 f"{what}: {found[0]} in {_party.name(0)}, {other} in {_party.name(i)}; "
                 f"{remedy}"
             )
+
+
+def require_same_files(*paths):
+    """Refuses files that hosts read each for itself, where they are not the same.
+
+    Nobody else compares what each of them puts on its own devices.
+    """
+    if not several():
+        return
+    each = exchange({path.name: file_sha(path)[:12] for path in paths})
+    for i, other in enumerate(each):
+        for name in sorted(other.keys() | each[0].keys()):
+            here, there = each[0].get(name, "missing"), other.get(name, "missing")
+            if here != there:
+                raise UserError(
+                    f"{name} is not the same file everywhere: sha256 {here} in "
+                    f"{_party.name(0)}, {there} in {_party.name(i)}; copy one to all"
+                )
 
 
 def require_shared(path):

@@ -15,6 +15,7 @@ import time
 import jax
 import numpy as np
 
+from sit_jax.errors import one_line
 from sit_jax.mirrors import mirrored
 from sit_jax.pictures import save_png
 from sit_jax.places import place
@@ -41,7 +42,7 @@ class RunLog:
         """One line to the console and log.txt."""
         if self._console is None:
             return
-        line = f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {message}"
+        line = f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {one_line(message)}"
         self._console.line(line)
         self._text.write(line)
 

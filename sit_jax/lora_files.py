@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sit_jax import json_text
+from sit_jax import hosts, json_text
 from sit_jax.errors import UserError
 from sit_jax.lora_names import Pair, from_diffusers, to_diffusers
 from sit_jax.lora_numbers import require_numbers
@@ -73,6 +73,7 @@ def read(path):
             raise UserError(f"{path} has neither {WEIGHTS} nor {DIFFUSERS}")
     if (file.parent / CONFIG).is_file() and file.name != DIFFUSERS:
         config = _config(file.parent / CONFIG)
+    hosts.require_same_files(file)
     opened = open_file(file)
     if not opened.is_state(opened.content()):
         raise UserError(f"{file} holds no table of tensors")

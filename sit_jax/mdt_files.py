@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sit_jax import torch_files
+from sit_jax import hosts, torch_files
 from sit_jax.errors import UserError
 from sit_jax.models.mdt_weights import family
 from sit_jax.tensor_files import INDEX, open_file
@@ -23,6 +23,7 @@ def read(path):
     Also of all other kinds, as torch_files.read.
     """
     file = torch_files.read(path)
+    hosts.require_same_files(file.path, *_beside(file.path))
     number = number_of(file.path)
     if number is None or family(file.model) is None:
         return file
@@ -77,6 +78,13 @@ def layout(step, rates, parts, group):
     whole = {**group, "step": count} if adan else {**torch_files.GROUP, **group}
     whole["params"] = list(range(len(state)))
     return files | {f"opt{number}.pt": {"state": state, "param_groups": [whole]}}
+
+
+def _beside(path):
+    """What is read with a model's file, if there is any of it."""
+    number = number_of(path)
+    names = (f"ema_*_{number}.pt", f"opt{number}.pt")
+    return [file for name in names for file in path.parent.glob(name) if number]
 
 
 def _averages(folder, number):

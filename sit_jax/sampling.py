@@ -18,6 +18,7 @@ from sit_jax import (
     probe,
     quantizing,
     sharding,
+    vae_files,
 )
 from sit_jax import config as configs
 from sit_jax.adapters import put_all
@@ -32,7 +33,6 @@ from sit_jax.recipe import recipe
 from sit_jax.rounding import ROUNDINGS
 from sit_jax.solved import lines, summary
 from sit_jax.starts import noise_of
-from sit_jax.vae_files import load_vae, with_vae
 from sit_jax.workdir import write_json
 
 STATES = 2 * 2**30  # bytes of a trajectory
@@ -74,6 +74,7 @@ def studio(job, opened, weak=None, expected=None):
         params = quantizing.quantized(params, job.quantize, job.quantize_skip)
     parts = dataclasses.replace(parts, model=precision.computing(word, parts.model))
     parts, record["codec"] = with_codec(parts, job, config.precision.vae, mesh)
+    strange = vae_files.strange(job.vae, record["codec"], job.weights, opened.meta)
     if weak is not None:
         other = recipe(weak.config)
         autoguidance.check(parts, other, job.weak)
@@ -81,7 +82,7 @@ def studio(job, opened, weak=None, expected=None):
         weak = precision.computing(word, other.model), loaded
         record["weak_sha256"] = weights_hash(weak[1])
     program = f"attention: {attention.of(parts.model)}"
-    print(measured["line"], program, *filter(None, [warning]), sep="\n")
+    print(measured["line"], program, *filter(None, [warning, strange]), sep="\n")
     return Studio(job, parts, params, mesh, weak, around, record)
 
 
@@ -116,15 +117,18 @@ def _drawn(room, out, overwrite, columns, frames):
     parts = _parts(out, job, overwrite)
     count = -(-len(job.labels) // make.batch_size)
     todo = hosts.told(parts.checked(count) if hosts.first() else None)
+    sizes = np.diff([*range(0, len(job.labels), make.batch_size), len(job.labels)])
+    there = len(job.labels) - int(sizes[todo].sum())
     todo = todo[hosts.index() :: hosts.count()]
+    mine = int(sizes[todo].sum())
     ahead = make(job.seed, job.labels, start, given=given, todo=todo)
     drawing = time.perf_counter()
-    with _bar(len(job.labels), count - len(todo), make.batch_size) as bar:
+    with _bar(there, mine) as bar:
         for batch, (data, stats) in zip(todo, ahead, strict=True):
             parts.save(batch, _finished(room, out, data, stats))
-            bar.update(make.batch_size)
+            bar.update(len(data))
     seconds = time.perf_counter() - drawing
-    drawn = sum(hosts.exchange(min(len(todo) * make.batch_size, len(job.labels))))
+    drawn = sum(hosts.exchange(mine))
     if not hosts.first():
         return []
     _require_all(parts, count)
@@ -141,9 +145,7 @@ def _drawn(room, out, overwrite, columns, frames):
     }
     write_json(outputs.manifest_path(out), record)
     parts.remove()
-    return lines(
-        room, found, min(drawn, len(job.labels)), seconds, make.compile_seconds
-    )
+    return lines(room, found, drawn, seconds, make.compile_seconds)
 
 
 def _finished(room, out, data, stats):
@@ -205,7 +207,9 @@ def with_codec(parts, job, word, mesh):
                 f"the network works on {type(parts.codec).__name__}, not on latents; "
                 "leave out --vae"
             )
-        parts = with_vae(parts, load_vae(job.vae, word, sharding.everywhere(mesh)))
+        parts = vae_files.with_vae(
+            parts, vae_files.load_vae(job.vae, word, sharding.everywhere(mesh))
+        )
     codec = parts.codec.replace(rounding=ROUNDINGS[job.rounding])
     record = codec.record() if hasattr(codec, "record") else {}
     record = {"kind": type(codec).__name__, "rounding": job.rounding, **record}
@@ -235,12 +239,11 @@ def _checked_way(way):
     return np.swapaxes(way, 0, 1)  # [n, frames, H, W, C]
 
 
-def _bar(total, done, size):
+def _bar(done, mine):
+    """Of this process's images, after those that are there already."""
     from tqdm import tqdm
 
-    return tqdm(
-        total=total, initial=min(done * size, total), unit="image", disable=None
-    )
+    return tqdm(total=done + mine, initial=done, unit=" images", disable=None)
 
 
 def _sha(array):

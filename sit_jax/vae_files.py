@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from sit_jax import json_text, port, precision, releases, torch_files
+from sit_jax import hosts, json_text, port, precision, releases, torch_files
 from sit_jax.codec import Latents, Vae
 from sit_jax.errors import UserError
 from sit_jax.models.vae import AutoencoderKL
@@ -47,6 +47,7 @@ def load_vae(source, word="exact", place=None, **fields):
     path, config = _files(source)
     model, scale = described(config) if config else (AutoencoderKL(), SCALE)
     params = _params(path, model, config)
+    hosts.require_same_files(path, *filter(None, [config]))
     chosen = precision.chosen(word)
     return Vae(
         params=put(params, place),
@@ -74,6 +75,20 @@ def with_vae(parts, vae):
             "take another VAE"
         )
     return dataclasses.replace(parts, codec=vae.replace(rounding=codec.rounding))
+
+
+def strange(vae, record, weights, meta):
+    """A sentence if a run's latents are not of this VAE's encoder, else None.
+
+    record: the VAE's; meta: of the run's checkpoint, which says whose latents it saw.
+    """
+    made, here = meta.get("encoder_sha256"), record.get("encoder_sha256")
+    if None in (made, here) or made == here:
+        return None
+    return (
+        f"WARNING: {weights} was trained on latents of another encoder than {vae} has "
+        f"({made[:12]}, not {here[:12]}): its pictures will not be right"
+    )
 
 
 def described(path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sit_jax import checkpoint, diffusers_files, quantizing, releases
+from sit_jax import checkpoint, diffusers_files, hosts, quantizing, releases
 from sit_jax.base import load_adapted
 from sit_jax.config import from_json
 from sit_jax.errors import UserError
@@ -86,8 +86,11 @@ def open_weights(path, torch_file):
     if path.suffix in KINDS or diffusers_files.is_folder(path):
         return torch_file(path)
     found = Directory(*checkpoint.find(path))
-    if not checkpoint.has_sums(found.path / str(found.step)):
-        line = f"{found.path}/{found.step} has no sums: damage would not be noticed"
+    step = found.path / str(found.step)
+    same = checkpoint.identity(step)
+    hosts.require_same(f"sums of {step}", same, "all processes need the same step")
+    if same is None:
+        line = f"{step} has no sums: damage would not be noticed"
         print(line, file=sys.stderr)
     return found
 

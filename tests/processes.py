@@ -24,15 +24,19 @@ def free_port():
         return server.getsockname()[1]
 
 
-def begin(count, *words, joined=True):
-    """-> processes of `python words...`; of one alone without any flag."""
+def begin(count, *words, joined=True, homes=None):
+    """-> processes of `python words...`; of one alone without any flag.
+
+    homes: each one's home folder, where ~ leads: all have the same words.
+    """
     address = f"localhost:{free_port()}"
     started = []
     for index in range(count):
         place = ("--coordinator", address, "--processes", count, "--process", index)
         more = place if joined and count > 1 else ()
         command = [sys.executable, *map(str, (*words, *more))]
-        environ = {**os.environ, "XLA_FLAGS": FLAGS}
+        home = {"HOME": str(homes[index])} if homes else {}
+        environ = {**os.environ, "XLA_FLAGS": FLAGS, **home}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen(command, cwd=ROOT, env=environ, **pipes))
     return started
@@ -53,9 +57,9 @@ def end(started, limit=LIMIT):
     return found
 
 
-def run(count, *words):
+def run(count, *words, homes=None):
     """Runs to a good end -> stdout of process 0; the others must have said nothing."""
-    found = end(begin(count, *words))
+    found = end(begin(count, *words, homes=homes))
     for index, (code, out, err) in enumerate(found):
         assert code == 0, (index, out, err)
         said = [line for line in out.splitlines() if not line.startswith("[Gloo]")]

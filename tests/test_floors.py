@@ -15,13 +15,13 @@ FLOORS = (
     "places",
     "drafts leases mirrors adan pickles checkpoint.folder checkpoint.sums "
     "checkpoint.trees cluster rendezvous greeting numerals lora_numbers "
-    "numbered sharding hlo topology program_cache",
+    "numbered comparison sharding hlo topology program_cache",
     "torch_containers checkpoint.whole party locks models.attention",
     "checkpoint.handling checkpoint.newest hosts",
     "checkpoint.saving checkpoint.reading",
     # nouns of their own
     "paths schedules noise config port placement checkpoint manifest metrics pictures "
-    "chips meter tracking comparison tensor_files moments precision "
+    "chips meter tracking tensor_files moments precision "
     "models.layers data.sources data.names data.coins data.tags data.shards "
     "data.images data.arrays data.styles data.further averages timesteps "
     "guidance_scales models.masking time_densities emulation probe samplers.walk "

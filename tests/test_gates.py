@@ -26,6 +26,7 @@ TOGETHER = {
     "told",
     "told_array",
     "require_same",
+    "require_same_files",
     "require_shared",
     "stop_at",
 }

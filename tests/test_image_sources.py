@@ -60,11 +60,25 @@ def test_image_folder_leaves_out_what_is_no_image(tmp_path):
     (tmp_path / "readme.jpg").write_bytes(png(0))  # beside the classes
     source = ImageFolder(tmp_path, 8)
     assert listed(source) == ["a/0.jpg", "b/1.bmp"]
-    assert source.ignored == [str(tmp_path / "a/notes.txt")]
+    beside, other = source.remarks
+    assert beside.startswith("1 files are left out, as they lie beside the folders")
+    assert beside.endswith(f"{tmp_path}/readme.jpg ..")
+    assert "do not end in .jpg" in other and f"{tmp_path}/a/notes.txt" in other
     text = write(tmp_path / "other", ["a/0.jpg"])
     (text / "a/1.jpg").write_text("this is no image")
     with pytest.raises(BrokenImage, match=r"a/1\.jpg: cannot identify"):
         ImageFolder(text, 8)[1]
+
+
+def test_a_folder_around_the_classes_is_told(tmp_path):
+    """As unpacking a zip leaves it: one class, unless its folders are named."""
+    write(tmp_path, ["photos/a/0.jpg", "photos/b/1.jpg"])
+    (remark,) = ImageFolder(tmp_path, 8).remarks
+    assert remark.endswith(f"name {tmp_path}/photos instead")
+    assert not ImageFolder(tmp_path / "photos", 8).remarks
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"photos\.zip is a file; unpack it"):
+        ImageFolder(tmp_path / "photos.zip", 8)
 
 
 def test_links_that_lead_back_up_end(tmp_path):

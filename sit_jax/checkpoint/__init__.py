@@ -16,7 +16,7 @@ from sit_jax.checkpoint.folder import find, items, steps
 from sit_jax.checkpoint.newest import newest_whole
 from sit_jax.checkpoint.reading import leaves, load, read_meta
 from sit_jax.checkpoint.saving import Checkpoints
-from sit_jax.checkpoint.sums import has_sums
+from sit_jax.checkpoint.sums import has_sums, identity
 from sit_jax.checkpoint.trees import compare, named
 from sit_jax.checkpoint.whole import Damaged, require_whole
 
@@ -26,6 +26,7 @@ __all__ = [
     "compare",
     "find",
     "has_sums",
+    "identity",
     "items",
     "leaves",
     "load",

@@ -83,6 +83,13 @@ def check_cache(source, codec, shape):
     require_same(source.path, tags, {k: v for k, v in wanted.items() if v is not None})
 
 
+def maker(source, codec):
+    """-> what a checkpoint says of the encoder that its run's latents are of."""
+    tags = getattr(source, "tags", codec)
+    found = getattr(tags, "encoder_sha256", None)
+    return {} if found is None else {"encoder_sha256": found}
+
+
 def _single(array):
     """float32 of float32, or of float16: exact, by a table, in half of numpy's time."""
     if array.dtype.itemsize == 4:

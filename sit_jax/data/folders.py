@@ -35,8 +35,9 @@ class Files:
 class ImageFolder(Images):
     """path/<class>/**/<image>: classes and images in torchvision's order.
 
-    Class c is the c-th of the sorted names of folders. Hidden entries and files that
-    do not end like images are left out; `ignored` lists the latter.
+    Class c is the c-th of the sorted names of folders. Hidden entries, files that do
+    not end like images and files beside the folders are left out; `remarks` has a
+    sentence on each kind of what its owner may not have meant.
     """
 
     def __init__(
@@ -47,19 +48,22 @@ class ImageFolder(Images):
         broken_share: float = 0.001,
     ):
         root = require_folder(path)
-        classes = [entry.name for entry in _visible(root) if entry.is_dir()]
+        entries = _visible(root)
+        classes = [entry.name for entry in entries if entry.is_dir()]
+        beside = [entry.path for entry in entries if not entry.is_dir()]
         if not classes:
             raise UserError(
                 f"{root} holds no folders; it needs one a class, or files named "
                 "ClassID_ImgID.jpg for AdmFolder (--kind adm)"
             )
-        self.ignored, names, labels = [], [], []
+        self._others, names, labels = [], [], []
         for label, name in enumerate(classes):
             found = list(self._images(root / name))
             if not found:
                 raise UserError(f"no images in {root / name}; remove it or fill it")
             names += [os.path.relpath(file, root) for file in found]
             labels += [label] * len(found)
+        self.remarks = [*_left_out(beside, self._others), *_buried(root, classes)]
         files = Files(root, names)
         super().__init__(files, labels, classes, size, flip, broken_share)
 
@@ -70,7 +74,7 @@ class ImageFolder(Images):
                 if entry.name.lower().endswith(tuple(ENDINGS)):
                     yield entry.path
                 else:
-                    self.ignored.append(entry.path)
+                    self._others.append(entry.path)
 
 
 class AdmFolder(Images):
@@ -105,9 +109,33 @@ class AdmFolder(Images):
         super().__init__(files, labels, classes, size, flip, broken_share)
 
 
+def _left_out(beside, others):
+    kinds = {
+        "lie beside the folders of the classes": beside,
+        f"do not end in {', '.join(ENDINGS)}": others,
+    }
+    for why, files in kinds.items():
+        if files:
+            yield f"{len(files)} files are left out, as they {why}: {files[0]} .."
+
+
+def _buried(root, classes):
+    """A wrapper, as unpacking a zip makes, is one class of everything."""
+    if len(classes) == 1 and any(e.is_dir() for e in _visible(root / classes[0])):
+        yield (
+            f"all images are of one class, {classes[0]}; if its folders are the "
+            f"classes, name {root / classes[0]} instead"
+        )
+
+
 def require_folder(path):
     """-> Path of a folder that is there."""
     path = local(path)
+    if path.is_file():
+        raise UserError(
+            f"{path} is a file; unpack it and name the folder, or see --kind and "
+            "docs/images.md for tars"
+        )
     if not path.is_dir():
         raise UserError(f"no folder {path}; name one that holds images")
     return path

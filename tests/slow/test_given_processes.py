@@ -1,0 +1,101 @@
+"""Files that every process reads for itself: torch weights, and what may be wrong.
+
+Each process has a home folder of its own here, as hosts have: ~/x.pt are several files.
+Two minutes: pytest tests/slow/test_given_processes.py
+"""
+
+import shutil
+import time
+
+import numpy as np
+import processes
+import pytest
+import small
+import torch
+
+STEPS = ("--config.steps=4", "--config.save_every=4", "--config.preview=0")
+# other classes too: what is taken over and what is new has to be alike everywhere
+INIT = ("--config.model.classes=7", "--init", "~/x.pt", "--family", "sit", "--heads", 2)
+
+
+def words(workdir):
+    config = ("train.py", "--config", "tests/small_config.py")
+    return (*config, "--workdir", workdir, *STEPS, *INIT)
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A bare state dict of a small SiT, as the releases are."""
+    folder = tmp_path_factory.mktemp("released")
+    small.checkpoint(folder / "w", small.config())
+    made = small.script("port_weights.py", folder / "w", folder / "x.pt")
+    assert made.returncode == 0, made.stderr
+    return folder / "x.pt"
+
+
+def homes(folder, count, file, name="x.pt"):
+    """-> a home for each process, with its copy of the file."""
+    found = [folder / f"home{index}" for index in range(count)]
+    for home in found:
+        home.mkdir()
+        shutil.copy(file, home / name)
+    return found
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_many_begin_with_the_weights_that_one_begins_with(tmp_path, released, count):
+    """Losses to 1e-5, as of other runs of many: sums are taken in another order."""
+    each = homes(tmp_path, count, released)
+    said = processes.run(1, *words(tmp_path / "one"), homes=each)
+    assert "starts from the weights of" in said and "7 classes instead of 5" in said
+    said = processes.run(count, *words(tmp_path / "many"), homes=each)
+    assert "7 classes instead of 5" in said
+    one, many = (small.losses(tmp_path / name) for name in ("one", "many"))
+    assert list(many) == [1, 2, 3, 4]
+    np.testing.assert_allclose(list(many.values()), list(one.values()), rtol=1e-5)
+
+
+def missing(path):
+    path.unlink()
+
+
+def another(path):
+    """One number of one tensor is another: nothing but its bytes tells."""
+    state = torch.load(path, weights_only=True)
+    next(iter(state.values())).view(-1)[0] += 1
+    torch.save(state, path)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def other_network(path):
+    state = torch.load(path, weights_only=True)
+    torch.save({"weight": next(iter(state.values()))}, path)
+
+
+WRONG = {
+    missing: "no weights at {home}/x.pt",
+    another: "x.pt is not the same file everywhere: sha256 ",
+    cut: "{home}/x.pt",
+    other_network: "{home}/x.pt",
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__)
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_host_with_a_wrong_file_ends_all(tmp_path, released, wrong, victim):
+    """One line from each, which names the host; long before anything would time out."""
+    each = homes(tmp_path, 2, released)
+    wrong(each[victim] / "x.pt")
+    begun = time.monotonic()
+    found = processes.end(processes.begin(2, *words(tmp_path / "run"), homes=each), 120)
+    assert time.monotonic() - begun < 100
+    assert [code for code, *_ in found] == [2, 2], found
+    says = WRONG[wrong].format(home=each[victim])
+    for index, (_, _, errors) in enumerate(found):
+        assert errors.count("\n") == 1 and says in errors, errors
+        assert errors.startswith(f"process {index} of 2: train.py: "), errors
+        assert f"process {victim} (" in errors or index == victim, errors
+    assert not (tmp_path / "run").exists()
