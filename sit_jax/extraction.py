@@ -114,6 +114,8 @@ def _extracted(
     broken, encoder = Broken(source, say), Encoder(codec, tags, batch_size)
     batches = _batches(source, encoder, tags, numbers, threads, workers)
     lacking = partial(needed, path, tags, process, count)
+    if total:
+        show(0, total)  # a bar that begins with the first batch would think it fast
     with contextlib.closing(batches), roomy(path / DONE, lacking):
         for number, some in itertools.groupby(batches, lambda batch: batch.shard):
             with shard(path, tags, number) as filled:

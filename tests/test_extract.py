@@ -136,7 +136,7 @@ def test_broken_images_are_left_out_named_and_counted(tmp_path):
     cache = LatentCache(tmp_path / "out")
     assert (done, len(cache), about["images"]) == (12, 11, [5, 6])
     assert [cache.id(i) for i in range(11)] == [0, 1, 2, 3, 4, *range(6, 12)]
-    assert len(said) == 1 and "bee/1.png: cannot identify" in said[0]
+    assert len(said) == 1 and "bee/1.png: not an image in one of JPEG" in said[0]
     assert list(about["broken"]) == ["5"] and "left out" in said[0]
     source.broken_share = 0.01
     with pytest.raises(UserError, match="1 of 12 images are broken, more than broken"):
@@ -200,7 +200,7 @@ def test_the_script_reports_and_checks(tmp_path, monkeypatch, capsys):
     code, said, errors = script(monkeypatch, capsys, *words)
     assert code == 0, errors
     assert "9 images in 3 classes: ant, bee, cat\n" in said
-    assert "1 files are no images by name, the first: " in said
+    assert "1 files are left out, as they do not end in .jpg" in said
     assert "images/s" in said and f"9 images in {out}, 0 broken" in said
     assert "scaled latents by channel: mean " in said
     assert "warning: a standard deviation of 0." in errors  # of a toy's latents

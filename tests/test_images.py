@@ -175,7 +175,7 @@ def test_records_and_their_mirror_images():
     assert record["image"].dtype == np.uint8 and record["label"].dtype == np.int32
     assert [int(r["label"]) for r in source] == [1, 0]  # a sequence: it ends
     broken = Images(Listed([b"?"]), [0], ["a"], 12, True, 0.0)
-    with pytest.raises(BrokenImage, match=r"^0\.png: cannot identify"):
+    with pytest.raises(BrokenImage, match=r"^0\.png: not an image"):
         broken[0]
 
 

@@ -86,6 +86,9 @@ def rgb(data):
         raise
     except Exception as error:  # decoders raise anything: SyntaxError, struct.error ..
         words = str(error).splitlines() or [type(error).__name__]
+        if isinstance(error, image_module.UnidentifiedImageError):
+            # PIL's words hold an address in memory, and a cache keeps them
+            words = [f"not an image in one of {', '.join(FORMATS)}"]
         raise BrokenImage(words[0]) from error
 
 

@@ -109,5 +109,6 @@ class Broken:
         if len(self._found) > self._share * self._length:
             raise UserError(
                 f"{len(self._found)} of {self._length} images are broken, more than "
-                f"broken_share={self._share:g} allows; the last: {why}"
+                f"broken_share={self._share:g} allows; remove them, or allow a larger "
+                f"share (--broken-share, --config.source.broken_share); the last: {why}"
             )

@@ -72,12 +72,16 @@ def read_tags(values, path):
     return dataclasses.replace(tags, shape=tuple(tags.shape))
 
 
-def require_same(path, tags, wanted):
-    """Refuses tags unlike the wanted {name: value}, and says which one."""
-    for name, value in wanted.items():
+def require_same(path, tags, wanted, remedy="extract into another folder"):
+    """Refuses tags unlike the wanted {name: value}, and says which one.
+
+    One that has words of its own goes first: the resolution rather than the shape.
+    """
+    for name in sorted(wanted, key=lambda name: name not in WORDS):
+        value = wanted[name]
         found = getattr(tags, name)
         if found is not None and found != value:
             raise UserError(
                 f"{path} was made with another value of {WORDS.get(name, name)}: "
-                f"{found}, not {value}; extract into another folder"
+                f"{found}, not {value}; {remedy}"
             )
