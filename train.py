@@ -26,7 +26,7 @@ from sit_jax import (
 from sit_jax import config as configs
 from sit_jax.adapting import begin_adapted
 from sit_jax.checkpoint import Checkpoints, steps
-from sit_jax.data.cache import check_cache, maker
+from sit_jax.data.cache import about_data, check_cache
 from sit_jax.data.feed import abstract_batch, batches
 from sit_jax.data.sources import Synthetic
 from sit_jax.errors import UserError
@@ -114,7 +114,7 @@ def train(config, workdir, given=NOTHING, wandb=None):
         _introduce(log, config, parts, mesh, state, source)
         look = viewer(log, config, parts, mesh)
         stop = stack.enter_context(command.Stop())
-        about = {"config": stored, **maker(source, parts.codec), **more}
+        about = {"config": stored, **about_data(source, parts.codec), **more}
         keeper = Keeper(saved, watch, past, about, parts.ema_decay)
         run = (state, feed, log, saved, keeper, look, stop)
         return _loop(config, parts, mesh, source, *run)

@@ -73,6 +73,10 @@ def studio(job, opened, weak=None, expected=None):
     if job.quantize:
         params = quantizing.quantized(params, job.quantize, job.quantize_skip)
     parts = dataclasses.replace(parts, model=precision.computing(word, parts.model))
+    if names := opened.meta.get("class_names"):
+        record["class_names"] = {
+            str(y): names[y] for y in np.unique(job.labels).tolist() if y < len(names)
+        }
     parts, record["codec"] = with_codec(parts, job, config.precision.vae, mesh)
     strange = vae_files.strange(job.vae, record["codec"], job.weights, opened.meta)
     if weak is not None:

@@ -1,8 +1,12 @@
 """What solvers say of a set of samples: evaluations, steps, images left unfinished."""
 
+from itertools import islice
+
 import numpy as np
 
 from sit_jax.guidance import is_none
+
+NAMED = 20  # classes that are named with a set of samples; its manifest has all
 
 
 def summary(parts, count):
@@ -35,6 +39,9 @@ def lines(room, stats, drawn, seconds, compile_seconds):
         f"{len(room.job.labels)} images, {guided}, {calls}, {rate} "
         f"(compiled in {compile_seconds:.1f} s)"
     ]
+    if names := room.record.get("class_names"):
+        shown = ", ".join(f"{y} {name}" for y, name in islice(names.items(), NAMED))
+        lines.append(f"classes: {shown}{' ..' * (len(names) > NAMED)}")
     if left := stats["unfinished"]:
         shown = ", ".join(map(str, left[:10])) + (", ..." if len(left) > 10 else "")
         lines.append(

@@ -11,7 +11,7 @@ from toy_codec import toy
 
 from sit_jax.codec import Latents
 from sit_jax.data import cache
-from sit_jax.data.cache import LatentCache, check_cache
+from sit_jax.data.cache import LatentCache, about_data, check_cache
 from sit_jax.data.coins import coins
 from sit_jax.data.filling import finish, missing, open_plan, shard
 from sit_jax.data.pairs import from_pairs, to_pairs
@@ -120,6 +120,16 @@ def test_statistics_are_those_of_scaled_draws(tmp_path):
     found = about["latents"]
     np.testing.assert_allclose(found["mean"], 0.5 * mean.mean((0, 1, 2)), atol=1e-6)
     np.testing.assert_allclose(found["std"], x.std(0), rtol=0.02)
+
+
+def test_what_a_checkpoint_says_of_its_data():
+    class Source:
+        tags, class_names = TAGS, ("ant", "bee")
+
+    said = {"encoder_sha256": "e" * 64, "class_names": ["ant", "bee"]}
+    assert about_data(Source, Latents()) == said  # the cache's encoder, not the codec's
+    assert about_data([], Latents()) == {}
+    assert about_data([], TAGS) == {"encoder_sha256": "e" * 64}
 
 
 @pytest.mark.parametrize(

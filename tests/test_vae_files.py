@@ -20,7 +20,7 @@ from sit_jax.manifest import weights_hash
 from sit_jax.models.vae import AutoencoderKL
 from sit_jax.recipe import recipe
 from sit_jax.rounding import to_uint8, to_uint8_darker
-from sit_jax.vae_files import FILES, described, load_vae, with_vae
+from sit_jax.vae_files import FILES, described, load_vae, strange, with_vae
 
 GOLDEN = FOLDER / "vae"
 CONFIG = json.loads((GOLDEN / "config.json").read_text())
@@ -251,3 +251,14 @@ def test_a_vae_of_other_latents_is_refused():
 
     with pytest.raises(UserError, match="works on Pixels, not on latents; leave out"):
         with_vae(parts(Pixels, 3), vae)
+
+
+def test_latents_of_another_encoder_are_told():
+    """An edition with the same encoder is none, nor is a run that does not say."""
+    vae = {"encoder_sha256": "b" * 64}
+    said = strange("v", vae, "runs/x", {"encoder_sha256": "a" * 64})
+    assert said.startswith("WARNING: runs/x was trained on latents of another encoder")
+    assert f"({'a' * 12}, not {'b' * 12})" in said
+    assert strange("v", vae, "runs/x", vae) is None
+    assert strange("v", vae, "runs/x", {}) is None
+    assert strange(None, {}, "runs/x", vae) is None

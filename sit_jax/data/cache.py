@@ -80,14 +80,23 @@ def check_cache(source, codec, shape):
             f"{tuple(shape)}; extract with another --size, or set the shape"
         )
     wanted = {name: getattr(codec, name, None) for name in ("scale", "encoder_sha256")}
-    require_same(source.path, tags, {k: v for k, v in wanted.items() if v is not None})
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    remedy = "name the VAE that it was made with (--config.vae), or extract it again"
+    require_same(source.path, tags, wanted, remedy)
 
 
-def maker(source, codec):
-    """-> what a checkpoint says of the encoder that its run's latents are of."""
+def about_data(source, codec):
+    """-> what a checkpoint says of its data: the latents' encoder, the classes' names.
+
+    Only what is known of it.
+    """
     tags = getattr(source, "tags", codec)
-    found = getattr(tags, "encoder_sha256", None)
-    return {} if found is None else {"encoder_sha256": found}
+    names = getattr(source, "class_names", None)
+    found = {
+        "encoder_sha256": getattr(tags, "encoder_sha256", None),
+        "class_names": names and list(names),
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _single(array):
