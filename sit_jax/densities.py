@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from sit_jax import hosts, noise, precision, sharding
-from sit_jax.codec import data_of
 from sit_jax.config import build, to_json
 from sit_jax.drafts import draft, require_free
 from sit_jax.errors import UserError
@@ -169,18 +168,27 @@ def _run(parts, likelihood, filling, mesh, word):
 
 def _data(parts, filling, keys, batch, by_chain):
     """-> data [B, H, W, C], and bits per dimension that its discreteness costs."""
-    key = jax.random.fold_in(keys[0], 7)
-    if "image" not in batch:
-        return data_of(parts.codec, key, batch), 0.0
-    data = parts.codec.encode(batch["image"])
-    if by_chain or data.shape != batch["image"].shape:
-        return parts.codec.draw(key, data), 0.0
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 7)
+    if "image" in batch:
+        batch = {"moments": parts.codec.encode(batch["image"]), "image": batch["image"]}
+    data = batch.get("moments")
+    of_latents = "image" not in batch or data.shape != batch["image"].shape
+    if by_chain or of_latents:
+        return _drawn(parts.codec, keys, batch), 0.0
     fill = jax.vmap(lambda k, x: filling(k, (1, *x.shape)))
-    extra, log_density = fill(jax.vmap(jax.random.fold_in, (0, None))(keys, 7), data)
+    extra, log_density = fill(keys, data)
     size = np.prod(data.shape[1:])
     log_density = jnp.asarray(log_density).reshape(-1)
     bits = np.log2(127.5) + log_density / (size * np.log(2.0))
     return data + extra[:, 0] / 127.5, bits
+
+
+def _drawn(codec, keys, batch):
+    """Each record by its own key: not by who is beside it, on how many devices."""
+    if "latent" in batch:
+        return batch["latent"]
+    draw = jax.vmap(lambda key, one: codec.draw(key, one[None])[0])
+    return draw(keys, batch["moments"])
 
 
 def _written(out, rows, config, survey, item, params, parts, source):

@@ -63,8 +63,11 @@ class Adapted(struct.PyTreeNode):
         return self.base.shape
 
     def read(self):
-        whole = read(self.base) + self.scale * (self.down @ self.up)
-        return whole if self.magnitude is None else whole * self._gain()[..., None, :]
+        with jax.default_matmul_precision("highest"):  # for good, whatever the device
+            whole = read(self.base) + self.scale * (self.down @ self.up)
+            if self.magnitude is None:
+                return whole
+            return whole * self._gain()[..., None, :]
 
     def product(self, x, dtype):
         out, dropped = product(x, self.base, dtype), self._dropped(x)
@@ -131,10 +134,7 @@ def read(tree):
 
 
 def merged(tree):
-    """Adapters and new rows read into their base where that is an array, not int8.
-
-    With float32 products, whatever the platform's default.
-    """
+    """Adapters and new rows read into their base where that is an array, not int8."""
 
     def one(node):
         below = node
@@ -142,8 +142,7 @@ def merged(tree):
             below = below.base
         return node if is_stored(below) else read(node)
 
-    with jax.default_matmul_precision("highest"):
-        return jax.tree.map(one, tree, is_leaf=is_stored)
+    return jax.tree.map(one, tree, is_leaf=is_stored)
 
 
 def product(x, weight, dtype):

@@ -97,7 +97,7 @@ def args_of(config):
         return args
     return args | {
         "sample_every": config.sample_every,
-        "cfg_scale": float(config.guidance),
+        "cfg_scale": float(getattr(config.guidance, "scale", config.guidance)),
         "wandb": False,
         "ckpt": None,
         "path_type": _name_of(process.path, PATHS),

@@ -28,6 +28,7 @@ from sit_jax import (
 from sit_jax.config import build, from_json, spec, to_json
 from sit_jax.errors import UserError
 from sit_jax.exchange import Stored, open_torch
+from sit_jax.guidance import Interval
 from sit_jax.interpolant import Interpolant, likelihood_weight, velocity_weight
 from sit_jax.models.dit import RULES, SiT
 from sit_jax.recipe import recipe
@@ -274,6 +275,13 @@ def test_the_process_is_read_off_the_args_and_back(tmp_path, args, process):
     assert again["path_type"] == args.get("path_type", "Linear")
     assert again["prediction"] == args.get("prediction", "velocity")
     assert set(again) == set(vars(loaded(golden("train_sit_full"))["args"]))
+
+
+def test_args_know_no_schedule_of_guidance():
+    config = base("sit")
+    with config.ignore_type():
+        config.guidance = spec(Interval, scale=2.5, low=0.2, high=0.8)
+    assert args_of(config)["cfg_scale"] == 2.5
 
 
 def test_args_of_dit_have_the_originals_fields():

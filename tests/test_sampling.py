@@ -299,6 +299,22 @@ def test_bad_input_is_one_line(run, tmp_path, weights, name):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_records_latent_does_not_depend_on_who_is_beside_it():
+    """Nor on the size of the batch, and so the number of devices."""
+    from sit_jax.codec import Latents
+    from sit_jax.densities import _data, uniform
+
+    moments = np.random.default_rng(0).standard_normal((6, 2, 2, 8), np.float32)
+    keys, parts = noise.image_keys(0, np.arange(6)), SimpleNamespace(codec=Latents())
+    drawn = lambda rows: _data(
+        parts, uniform, keys[rows], {"moments": moments[rows]}, False
+    )
+    whole, none = drawn(slice(6))
+    np.testing.assert_array_equal(whole[3:5], drawn(slice(3, 5))[0])
+    assert none == 0.0 and whole.shape == (6, 2, 2, 4)
+    assert len(np.unique(whole - whole.mean())) == whole.size
+
+
 def test_dequantized_densities_know_their_noise():
     from sit_jax.densities import gaussian, uniform
 

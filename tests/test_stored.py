@@ -118,9 +118,10 @@ def test_what_is_merged_can_be_taken_away_again():
 def test_merging_leaves_no_product_to_the_platform():
     """A TPU's default would cut an adapter to 8 bits on its way into the weights."""
     base = flatten_dict(weights(MODELS[0]), sep="/")["blocks/attn/qkv/kernel"]
-    program = jax.make_jaxpr(merged)(adapter("w", base, dora=True))
-    found = [e.params for e in program.eqns if e.primitive.name == "dot_general"]
-    assert found and all(set(p["precision"]) == {HIGHEST} for p in found)
+    for way in (merged, read):
+        program = jax.make_jaxpr(way)(adapter("kernel", base, dora=True))
+        found = [e.params for e in program.eqns if e.primitive.name == "dot_general"]
+        assert len(found) == 2 and all(set(p["precision"]) == {HIGHEST} for p in found)
 
 
 def test_int8_in_bfloat16_keeps_the_scale_of_its_channels():
