@@ -35,7 +35,7 @@ extract_features.load = lambda vae, precision: toy()
 """
 NETWORK = """
 import numpy as np
-import test_evaluate as t
+import judged as t
 from sit_jax.features import Extractor
 
 class Slow(Extractor):

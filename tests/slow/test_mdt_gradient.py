@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mdt_recorded import BOTH, FREQUENCIES, params, recorded_model
 from networks import quick_jit
 from recorded import arrays, case, nhwc, relative
-from test_mdt import BOTH, FREQUENCIES, params, process, recorded_masks, recorded_model
+from test_mdt_losses import process, recorded_masks
 
 from sit_jax import port
 from sit_jax.models import layers

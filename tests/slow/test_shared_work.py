@@ -26,7 +26,7 @@ command.script(extract_features.main)
 EVALUATE = """
 import evaluate
 from sit_jax import command
-import test_evaluate as t
+import judged as t
 evaluate.inception_weights.load = lambda path: t.weights()
 evaluate.inception_extractor = t.extractor
 t.evaluation.LEAST = 205
