@@ -61,7 +61,7 @@ def main():
     args, overrides = command.parse(parser)
     planning.check(args)
     if not args.plan:
-        hosts.join(args, stops=True)
+        hosts.join(args)
         program_cache.begin()
     config = configs.load(args.config)
     configs.override(config, overrides)

@@ -144,16 +144,14 @@ class Stop:
 
     def __init__(self):
         self.asked, self.outlook = False, None
+        self._handed_on = False  # whether SIGTERM is JAX's
 
     def __enter__(self):
         self._before = {}
         self._patience = interrupts.patience()
         self._patience.__enter__()
-        numbers = (
-            (signal.SIGINT,) if hosts.several() else (signal.SIGTERM, signal.SIGINT)
-        )
         if threading.current_thread() is threading.main_thread():
-            for number in numbers:
+            for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._ask)
         return self
 
@@ -161,8 +159,8 @@ class Stop:
     def compiling(self, step):
         """Inside, nothing is done that `step` has not saved: a signal may end it all.
 
-        XLA's compiler takes minutes and hears nothing. Of several processes, the others
-        are to be asked first.
+        XLA's compiler takes minutes and hears nothing. Several processes end together;
+        afterwards, SIGTERM is JAX's.
         """
         global _last_words
         before = _last_words
@@ -171,9 +169,11 @@ class Stop:
         try:
             with interrupts.impatience():
                 yield
+            if hosts.several():
+                self._hand_on()
         finally:
             _last_words = before
-        if self.now():
+        if self.asked:
             sys.exit(_ended(*said))
 
     def after(self, step):
@@ -189,6 +189,15 @@ class Stop:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def _hand_on(self):
+        """SIGTERM to JAX, unless it has come already: then all end from here."""
+        hosts.heed_stops()
+        self._before.pop(signal.SIGTERM, None)
+        self._handed_on = True
+        if self.asked:
+            interrupts.tidy()  # closing would wait for processes that are gone
+            _left()
+
     def _ask(self, number, frame):
         if self.asked:
             raise KeyboardInterrupt
@@ -197,5 +206,5 @@ class Stop:
             name = os.path.basename(sys.argv[0])
             words = f"{name}: {self.outlook()}; Ctrl-C again ends without it\n"
             os.write(2, words.encode())  # print() may be what was interrupted
-        if hosts.several():
+        if self._handed_on:
             os.kill(os.getpid(), signal.SIGTERM)  # JAX's, which tells the others

@@ -11,6 +11,7 @@ import sys
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from sit_jax import cluster, greeting
@@ -18,6 +19,8 @@ from sit_jax.comparison import file_sha
 from sit_jax.errors import UserError
 from sit_jax.numbered import Numbered
 from sit_jax.party import Party
+
+PREEMPTION = "jax_enable_preemption_service"
 
 _place = None  # which of how many this process is, if it is not alone
 _party = None  # of this process, as jax.distributed has one state for each
@@ -31,12 +34,12 @@ def add_flags(parser):
     add("--heartbeat-timeout", type=float, default=100, metavar="S", help="of silence")
 
 
-def join(args, stops=False):
+def join(args):
     """Meets the other processes, if there are any, and begins jax.distributed.
 
-    stops: SIGTERM is left to JAX, for stop_at(). Afterwards the processes are known to
-    have the same code, packages, arguments and kind of devices. What goes to stderr
-    carries the number of the process, and only process 0 has a stdout.
+    Afterwards the processes are known to have the same code, packages, arguments and
+    kind of devices. What goes to stderr carries the number of the process, and only
+    process 0 has a stdout.
     """
     global _place, _party
     for name in ("join_timeout", "heartbeat_timeout"):
@@ -51,10 +54,10 @@ def join(args, stops=False):
     sys.stderr = Numbered(sys.stderr, words, first())
     _party = Party(place, greeting.hello(), seconds, silence, _say_lost)
     greeting.require_alike(_party.hellos)
-    _begin(place, seconds, silence, stops)
     if place.index:
-        sys.stdout = open(os.devnull, "w")
+        _lose_stdout()
         _delay_abort()
+    _begin(place, seconds, silence)
     print(greeting.described(_party.hellos), flush=True)
     with _party.within(seconds, "find its devices"):
         here = jax.local_devices()
@@ -146,6 +149,12 @@ def require_shared(path):
         )
 
 
+def heed_stops():
+    """From here on SIGTERM is JAX's, for stop_at(), which is to be called soon."""
+    jax.config.update(PREEMPTION, True)
+    distributed.global_state.initialize_preemption_sync_manager()
+
+
 def stop_at(step):
     """Whether one of the processes was asked, by SIGTERM, to stop after this step.
 
@@ -183,7 +192,8 @@ def _say_lost(name, words):
     print(f"{name} {text}", file=sys.stderr, flush=True)
 
 
-def _begin(place, seconds, silence, stops):
+def _begin(place, seconds, silence):
+    jax.config.update(PREEMPTION, False)  # it would note SIGTERM before anyone heeds it
     jax.distributed.initialize(
         *(place.address, place.count, place.index, place.devices),
         cluster_detection_method="deactivate",
@@ -191,8 +201,12 @@ def _begin(place, seconds, silence, stops):
         heartbeat_timeout_seconds=int(silence),
         shutdown_timeout_seconds=int(seconds),
     )
-    if not stops:  # or JAX would note it and nobody heed it
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _lose_stdout():
+    """Of C++ too: Gloo tells of its connections, from two threads at once."""
+    sys.stdout = open(os.devnull, "w")
+    os.dup2(sys.stdout.fileno(), 1)
 
 
 def _delay_abort():

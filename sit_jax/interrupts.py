@@ -54,6 +54,12 @@ def tidied(remove):
         _left_behind.remove(remove)
 
 
+def tidy():
+    """What tidied() was told, for a process that is about to end where it is."""
+    for remove in reversed(_left_behind):
+        remove()
+
+
 @contextlib.contextmanager
 def _counted(more):
     global _patient, _open, _left
@@ -75,6 +81,5 @@ def _wait(reading, end):
         inside, before = _open, _left
         time.sleep(GRACE)
         if heard > 1 or not inside or before == _left:
-            for remove in reversed(_left_behind):
-                remove()
+            tidy()
             end()

@@ -11,7 +11,9 @@ import time
 from sit_jax import json_text, places
 
 RENEWED = 20.0  # seconds between two renewals
-EXPIRED = 90.0  # seconds after the last one in which the holder may still be alive
+LATE = 150.0  # seconds without one after which the holder ends itself
+EXPIRED = 180.0  # ... and after which another takes over: the clocks may differ by 30
+LOOK = 1.0  # seconds from one look at the clock to the next
 
 
 @contextlib.contextmanager
@@ -23,18 +25,20 @@ def leased(path, owner, is_gone, refuse):
     """
     mine = {**owner, "token": secrets.token_hex(8)}
     while not _made(path, mine):
-        held = read(path)
-        if time.time() - held.get("renewed", 0) < EXPIRED and not is_gone(held):
-            refuse(held)
-        path.unlink(missing_ok=True)
-    ended = threading.Event()
-    renewing = threading.Thread(target=_renew, args=(path, mine, ended), daemon=True)
-    renewing.start()
+        _end_dead(path, is_gone, refuse)
+    ended, lease = threading.Event(), _Lease(path, mine)
+    beside = [
+        threading.Thread(target=run, args=(ended,), daemon=True)
+        for run in (lease.renew, lease.watch)
+    ]
+    for each in beside:
+        each.start()
     try:
         yield
     finally:
         ended.set()
-        renewing.join()
+        for each in beside:
+            each.join()
         if read(path).get("token") == mine["token"]:
             path.unlink(missing_ok=True)
 
@@ -55,17 +59,49 @@ def _made(path, mine):
     return True
 
 
-def _renew(path, mine, ended):
-    """Until ended; a process that has been taken for dead may not write any more."""
-    while not ended.wait(RENEWED):
-        try:
-            if read(path).get("token", mine["token"]) != mine["token"]:
-                print(f"{path} is held by another process now", file=sys.stderr)
-                return os._exit(2)
-            path.write_text(_dated(mine))
-        except Exception as error:  # the network; the next renewal may succeed
-            words = f"{type(error).__name__}: {error}".splitlines()[0]
-            print(f"WARNING: {path} is not renewed ({words})", file=sys.stderr)
+def _end_dead(path, is_gone, refuse):
+    """Removes the lease of a holder that is dead, and no other that comes meanwhile."""
+    try:
+        version = places.version(path)[1]
+        held = read(path)
+        if time.time() - held.get("renewed", 0) < EXPIRED and not is_gone(held):
+            refuse(held)
+        places.remove_version(path, version)
+    except (FileNotFoundError, FileExistsError):  # another was faster
+        return
+
+
+class _Lease:
+    """One that is held: who may be taken for dead must not write any more."""
+
+    def __init__(self, path, mine):
+        self._path, self._mine, self._renewed = path, mine, time.time()
+
+    def renew(self, ended):
+        while not ended.wait(RENEWED):
+            begun, token = time.time(), self._mine["token"]
+            try:
+                if read(self._path).get("token", token) != token:
+                    return _end(f"{self._path} is held by another process now")
+                self._path.write_text(_dated(self._mine))
+                self._renewed = begun
+            except Exception as error:  # the network; the next renewal may succeed
+                words = f"{type(error).__name__}: {error}".splitlines()[0]
+                print(
+                    f"WARNING: {self._path} is not renewed ({words})", file=sys.stderr
+                )
+
+    def watch(self, ended):
+        """Beside it, since a renewal may wait for the network, and a machine stand."""
+        while not ended.wait(LOOK):
+            if time.time() - self._renewed > LATE:
+                words = f"was not renewed for {LATE:g} s: another run may take it"
+                return _end(f"{self._path} {words}; the same command goes on")
+
+
+def _end(words):
+    print(words, file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def _dated(owner):

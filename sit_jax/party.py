@@ -6,6 +6,7 @@ import threading
 import time
 from collections import defaultdict
 
+from sit_jax import interrupts
 from sit_jax.errors import UserError
 from sit_jax.rendezvous import connect, listen
 
@@ -136,6 +137,7 @@ class Party:
             time.sleep(AFTER)
         self._say(self.name(index), words)
         self._see_off()
+        interrupts.tidy()
         os._exit(code)
 
     def _see_off(self):

@@ -93,6 +93,13 @@ def create(path, text):
     buckets.system().pipe_file(str(path), text.encode(), mode="create")
 
 
+def remove_version(path, version):
+    """Removes an object as version() tells it; FileExistsError if it is another now."""
+    bucket, _, key = str(path).removeprefix("gs://").partition("/")
+    more = {"ifGenerationMatch": version}
+    buckets.system().call("DELETE", "b/{}/o/{}", bucket, key, **more)
+
+
 def send(source, target):
     """Uploads a file, or those of a folder, marks last."""
     if source.is_file():

@@ -39,6 +39,12 @@ class Memory(MemoryFileSystem):
     def _strip_protocol(cls, path):
         return super()._strip_protocol(str(path).removeprefix("gs://"))
 
+    def call(self, method, path, bucket, key, ifGenerationMatch):
+        assert (method, path) == ("DELETE", "b/{}/o/{}")
+        if places.version(place(f"gs://{bucket}/{key}"))[1] != ifGenerationMatch:
+            raise FileExistsError(key)
+        self.rm_file(f"gs://{bucket}/{key}")
+
     def put_file(self, lpath, rpath, **more):
         self.sent.append(str(rpath))
         super().put_file(lpath, rpath, **more)
@@ -247,6 +253,38 @@ def test_a_lease_is_renewed_and_its_loss_ends_the_process(bucket, monkeypatch, c
             assert time.monotonic() - begun < 5
     assert "is held by another process now" in capsys.readouterr().err
     assert leases.read(path)["token"] == "theirs"  # not ours to remove
+
+
+def test_of_two_that_take_over_one_does(bucket, monkeypatch):
+    """The slower one saw the dead holder too; it may not remove the faster one's."""
+    path = bucket / ".lock"
+    dead = {"host": "elsewhere", "pid": 1, "token": "dead", "renewed": 0}
+    live = {**dead, "token": "faster", "renewed": time.time()}
+    path.write_text(json.dumps(dead))
+    look = leases.read
+
+    def slowly(path):
+        held = look(path)
+        if held.get("token") == "dead":
+            path.write_text(json.dumps(live))
+        return held
+
+    monkeypatch.setattr(leases, "read", slowly)
+    with pytest.raises(UserError, match="process 1 on elsewhere"):
+        with locks.alone(bucket):
+            raise AssertionError
+    assert look(path) == live
+
+
+def test_who_cannot_renew_ends_before_another_takes_over(bucket, monkeypatch, capsys):
+    assert leases.LATE + leases.LOOK < leases.EXPIRED
+    monkeypatch.setattr(leases, "LATE", 0.05)
+    monkeypatch.setattr(leases, "LOOK", 0.01)
+    ended = threading.Event()
+    monkeypatch.setattr(leases.os, "_exit", lambda code: ended.set())
+    with locks.alone(bucket):
+        assert ended.wait(5)
+    assert ".lock was not renewed for 0.05 s: another run" in capsys.readouterr().err
 
 
 def test_a_mirror_sends_what_changes(bucket, monkeypatch):

@@ -109,6 +109,27 @@ def test_sigterm_on_one_saves_the_same_step_on_all(tmp_path):
     assert newest < 400 and max(small.losses(tmp_path)) == newest
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
+def test_a_signal_to_one_that_compiles_ends_all(tmp_path, monkeypatch, number):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    each = processes.begin(2, *words(tmp_path / "run", *LONG))
+    log = tmp_path / "run" / "log.txt"
+    while not log.exists() or "GMAC an image" not in log.read_text():
+        assert all(process.poll() is None for process in each), processes.end(each)
+        time.sleep(0.02)
+    time.sleep(0.3)  # nothing is compiled by then
+    begun = time.monotonic()
+    each[1].send_signal(number)
+    found = processes.end(each)
+    took = time.monotonic() - begun
+    print(f"{took:.1f} s")
+    assert [code for code, *_ in found] == [0, 0], found
+    said = "stopped while compiling, after step 0; the same command goes on from there"
+    assert said in found[0][2] and said in found[1][2]
+    assert took < 5 and not checkpoint.steps(tmp_path / "run" / "checkpoints")
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
 def test_a_disk_that_only_one_cannot_write_ends_all(tmp_path):
     """Process 0 alone finds the workdir in the way; the other hears it, with code 2."""
     (tmp_path / "file").write_text("in the way")
