@@ -170,9 +170,11 @@ def _batch(config, parts, mesh):
 def _activations(config, parts, mesh):
     """Of one of the parts that a batch is gone through in; rows split, no more."""
     images = max(config.batch_size // config.accumulate // rows(mesh), 1)
-    # where the run will be, attention may keep less, and on no platform more
-    model = dataclasses.replace(parts.model, attention="xla")
-    each = saved_bytes(model, parts.shape, images)
+    # the programs of attention that keep most, a TPU's and the others'
+    each = max(
+        saved_bytes(dataclasses.replace(parts.model, attention=by), parts.shape, images)
+        for by in ("xla", "heads_first")
+    )
     return each * rows(mesh), each
 
 

@@ -125,6 +125,11 @@ def by_rows(x, *axes):
     return _stated(x, BATCH, *axes)
 
 
+def by_heads(x):
+    """x [heads, B, ...], stated to be split over HEADS and BATCH."""
+    return _stated(x, HEADS, BATCH)
+
+
 def gathered(weight, *axes):
     """A layer's weight, stated to be split over `axes` only while it is multiplied.
 

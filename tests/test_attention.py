@@ -9,8 +9,11 @@ from recorded import relative
 
 from sit_jax.errors import UserError
 from sit_jax.models import attention
+from sit_jax.models.applied import apply
 from sit_jax.models.dit import SiT
 from sit_jax.models.mdt import MDT
+from sit_jax.quantized import eight
+from sit_jax.residuals import saved_bytes
 
 
 def inputs(rows=2, heads=3, length=6, keys=6, width=4):
@@ -29,7 +32,7 @@ def exact(q, k, v, bias=0.0, mask=True):
 
 
 @pytest.mark.parametrize("n", [3, 4, 5])  # without and with a bias and a mask
-@pytest.mark.parametrize("by", ["xla", "head_by_head", "auto"])
+@pytest.mark.parametrize("by", ["xla", "head_by_head", "heads_first", "auto"])
 def test_every_program_computes_the_formula(by, n, monkeypatch):
     monkeypatch.setattr(attention, "CACHE", 0)  # as if these were large
     q, k, v, *more = inputs()[:n]
@@ -46,8 +49,32 @@ def test_head_head_by_head_has_the_same_derivatives(monkeypatch):
         loss = lambda *a: jnp.square(attention.attend(*a, mask, by=by)).sum()
         return quick_jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(q, k, v, bias)
 
-    for ours, usual in zip(slopes("head_by_head"), slopes("xla"), strict=True):
-        assert relative(ours, usual) < 3e-6
+    usual = slopes("xla")
+    for by in ("head_by_head", "heads_first"):
+        for ours, theirs in zip(slopes(by), usual, strict=True):
+            assert relative(ours, theirs) < 3e-6
+
+
+@pytest.mark.parametrize("form", ["floats", "int8"])
+def test_a_network_computes_alike_in_either_layout(form):
+    """Also where a weight's product is taken outside of its layer."""
+    params, *given = noisy()
+    if form == "int8":
+        params = jax.tree.map(lambda x: x, params)  # others share it
+        kernel = params["blocks"]["attn"]["qkv"]["kernel"]
+        params["blocks"]["attn"]["qkv"]["kernel"] = eight(kernel)
+    run = lambda by: apply(SiT(**SMALL, attention=by), params, *given)
+    assert relative(run("heads_first"), run("xla")) < 1e-6  # some 30 operations deep
+
+
+def test_dots_keeps_what_a_tpus_attention_gave():
+    """Of every layer, image and token the width; scores are computed again."""
+    model = SiT(**SMALL, remat="dots", attention="xla")
+    kept = [
+        saved_bytes(model.clone(attention=by), (16, 16, 4), 2)
+        for by in ("xla", "heads_first")
+    ]
+    assert kept[1] - kept[0] == 4 * model.depth * 2 * 64 * model.width
 
 
 def test_small_scores_are_taken_at_once():
@@ -79,14 +106,15 @@ def test_the_field_reaches_every_block(monkeypatch):
         found = equations(jax.make_jaxpr(run)(params).jaxpr)
         return sum(e.primitive.name == "scan" for e in found)
 
-    assert (loops("xla"), loops("head_by_head"), loops("auto")) == (1, 2, 2)
+    found = [loops(by) for by in ("xla", "head_by_head", "heads_first", "auto")]
+    assert found == [1, 2, 2, 2]
 
 
 @pytest.mark.parametrize(
     "platform, dtype, head, biased, name",
     [
         ("cpu", jnp.float32, 64, False, "head_by_head"),
-        ("tpu", jnp.bfloat16, 72, False, "xla"),
+        ("tpu", jnp.bfloat16, 72, False, "heads_first"),
         ("gpu", jnp.float32, 64, False, "xla"),
         ("cuda", jnp.bfloat16, 72, False, "cudnn"),
         ("gpu", jnp.float16, 128, False, "cudnn"),
@@ -102,7 +130,7 @@ def test_auto_takes_what_the_device_can(platform, dtype, head, biased, name):
 def test_a_program_for_another_platform_is_named_beforehand():
     model = SiT(**SMALL, dtype="bfloat16")
     assert attention.of(model) == "head_by_head"  # on this CPU
-    assert attention.settled(model, "tpu") == model.clone(attention="xla")
+    assert attention.settled(model, "tpu") == model.clone(attention="heads_first")
     assert MDT(**SMALL, dtype="bfloat16").biased  # and hence not for cuDNN
 
 

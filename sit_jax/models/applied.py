@@ -9,6 +9,7 @@ through one for the whole weight.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from sit_jax.stored import Adapted, Grown, is_stored, over, rows
 
@@ -37,7 +38,10 @@ def _layer(call, inputs, more, context):
         if is_stored(weight):
             dtype = layer.dtype or jnp.float32
             out = weight.product(inputs[0], dtype)
-            return out + over(layer.get_variable("params", "bias").astype(dtype), out)
+            out = out + over(layer.get_variable("params", "bias").astype(dtype), out)
+            if heads := getattr(layer, "heads", None):
+                return rearrange(out, "b t (n h d) -> n h b d t", n=3, h=heads)
+            return out
     if context.method_name == "__call__" and isinstance(layer, nn.Embed):
         table = layer.get_variable("params", "embedding")
         if is_stored(table):

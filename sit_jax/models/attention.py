@@ -5,14 +5,19 @@ quickest is measured, see docs/performance.md.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 
 from sit_jax.errors import UserError
-from sit_jax.sharding import HEADS
+from sit_jax.sharding import HEADS, by_heads
 
 CACHE = 2**22  # bytes of scores from which a CPU takes one head at a time
+LEAST = -0.7 * float(jnp.finfo(jnp.float32).max)  # the score of what is not seen
+KEPT = "attended"  # the name of heads_first's result to policies of remat
 CUDNN_TYPES = ("bfloat16", "float16")
 CUDNN_HEAD = 128  # most values of a head that cuDNN takes on every GPU from Ampere on
 
@@ -46,8 +51,7 @@ def head_by_head(q, k, v, bias=None, mask=None):
     """
     rows, length, heads, _ = q.shape
     small = rows * heads * length * k.shape[1] * 4 <= CACHE
-    split = jax.sharding.get_abstract_mesh().shape.get(HEADS, 1) > 1
-    if small or heads == 1 or split:
+    if small or heads == 1 or _heads_are_split():
         return xla(q, k, v, bias, mask)
     each = lambda x, axis: jnp.moveaxis(x, axis, 0)
     parts = {"q": each(q, 2), "k": each(k, 2), "v": each(v, 2)}
@@ -66,7 +70,52 @@ def head_by_head(q, k, v, bias=None, mask=None):
     return jnp.moveaxis(jax.lax.map(one, parts), 0, 2)
 
 
-PROGRAMS = {"xla": xla, "cudnn": cudnn, "head_by_head": head_by_head}
+def heads_first(q, k, v, bias=None, mask=None):
+    """One head after another, each in the layout that suits a TPU; see turns."""
+    q, k, v = (by_heads(rearrange(x, "b t h d -> h b d t")) for x in (q, k, v))
+    return rearrange(turns(q, k, v, bias, mask), "h b d t -> b t h d")
+
+
+def turns(q, k, v, bias=None, mask=None):
+    """q [heads, B, D/heads, T], k, v [heads, B, D/heads, S] -> like q.
+
+    With the tokens last, heads of 72 values fill a TPU's tiles of 8 x 128 and are
+    copied into no other layout; the scores of one head stay in the chip's fast memory.
+    Backward they are computed again, from what was kept under the name KEPT.
+    """
+
+    @jax.checkpoint
+    def one(part):
+        q, k, v = (part[name] for name in "qkv")
+        scores = jnp.einsum("bdt,bds->bts", q, k, preferred_element_type=jnp.float32)
+        scores = scores / math.sqrt(q.shape[1])
+        if "bias" in part:
+            scores = scores + part["bias"]
+        if mask is not None:
+            seen = part["mask"] if own else mask[:, 0]
+            scores = jnp.where(seen, scores, LEAST)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        return jnp.einsum("bts,bds->bdt", weights, v)
+
+    parts = {"q": q, "k": k, "v": v}
+    if bias is not None:
+        parts["bias"] = jnp.moveaxis(bias, 1, 0)
+    if own := mask is not None and mask.shape[1] > 1:
+        parts["mask"] = jnp.moveaxis(mask, 1, 0)
+    run = jax.vmap(one) if _heads_are_split() else lambda each: jax.lax.map(one, each)
+    return checkpoint_name(run(parts), KEPT)
+
+
+def _heads_are_split():
+    return jax.sharding.get_abstract_mesh().shape.get(HEADS, 1) > 1
+
+
+PROGRAMS = {
+    "xla": xla,
+    "cudnn": cudnn,
+    "head_by_head": head_by_head,
+    "heads_first": heads_first,
+}
 NAMES = ("auto", *PROGRAMS)
 
 
@@ -97,6 +146,8 @@ def chosen(by, dtype, head, biased, platform=None):
         return by
     if platform == "cpu":
         return "head_by_head"
+    if platform == "tpu":
+        return "heads_first"
     return "cudnn" if fits and not biased else "xla"
 
 

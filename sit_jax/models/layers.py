@@ -6,6 +6,7 @@ in float32, where bfloat16 would lose digits that nothing downstream restores.
 """
 
 import math
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -15,16 +16,20 @@ from einops import rearrange
 from flax.linen.dtypes import promote_dtype
 
 from sit_jax.errors import UserError
-from sit_jax.models.attention import attend
-from sit_jax.sharding import HEADS, by_rows, gathered
+from sit_jax.models.attention import KEPT, attend, chosen, turns
+from sit_jax.sharding import HEADS, by_heads, by_rows, gathered
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 # What the backward pass keeps of a block: everything (none), the results of products
-# with weights (dots), those moved to host memory (offload), only its input (full).
+# with weights (dots; and of attention, where heads take turns in a TPU's layout), those
+# moved to host memory (offload), only its input (full).
 REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(KEPT),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims(
         "device", "pinned_host"
@@ -35,11 +40,13 @@ REMAT = {
 class Dense(nn.Dense):
     """Xavier-uniform weight [in, out], zero bias: torch's Linear as DiT starts it.
 
-    split: mesh axes over which the weight stays split while it is multiplied.
+    split: mesh axes over which the weight stays split while it is multiplied. heads:
+    the result of [B, T, in] is heads_first's, and never lies there in another layout.
     """
 
     kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
     split: tuple = (None, None)
+    heads: int | None = None
 
     @nn.compact
     def __call__(self, x):
@@ -47,7 +54,12 @@ class Dense(nn.Dense):
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         bias = self.param("bias", self.bias_init, shape[1:], self.param_dtype)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        out = jnp.dot(x, gathered(kernel, *self.split))
+        kernel = gathered(kernel, *self.split)
+        if self.heads:
+            kernel = rearrange(kernel, "i (n h d) -> i n h d", n=3, h=self.heads)
+            bias = rearrange(bias, "(n h d) -> n h 1 d 1", n=3, h=self.heads)
+            return jnp.einsum("bti,inhd->nhbdt", x, kernel) + bias
+        out = jnp.dot(x, kernel)
         return out + jnp.expand_dims(bias, range(out.ndim - 1))
 
 
@@ -74,9 +86,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x):
         width = x.shape[-1]
-        qkv = Dense(3 * width, dtype=self.dtype, name="qkv")(x)
-        q, k, v = by_head(qkv, self.heads)
-        x = rearrange(attend(q, k, v, by=self.program), "b t h d -> b t (h d)")
+        x = attended(x, self.heads, self.dtype, self.program)
         kept = (HEADS, None)
         return Dense(width, dtype=self.dtype, split=kept, name="proj")(x)
 
@@ -123,10 +133,19 @@ class Head(nn.Module):
         return nn.Dense(self.out, kernel_init=nn.initializers.zeros, name="out")(x)
 
 
-def by_head(qkv, heads):
-    """[B, T, 3D], columns ordered (q k v, head) -> q, k, v [B, T, heads, D/heads]."""
-    parts = rearrange(qkv, "b t (n h d) -> n b t h d", n=3, h=heads)
-    return [by_rows(part, None, HEADS) for part in parts]
+def attended(x, heads, dtype, program, bias=None, mask=None):
+    """tokens [B, T, D] -> [B, T, D], through a layer "qkv" and attention; in a module.
+
+    The columns of qkv are ordered (q k v, head).
+    """
+    width = x.shape[-1]
+    layer = partial(Dense, 3 * width, dtype=dtype, name="qkv")
+    if chosen(program, dtype, width // heads, bias is not None) == "heads_first":
+        q, k, v = (by_heads(part) for part in layer(heads=heads)(x))
+        return rearrange(turns(q, k, v, bias, mask), "h b d t -> b t (h d)")
+    parts = rearrange(layer()(x), "b t (n h d) -> n b t h d", n=3, h=heads)
+    q, k, v = (by_rows(part, None, HEADS) for part in parts)
+    return rearrange(attend(q, k, v, bias, mask, program), "b t h d -> b t (h d)")
 
 
 def norm(name, epsilon=1e-6):

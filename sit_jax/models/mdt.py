@@ -13,7 +13,6 @@ from einops import rearrange
 
 from sit_jax.errors import UserError
 from sit_jax.models import dit, masking
-from sit_jax.models.attention import attend
 from sit_jax.models.layers import (
     DTYPES,
     Conditioning,
@@ -21,7 +20,7 @@ from sit_jax.models.layers import (
     Head,
     Mlp,
     Patches,
-    by_head,
+    attended,
     choose,
     grid_embedding,
     modulate,
@@ -54,10 +53,7 @@ class Attention(nn.Module):
         else:
             bias = masking.among(bias, seen)
             mask = None if seen.valid is None else seen.valid[:, None, None]
-        qkv = Dense(3 * width, dtype=self.dtype, name="qkv")(x)
-        q, k, v = by_head(qkv, self.heads)
-        x = attend(q, k, v, bias, mask, self.program)
-        x = rearrange(x, "b t h d -> b t (h d)")
+        x = attended(x, self.heads, self.dtype, self.program, bias, mask)
         kept = (HEADS, None)
         return Dense(width, dtype=self.dtype, split=kept, name="proj")(x)
 
