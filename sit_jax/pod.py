@@ -1,7 +1,9 @@
 """What a TPU's compiler makes of a program for a slice: memory, traffic, products."""
 
 import dataclasses
+import tempfile
 import time
+from pathlib import Path
 
 import jax
 
@@ -29,9 +31,12 @@ class Compiled:
 def compile_for(lowered, device):
     """-> Compiled, or None if it needs more memory than a device has."""
     begun = time.perf_counter()
-    program = topology.compiled(lowered)
-    if program is None:
-        return None
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        program = topology.compiled(lowered, options)
+        if program is None:
+            return None
+        text = _text(program, Path(folder))
     found = program.memory_analysis()
     return Compiled(
         available=topology.available(device),
@@ -40,16 +45,23 @@ def compile_for(lowered, device):
         output=found.output_size_in_bytes - found.alias_size_in_bytes,
         code=found.generated_code_size_in_bytes,
         seconds=time.perf_counter() - begun,
-        text=_text(program),
+        text=text,
     )
 
 
-def _text(program):
-    """Its HLO, or nothing where libtpu has written what this jaxlib cannot read."""
+def _text(program, folder):
+    """Its HLO; where this jaxlib cannot read it, libtpu's own print of it, if any."""
     try:
         return program.as_text()
     except jax.errors.JaxRuntimeError:
-        return ""
+        return printed(folder)
+
+
+def printed(folder):
+    """-> the largest program that libtpu printed into a folder once it was done."""
+    found = list(folder.glob("*.after_codegen.txt"))
+    largest = max(found, key=lambda path: path.stat().st_size, default=None)
+    return largest.read_text() if largest else ""
 
 
 def lines(made, flops=None, kind=None):

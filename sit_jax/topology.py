@@ -85,11 +85,11 @@ def available(device):
     raise UserError(f"{device.device_kind}: its compiler tells no limit of memory")
 
 
-def compiled(lowered):
+def compiled(lowered, options=None):
     """-> the compiled program, or None if it needs more memory than there is."""
     with without_cache():
         try:
-            return lowered.compile()
+            return lowered.compile(options)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" in str(error):
                 return None

@@ -35,14 +35,28 @@ def exact(q, k, v, bias=0.0, mask=True):
 @pytest.mark.parametrize("by", ["xla", "head_by_head", "heads_first", "auto"])
 def test_every_program_computes_the_formula(by, n, monkeypatch):
     monkeypatch.setattr(attention, "CACHE", 0)  # as if these were large
+    monkeypatch.setattr(attention, "TURN", 0)
     q, k, v, *more = inputs()[:n]
     out = attention.attend(q, k, v, *more, by=by)
     # ten float32 operations deep
     assert relative(out, exact(q, k, v, *more)) < 1e-6
 
 
+@pytest.mark.parametrize("most, length", [(0.5, [6]), (1, [6]), (2, [3]), (3, [])])
+def test_heads_take_turns_together_as_the_scores_allow(most, length, monkeypatch):
+    q, k, v, *_ = inputs(heads=6)
+    size = 2 * 6 * 6 * 4  # of the scores of a head
+    monkeypatch.setattr(attention, "TURN", most * size)
+    program = jax.make_jaxpr(lambda *a: attention.heads_first(*a))(q, k, v)  # anew
+    loops = [e for e in equations(program.jaxpr) if e.primitive.name == "scan"]
+    assert [e.params["length"] for e in loops] == length
+    found = attention.heads_first(q, k, v)
+    assert relative(found, exact(q, k, v)) < 1e-6
+
+
 def test_head_head_by_head_has_the_same_derivatives(monkeypatch):
     monkeypatch.setattr(attention, "CACHE", 0)
+    monkeypatch.setattr(attention, "TURN", 0)
     q, k, v, bias, mask = inputs(keys=5)
 
     def slopes(by):
@@ -99,6 +113,7 @@ def test_large_scores_are_taken_head_head_by_head_and_not_kept(monkeypatch):
 
 def test_the_field_reaches_every_block(monkeypatch):
     monkeypatch.setattr(attention, "CACHE", 0)
+    monkeypatch.setattr(attention, "TURN", 0)
     params, *given = noisy()
 
     def loops(by):

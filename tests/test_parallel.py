@@ -11,6 +11,7 @@ from sit_jax import placement, program, sharding
 from sit_jax.config import spec
 from sit_jax.diffusion import Diffusion
 from sit_jax.interpolant import Interpolant
+from sit_jax.models import attention
 from sit_jax.models.dit import DiT, SiT
 from sit_jax.models.mdt import MDTv2
 from sit_jax.plan import bytes_of
@@ -100,6 +101,17 @@ def test_eight_devices_give_the_losses_of_one_and_hold_what_was_planned(family, 
         if not leaf.is_fully_replicated
     ]
     assert len(split) >= 4  # or the pair shows nothing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["fsdp and tensor", "hybrid"])
+def test_a_tpus_attention_on_eight_devices(preset, monkeypatch):
+    """Its layout is split as the other is, and its turns see a device's rows."""
+    alone("SiT")  # by the usual program
+    model = spec(SiT, **SIZE, attention="heads_first")
+    monkeypatch.setitem(FAMILIES, "SiT", (model, FAMILIES["SiT"][1]))
+    monkeypatch.setattr(attention, "TURN", 0)
+    check("SiT", preset)
 
 
 @pytest.mark.slow

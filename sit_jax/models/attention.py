@@ -13,9 +13,10 @@ from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
 from sit_jax.errors import UserError
-from sit_jax.sharding import HEADS, by_heads
+from sit_jax.sharding import BATCH, HEADS, by_heads
 
 CACHE = 2**22  # bytes of scores from which a CPU takes one head at a time
+TURN = 2**24  # bytes of scores of the heads that a TPU takes at once
 LEAST = -0.7 * float(jnp.finfo(jnp.float32).max)  # the score of what is not seen
 KEPT = "attended"  # the name of heads_first's result to policies of remat
 CUDNN_TYPES = ("bfloat16", "float16")
@@ -102,8 +103,28 @@ def turns(q, k, v, bias=None, mask=None):
         parts["bias"] = jnp.moveaxis(bias, 1, 0)
     if own := mask is not None and mask.shape[1] > 1:
         parts["mask"] = jnp.moveaxis(mask, 1, 0)
-    run = jax.vmap(one) if _heads_are_split() else lambda each: jax.lax.map(one, each)
-    return checkpoint_name(run(parts), KEPT)
+    many = _at_once(q, k)
+    if many == len(q) or _heads_are_split():
+        out = jax.vmap(one)(parts)
+    else:
+        out = jax.lax.map(one, parts, batch_size=many)
+    return checkpoint_name(out, KEPT)
+
+
+def _at_once(q, k):
+    """How many heads take a turn together: a divisor of them, at least one.
+
+    Where the scores of all are small, turns cost more than they save; else those of a
+    turn and their gradients stay in a TPU's fast memory.
+    """
+    heads, images, _, length = q.shape
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = math.prod(mesh.shape.get(axis, 1) for axis in BATCH)
+    each = 4 * length * k.shape[-1] * -(-images // parts)
+    if heads * each <= 2 * TURN:
+        return heads
+    fit = (n for n in range(1, heads + 1) if heads % n == 0 and n * each <= TURN)
+    return max(fit, default=1)
 
 
 def _heads_are_split():
