@@ -120,6 +120,14 @@ def test_the_largest_batch_is_found_by_a_straight_line(monkeypatch, first):
     assert "batch 496: 0.00 GB a chip free" in said and len(said) == len(asked) - 1
 
 
+def test_libtpus_own_print_is_read_where_jaxlib_cannot(tmp_path):
+    assert pod.printed(tmp_path) == ""
+    for name, text in (("a", "short"), ("b", "the longest"), ("c", "")):
+        (tmp_path / f"module.{name}.after_codegen.txt").write_text(text)
+    (tmp_path / "module.before_optimizations.txt").write_text("longer than all others")
+    assert pod.printed(tmp_path) == "the longest"
+
+
 def test_no_batch_may_fit(monkeypatch):
     compile_for, _ = limit(per_image=10, most=5)
     monkeypatch.setattr(pod, "compile_for", compile_for)
