@@ -168,12 +168,13 @@ def test_cudnn_is_refused_where_it_cannot_run(platform, dtype, head, biased, fou
         attention.chosen("cudnn", dtype, head, biased, platform)
 
 
-def test_attention_scores_are_not_rounded_to_bfloat16():
+@pytest.mark.parametrize("by", ["xla", "heads_first"])
+def test_attention_scores_are_not_rounded_to_bfloat16(by):
     """Scores 256 and 257 over sqrt(2): in bfloat16 they would be 181 and 182."""
     array = lambda *rows: jnp.array(rows, jnp.bfloat16)[None, :, None]
     q, k, v = array([1, 1]), array([256, 0], [256, 1]), array([0, 0], [1, 1])
     exact = 1 / (1 + np.exp(-np.sqrt(0.5)))  # 0.670 against 0.731
-    ours = attention.attend(q, k, v)
+    ours = attention.attend(q, k, v, by=by)
     assert ours.dtype == jnp.bfloat16
     assert abs(float(ours[0, 0, 0, 0]) - exact) < 4e-3  # result is one bfloat16
 

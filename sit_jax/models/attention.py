@@ -85,10 +85,15 @@ def turns(q, k, v, bias=None, mask=None):
     Backward they are computed again, from what was kept under the name KEPT.
     """
 
+    # as jax.nn does: else the scores' gradient, float32, would be multiplied as such
+    half = q.dtype == jnp.bfloat16
+    precision = jax.lax.DotAlgorithmPreset.BF16_BF16_F32 if half else None
+
     @jax.checkpoint
     def one(part):
         q, k, v = (part[name] for name in "qkv")
-        scores = jnp.einsum("bdt,bds->bts", q, k, preferred_element_type=jnp.float32)
+        how = {"precision": precision, "preferred_element_type": jnp.float32}
+        scores = jnp.einsum("bdt,bds->bts", q, k, **how)
         scores = scores / math.sqrt(q.shape[1])
         if "bias" in part:
             scores = scores + part["bias"]
