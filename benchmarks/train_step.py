@@ -58,7 +58,11 @@ def arguments():
     add("--batches", default="8")
     add("--dtypes", default="float32", help="float32, bfloat16")
     add("--remat", default="none", help="none, dots, full, offload")
-    add("--attention", default="auto", help="auto, xla, cudnn, head_by_head")
+    add(
+        "--attention",
+        default="auto",
+        help="auto, xla, cudnn, head_by_head, heads_first",
+    )
     add("--unroll", default="1")
     add("--width", type=int, help="other than the size's, so that a CPU can hold XL")
     add("--heads", type=int, help="to go with it")

@@ -9,11 +9,14 @@ import importlib.util
 import math
 import re
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import pytest
 
 from sit_jax import config as configs
-from sit_jax import hlo, placement, pod, program, sharding, topology
+from sit_jax import hlo, placement, pod, precision, program, sharding, topology
+from sit_jax.models import layers
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
@@ -113,6 +116,34 @@ def test_between_slices_only_gradients_and_weights_travel():
     assert made.arguments < size(shapes) / 16
     once = jax.tree.leaves(placement.once(mesh, shapes.ema))
     assert any("data" in str(place.spec) for place in once)
+
+
+class Attentive(nn.Module):
+    by: str
+
+    @nn.compact
+    def __call__(self, x):
+        attention = layers.Attention(16, jnp.bfloat16, self.by, name="attn")
+        return x + attention(x), None
+
+
+def cycles(by, chip, images):
+    """Of the gradient of XL's attention with its weights, on one chip."""
+    one = jax.sharding.SingleDeviceSharding(topology.devices(chip)[0])
+    stack = layers.stack(Attentive, 4, "dots")(by)
+    x = jax.ShapeDtypeStruct((images, 256, 1152), jnp.bfloat16, sharding=one)
+    params = jax.eval_shape(stack.init, jax.random.key(0), x)
+    place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one)
+    loss = lambda params, x: jnp.mean(jnp.square(stack.apply(params, x)[0]))
+    step = precision.applied(precision.BF16, jax.grad(loss, argnums=(0, 1)), "tpu")
+    lowered = jax.jit(step).lower(jax.tree.map(place, params), x)
+    return hlo.cycles(topology.compiled(lowered).as_text())
+
+
+@pytest.mark.parametrize("chip, images", [("v5e:2x2", 64), ("v5p:2x2x1", 8)])
+def test_a_tpus_layout_of_heads_saves_cycles(chip, images):
+    """By the compiler's own reckoning: 16.6 of 23.5 million a layer, 1.2 of 1.4."""
+    assert cycles("heads_first", chip, images) < 0.9 * cycles("xla", chip, images)
 
 
 @pytest.mark.parametrize("name", {slice_: None for _, slice_, _ in CASES})
