@@ -90,12 +90,14 @@ def test_the_step_of_a_pod(name, slice_, batch):
     assert max(moved, default=0) < batch * each_row // sharding.rows(mesh)
 
     products = hlo.products(made.text)
-    wide = [each for each in products.elements() if each.left == "bf16"]
+    wide = [each for each in products.elements() if each.left == each.right == "bf16"]
     assert len(wide) >= 20  # forward, backward twice, and again what is not kept
-    assert {each.right for each in wide} == {"bf16"}
     # scores are kept as they were summed; other products are rounded once, after it
     assert products["bf16", "bf16", "f32", "default"] >= 2
     assert {each.out for each in wide} <= {"bf16", "f32"}
+    # their gradients are multiplied in one pass
+    mixed = [each for each in products if {*each[:2]} == {"bf16", "f32"}]
+    assert {each.precision for each in mixed} <= {"default"}
 
 
 @pytest.mark.parametrize("word, asked", [("exact", {"highest"}), ("fast", {"default"})])
