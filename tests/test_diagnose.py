@@ -58,7 +58,8 @@ def made(tensors, tmp_path_factory, monkeypatch_module):
         c = config(**settings or {})
         job = Job(**{"weights": "w", "config": to_json(c), "labels": LISTED, **fields})
         held = weights or tensors
-        opened = types.SimpleNamespace(load=lambda item, parts, mesh: held[item])
+        load = lambda item, parts, mesh: held[item]
+        opened = types.SimpleNamespace(load=load, meta={})
         room = sampling.studio(job, opened)
         stats = {"evaluations": {"min": 8, "mean": 8.0, "max": 8}, "unfinished": []}
         manifest = {

@@ -389,7 +389,7 @@ def test_more_states_than_steps_are_refused():
         (lambda: Ode(steps=-3), "steps=-3"),
         (lambda: Ode(steps=2.5), "steps=2.5"),
         (lambda: Ode(frames=-1), "frames=-1"),
-        (lambda: Adams(0), "steps=0: Adams"),
+        (lambda: Adams(0), "steps=0: a whole number, at least 1"),
         (lambda: Adams(corrections=0), "corrections=0"),
         (lambda: Adams(rtol=-1.0), "rtol=-1"),
         (lambda: AdaptiveOde(frames=1.5), "frames=1.5"),

@@ -66,7 +66,8 @@ def made(tensors, tmp_path_factory):
         job = {"weights": "w", "labels": LISTED, "vae": str(VAE), **fields}
         job = Job(config=to_json(c), **job)
         held = held or tensors
-        opened = types.SimpleNamespace(load=lambda item, parts, mesh: held[item])
+        load = lambda item, parts, mesh: held[item]
+        opened = types.SimpleNamespace(load=load, meta={})
         room = sampling.studio(job, opened)
         manifest = {"job": job.to_json(), **room.record, **environment()}
         manifest = json.loads(json.dumps(manifest))

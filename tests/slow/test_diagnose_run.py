@@ -77,7 +77,8 @@ def test_other_kinds_have_their_stages(kind, tmp_path):
     for name, emulate in (("a", None), ("b", "gpu-tf32")):
         labels = np.arange(4, dtype=np.int32)
         job = Job("w", to_json(c), labels, emulate=emulate)
-        opened = types.SimpleNamespace(load=lambda item, parts, mesh: params)
+        load = lambda item, parts, mesh: params
+        opened = types.SimpleNamespace(load=load, meta={})
         room = sampling.studio(job, opened)
         manifest = {"job": job.to_json(), **room.record, **environment()}
         bundle.write(stages.collect(room, manifest, tmp_path / name, 4, 3))
