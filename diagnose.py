@@ -29,6 +29,7 @@ from sit_jax.features import StoredFeatures
 from sit_jax.given import Given
 from sit_jax.judges import Evaluator
 from sit_jax.numerals import COUNT, whole
+from sit_jax.places import local
 from sit_jax.stages import collect
 from sit_jax.swapping import decoded, exchanged_sides
 from sit_jax.workdir import read_json
@@ -53,7 +54,7 @@ def make_bundle(args):
     """A bundle of --from-manifest at --collect -> exit code."""
     if args.sides or not args.from_manifest:
         raise UserError("--collect OUT needs --from-manifest M, and no A and B")
-    out = require_free(args.collect, args.overwrite)
+    out = require_free(local(args.collect), args.overwrite)
     given = bundle.read(args.inputs) if args.inputs else None
     if args.features:
         StoredFeatures(ArrayFile(args.features))  # or it is refused

@@ -14,7 +14,7 @@ from sit_jax import json_text
 from sit_jax.array_files import ArrayFile
 from sit_jax.drafts import draft
 from sit_jax.errors import UserError
-from sit_jax.places import local
+from sit_jax.places import local, place
 
 FORMAT = "sit_jax bundle 1"
 FILES = ("bundle.json", "arrays.npz")
@@ -63,7 +63,7 @@ def write(bundle, features=None):
         record = {"format": FORMAT, **bundle.record}
         (folder / FILES[0]).write_text(json.dumps(record, indent=1))
         if features is not None:
-            (folder / FEATURES).write_bytes(Path(features).read_bytes())
+            (folder / FEATURES).write_bytes(place(features).read_bytes())
 
 
 def read(path):

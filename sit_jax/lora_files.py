@@ -7,7 +7,6 @@ versions do not read: so what is written for diffusers has scale 1.
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from sit_jax import hosts, json_text
 from sit_jax.errors import UserError
 from sit_jax.lora_names import Pair, from_diffusers, to_diffusers
 from sit_jax.lora_numbers import require_numbers
+from sit_jax.places import local, place
 from sit_jax.port import listed
 from sit_jax.tensor_files import Tensors, open_file
 
@@ -53,18 +53,18 @@ CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts that move th
 
 def is_adapter(path):
     """Whether a path is what read() reads: a folder of PEFT or diffusers, or a file."""
-    path = Path(path).expanduser()
+    path = place(path)
     return is_adapter_folder(path) or path.suffix == ".safetensors"
 
 
 def is_adapter_folder(path):
-    path = Path(path).expanduser()
+    path = place(path)
     return any((path / name).is_file() for name in (CONFIG, WEIGHTS, DIFFUSERS))
 
 
 def read(path):
     """-> {torch module, by original names: Pair}, dropout, label table or None."""
-    path = Path(path).expanduser()
+    path = local(path)  # which says what to do with one in a bucket
     config, file = {}, path
     if path.is_dir():
         names = (WEIGHTS, "adapter_model.bin", DIFFUSERS)

@@ -17,7 +17,16 @@ from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
-from sit_jax import buckets, checkpoint, leases, locks, mirrors, outputs, places
+from sit_jax import (
+    buckets,
+    checkpoint,
+    leases,
+    locks,
+    lora_files,
+    mirrors,
+    outputs,
+    places,
+)
 from sit_jax.array_files import ArrayFile
 from sit_jax.checkpoint.folder import set_aside, steps, unfinished
 from sit_jax.checkpoint.sums import damages, write_sums
@@ -285,6 +294,14 @@ def test_who_cannot_renew_ends_before_another_takes_over(bucket, monkeypatch, ca
     with locks.alone(bucket):
         assert ended.wait(5)
     assert ".lock was not renewed for 0.05 s: another run" in capsys.readouterr().err
+
+
+def test_a_folder_of_peft_is_refused_with_what_to_do(bucket):
+    (bucket / "adapter" / lora_files.CONFIG).write_text("{}")
+    assert lora_files.is_adapter("gs://here/adapter")
+    assert not lora_files.is_adapter("gs://here/run")  # a run's may be there
+    with pytest.raises(UserError, match="gs://here/adapter: .*gcloud storage cp"):
+        lora_files.read("gs://here/adapter")
 
 
 def test_a_mirror_sends_what_changes(bucket, monkeypatch):

@@ -165,6 +165,10 @@ def test_samples_are_those_of_a_disk(bucket, trained, tmp_path):
     assert (bucket / "y.npz").read_bytes() == (bucket / "x.npz").read_bytes()
     _, said = command("sample.py", *again, code=2)
     assert f"--out {bucket}/y.npz exists" in said
+    collected = ("--from-manifest", again[1], "--images", 2, "--steps", 2)
+    command("diagnose.py", "--collect", tmp_path / "bundle", *collected)
+    _, said = command("diagnose.py", "--collect", bucket / "bundle", *collected, code=2)
+    assert f"{bucket}/bundle: only paths of files are taken here" in said
     command("sample.py", "--weights", trained[0], "--num", 5, "--out", bucket / "x.png")
     command(
         "sample.py", "--weights", trained[0], "--num", 5, "--out", f"{bucket}/pngs/"
@@ -222,11 +226,27 @@ def test_two_processes(bucket, tmp_path):
     assert there == (tmp_path / "pod" / "x.npz").read_bytes()
 
 
-def test_what_is_refused(bucket):
+def test_what_is_refused(bucket, trained, tmp_path):
     words = ("--config", "tests/small_config.py", "--workdir", "gs://no-such-bucket/x")
     assert "there is no such bucket" in command("train.py", *words, code=2)[1]
     words = ("--data", ROOT, "--vae", "x", "--out", "gs://runs/cache")
     assert "cp it to a disk" in command("extract_features.py", *words, code=2)[1]
+    (bucket / "peft" / "adapter_config.json").write_text("{}")
+    words = ("--weights", trained[1], "--lora", bucket / "peft", "--num", 5)
+    _, said = command("sample.py", *words, "--out", tmp_path / "x.png", code=2)
+    assert said.startswith("sample.py: gs://runs/peft") and "cp it to a disk" in said
+
+
+def test_a_dead_lease_is_removed_and_a_live_one_is_not(bucket):
+    path = bucket / "lease"
+    path.write_text("dead")
+    version = places.version(path)[1]
+    path.write_text("live")
+    with pytest.raises(FileExistsError):
+        places.remove_version(path, version)
+    assert path.read_text() == "live"
+    places.remove_version(path, places.version(path)[1])
+    assert not path.exists()
 
 
 def test_no_temporary_file_is_left(bucket, tmp_path, monkeypatch):
