@@ -120,6 +120,9 @@ def script(main):
     usual = sys.unraisablehook
 
     def hook(raised):
+        if raised.exc_type is KeyboardInterrupt:  # dropped, as interrupts.py says
+            interrupts.tidy()
+            _left()
         if str(raised.exc_value) != "Event loop is closed":
             usual(raised)
 

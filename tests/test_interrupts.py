@@ -80,5 +80,35 @@ def test_who_enters_a_block_has_heard_nothing():
     assert (said, process.returncode) == ("ended\n", 7)
 
 
+DROPS = """
+import os, signal
+from sit_jax import command, interrupts
+
+class Dropping:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+
+def main():
+    with interrupts.tidied(lambda: print("tidied", flush=True)):
+        one = Dropping()
+        del one
+        print("went on")
+    return 0
+
+command.script(main)
+"""
+
+
+def test_an_exception_that_python_drops_is_heard():
+    """As in garbage collection; else it would go on for the seconds of grace."""
+    found = subprocess.run(
+        [sys.executable, "-c", DROPS], capture_output=True, text=True
+    )
+    assert (found.stdout, found.returncode) == ("tidied\n", 130)
+    assert (
+        found.stderr == "-c: interrupted; the same command goes on, or begins again\n"
+    )
+
+
 def test_five_seconds_are_enough():
     assert interrupts.GRACE < 4

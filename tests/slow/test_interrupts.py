@@ -1,6 +1,6 @@
 """Ctrl-C in each script at random moments: a line within 5 seconds, and it goes on.
 
-Four minutes: pytest tests/slow/test_interrupts.py
+Five minutes: pytest tests/slow/test_interrupts.py
 """
 
 import os
@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import runs
@@ -74,6 +75,13 @@ def diagnosis(inputs):
     )
 
 
+def scoring(inputs):
+    images = np.random.default_rng(0).integers(0, 256, (2000, 8, 8, 1), np.uint8)
+    np.savez(inputs / "x.npz", arr_0=images, arr_1=np.arange(2000) % 10)
+    place = lambda place: (inputs / "x.npz", "--out", place / "x.json")
+    return Work("score_digits", place, None, 0)
+
+
 def _torch_file(inputs):
     """SiT-S/2 twice, 0.26 GB, of random weights."""
     path = inputs / "s2.pt"
@@ -89,6 +97,7 @@ SCRIPTS = {  # seconds after the imports in which something is going on
     porting: 5,
     quantization: 3,
     diagnosis: 3,
+    scoring: 1,
 }
 
 
