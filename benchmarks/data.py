@@ -35,7 +35,8 @@ REPEATS = 20  # the best of which counts; short ones, between the neighbours' wo
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", metavar="DIR", help="an ImageFolder to decode")
-    parser.add_argument("--vae", metavar="PATH", help="also measures extraction")
+    said = "also measures extraction; random: one of sd-vae-ft-mse's size"
+    parser.add_argument("--vae", metavar="PATH", help=said)
     parser.add_argument("--size", type=int, default=256, help="of images for the VAE")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -137,7 +138,8 @@ def extraction(folder, vae, out, size, batch=8):
     from sit_jax.extraction import Encoder, describe, extract
     from sit_jax.vae_files import load_vae
 
-    codec, source = load_vae(vae), ImageFolder(folder, size)
+    codec = random_vae() if vae == "random" else load_vae(vae)
+    source = ImageFolder(folder, size)
     tags = describe(source, codec)
     encoder = Encoder(codec, tags, batch)
     images = np.stack([source[i]["image"] for i in range(batch)])
@@ -156,6 +158,22 @@ def extraction(folder, vae, out, size, batch=8):
         f"extraction: {rate[0]:.3g} images/s in both views, {clock:.2f} x the encoder "
         f"alone by the clock, {cpu:.2f} x by CPU time (goal: 0.9)"
     )
+
+
+def random_vae():
+    """Speed does not depend on what the weights are."""
+    import jax
+    import jax.numpy as jnp
+
+    from sit_jax.codec import Vae
+    from sit_jax.models.vae import AutoencoderKL
+
+    model, image = AutoencoderKL(), jnp.zeros((1, 8, 8, 3))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    rng = np.random.default_rng(0)
+    some = lambda like: 0.02 * rng.standard_normal(like.shape, np.float32)
+    params = jax.device_put(jax.tree.map(some, shapes))
+    return Vae(params=params, model=model)
 
 
 def make_cache(path, dtype, count):

@@ -35,9 +35,9 @@ def begin(environ=os.environ):
 
 def compiled(lower):
     """lower() -> a lowered program; -> it compiled, and in words how long that took."""
-    begun, hits = time.perf_counter(), _seen[HIT]
+    begun = time.perf_counter()
     lowered = lower()
-    traced = time.perf_counter()
+    traced, hits = time.perf_counter(), _seen[HIT]  # tracing runs small programs too
     program = lowered.compile()
     ended = time.perf_counter()
     words = f"in {ended - begun:.1f} s, {traced - begun:.1f} of them tracing"
