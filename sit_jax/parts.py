@@ -1,6 +1,6 @@
 """Batches on disk until all are there, so that a long run can be killed and go on."""
 
-import io
+import contextlib
 import re
 import sys
 import zipfile
@@ -79,8 +79,8 @@ class Parts:
 
     def read(self, batch):
         """-> what was saved."""
-        with np.load(self._open(batch), allow_pickle=False) as file:
-            return {name: file[name] for name in file if name != KEY}
+        with self._opened(batch) as arrays:
+            return {name: arrays[name] for name in arrays if name != KEY}
 
     def images(self, batch):
         return self._array(batch, "images")
@@ -127,20 +127,24 @@ class Parts:
     def _damage(self, batch):
         """What is wrong with a batch that is there, or None; all of it is read."""
         try:
-            with zipfile.ZipFile(self._open(batch)) as file:
-                if odd := file.testzip():
+            with self._path(batch).open("rb") as file:
+                if odd := zipfile.ZipFile(file).testzip():
                     return f"is damaged (sum of {odd})"
             if self._array(batch, KEY, "") != self._key(batch):
                 return "belongs to another run"
         except DAMAGED as error:
             return f"is damaged ({str(error) or type(error).__name__})"
 
-    def _open(self, batch):
-        return io.BytesIO(self._path(batch).read_bytes())
+    @contextlib.contextmanager
+    def _opened(self, batch):
+        """Arrays of a batch by name; only those that are asked for are read."""
+        with self._path(batch).open("rb") as file:
+            with np.load(file, allow_pickle=False) as arrays:
+                yield arrays
 
     def _array(self, batch, name, default=None):
-        with np.load(self._open(batch), allow_pickle=False) as file:
-            return file[name] if default is None or name in file else default
+        with self._opened(batch) as arrays:
+            return arrays[name] if default is None or name in arrays else default
 
 
 def _files(folder):

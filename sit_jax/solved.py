@@ -33,7 +33,7 @@ def lines(room, stats, drawn, seconds, compile_seconds):
     if "accepted" in stats:
         steps = {k: f"{stats[k]['mean']:.4g}" for k in ("accepted", "rejected")}
         calls += f" ({steps['accepted']} steps taken, {steps['rejected']} rejected)"
-    rate = f"{drawn / max(seconds, 1e-9):.1f} images/s"
+    rate = f"{drawn / max(seconds, 1e-9):.1f} images/s" if drawn else "drawn before"
     guided = "no guidance" if is_none(room.parts.guidance) else "guided"
     lines = [
         f"{len(room.job.labels)} images, {guided}, {calls}, {rate} "

@@ -25,8 +25,8 @@ class LatentCache:
         self.tags = tags = read_tags(self.about["tags"], self.path)
         if flip and tags.views < 2 and tags.kind == "moments":
             raise UserError(
-                f"{self.path} was extracted without flips; set flip=False, or extract "
-                "it again without --no-flip"
+                f"{self.path} was extracted without flips; set flip=False "
+                "(--config.source.flip=False), or extract it again without --no-flip"
             )
         self.flip = flip and tags.views == 2
         self.shape, self.classes = tuple(tags.shape), tags.classes

@@ -7,7 +7,7 @@ import numpy as np
 
 from sit_jax.data.images import BrokenImage
 from sit_jax.data.sources import KINDS
-from sit_jax.errors import UserError
+from sit_jax.errors import UserError, one_line
 
 
 def read(source, ids, mirrors):
@@ -105,7 +105,7 @@ class Broken:
         for i, why in found.items():
             if i not in self._found:
                 self._found[i] = why
-                self._say(f"broken image: {why}; {instead}")
+                self._say(one_line(f"broken image: {why}; {instead}"))
         if len(self._found) > self._share * self._length:
             raise UserError(
                 f"{len(self._found)} of {self._length} images are broken, more than "
