@@ -60,7 +60,7 @@ def missing(path):
 
 
 def another(path):
-    """One number of one tensor is another: nothing but its bytes tells."""
+    """One number of one tensor is another: only the bytes tell."""
     state = torch.load(path, weights_only=True)
     next(iter(state.values())).view(-1)[0] += 1
     torch.save(state, path)
@@ -79,7 +79,7 @@ WRONG = {
     missing: "no weights at {home}/x.pt",
     another: "x.pt is not the same file everywhere: sha256 ",
     cut: "{home}/x.pt",
-    other_network: "{home}/x.pt",
+    other_network: "x.pt is not the same file everywhere: sha256 ",
 }
 
 
