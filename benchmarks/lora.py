@@ -5,7 +5,8 @@ python benchmarks/lora.py [--size S] [--batch 4] [--reference DIR] [--json FILE]
 DIR holds a models.py of SiT in torch (a clone, or tests/plain_torch); it needs torch
 and peft, whose adapters then take the same steps in the same run. Random weights,
 256 px latents, float32, rank 16 on attention and MLPs, AdamW. Memory is what XLA
-reckons for the compiled step: arguments and temporaries. Medians of the repeats.
+reckons for the compiled step: arguments and temporaries. Medians of the repeats. On a
+CPU both sides are quicker with huge pages: set what train_step.py has as HUGE_PAGES.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from sit_jax.codec import Latents
 from sit_jax.interpolant import Interpolant
 from sit_jax.models.applied import apply
 from sit_jax.models.dit import SIZES, SiT
+from sit_jax.models.layers import REMAT
 from sit_jax.recipe import recipe
 from sit_jax.stored import merged, quantize, replace
 from sit_jax.training import fresh_state, init_params, make_train_step
@@ -40,11 +42,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="S", choices=SIZES)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--remat", default="none", choices=REMAT)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--reference", metavar="DIR", help="models.py of SiT in torch")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    model, adapter = SiT(patch=2, **SIZES[args.size]), recipe(get_config()).adapter
+    adapter = recipe(get_config()).adapter
+    model = SiT(patch=2, remat=args.remat, **SIZES[args.size])
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(
         functools.partial(init_params, model, SHAPE), jax.random.key(0)

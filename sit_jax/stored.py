@@ -18,6 +18,7 @@ from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sit_jax.errors import UserError
+from sit_jax.products import product as multiply
 
 
 class Quantized(struct.PyTreeNode):
@@ -72,7 +73,7 @@ class Adapted(struct.PyTreeNode):
     def product(self, x, dtype):
         out, dropped = product(x, self.base, dtype), self._dropped(x)
         down, up = self.down.astype(dtype), self.up.astype(dtype)
-        more = (dropped.astype(dtype) @ down) @ (self.scale * up)
+        more = multiply(multiply(dropped.astype(dtype), down), self.scale * up)
         if self.magnitude is None:
             return out + more
         gain = over(self._gain().astype(dtype), out)

@@ -11,6 +11,7 @@ from sit_jax.errors import UserError
 from sit_jax.models import attention
 from sit_jax.models.applied import apply
 from sit_jax.models.dit import SiT
+from sit_jax.models.layers import REMAT
 from sit_jax.models.mdt import MDT
 from sit_jax.quantized import eight
 from sit_jax.residuals import saved_bytes
@@ -109,6 +110,37 @@ def test_large_scores_are_taken_head_head_by_head_and_not_kept(monkeypatch):
     assert [e.params["length"] for e in loops] == [3, 3]
     handed_on = [x.aval.shape for x in loops[0].outvars]
     assert (3, 2, 6, 6) not in [s[:2] + s[-2:] for s in handed_on]
+
+
+def test_kept_results_spare_the_loop_forward_a_second_time(monkeypatch):
+    monkeypatch.setattr(attention, "CACHE", 0)
+    q, k, v, *_ = inputs()
+
+    def loops(policy):
+        run = jax.checkpoint(attention.head_by_head, policy=policy)
+        slope = jax.grad(lambda q: jnp.square(run(q, k, v)).sum())
+        program = equations(jax.make_jaxpr(slope)(q).jaxpr)
+        return sum(e.primitive.name == "scan" for e in program)
+
+    assert loops(REMAT["dots"]) == 2
+    assert loops(REMAT["full"]) == 3
+
+
+def test_head_by_head_sums_bfloat16_in_float32(monkeypatch):
+    monkeypatch.setattr(attention, "CACHE", 0)
+    given = [jnp.asarray(x, jnp.bfloat16) for x in inputs(length=40, keys=40)[:3]]
+
+    def slopes(by, given):
+        loss = lambda *a: attention.attend(*a, by=by).astype(jnp.float32).sum()
+        return quick_jit(jax.grad(loss, argnums=(0, 1, 2)))(*given)
+
+    exactly = slopes("xla", [x.astype(jnp.float32) for x in given])
+    found = (slopes("head_by_head", given), slopes("xla", given), exactly)
+    for ours, usual, true in zip(*found, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        far, usually = (relative(x.astype(jnp.float32), true) for x in (ours, usual))
+        # no further from the slopes in float32 than the usual program is
+        assert far < max(1.5 * usually, 4e-3)
 
 
 def test_the_field_reaches_every_block(monkeypatch):

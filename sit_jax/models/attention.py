@@ -13,12 +13,13 @@ from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
 from sit_jax.errors import UserError
+from sit_jax.models import by_head
+from sit_jax.models.by_head import KEPT
 from sit_jax.sharding import BATCH, HEADS, by_heads
 
 CACHE = 2**22  # bytes of scores from which a CPU takes one head at a time
 TURN = 2**24  # bytes of scores of the heads that a TPU takes at once
 LEAST = -0.7 * float(jnp.finfo(jnp.float32).max)  # the score of what is not seen
-KEPT = "attended"  # the name of heads_first's result to policies of remat
 CUDNN_TYPES = ("bfloat16", "float16")
 CUDNN_HEAD = 128  # most values of a head that cuDNN takes on every GPU from Ampere on
 
@@ -44,31 +45,23 @@ def cudnn(q, k, v, bias=None, mask=None):
 
 
 def head_by_head(q, k, v, bias=None, mask=None):
-    """One head after another, so that its scores stay in a CPU's cache.
+    """One head after another, so that its scores stay in a CPU's cache; see by_head.py.
 
-    Backward they are computed again: reading them from memory would take longer. Heads
-    and not images take turns, since a batch may be split over devices; heads that are
-    split over devices themselves are left in one piece.
+    Heads and not images take turns, since a batch may be split over devices; heads that
+    are split over devices themselves are left in one piece. No forward-mode derivative.
+    A query that the mask lets see nothing gets no meaningful gradient.
     """
     rows, length, heads, _ = q.shape
     small = rows * heads * length * k.shape[1] * 4 <= CACHE
     if small or heads == 1 or _heads_are_split():
         return xla(q, k, v, bias, mask)
-    each = lambda x, axis: jnp.moveaxis(x, axis, 0)
-    parts = {"q": each(q, 2), "k": each(k, 2), "v": each(v, 2)}
+    q, k, v = (jnp.moveaxis(x, 2, 0) for x in (q, k, v))
     if bias is not None:
-        parts["bias"] = each(bias, 1)
-    if mask is not None and mask.shape[1] > 1:
-        parts["mask"] = each(mask, 1)
-
-    @jax.checkpoint
-    def one(part):
-        q, k, v = (part[name][:, :, None] for name in "qkv")
-        bias = part["bias"][:, None] if "bias" in part else None
-        seen = part["mask"][:, None] if "mask" in part else mask
-        return xla(q, k, v, bias, seen)[:, :, 0]
-
-    return jnp.moveaxis(jax.lax.map(one, parts), 0, 2)
+        bias = jnp.moveaxis(bias, 1, 0)
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (mask.shape[0], heads, *mask.shape[2:]))
+        mask = jnp.moveaxis(mask, 1, 0)
+    return jnp.moveaxis(by_head.attend(q, k, v, bias, mask), 0, 2)
 
 
 def heads_first(q, k, v, bias=None, mask=None):

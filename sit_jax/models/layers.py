@@ -16,13 +16,14 @@ from einops import rearrange
 from flax.linen.dtypes import promote_dtype
 
 from sit_jax.errors import UserError
-from sit_jax.models.attention import KEPT, attend, chosen, turns
+from sit_jax.models.attention import attend, chosen, turns
+from sit_jax.models.by_head import KEPT
 from sit_jax.sharding import HEADS, by_heads, by_rows, gathered
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 # What the backward pass keeps of a block: everything (none), the results of products
-# with weights (dots; and of attention, where heads take turns in a TPU's layout), those
+# with weights (dots; and of attention, where heads take turns), those
 # moved to host memory (offload), only its input (full).
 REMAT = {
     "none": None,
