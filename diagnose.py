@@ -29,7 +29,7 @@ from sit_jax.features import StoredFeatures
 from sit_jax.given import Given
 from sit_jax.judges import Evaluator
 from sit_jax.numerals import COUNT, whole
-from sit_jax.places import local
+from sit_jax.places import local, place
 from sit_jax.stages import collect
 from sit_jax.swapping import decoded, exchanged_sides
 from sit_jax.workdir import read_json
@@ -121,9 +121,7 @@ def report(args):
 
 def job_file(path):
     """The manifest itself, where a folder of samples is named."""
-    from pathlib import Path
-
-    path = Path(path).expanduser()
+    path = place(path)
     return path / "manifest.json" if path.is_dir() else path
 
 

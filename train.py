@@ -158,6 +158,7 @@ def _loop(config, parts, mesh, source, state, feed, log, saved, keeper, look, st
     shapes = abstract_batch(source, config.batch_size, mesh)
     with stop.compiling(first):
         step = _compiled(log, config, parts, mesh, state, shapes, key)
+        keeper.compile(state)
     stop.outlook = keeper.outlook
     batch = next(feed)  # was read meanwhile
     meter = _meter(config, parts)

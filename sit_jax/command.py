@@ -135,6 +135,7 @@ def script(main):
         if end.code:
             sys.stderr.flush()
             os._exit(end.code)
+        opening.all_is_done()
         raise
 
 

@@ -12,6 +12,10 @@ class Keeper:
         self._saved, self._watch, self._past = saved, watch, past
         self._about, self._decay = about, decay
 
+    def compile(self, state):
+        """All that a save needs."""
+        self._watch.compile(state)
+
     def look(self, step, state):
         """Cheap, after every step: raises what has gone wrong since the last one."""
         self._saved.check()

@@ -31,6 +31,11 @@ class Replicas:
         self._every = every if copied else 0
         self._sums = device_sums(mesh, state) if self._every else None
 
+    def compile(self, state):
+        """Or the first check does, which may be that of a save after Ctrl-C."""
+        if self._every:
+            self._sums = self._sums.lower(state).compile()
+
     def due(self, step):
         return self._every > 0 and step % self._every == 0
 

@@ -116,6 +116,34 @@ def test_a_signal_finds_the_step_saved(tmp_path, monkeypatch, capfd, name, at):
     assert ("no samples of step 4 were drawn" in out) == (at == 4)
 
 
+def test_a_save_compiles_nothing(tmp_path, monkeypatch):
+    """With copies to be compared: what is compiled after Ctrl-C is waited for."""
+    built, saving = [], []
+    save = Keeper.save
+
+    def listened(self, step, state):
+        saving.append(step)
+        try:
+            return save(self, step, state)
+        finally:
+            saving.clear()
+
+    def hear(event, seconds, **more):
+        if saving and event.startswith("/jax/core/compile"):
+            built.append(event)
+
+    monkeypatch.setattr(Keeper, "save", listened)
+    jax.monitoring.register_event_duration_secs_listener(hear)
+    try:
+        config = small.config(steps=2, save_every=1, preview=0)
+        config.mesh.fsdp = 1
+        config.check_replicas = 1000
+        assert train.train(config, tmp_path) == 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(hear)
+    assert checkpoint.steps(tmp_path / "checkpoints") == [1, 2] and not built
+
+
 def test_a_signal_during_a_picture_finds_its_step_saved(tmp_path, monkeypatch):
     """Of a step that has no save of its own, the next one is taken and saved."""
 

@@ -107,8 +107,9 @@ def test_a_killed_run_goes_on_to_the_same_losses(trained):
 
 def test_two_runs_in_one_workdir(bucket):
     workdir = bucket / "two"
-    first = runs.start(workdir, steps=100_000, save_every=50_000)
-    runs.until(first, lambda: (workdir / "config.json").exists())
+    first = runs.start(workdir, steps=100_000, save_every=20)
+    # past compiling, when it would end without a step
+    runs.until(first, lambda: checkpoint.steps(workdir / "checkpoints"))
     words = ("--config", "tests/small_config.py", "--workdir", workdir)
     _, said = command("train.py", *words, "--config.steps=100000", code=2)
     assert f"{workdir} is in use by process {first.pid}" in said
