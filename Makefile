@@ -17,9 +17,12 @@ demo: .venv/installed
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+# in pairs, as they wait for each other most of the time; alone what has to end in seconds
+SLOW := $(BIN)/python -m pytest --durations=25
 test-slow: .venv/slow
-	$(BIN)/python -m pytest tests -m slow -o addopts="-q --ignore=tests/slow"
-	$(BIN)/python -m pytest tests/slow -o addopts=-q
+	$(SLOW) tests -m slow -n 2 --dist loadfile -o addopts="-q --ignore=tests/slow"
+	$(SLOW) tests/slow/test_interrupts.py -o addopts=-q
+	$(SLOW) tests/slow -n 2 --dist loadfile -o addopts="-q --ignore=tests/slow/test_interrupts.py"
 
 lint: .venv/dev
 	$(BIN)/ruff format --check .
