@@ -1,6 +1,7 @@
 """Strict JAX on eight simulated CPU devices, for every test and its subprocesses."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,3 +14,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 PLACES = [str(ROOT), str(ROOT / "tests")]
 sys.path[:0] = PLACES
 os.environ["PYTHONPATH"] = os.pathsep.join(PLACES)
+
+# a shell starts a job in the background with Ctrl-C ignored, and programs inherit that
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

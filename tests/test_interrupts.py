@@ -81,12 +81,12 @@ def test_who_enters_a_block_has_heard_nothing():
 
 
 DROPS = """
-import os, signal
+import signal
 from sit_jax import command, interrupts
 
 class Dropping:
     def __del__(self):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
 def main():
     with interrupts.tidied(lambda: print("tidied", flush=True)):
