@@ -162,6 +162,7 @@ def test_the_field_reaches_every_block(monkeypatch):
     [
         ("cpu", jnp.float32, 64, False, "head_by_head"),
         ("tpu", jnp.bfloat16, 72, False, "heads_first"),
+        ("tpu", jnp.bfloat16, 72, True, "xla"),
         ("gpu", jnp.float32, 64, False, "xla"),
         ("cuda", jnp.bfloat16, 72, False, "cudnn"),
         ("gpu", jnp.float16, 128, False, "cudnn"),

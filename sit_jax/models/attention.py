@@ -165,8 +165,8 @@ def chosen(by, dtype, head, biased, platform=None):
         return by
     if platform == "cpu":
         return "head_by_head"
-    if platform == "tpu":
-        return "heads_first"
+    if platform == "tpu":  # in turns, a bias makes a pod exchange whole batches
+        return "xla" if biased else "heads_first"
     return "cudnn" if fits and not biased else "xla"
 
 
