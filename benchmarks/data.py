@@ -134,11 +134,13 @@ def extraction(folder, vae, out, size, batch=8):
     says what is done besides encoding, if none of it waits.
     """
     import jax
+    from vae import codec as random
 
     from sit_jax.extraction import Encoder, describe, extract
+    from sit_jax.models.vae import AutoencoderKL
     from sit_jax.vae_files import load_vae
 
-    codec = random_vae() if vae == "random" else load_vae(vae)
+    codec = random(AutoencoderKL(), "exact") if vae == "random" else load_vae(vae)
     source = ImageFolder(folder, size)
     tags = describe(source, codec)
     encoder = Encoder(codec, tags, batch)
@@ -158,22 +160,6 @@ def extraction(folder, vae, out, size, batch=8):
         f"extraction: {rate[0]:.3g} images/s in both views, {clock:.2f} x the encoder "
         f"alone by the clock, {cpu:.2f} x by CPU time (goal: 0.9)"
     )
-
-
-def random_vae():
-    """Speed does not depend on what the weights are."""
-    import jax
-    import jax.numpy as jnp
-
-    from sit_jax.codec import Vae
-    from sit_jax.models.vae import AutoencoderKL
-
-    model, image = AutoencoderKL(), jnp.zeros((1, 8, 8, 3))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
-    rng = np.random.default_rng(0)
-    some = lambda like: 0.02 * rng.standard_normal(like.shape, np.float32)
-    params = jax.device_put(jax.tree.map(some, shapes))
-    return Vae(params=params, model=model)
 
 
 def make_cache(path, dtype, count):

@@ -14,12 +14,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from sit_jax.errors import UserError
 from sit_jax.models import by_head
-from sit_jax.models.by_head import KEPT
+from sit_jax.models.by_head import KEPT, LEAST
 from sit_jax.sharding import BATCH, HEADS, by_heads
 
 CACHE = 2**22  # bytes of scores from which a CPU takes one head at a time
 TURN = 2**24  # bytes of scores of the heads that a TPU takes at once
-LEAST = -0.7 * float(jnp.finfo(jnp.float32).max)  # the score of what is not seen
 CUDNN_TYPES = ("bfloat16", "float16")
 CUDNN_HEAD = 128  # most values of a head that cuDNN takes on every GPU from Ampere on
 

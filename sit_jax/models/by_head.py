@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 KEPT = "attended"  # the name of attention's results to policies of remat
+LEAST = -0.7 * float(jnp.finfo(jnp.float32).max)  # the score of what is not seen
 
 
 @jax.custom_vjp
@@ -65,7 +66,7 @@ def _scores(q, k, bias, mask):
     if bias is not None:
         scores = scores + bias
     if mask is not None:
-        scores = jnp.where(mask, scores, 0.7 * jnp.finfo(scores.dtype).min)
+        scores = jnp.where(mask, scores, LEAST)
     return scores
 
 
