@@ -74,6 +74,8 @@ def place(args, seconds, environ=os.environ):
         )
     else:
         found = _of_torch(environ) or _of_jax(seconds)
+        if found is None:
+            _require_no_half(environ)
     return found if found and found.count > 1 else None
 
 
@@ -86,11 +88,21 @@ def _of_torch(environ):
         return None
     number = lambda name: _whole(name, environ[name])
     port = number("MASTER_PORT") + ("TORCHELASTIC_RUN_ID" in environ)
-    several = int(environ.get("LOCAL_WORLD_SIZE", 1)) > 1
+    several = "LOCAL_WORLD_SIZE" in environ and number("LOCAL_WORLD_SIZE") > 1
     devices = [number("LOCAL_RANK")] if several and "LOCAL_RANK" in environ else None
     address = f"{environ['MASTER_ADDR']}:{port}"
     count, index = number("WORLD_SIZE"), number("RANK")
     return Place(address, count, index, devices, ", ".join(TORCH))
+
+
+def _require_no_half(environ):
+    """Refuses to be alone where only a part of torchrun's variables says otherwise."""
+    lacking = [name for name in TORCH if not environ.get(name)]
+    if environ.get("WORLD_SIZE", "1") not in ("", "1") and lacking:
+        raise UserError(
+            f"WORLD_SIZE is {environ['WORLD_SIZE']} without {' and '.join(lacking)}; "
+            "set it too, or --processes 1 for this machine alone"
+        )
 
 
 def _whole(name, text):

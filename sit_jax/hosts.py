@@ -20,6 +20,7 @@ from sit_jax.errors import UserError
 from sit_jax.numbered import Numbered
 from sit_jax.party import Party
 
+LONGEST = 86_400  # seconds of a limit; the kernel takes no more than 36 hours
 PREEMPTION = "jax_enable_preemption_service"
 
 _place = None  # which of how many this process is, if it is not alone
@@ -43,9 +44,9 @@ def join(args):
     """
     global _place, _party
     for name in ("join_timeout", "heartbeat_timeout"):
-        if not getattr(args, name) >= 1:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} {getattr(args, name):g}: at least 1 second")
+        if not 1 <= getattr(args, name) <= LONGEST:
+            flag = f"--{name.replace('_', '-')} {getattr(args, name):g}"
+            raise UserError(f"{flag}: from 1 to {LONGEST:,} seconds")
     seconds, silence = args.join_timeout, args.heartbeat_timeout
     place = _place = cluster.place(args, seconds)
     if place is None:

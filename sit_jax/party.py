@@ -66,8 +66,11 @@ class Party:
         """The next exchange must begin in all processes in time, or the run ends."""
 
         def late():
-            there = {0} if self._turn > before else set()
-            there |= set(self._values[before + 1])
+            turn = before + 1
+            there = {0} if self._turn >= turn else set()
+            if there and turn not in self._values:
+                return  # it has ended
+            there |= set(self._values[turn])
             absent = [i for i in range(self.place.count) if i not in there]
             if absent:
                 names = ", ".join(map(self.name, absent))
@@ -78,8 +81,10 @@ class Party:
         timer.daemon = True
         if self.place.index == 0:
             timer.start()
-        yield
-        timer.cancel()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def end(self, words, code):
         """Tells the others why this process ends. Does not return if another one ends

@@ -15,7 +15,7 @@ import time
 from sit_jax.errors import UserError
 
 GREETING = "sit_jax 1"  # others that try a port, and other versions, are not heard
-MOST = 2**26  # bytes of a line
+MOST = 2**20  # bytes of a first line, which may be a stranger's
 GREETED = 5  # seconds that a new connection may take to say who it is
 RETRY = 0.2  # seconds between two attempts to connect
 
@@ -35,11 +35,11 @@ class Peer:
         with self._lock, contextlib.suppress(OSError):
             self._sock.sendall(data)
 
-    def read(self, seconds=None):
-        """-> the next message, or None at the end, or if it takes longer."""
+    def read(self, seconds=None, most=-1):
+        """-> the next message, or None at the end, or if it takes or is more."""
         try:
             self._sock.settimeout(seconds)
-            text = self._file.readline(MOST)
+            text = self._file.readline(most)
             self._sock.settimeout(None)
             return json.loads(text) if text.endswith(b"\n") else None
         except (OSError, ValueError):
@@ -110,7 +110,7 @@ def _server(place):
 
 def _admit(place, peer, address, peers, hellos):
     """Takes a process in; one that is no process of ours is sent away unheard."""
-    first = peer.read(GREETED)
+    first = peer.read(GREETED, MOST)
     if not isinstance(first, dict) or first.get("greeting") != GREETING:
         peer.close()
         return

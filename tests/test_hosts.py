@@ -17,7 +17,7 @@ import time
 import pytest
 from conftest import ROOT
 
-from sit_jax import cluster, command, greeting, hosts
+from sit_jax import cluster, command, greeting, hosts, rendezvous
 from sit_jax.errors import UserError
 from sit_jax.numbered import Numbered
 from sit_jax.party import LOST, Party
@@ -51,6 +51,7 @@ def test_alone_unless_something_says_otherwise():
     assert place() is None
     assert place("--processes", "1") is None
     assert place(environ={**TORCH, "WORLD_SIZE": "1", "RANK": "0"}) is None
+    assert place(environ={"WORLD_SIZE": "1"}) is place("--processes", "1") is None
     assert (hosts.index(), hosts.count(), hosts.first()) == (0, 1, True)
     assert hosts.exchange(3) == [3] and hosts.told(3) == 3
     hosts.join(flags())
@@ -94,8 +95,10 @@ def test_places_by_flags_torch_and_slurm(monkeypatch):
         ),
         ([], {**TORCH, "RANK": "4"}, "process 4 of 4 (MASTER_ADDR"),
         ([], {**TORCH, "RANK": "one"}, "RANK is 'one'"),
+        ([], {**TORCH, "LOCAL_WORLD_SIZE": "two"}, "LOCAL_WORLD_SIZE is 'two'"),
+        ([], {**TORCH, "MASTER_PORT": ""}, "WORLD_SIZE is 4 without MASTER_PORT; set"),
     ],
-    ids="lonely range none address rank word".split(),
+    ids="lonely range none address rank word local half".split(),
 )
 def test_wrong_places_are_named(words, environ, says):
     with pytest.raises(UserError) as refused:
@@ -103,9 +106,17 @@ def test_wrong_places_are_named(words, environ, says):
     assert says in str(refused.value)
 
 
-def test_a_time_limit_of_nothing_is_refused():
-    with pytest.raises(UserError, match="--join-timeout 0: at least 1 second"):
-        hosts.join(flags("--join-timeout", "0"))
+@pytest.mark.parametrize("value", ["0", "inf", "nan", "200000"])
+def test_a_time_limit_of_nothing_or_for_ever_is_refused(value):
+    for flag in ("--join-timeout", "--heartbeat-timeout"):
+        with pytest.raises(UserError, match=f"{flag} {value}: from 1 to 86,400 sec"):
+            hosts.join(flags(flag, value))
+
+
+def test_the_longest_limit_is_one_that_the_kernel_takes():
+    with socket.create_server(("", 0)) as server:
+        sock = socket.create_connection(server.getsockname())
+        rendezvous.Peer(sock, hosts.LONGEST).close()
 
 
 def together(count, run, seconds=5.0):
@@ -138,6 +149,41 @@ def test_values_reach_all_in_order():
 
     first = [{"from": index} for index in range(4)]
     assert together(4, run) == [(first, [[10 * t] * 4 for t in range(5)])] * 4
+
+
+def test_a_value_may_be_long():
+    """As the rows of a likelihood of a whole data set are."""
+    text = "x" * (rendezvous.MOST + 10)
+    assert together(2, lambda party: party.exchange(text)) == [[text] * 2] * 2
+
+
+def test_a_limit_is_for_what_begins_inside_it():
+    """An exchange in time is enough; a block that goes on is not ended for it."""
+
+    def run(party):
+        with party.within(0.3, "come"):
+            found = party.exchange(party.place.index)
+            time.sleep(0.6)
+        return found
+
+    def slowly(party):
+        with party.within(0.3, "come"):
+            if party.place.index:
+                ended.wait(5)
+            return party.exchange(0)
+
+    def leave(self, index, words, code):
+        if words:
+            said.append((index, words, code))
+            ended.set()
+
+    ended, said = threading.Event(), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Party, "_is_gone", leave)
+        assert together(2, run) == [[0, 1]] * 2
+        assert not said
+        together(2, slowly)
+    assert said == [(0, "process 1 (host1) did not come within 0.3 s", 2)]
 
 
 def alone(index, count, seconds, port):
