@@ -80,7 +80,7 @@ def find(path=None):
 def places():
     """Where find() looks: our cache, then what other evaluators downloaded."""
     user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    hub = Path(os.environ.get("TORCH_HOME") or f"{user}/torch").expanduser()
+    hub = Path(os.path.expanduser(os.environ.get("TORCH_HOME") or f"{user}/torch"))
     yield from (cache() / name for name in (CONVERTED, *NAMES))
     yield from (hub / "hub" / "checkpoints" / name for name in NAMES)
 

@@ -25,10 +25,13 @@ def begin(environ=os.environ):
         return
     folder = environ.get(VARIABLE, "~/.cache/sit_jax")
     if folder:
-        folder = Path(folder).expanduser()
         try:
+            folder = Path(folder).expanduser()  # some containers have no home
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError:  # no place to keep anything is no reason not to run
+        except (
+            OSError,
+            RuntimeError,
+        ):  # no place to keep anything is no reason not to run
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
 

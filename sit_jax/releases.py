@@ -105,7 +105,13 @@ def find(name):
 def cache():
     """The folder that downloads are kept in."""
     place = os.environ.get("SIT_JAX_CACHE") or "~/.cache/sit_jax"
-    return Path(place).expanduser()
+    try:
+        return Path(place).expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            "this user has no home folder for ~/.cache/sit_jax; name a folder in "
+            "SIT_JAX_CACHE"
+        ) from error
 
 
 def fetch(name):

@@ -7,7 +7,8 @@ import jax
 import pytest
 from conftest import ROOT
 
-from sit_jax import program_cache
+from sit_jax import program_cache, releases
+from sit_jax.errors import UserError
 
 SCRIPT = """
 import jax, jax.numpy as jnp
@@ -50,6 +51,16 @@ def test_without_a_place_for_it_there_is_no_cache(unset, tmp_path):
     (tmp_path / "file").touch()
     program_cache.begin({"SIT_JAX_CACHE": str(tmp_path / "file" / "cache")})
     assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_nor_without_a_home(unset, monkeypatch):
+    """As of a container's user whom nobody knows."""
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    program_cache.begin({})
+    assert jax.config.jax_compilation_cache_dir is None
+    monkeypatch.delenv("SIT_JAX_CACHE", raising=False)
+    with pytest.raises(UserError, match="no home folder .* SIT_JAX_CACHE"):
+        releases.cache()
 
 
 def test_a_folder_given_to_jax_itself_counts(unset, tmp_path):
