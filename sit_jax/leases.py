@@ -8,12 +8,14 @@ import sys
 import threading
 import time
 
-from sit_jax import json_text, places
+from sit_jax import interrupts, json_text, places
 
 RENEWED = 20.0  # seconds between two renewals
 LATE = 150.0  # seconds without one after which the holder ends itself
 EXPIRED = 180.0  # ... and after which another takes over: the clocks may differ by 30
 LOOK = 1.0  # seconds from one look at the clock to the next
+WAITED = 10.0  # seconds, at the end, for a renewal under way
+HELD, LATER = 2, 75  # exit codes: the same command would fail again, or go on
 
 
 @contextlib.contextmanager
@@ -38,9 +40,8 @@ def leased(path, owner, is_gone, refuse):
     finally:
         ended.set()
         for each in beside:
-            each.join()
-        if read(path).get("token") == mine["token"]:
-            path.unlink(missing_ok=True)
+            each.join(WAITED)
+        _give_back(path, mine["token"])
 
 
 def read(path):
@@ -49,6 +50,16 @@ def read(path):
         found = json_text.parse(path.read_text())
         return found if isinstance(found, dict) else {}
     return {}
+
+
+def _give_back(path, token):
+    """What a run has done stays done, also where the network has gone meanwhile."""
+    try:
+        if read(path).get("token") == token:
+            path.unlink(missing_ok=True)
+    except Exception as error:
+        until = f"nobody else may write there for {EXPIRED:g} s"
+        print(f"WARNING: {path} stays ({_said(error)}): {until}", file=sys.stderr)
 
 
 def _made(path, mine):
@@ -82,26 +93,29 @@ class _Lease:
             begun, token = time.time(), self._mine["token"]
             try:
                 if read(self._path).get("token", token) != token:
-                    return _end(f"{self._path} is held by another process now")
+                    return _end(f"{self._path} is held by another process now", HELD)
                 self._path.write_text(_dated(self._mine))
                 self._renewed = begun
             except Exception as error:  # the network; the next renewal may succeed
-                words = f"{type(error).__name__}: {error}".splitlines()[0]
-                print(
-                    f"WARNING: {self._path} is not renewed ({words})", file=sys.stderr
-                )
+                words = f"WARNING: {self._path} is not renewed ({_said(error)})"
+                print(words, file=sys.stderr)
 
     def watch(self, ended):
         """Beside it, since a renewal may wait for the network, and a machine stand."""
         while not ended.wait(LOOK):
             if time.time() - self._renewed > LATE:
                 words = f"was not renewed for {LATE:g} s: another run may take it"
-                return _end(f"{self._path} {words}; the same command goes on")
+                return _end(f"{self._path} {words}; the same command goes on", LATER)
 
 
-def _end(words):
+def _end(words, code):
     print(words, file=sys.stderr, flush=True)
-    os._exit(2)
+    interrupts.tidy()
+    os._exit(code)
+
+
+def _said(error):
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _dated(owner):

@@ -20,6 +20,7 @@ from fsspec.registry import _registry
 from sit_jax import (
     buckets,
     checkpoint,
+    interrupts,
     leases,
     locks,
     lora_files,
@@ -34,6 +35,7 @@ from sit_jax.drafts import draft, drafts, require_free
 from sit_jax.errors import UserError
 from sit_jax.logging import RunLog
 from sit_jax.parts import Parts
+from sit_jax.party import LOST
 from sit_jax.places import MARK, place
 from sit_jax.releases import fetch
 from sit_jax.workdir import check_workdir, open_workdir, read_json
@@ -290,10 +292,36 @@ def test_who_cannot_renew_ends_before_another_takes_over(bucket, monkeypatch, ca
     monkeypatch.setattr(leases, "LATE", 0.05)
     monkeypatch.setattr(leases, "LOOK", 0.01)
     ended = threading.Event()
-    monkeypatch.setattr(leases.os, "_exit", lambda code: ended.set())
-    with locks.alone(bucket):
+    codes, left = [], []
+    leave = lambda code: (codes.append(code), ended.set())
+    monkeypatch.setattr(leases.os, "_exit", leave)
+    with interrupts.tidied(lambda: left.append(True)), locks.alone(bucket):
         assert ended.wait(5)
     assert ".lock was not renewed for 0.05 s: another run" in capsys.readouterr().err
+    assert codes[0] == LOST and left  # a mistake would be 2, which ends a job for good
+
+
+@pytest.mark.parametrize("hangs", [False, True], ids=["fails", "hangs"])
+def test_a_run_ends_well_though_the_network_is_gone(bucket, monkeypatch, capsys, hangs):
+    monkeypatch.setattr(leases, "RENEWED", 0.01)
+    monkeypatch.setattr(leases, "WAITED", 0.1)
+    renewing, over, look = threading.Event(), threading.Event(), leases.read
+
+    def read(path):
+        renewing.set()
+        if hangs and threading.current_thread() is not threading.main_thread():
+            over.wait(5)
+            return look(path)
+        raise ConnectionError("no route")
+
+    with locks.alone(bucket):
+        monkeypatch.setattr(leases, "read", read)
+        assert renewing.wait(5)
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 3
+    over.set()
+    said = capsys.readouterr().err
+    assert ".lock stays (ConnectionError: no route): nobody else may write" in said
 
 
 def test_a_folder_of_peft_is_refused_with_what_to_do(bucket):
