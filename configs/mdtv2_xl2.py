@@ -3,8 +3,8 @@
 Published: FID-50K 1.58, inception score 314.73 with guidance (the repository's README);
 7.70 without it after 400K steps. Values are from sail-sg/MDT's main; in brackets where
 there. Paper and repository differ in the hidden share (0.3 falling to 0.05, against 0.3
-to 0.5; the author in issue 45: the latter), in the length of training (1080 epochs in
-tables, 4.6M steps elsewhere), and the README's training script in the decoder (2).
+to 0.5; the author in issue 45: the latter) and in the length of training (1080 epochs
+in tables, 4.6M steps elsewhere). The README said 2 decoder blocks until April 2024.
 """
 
 from configs.mdt_xl2 import get_config as mdt_xl2

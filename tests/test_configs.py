@@ -7,12 +7,19 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
-from sit_jax import noise
+from sit_jax import noise, predictions
+from sit_jax.adan import adan
 from sit_jax.config import from_json, load, to_json
+from sit_jax.diffusion import hybrid
 from sit_jax.guidance import guided
+from sit_jax.min_snr import min_snr
+from sit_jax.models.mdt import MDT as MDT1
+from sit_jax.models.mdt import MDTv2
 from sit_jax.recipe import recipe
+from sit_jax.rounding import to_uint8_darker
 from sit_jax.training import init_state, make_train_step
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
@@ -46,6 +53,37 @@ MDT = {
     "mdtv2_b2": 150_931_856,
     "mdtv2_s2": 38_454_872,
 }
+
+
+# What else MDT's code and scripts set: run.sh, image_train.py, train_util.py, models.py
+# script_util.py, image_sample.py; of version 1 on its branch.
+V1 = {
+    "model": {"hide": 0.3, "spread": 0.0, "decoder": 2, "classes": 1000, "patch": 2},
+    "optimizer": {"learning_rate": 3e-4, "b1": 0.9, "b2": 0.999, "weight_decay": 0.0},
+    "process": {"steps": 1000, "objective": hybrid, "predicts": predictions.noise},
+    "codec": {"scale": 0.18215, "rounding": to_uint8_darker},
+    "guidance": {"scale": 3.8, "power": 4.0, "steps": 1000},
+    "sampler": {"steps": 250, "clip": False},
+    **{"batch_size": 256, "ema_decay": 0.9999, "label_drop": 0.1, "clip": None},
+    **{"timesteps": None, "accumulate": 1, "guidance_channels": 3},
+    **{"log_quartiles": True, "log_every": 10, "save_every": 10_000},
+}
+ADAN = {"learning_rate": 3e-4, "b1": 0.98, "b2": 0.92, "b3": 0.99, "eps": 1e-8}
+V2 = {
+    **V1,
+    "model": {**V1["model"], "spread": 0.2, "decoder": 4},
+    "optimizer": {**ADAN, "weight_decay": 0.0},
+    "process": {**V1["process"], "objective": min_snr},
+    **{"clip": 1.0, "log_every": 500},
+}
+V2_S2 = {
+    **V2,
+    "model": {**V2["model"], "decoder": 6},
+    "optimizer": {**V2["optimizer"], "learning_rate": 5e-4},
+}
+MDT_VALUES = dict.fromkeys([name for name in MDT if "v2_" in name], V2)
+MDT_VALUES |= dict.fromkeys([name for name in MDT if "v2_" not in name], V1)
+MDT_VALUES |= {"mdtv2_s2": V2_S2}
 
 
 @cache
@@ -92,6 +130,18 @@ def test_it_has_the_published_number_of_parameters(name):
     if size in PARAMETERS and not name.endswith("512"):
         assert count == MDT.get(name, PARAMETERS[size])
     assert count > 1000
+
+
+@pytest.mark.parametrize("name", MDT)
+def test_mdts_values_are_the_published_ones(name):
+    config = load(FOLDER / f"{name}.py")
+    made = {"mdt": (MDT1, optax.adamw), "mdtv2": (MDTv2, adan)}[name.split("_")[0]]
+    assert (config.model.make, config.optimizer.make) == made
+    for field, wanted in MDT_VALUES[name].items():
+        found = config[field]
+        if isinstance(wanted, dict):
+            found = {key: found[key] for key in wanted}
+        assert found == wanted, field
 
 
 @pytest.mark.slow

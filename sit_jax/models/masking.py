@@ -24,8 +24,8 @@ class Seen(struct.PyTreeNode):
 def draw(key, batch, tokens, hide, spread):
     """-> {"order": int [B, T]}, with "kept" int [B] where the share is drawn too.
 
-    The hidden share is hide + spread * U(0, 1), one draw for the batch, as released;
-    rounding to tokens kept is the released code's, in float32.
+    The hidden share is hide + spread * U(0, 1), one draw for the batch (released: one
+    for each GPU's part of it); rounding to tokens kept is as released, in float32.
     """
     key_order, key_share = jax.random.split(key)
     order = jnp.argsort(jax.random.uniform(key_order, (batch, tokens)), axis=1)
