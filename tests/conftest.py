@@ -2,8 +2,11 @@
 
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -18,3 +21,26 @@ os.environ["PYTHONPATH"] = os.pathsep.join(PLACES)
 # a shell starts a job in the background with Ctrl-C ignored, and programs inherit that
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test(monkeypatch):
+    """One that fails in the middle leaves processes, and pipes that nobody closes.
+
+    That is a warning, hence an error, in whatever test the garbage is collected in.
+    """
+    begun, make = [], subprocess.Popen.__init__
+
+    def remembered(self, *words, **how):
+        make(self, *words, **how)
+        begun.append(self)
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", remembered)
+    yield
+    for process in begun:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
