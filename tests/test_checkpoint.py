@@ -3,6 +3,8 @@
 import errno
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -108,6 +110,40 @@ def test_only_what_is_asked_for_is_read(one_step, tmp_path):
 def test_a_step_holds_these_items(one_step):
     assert items(one_step, 7) == {"params", "ema", "opt_state", "meta"}
     assert read_meta(one_step, 7) == META
+
+
+ALONE = """
+import sys
+import jax, numpy as np, orbax.checkpoint as ocp
+from pathlib import Path
+step, out = Path(sys.argv[1]), sys.argv[2]
+place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+shaped = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+with ocp.StandardCheckpointer() as checkpointer:
+    saved = checkpointer.metadata(step / "params").item_metadata.tree
+    like = jax.tree.map(shaped, saved)
+    params = checkpointer.restore(step / "params", like)
+with ocp.CheckpointManager(step.parent) as manager:
+    args = {"ema": ocp.args.StandardRestore(like), "meta": ocp.args.JsonRestore()}
+    found = manager.restore(manager.latest_step(), args=ocp.args.Composite(**args))
+assert found.meta["step"] == 7 and not [m for m in sys.modules if "sit_jax" in m]
+np.savez(out, *jax.tree.leaves(params), *jax.tree.leaves(found.ema))
+"""
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_orbax_alone_reads_a_step(one_step, tmp_path, devices):
+    """What we do not let it write (its array_metadatas) is not needed."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environ = {**os.environ, "PYTHONPATH": "", "XLA_FLAGS": flags}
+    words = [sys.executable, "-c", ALONE, one_step / "7", tmp_path / "x.npz"]
+    subprocess.run(words, cwd=tmp_path, env=environ, check=True)
+    state, _ = trees(mesh(8))
+    with np.load(tmp_path / "x.npz") as found:
+        assert equal(
+            list(found.values()),
+            jax.tree.leaves(state["params"]) + jax.tree.leaves(state["ema"]),
+        )
 
 
 def test_another_architecture_is_refused_with_what_differs(one_step):
