@@ -16,8 +16,10 @@ def system():
     """The file system of all buckets. Listings are not kept: others write there too."""
     import fsspec
 
-    logging.getLogger("gcsfs").propagate = False  # it logs tracebacks; it also raises
-    logging.getLogger("gcsfs").addHandler(_heard)
+    for name, handler in (("gcsfs", _heard), ("fsspec", logging.NullHandler())):
+        logger = logging.getLogger(name)  # they log tracebacks; they also raise
+        logger.propagate = False
+        logger.addHandler(handler)
     fsspec.config.conf.setdefault("gcs", {}).update(use_listings_cache=False)
     try:
         return fsspec.filesystem("gcs", finalize_on_close=True)  # as epath asks for it

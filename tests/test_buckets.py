@@ -13,6 +13,7 @@ import time
 import fsspec
 import numpy as np
 import pytest
+import small
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
@@ -217,6 +218,18 @@ def test_one_at_a_time(bucket):
             with locks.alone("gs://here/run"):
                 raise AssertionError
     assert not (bucket / "run" / ".lock").exists()
+
+
+def test_libraries_log_no_tracebacks():
+    """They raise besides, and what they raise is told in a line."""
+    program = (
+        "import contextlib, logging\n"
+        "from sit_jax import buckets, errors\n"
+        "with contextlib.suppress(errors.UserError): buckets.system()\n"
+        "for name in ('gcsfs', 'fsspec.prefetcher'):\n"
+        "    logging.getLogger(name).error('Consumer caught an error.')\n"
+    )
+    assert small.script("-c", program).stderr == ""
 
 
 @pytest.mark.parametrize(
