@@ -182,7 +182,7 @@ class Stop:
 
     def after(self, step):
         """Whether to stop after this step; they are counted from 1 as it is begun."""
-        return hosts.stop_at(step) if hosts.several() else self.asked
+        return hosts.stop_at(step, self.asked) if hosts.several() else self.asked
 
     def now(self):
         """The same of a process that is alone, at any moment."""
@@ -194,10 +194,10 @@ class Stop:
             signal.signal(number, handler)
 
     def _hand_on(self):
-        """SIGTERM to JAX, unless it has come already: then all end from here."""
-        hosts.heed_stops()
-        self._before.pop(signal.SIGTERM, None)
-        self._handed_on = True
+        """SIGTERM to JAX, if it takes it; if it has come already, all end from here."""
+        if hosts.heed_stops():
+            self._before.pop(signal.SIGTERM, None)
+            self._handed_on = True
         if self.asked:
             interrupts.tidy()  # closing would wait for processes that are gone
             _left()

@@ -4,6 +4,7 @@ Nothing here does anything on a single machine. A script calls join() before it 
 a device; process 0 alone prints and writes, all of them compute.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -11,7 +12,6 @@ import sys
 
 import jax
 import numpy as np
-from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from sit_jax import cluster, greeting
@@ -28,6 +28,7 @@ _party = None  # of this process, as jax.distributed has one state for each
 _remedy = None  # () -> a sentence: how to go on when a process is gone
 
 
+_jax_heeds = False  # whether SIGTERM is JAX's
 def add_flags(parser):
     """What join() wants to know."""
     add = cluster.add_flags(parser)
@@ -151,18 +152,31 @@ def require_shared(path):
 
 
 def heed_stops():
-    """From here on SIGTERM is JAX's, for stop_at(), which is to be called soon."""
-    jax.config.update(PREEMPTION, True)
-    distributed.global_state.initialize_preemption_sync_manager()
+    """-> whether SIGTERM is JAX's from here on, for stop_at(), to be called soon.
+
+    Some of JAX's names for it are private. A JAX without them leaves SIGTERM to us.
+    """
+    global _jax_heeds
+    try:
+        from jax._src import distributed
+
+        jax.config.update(PREEMPTION, True)
+        distributed.global_state.initialize_preemption_sync_manager()
+        _jax_heeds = True
+    except (ImportError, AttributeError):
+        _jax_heeds = False
+    return _jax_heeds
 
 
-def stop_at(step):
-    """Whether one of the processes was asked, by SIGTERM, to stop after this step.
+def stop_at(step, asked):
+    """Whether one of the processes was asked to stop after this step.
 
     Steps count from 1 in all processes alike, which all call this after each. The
     answer is yes at the same step everywhere: JAX agrees on the next that none has had.
     """
-    return multihost_utils.reached_preemption_sync_point(step)
+    if _jax_heeds:
+        return multihost_utils.reached_preemption_sync_point(step)
+    return any(exchange(asked))
 
 
 def on_loss(remedy):
@@ -181,6 +195,8 @@ def leave():
     """The good end, of all at once."""
     global _place, _party
     if _party:
+    Where JAX does not heed SIGTERM, they tell each other after each step whether they
+    were `asked`.
         _party.close()
         jax.distributed.shutdown()
         _place = _party = None
@@ -194,7 +210,9 @@ def _say_lost(name, words):
 
 
 def _begin(place, seconds, silence):
-    jax.config.update(PREEMPTION, False)  # it would note SIGTERM before anyone heeds it
+    with contextlib.suppress(AttributeError):  # as in heed_stops()
+        # it would note SIGTERM before anyone heeds it
+        jax.config.update(PREEMPTION, False)
     jax.distributed.initialize(
         *(place.address, place.count, place.index, place.devices),
         cluster_detection_method="deactivate",

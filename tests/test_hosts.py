@@ -355,6 +355,25 @@ def test_the_end_of_one_is_the_end_of_all(what, victim):
     assert time.monotonic() - begun < 25
 
 
+@pytest.mark.parametrize("lacking", ["method", "module", "option"])
+def test_without_jaxs_private_names_processes_tell_each_other(monkeypatch, lacking):
+    """A later JAX may lack them; slow/test_many_processes.py has two real processes."""
+    from jax._src import distributed
+
+    if lacking == "method":
+        kind = type(distributed.global_state)
+        monkeypatch.delattr(kind, "initialize_preemption_sync_manager")
+    elif lacking == "module":
+        monkeypatch.setitem(sys.modules, "jax._src.distributed", None)
+        monkeypatch.delattr(sys.modules["jax._src"], "distributed")
+    else:
+        monkeypatch.setattr(hosts, "PREEMPTION", "jax_no_such_option")
+    assert not hosts.heed_stops()
+    for answers in ([False, False], [False, True]):
+        monkeypatch.setattr(hosts, "exchange", lambda mine, said=answers: said)
+        assert hosts.stop_at(1, False) == any(answers)
+
+
 def test_an_error_carries_the_number_of_its_process(monkeypatch, capsys):
     monkeypatch.setattr(hosts, "_place", None)  # both are put back afterwards
     monkeypatch.setattr(sys, "stderr", sys.stderr)
