@@ -47,7 +47,11 @@ def main():
         raise UserError(f"{rest[0]}: this script has no config")
     hosts.join(args)
     program_cache.begin()
-    return make_bundle(args) if args.collect else report(args)
+    target = args.collect or args.out
+    if not target:
+        raise UserError("name A and B and --out FOLDER, or --collect OUT")
+    with hosts.making(target):
+        return make_bundle(args) if args.collect else report(args)
 
 
 def make_bundle(args):
@@ -86,7 +90,7 @@ def studio(args):
 
 def report(args):
     """The report on two sides at --out -> exit code."""
-    if len(args.sides) != 2 or not args.out:
+    if len(args.sides) != 2:
         raise UserError("name A and B and --out FOLDER, or --collect OUT")
     out = require_free(args.out, args.overwrite)
     eye = Evaluator(args.network, args.inception, args.batch_size)

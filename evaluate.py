@@ -28,7 +28,7 @@ from sit_jax.features import inception_extractor
 from sit_jax.manifest import environment
 from sit_jax.numerals import COUNT, whole
 from sit_jax.sharding import make_mesh
-from sit_jax.unfinished import Unfinished
+from sit_jax.unfinished import unfinished
 from sit_jax.workdir import read_json, write_json
 
 KEPT = 10_000  # features in a statistics file: as many as ADM's references have images
@@ -56,8 +56,12 @@ def evaluate(args):
     samples = open_side(args.features if only else args.samples, only, width)
     reference = open_side(args.reference, width=width)
     out = args.out or _beside(samples.path)
-    work = Unfinished(out, args.overwrite, args.save_features)
-    hosts.wait()  # until all have seen that these places are free
+    with unfinished(out, args.overwrite, args.save_features) as work:
+        return _judged(args, work, samples, reference, wanted)
+
+
+def _judged(args, work, samples, reference, wanted):
+    """Sides, judged into an Unfinished -> exit code."""
     needs = evaluation.needs_features(wanted) or args.bootstrap is not None
     missing = (
         samples.missing(needs, "inception_score" in wanted),
@@ -71,18 +75,17 @@ def evaluate(args):
     evaluation.require_comparable(samples, reference, extractor, args.force)
     print("samples", samples.describe())
     print("reference", reference.describe(), flush=True)
-    with work.alone():
-        ours = work.complete(samples, missing[0], extractor, "samples")
-        theirs = work.complete(reference, missing[1], extractor, "reference")
-        shares = _overlap(ours, theirs, wanted)
-        if hosts.first():
-            found = _figures(args, samples, ours, theirs, wanted, shares)
-            notes = evaluation.notes(ours.count, wanted, found)
-            print(*evaluation.lines(found), *notes, sep="\n")
-            sides = {"samples": (samples, ours), "reference": (reference, theirs)}
-            write_json(work.out, _record(sides, extractor, found, notes))
-            work.finish()
-            print(work.out)
+    ours = work.complete(samples, missing[0], extractor, "samples")
+    theirs = work.complete(reference, missing[1], extractor, "reference")
+    shares = _overlap(ours, theirs, wanted)
+    if hosts.first():
+        found = _figures(args, samples, ours, theirs, wanted, shares)
+        notes = evaluation.notes(ours.count, wanted, found)
+        print(*evaluation.lines(found), *notes, sep="\n")
+        sides = {"samples": (samples, ours), "reference": (reference, theirs)}
+        write_json(work.out, _record(sides, extractor, found, notes))
+        work.finish()
+        print(work.out)
     return 0
 
 
@@ -144,14 +147,12 @@ def make_reference(args):
         if getattr(args, name) is not None:
             raise UserError(f"--stats makes a reference, and takes no {name}")
     side = open_side(args.stats, width=WIDTHS[args.network])
-    work = Unfinished(args.out, args.overwrite)
-    hosts.wait()  # until all have seen that this place is free
-    if side.summary is not None:
-        raise UserError(f"{side.path} holds statistics already: it is a reference")
-    if not args.force:
-        evaluation.require_enough(["fid"], side)
-    extractor = _extractor(args, [side], [side.source])
-    with work.alone():
+    with unfinished(args.out, args.overwrite) as work:
+        if side.summary is not None:
+            raise UserError(f"{side.path} holds statistics already: it is a reference")
+        if not args.force:
+            evaluation.require_enough(["fid"], side)
+        extractor = _extractor(args, [side], [side.source])
         found = work.summarized(side.source, extractor, "statistics", KEPT)
         if hosts.first():
             record = {"data": str(side.path), "environment": environment()}

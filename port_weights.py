@@ -22,6 +22,7 @@ from sit_jax import (
     command,
     conversion,
     directions,
+    hosts,
     mdt_files,
     model_folder,
     reference,
@@ -54,15 +55,16 @@ def main():
         directions.refuse_beside_adapters(args)
     _figures(args)  # refused before anything is read
     original = args.reference and reference.original(args.reference)
-    if is_adapter:
-        how = (args.step, args.adapter, args.base, args.unmerge, args.overwrite)
-        print(*adapter_exchange.port(args.source, args.target, *how), sep="\n")
-    elif inwards:
-        to_checkpoint(args, overrides, original)
-    elif args.to:
-        to_folder(args)
-    else:
-        to_torch(args, original)
+    with hosts.making(args.target):
+        if is_adapter:
+            how = (args.step, args.adapter, args.base, args.unmerge, args.overwrite)
+            print(*adapter_exchange.port(args.source, args.target, *how), sep="\n")
+        elif inwards:
+            to_checkpoint(args, overrides, original)
+        elif args.to:
+            to_folder(args)
+        else:
+            to_torch(args, original)
     memory = (chips.peak_memory() or 0) / 1e9
     print(f"{time.perf_counter() - begun:.1f} s, peak memory {memory:.2f} GB")
     return 0

@@ -11,7 +11,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no accelerator is needed, so none held
 
 from configs import published
-from sit_jax import chips, command, conversion, quantizing
+from sit_jax import chips, command, conversion, hosts, quantizing
 from sit_jax.config import to_json
 from sit_jax.drafts import draft, require_free, require_space
 from sit_jax.errors import UserError
@@ -34,6 +34,12 @@ def main():
     if overrides:
         raise UserError(f"{overrides[0]}: the config is that of the weights")
     storing(args.form, args.skip)
+    with hosts.making(args.target):
+        return quantize(args)
+
+
+def quantize(args):
+    """-> exit code, after args.target is written."""
     target = require_free(args.target, args.overwrite)
     how = {"family": args.family, "heads": args.heads, "base": published}
     opened = Given(args.source, **how).open()

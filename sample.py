@@ -33,7 +33,6 @@ from sit_jax import config as configs
 from sit_jax.emulation import EMULATED
 from sit_jax.errors import UserError
 from sit_jax.given import Given, add_untold
-from sit_jax.locks import alone
 from sit_jax.numerals import COUNT, SEED
 from sit_jax.parts import is_begun
 from sit_jax.preview import rows
@@ -54,9 +53,10 @@ def main():
         raise UserError("--out X is needed: x.png, x.npy, x.npz or folder/")
     hosts.join(args)
     program_cache.begin()
-    if args.likelihood:
-        return likelihood(args, overrides)
-    return sample(args, overrides)
+    with hosts.making(args.out):
+        if args.likelihood:
+            return likelihood(args, overrides)
+        return sample(args, overrides)
 
 
 def sample(args, overrides):
@@ -73,14 +73,8 @@ def sample(args, overrides):
     outputs.check_codec(out, room.parts)
     if args.save_noise:
         starts.save(args.save_noise, room, args.overwrite)
-    with alone(out.parent, f"{out.name}.lock", hosts.first()):
-        lines = sampling.draw(
-            room,
-            out,
-            args.overwrite,
-            _columns(args, wanted),
-            args.trajectory is not None,
-        )
+    how = (args.overwrite, _columns(args, wanted), args.trajectory is not None)
+    lines = sampling.draw(room, out, *how)
     print(*lines, out, sep="\n")
     return 0
 

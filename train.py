@@ -32,14 +32,12 @@ from sit_jax.data.sources import Synthetic
 from sit_jax.errors import UserError
 from sit_jax.given import Given, add_flags
 from sit_jax.history import history
+from sit_jax.introduction import introduce
 from sit_jax.keeper import Keeper
-from sit_jax.locks import alone
 from sit_jax.logging import RunLog
 from sit_jax.manifest import environment
 from sit_jax.meter import Meter
-from sit_jax.models import attention
 from sit_jax.models.kinds import kind_of
-from sit_jax.plan import held_whole
 from sit_jax.recipe import check_batch, check_data, check_training
 from sit_jax.replicas import Replicas
 from sit_jax.start import begin
@@ -47,7 +45,7 @@ from sit_jax.stored import join
 from sit_jax.training import tensor_names
 from sit_jax.vae_files import load_vae, with_vae
 from sit_jax.watching import viewer
-from sit_jax.workdir import advice, agree, check_workdir, open_workdir, write_json
+from sit_jax.workdir import advice, held, open_workdir, write_json
 
 
 def main():
@@ -80,19 +78,17 @@ def train(config, workdir, given=NOTHING, wandb=None):
     mesh = sharding.make_mesh(**config.mesh)
     source, parts = _made(config, mesh)
     stored = configs.to_json(config)
-    folder = check_workdir(workdir, stored) / "checkpoints"
-    agree(stored, folder)
-    state, origin, more = _begin(config, parts, mesh, folder, given)
-    first = int(state.step)
-    if first >= config.steps and not steps(folder):
-        raise UserError(
-            f"{given.path} is at step {first} and config.steps is {config.steps}; "
-            "set a larger --config.steps, or --weights-only to begin at step 0"
-        )
-    past = history(folder, first, stored, mesh)
-    watch = Replicas(config.get("check_replicas", 0), state)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(alone(folder.parent, wanted=hosts.first()))
+        folder = stack.enter_context(held(workdir, stored)) / "checkpoints"
+        state, origin, more = _begin(config, parts, mesh, folder, given)
+        first = int(state.step)
+        if first >= config.steps and not steps(folder):
+            raise UserError(
+                f"{given.path} is at step {first} and config.steps is {config.steps}; "
+                "set a larger --config.steps, or --weights-only to begin at step 0"
+            )
+        past = history(folder, first, stored, mesh)
+        watch = Replicas(config.get("check_replicas", 0), state)
         workdir = open_workdir(workdir, stored)  # from here on it is this run's
         hosts.on_loss(partial(advice, folder))
         items = averages.item_names(parts.ema_decay)
@@ -111,7 +107,7 @@ def train(config, workdir, given=NOTHING, wandb=None):
         how["workers"] = config.get("workers", 0)
         feed = batches(source, size, config.seed, first, mesh, **how)
         stack.callback(feed.close)
-        _introduce(log, config, parts, mesh, state, source)
+        introduce(log.say, config, parts, mesh, state, source)
         look = viewer(log, config, parts, mesh)
         stop = stack.enter_context(command.Stop())
         about = {"config": stored, **about_data(source, parts.codec), **more}
@@ -229,25 +225,6 @@ def _meter(config, parts):
     peak = chips.peak_flops()
     peak = peak and peak * jax.device_count()
     return Meter(config.log_every, config.batch_size, flops, peak)
-
-
-def _introduce(log, config, parts, mesh, state, source):
-    count, rest = (
-        sum(leaf.size for leaf in jax.tree.leaves(tree))
-        for tree in (state.params, state.frozen)
-    )
-    kept = f", {rest:,} more are frozen" if rest else ""
-    device = jax.devices()[0].device_kind
-    macs = kind_of(type(parts.model)).macs(parts.model, parts.shape)
-    log.say(
-        f"{type(parts.model).__name__} with {count:,} parameters{kept}, "
-        f"{macs / 1e9:.3g} GMAC an image; {len(source):,} "
-        f"records; batch {config.batch_size} on {jax.device_count()} x {device}; "
-        f"EMA decay {config.ema_decay}; "
-        f"attention {attention.of(parts.model)}"
-    )
-    for line in (*getattr(source, "remarks", ()), *held_whole(mesh, state.params)):
-        log.say(line)
 
 
 def _source(config):

@@ -23,7 +23,6 @@ from sit_jax.data.tags import DONE, PLAN, Tags, default_shards
 from sit_jax.data.workers import Workers
 from sit_jax.drafts import clear, roomy
 from sit_jax.errors import UserError
-from sit_jax.locks import alone
 from sit_jax.places import local
 from sit_jax.sharding import BATCH, everywhere, make_mesh, split_batch
 
@@ -89,7 +88,7 @@ def extract(
     """
     # processes that never meet have a lock each: only none may be there twice
     name = "lock" if count == hosts.count() else f"lock.{process}-of-{count}"
-    with alone(local(out), name, hosts.first()):
+    with hosts.alone(local(out), name):
         return _extracted(
             source,
             codec,

@@ -14,21 +14,23 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from sit_jax import cluster, greeting
+from sit_jax import cluster, greeting, locks
 from sit_jax.comparison import file_sha
+from sit_jax.drafts import require_writable
 from sit_jax.errors import UserError
 from sit_jax.numbered import Numbered
 from sit_jax.party import Party
+from sit_jax.places import absolute
 
 LONGEST = 86_400  # seconds of a limit; the kernel takes no more than 36 hours
 PREEMPTION = "jax_enable_preemption_service"
 
 _place = None  # which of how many this process is, if it is not alone
 _party = None  # of this process, as jax.distributed has one state for each
+_jax_heeds = False  # whether SIGTERM is JAX's
 _remedy = None  # () -> a sentence: how to go on when a process is gone
 
 
-_jax_heeds = False  # whether SIGTERM is JAX's
 def add_flags(parser):
     """What join() wants to know."""
     add = cluster.add_flags(parser)
@@ -84,6 +86,23 @@ def count():
 def first():
     """Whether this process prints and writes; it must not compute alone."""
     return index() == 0
+
+
+@contextlib.contextmanager
+def alone(folder, name="lock"):
+    """locks.alone() of a run: process 0 holds it, and the others wait until it does."""
+    with locks.alone(folder, name) if first() else contextlib.nullcontext():
+        wait()
+        yield
+
+
+@contextlib.contextmanager
+def making(path):
+    """alone() of a run that makes what will be at a path: its lock lies beside that."""
+    path = absolute(path)
+    require_writable(path)
+    with alone(path.parent, f"{path.name}.lock"):
+        yield
 
 
 def exchange(value):
@@ -173,6 +192,8 @@ def stop_at(step, asked):
 
     Steps count from 1 in all processes alike, which all call this after each. The
     answer is yes at the same step everywhere: JAX agrees on the next that none has had.
+    Where JAX does not heed SIGTERM, they tell each other after each step whether they
+    were `asked`.
     """
     if _jax_heeds:
         return multihost_utils.reached_preemption_sync_point(step)
@@ -195,8 +216,6 @@ def leave():
     """The good end, of all at once."""
     global _place, _party
     if _party:
-    Where JAX does not heed SIGTERM, they tell each other after each step whether they
-    were `asked`.
         _party.close()
         jax.distributed.shutdown()
         _place = _party = None

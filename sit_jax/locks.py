@@ -21,18 +21,15 @@ ABSENT = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # as on some
 
 
 @contextlib.contextmanager
-def alone(folder, name="lock", wanted=True):
+def alone(folder, name="lock"):
     """Holds folder/.NAME, or refuses and names the process that does.
 
-    wanted: False of processes that belong to the one that holds it.
+    A folder that is not there is made, and removed if it is empty in the end.
 
     The kernel gives the lock back when its holder ends, however it ends. Where a file
     system knows no locks, what the file says counts: a process that is gone, or whose
     number another one has by now, holds nothing; of another machine nobody can tell.
     """
-    if not wanted:
-        yield
-        return
     path = place(folder) / f".{name}"
 
     def refuse(owner):
@@ -45,6 +42,7 @@ def alone(folder, name="lock", wanted=True):
 
 @contextlib.contextmanager
 def _locked(path, refuse):
+    new = [folder for folder in path.parents if not os.path.lexists(folder)]
     with _opened(path) as file:
         if not _taken(file):
             file.seek(0)
@@ -52,7 +50,7 @@ def _locked(path, refuse):
         file.truncate(0)
         file.write(json.dumps(_owner()))
         file.flush()
-        remove = partial(path.unlink, missing_ok=True)
+        remove = partial(_remove, path, new)
         try:
             with tidied(remove):
                 yield
@@ -60,11 +58,21 @@ def _locked(path, refuse):
             remove()
 
 
-def _opened(path):
+def _remove(path, folders):
+    """A lock, and those of these folders, the innermost first, that are empty now."""
+    path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def _opened(path, again=True):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return open(path, "a+")
     except OSError as error:
+        if again and isinstance(error, FileNotFoundError):
+            return _opened(path, again=False)  # its maker has just removed the folder
         reason = f"{error.filename or path}: {error.strerror or error}"
         raise UserError(f"{reason}; name another place") from error
 

@@ -1,8 +1,9 @@
 """An evaluation that is under way, until its output is there."""
 
+import contextlib
 import dataclasses
 
-from sit_jax import hosts, locks, summary
+from sit_jax import hosts, summary
 from sit_jax.drafts import require_free, roomy
 from sit_jax.feature_parts import FLOAT, FeatureParts
 from sit_jax.features import remembered, write_features
@@ -10,6 +11,15 @@ from sit_jax.parts import is_begun, remove_parts
 from sit_jax.places import absolute
 
 SIDES = ("samples", "reference", "statistics")  # whose features lie beside the output
+
+
+@contextlib.contextmanager
+def unfinished(out, overwrite, saved=None):
+    """Gives an Unfinished whose output no other run makes meanwhile."""
+    with hosts.making(out):
+        work = Unfinished(out, overwrite, saved)
+        hosts.wait()  # until all have seen that these places are free
+        yield work
 
 
 class Unfinished:
@@ -25,10 +35,6 @@ class Unfinished:
         begun = lambda path: any(is_begun(each, path) for each in self._parts.values())
         free = lambda path: require_free(path, overwrite or begun(path))
         self.out, self.saved = free(out), saved and free(saved)
-
-    def alone(self):
-        """A lock, which process 0 holds."""
-        return locks.alone(self.out.parent, f"{self.out.name}.lock", hosts.first())
 
     def complete(self, side, missing, extractor, name):
         """-> the Summary of a Side, from its file and from what it still lacks.

@@ -1,5 +1,6 @@
 """A run's folder: its config, and the refusal to mix two runs in one."""
 
+import contextlib
 import hashlib
 import json
 
@@ -38,6 +39,19 @@ MAY_CHANGE = (
     "model.unroll",
     "model.attention",
 )
+
+
+@contextlib.contextmanager
+def held(path, config):
+    """Gives the place of a run's folder, which no other run is in meanwhile.
+
+    That comes before the first look into it: another run may be replacing what is
+    there. Afterwards a folder that is not free for this JSON config is refused.
+    """
+    with hosts.alone(path):
+        path = check_workdir(path, config)
+        agree(config, path / "checkpoints")
+        yield path
 
 
 def check_workdir(path, config):

@@ -39,7 +39,7 @@ from sit_jax.parts import Parts
 from sit_jax.party import LOST
 from sit_jax.places import MARK, place
 from sit_jax.releases import fetch
-from sit_jax.workdir import check_workdir, open_workdir, read_json
+from sit_jax.workdir import check_workdir, held, open_workdir, read_json
 
 
 class Memory(MemoryFileSystem):
@@ -218,6 +218,17 @@ def test_one_at_a_time(bucket):
             with locks.alone("gs://here/run"):
                 raise AssertionError
     assert not (bucket / "run" / ".lock").exists()
+
+
+def test_what_is_refused_leaves_no_object(bucket):
+    open_workdir("gs://here/run", {"seed": 0})
+    before = places.files(bucket)
+    with pytest.raises(UserError, match="another config"):
+        with held("gs://here/run", {"seed": 1}):
+            raise AssertionError
+    with pytest.raises(UserError, match="no such weights"), held("gs://here/new", {}):
+        raise UserError("no such weights")
+    assert places.files(bucket) == before and list(before) == ["run/config.json"]
 
 
 def test_libraries_log_no_tracebacks():

@@ -54,7 +54,7 @@ FLOORS = (
     "residuals solved",
     "inception_weights exchange adapter_exchange sampling densities activations card "
     "conversion plan keeper",
-    "model_folder planning",
+    "model_folder planning introduction",
     "directions",
     "stages given curve adapting judges swapping",
     "watching",

@@ -1,5 +1,6 @@
 """Two runs in one folder: the second hears of the first; a dead one holds nothing."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -42,6 +43,34 @@ def test_the_second_is_told_of_the_first_and_death_frees(tmp_path):
     with locks.alone(tmp_path):
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("filled", [True, False])
+def test_a_folder_made_for_a_lock_goes_if_nothing_came_into_it(tmp_path, filled):
+    (tmp_path / "there").mkdir()
+    with locks.alone(tmp_path / "there"):
+        pass
+    folder = tmp_path / "there" / "a" / "b"
+    with contextlib.suppress(UserError), locks.alone(folder):
+        if filled:
+            (folder / "x").write_text("")
+        raise UserError("refused by a later check")
+    assert (tmp_path / "there").exists() and folder.parent.exists() == filled
+    assert not filled or os.listdir(folder) == ["x"]
+
+
+def test_a_folder_that_goes_meanwhile_is_made_again(tmp_path, monkeypatch):
+    folder, left = tmp_path / "a", [1]
+
+    def slow(path, *words, **fields):
+        make(path, *words, **fields)
+        if left and left.pop():
+            path.rmdir()  # as the process before does
+
+    make = type(folder).mkdir
+    monkeypatch.setattr(type(folder), "mkdir", slow)
+    with locks.alone(folder):
+        assert os.listdir(folder) == [".lock"]
 
 
 def test_other_names_do_not_meet(tmp_path):

@@ -458,28 +458,27 @@ def test_the_line_without_the_mistake_begins(script, sealed, place, names, monke
         shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
-LOCKS = {  # script: folder and name of its lock
-    "train": ("{new}", "lock"),
-    "sample": ("{place}", "new.npz.lock"),
-    "extract_features": ("{new}", "lock"),
-    "evaluate": ("{place}", "new.lock"),
+LOCKS = {  # script: folder and name of its lock, and a file that is in the way
+    "train": ("{new}", "lock", "{new}/config.json"),
+    "sample": ("{place}", "new.npz.lock", "{new}.npz"),
+    "port_weights": ("{place}", "new.pt.lock", "{new}.pt"),
+    "extract_features": ("{new}", "lock", "{new}/cache.json"),
+    "evaluate": ("{place}", "new.lock", "{new}"),
+    "diagnose": ("{place}", "new.lock", "{new}"),
+    "quantize": ("{place}", "new.lock", "{new}"),
 }
 
 
 @pytest.mark.parametrize("script", LOCKS)
 def test_two_at_once_in_one_place(script, sealed, names, place, monkeypatch, capsys):
-    monkeypatch.setattr(sealed["train"], "begin", lambda *words: (Step, "from"))
-    monkeypatch.setattr(sealed["train"], "history", lambda *words: None)
-    monkeypatch.setattr(sealed["train"], "Replicas", lambda *words: None)
-    folder, name = (word.format(place=place, **names) for word in LOCKS[script])
-    argv = [word.format(**names) for word in SCRIPTS[script].split()]
+    """The second says so whatever the first has written by then."""
+    fill = lambda word: word.format(place=place, **names)
+    folder, name, path = map(fill, LOCKS[script])
+    argv = [fill(word) for word in SCRIPTS[script].split()]
     with locks.alone(folder, name):
+        Path(path).write_text("half of it")
         code, _, err = small.called(sealed[script].main, monkeypatch, capsys, *argv)
-    assert code == 2 and f"in use by process {os.getpid()} on" in err, err
-    shutil.rmtree(names["new"], ignore_errors=True)
-
-
-class Step:
-    """A state as far as train.py looks at it before the lock."""
-
-    step = 0
+        assert code == 2 and f"in use by process {os.getpid()} on" in err, err
+        assert Path(path).read_text() == "half of it"
+        Path(path).unlink()
+    assert not names["new"].exists()

@@ -6,8 +6,16 @@ import os
 
 import pytest
 
+from sit_jax import hosts, locks
 from sit_jax.errors import UserError
-from sit_jax.workdir import MAY_CHANGE, check_same, open_workdir, read_json, write_json
+from sit_jax.workdir import (
+    MAY_CHANGE,
+    check_same,
+    held,
+    open_workdir,
+    read_json,
+    write_json,
+)
 
 CONFIG = {
     "steps": 10,
@@ -33,6 +41,41 @@ def test_a_new_folder_is_made_with_its_config(tmp_path):
     path = open_workdir(tmp_path / "a" / "b", CONFIG)
     assert read_json(path / "config.json") == CONFIG
     assert os.listdir(path) == ["config.json"]
+
+
+def tree(folder):
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path: path.read_bytes() for path in files}, list(folder.rglob("*"))
+
+
+def test_a_run_is_alone_before_it_looks(tmp_path):
+    """Or the second of two stumbles over what the first is replacing."""
+    with locks.alone(tmp_path):
+        (tmp_path / "config.json").write_text("half of it")
+        with pytest.raises(UserError, match="is in use by"), held(tmp_path, CONFIG):
+            raise AssertionError
+
+
+def test_what_is_refused_leaves_nothing(tmp_path):
+    run = open_workdir(tmp_path / "run", CONFIG)
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match="another config"), held(run, but(seed=1)):
+        raise AssertionError
+    new = tmp_path / "a" / "b"
+    with pytest.raises(UserError, match="no such weights"), held(new, CONFIG) as place:
+        assert place == new and (new / ".lock").exists()
+        raise UserError("no such weights")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_process_0_holds_the_lock_before_another_looks(tmp_path, monkeypatch, first):
+    seen = []
+    monkeypatch.setattr(hosts, "first", lambda: first)
+    monkeypatch.setattr(hosts, "wait", lambda: seen.append(os.listdir(tmp_path)))
+    with held(tmp_path, CONFIG):
+        pass
+    assert seen == [[".lock"] if first else []] and os.listdir(tmp_path) == []
 
 
 def test_the_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
