@@ -2,8 +2,8 @@
 
 Collectives are counted once for each channel: the compiler repeats one that it spreads
 over several steps of computation, and of these the rarest counts. How often one runs
-follows from the loops around it, whose number of turns is the constant that their
-condition compares with.
+follows from the loops around it, whose number of turns the compiler notes, or is the
+constant that their condition compares with. A loop that tells neither counts once.
 """
 
 import collections
@@ -23,6 +23,8 @@ _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e\d+m\d+\w*)?)\[([0-9,]*)\]")
 _LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
+_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_GROUP = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[(?:\d+,)?(\d+)\]<=)")
 _BRANCHES = re.compile(r"branch_computations=\{(.*?)\}")
 
 
@@ -38,6 +40,7 @@ class Collective(NamedTuple):
     bytes: int  # of its result on one device
     times: int  # in one run of the program
     name: str  # of the operation that it is for
+    devices: int = 0  # that take part together; 0: the program does not say
 
 
 class Product(NamedTuple):
@@ -58,8 +61,8 @@ def collectives(text):
                 channel = re.search(r"channel_id=(\d+)", line.rest)
                 key = channel[1] if channel else (name, line.name)
                 told = re.search(r'op_name="(.*?)"', line.rest)
-                size = _moved(line)
-                each = Collective(kind, size, times[name], told[1] if told else "")
+                size, word = _moved(line), told[1] if told else ""
+                each = Collective(kind, size, times[name], word, _group(line))
                 found[key] = min(found.get(key, each), each, key=lambda c: c.times)
     return list(found.values())
 
@@ -79,10 +82,15 @@ def sent(found):
 
     Of n devices each sends (n - 1) / n of a gathered array, which is nearly all of it,
     and for a sum that all get twice that. What is scattered is told by its small
-    result: then each sends as much as all results together, taken to be 16.
+    result, of which each sends one for every other device.
     """
-    weight = {"all-reduce": 2}
-    return sum(weight.get(each.kind, 1) * each.bytes * each.times for each in found)
+    return sum(_weight(each) * each.bytes * each.times for each in found)
+
+
+def _weight(each):
+    if each.kind == "reduce-scatter":
+        return max(each.devices - 1, 1)
+    return 2 if each.kind == "all-reduce" else 1
 
 
 def products(text):
@@ -152,6 +160,8 @@ def _times(program):
 
 
 def _turns(program, loop):
+    if noted := _TURNS.search(loop.rest):
+        return int(noted[1])
     condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
     lines = program.get(condition[1], ()) if condition else ()
     numbers = [line.rest.partition(")")[0] for line in lines if line.op == "constant"]
@@ -160,10 +170,18 @@ def _turns(program, loop):
 
 
 def _moved(line):
-    """Bytes of the result; the -start of some holds operand and result."""
-    sizes = [_size(*array) for array in _ARRAY.findall(line.type)]
+    """Bytes of the results; the -start of some holds operands, results and numbers."""
     both = line.op.endswith("-start") and not line.op.startswith("all-reduce")
-    return max(sizes) if both else sum(sizes)
+    arrays = [array for array in _ARRAY.findall(line.type) if array[1] or not both]
+    return sum(_size(*array) for array in arrays[both * len(arrays) // 2 :])
+
+
+def _group(line):
+    """How many devices a collective is among, of groups that are all as large."""
+    found = _GROUP.search(line.rest)
+    if not found:
+        return 0
+    return int(found[2]) if found[2] else len(found[1].split(","))
 
 
 def _size(type, dims):

@@ -70,6 +70,46 @@ def test_collectives_with_their_bytes_and_turns():
     assert len(hlo.collectives(TEXT)) == 4
 
 
+def program(line):
+    return f"ENTRY %main (p: f32[8]) -> f32[8] {{\n  {line}\n}}\n"
+
+
+@pytest.mark.parametrize(
+    "line, size",
+    [
+        (
+            "%g = ((f32[8]{0}, f32[4]), (f32[32], f32[16]{0})) all-gather-start(%p)",
+            4 * 48,  # the compiler gathers several at once
+        ),
+        ("%g = (f32[8], f32[32]) all-gather-start(%p)", 4 * 32),
+        ("%g = f32[32] all-reduce-start(%p)", 4 * 32),
+        ("%g = (f32[8], f32[8], u32[], u32[]) collective-permute-start(%p)", 32),
+        ("%g = f32[] all-reduce(%p)", 4),
+    ],
+)
+def test_what_begins_counts_by_its_results(line, size):
+    (found,) = hlo.collectives(program(line))
+    assert found.bytes == size
+
+
+@pytest.mark.parametrize(
+    "groups, devices",
+    [("{{0,1,2,3},{4,5,6,7}}", 4), ("[2,8]<=[16]", 8), ("[16]<=[16]", 16), ("{}", 0)],
+)
+def test_what_is_scattered_is_sent_to_each_of_its_group(groups, devices):
+    line = f"%s = f32[8] reduce-scatter(%p), replica_groups={groups}, to_apply=%add"
+    (found,) = hlo.collectives(program(line))
+    assert found.devices == devices
+    assert hlo.sent([found]) == 32 * max(devices - 1, 1)
+
+
+def test_the_turns_that_the_compiler_notes_count():
+    """Where a loop's condition is a fusion, its constant is among others."""
+    note = ', backend_config={"known_trip_count":{"n":"7"}}'
+    loop = "(s32[], bf16[4,8]) while(%t), condition=%test, body=%turn"
+    assert hlo.cycles(TEXT.replace(loop, loop + note)) == 7 * 100 + 7
+
+
 def test_they_are_summed_by_kind():
     table = hlo.by_kind(hlo.collectives(TEXT))
     assert table["all-gather"] == (1, 28, 28 * 256)
