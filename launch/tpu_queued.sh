@@ -1,6 +1,7 @@
 #!/bin/bash
 # A TPU slice that is waited for: bash launch/tpu_queued.sh NAME ZONE TYPE
 #   bash launch/tpu_queued.sh sit us-east5-a v5p-256
+# RUNTIME: v2-alpha-tpuv5-lite for v5e, v2-alpha-tpuv6e for v6e, tpu-ubuntu2204-base for v4.
 # Several slices as one run (hybrid parallelism): SLICES=2 bash launch/tpu_queued.sh ...
 # When the state is ACTIVE, install and start on all hosts as launch/tpu_vm.sh does.
 set -eu
