@@ -34,7 +34,8 @@ class _Parser(argparse.ArgumentParser):
 def parser(description):
     """An argparse parser whose mistakes are UserErrors; --config.x=y is left over."""
     epilog = "Any field of the config can be set: --config.model.depth=4"
-    return _Parser(description=description, epilog=epilog, allow_abbrev=False)
+    words = {"prog": opening.name(), "description": description, "epilog": epilog}
+    return _Parser(**words, allow_abbrev=False)
 
 
 def parse(arguments_parser, argv=None):
@@ -98,8 +99,7 @@ def _ended(words, code):
     """Says why this process ends, to the others and on the console; -> code."""
     words = one_line(words)
     hosts.end(words, code)
-    name = os.path.basename(sys.argv[0])
-    print(f"{name}: {words}", file=sys.stderr)
+    print(f"{opening.name()}: {words}", file=sys.stderr)
     return code
 
 
@@ -207,8 +207,8 @@ class Stop:
             raise KeyboardInterrupt
         self.asked = True
         if self.outlook:
-            name = os.path.basename(sys.argv[0])
-            words = f"{name}: {self.outlook()}; Ctrl-C again ends without it\n"
-            os.write(2, words.encode())  # print() may be what was interrupted
+            words = f"{self.outlook()}; Ctrl-C again ends without it"
+            # print() may be what was interrupted
+            os.write(2, f"{opening.name()}: {words}\n".encode())
         if self._handed_on:
             os.kill(os.getpid(), signal.SIGTERM)  # JAX's, which tells the others

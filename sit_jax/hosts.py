@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from sit_jax import cluster, greeting, locks
+from sit_jax import cluster, greeting, locks, opening
 from sit_jax.comparison import file_sha
 from sit_jax.drafts import require_writable
 from sit_jax.errors import UserError
@@ -222,7 +222,7 @@ def leave():
 
 
 def _say_lost(name, words):
-    name = f"{os.path.basename(sys.argv[0])}: {name}"
+    name = f"{opening.name()}: {name}"
     remedy = _remedy() if _remedy else "the same command goes on with what is there"
     text = f"is gone without a word; {remedy}" if words is None else f"ended: {words}"
     print(f"{name} {text}", file=sys.stderr, flush=True)

@@ -7,12 +7,19 @@ that is registered, what stands here is the last that is called at the end.
 
 import atexit
 import os
+import re
 import signal
 import sys
 
 INTERRUPTED = "interrupted before it began"
 
 _all_is_done = False
+
+
+def name():
+    """What a line of this process begins with: sample.py, sit_jax.checkpoint."""
+    folder, file = os.path.split(sys.argv[0])
+    return f"sit_jax.{os.path.basename(folder)}" if file == "__main__.py" else file
 
 
 def over():
@@ -39,16 +46,14 @@ def _end_at_once():
 
 def _end(number, frame):
     # no exception, which a callback may drop: there is nothing to tidy
-    name = os.path.basename(sys.argv[0])
-    os.write(2, f"{name}: {INTERRUPTED}\n".encode())
+    os.write(2, f"{name()}: {INTERRUPTED}\n".encode())
     os._exit(130)
 
 
 def _is_ours():
     """Whether this process runs a script of the repository, or python -m sit_jax.x."""
     if sys.argv[:1] == ["-m"]:  # which stands there until the module is found
-        module = sys.orig_argv[sys.orig_argv.index("-m") + 1]
-        return module.startswith("sit_jax.")
+        return any(re.match(r"(-\w*m)?sit_jax\.", word) for word in sys.orig_argv)
     file = getattr(sys.modules["__main__"], "__file__", None) or ""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     return os.path.dirname(os.path.abspath(file)) == root

@@ -2,11 +2,13 @@
 
 import shutil
 import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 import small
+from conftest import ROOT
 
 from sit_jax.checkpoint import (
     Damaged,
@@ -168,6 +170,17 @@ def test_verify_tells_of_each_step(saved, verify):
     assert code == 1 and "3  DAMAGED: ema/" in out and "7  no sums" in out
     assert verify("verify", saved / "7")[0] == 0
     assert verify("verify", saved / "3")[0] == 1
+
+
+@pytest.mark.parametrize(
+    "how", [("-m", "sit_jax."), ("-um", "sit_jax."), ("-msit_jax.",)]
+)
+def test_verify_as_a_command_says_its_name(how, tmp_path):
+    *flags, package = how
+    words = [sys.executable, *flags, f"{package}checkpoint", "verify", str(tmp_path)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("sit_jax.checkpoint: no checkpoint in")
 
 
 def test_verify_wrongly_used(tmp_path, verify):
