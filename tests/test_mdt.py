@@ -122,6 +122,13 @@ def test_the_order_is_a_permutation_and_the_share_that_of_the_release():
     assert set(masking.draw(jax.random.key(0), 2, 256, 0.3, 0)) == {"order"}
 
 
+def test_no_more_is_kept_than_is_gathered(monkeypatch):
+    """100 (1 - 0.9) is 9 in float64 and 10 in float32."""
+    monkeypatch.setattr(jax.random, "uniform", lambda key, shape=(): jnp.zeros(shape))
+    drawn = masking.draw(jax.random.key(0), 2, 100, 0.9, 0.05)
+    assert drawn["kept"].tolist() == [masking.most(100, 0.9)] * 2 == [9, 9]
+
+
 def test_what_is_hidden_is_not_seen_by_the_first_version():
     """Its decoder gets nothing of the input but through the encoder."""
     golden = arrays("mdt1")

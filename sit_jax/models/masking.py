@@ -33,6 +33,7 @@ def draw(key, batch, tokens, hide, spread):
         return {"order": order}
     share = hide + spread * jax.random.uniform(key_share)
     kept = jnp.floor(tokens * (1 - share)).astype(int)
+    kept = jnp.minimum(kept, most(tokens, hide))  # which is not rounded in float32
     return {"order": order, "kept": jnp.full(batch, kept)}
 
 
