@@ -25,6 +25,7 @@ _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _GROUP = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[(?:\d+,)?(\d+)\]<=)")
+_OF_MESH = re.compile(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}")
 _BRANCHES = re.compile(r"branch_computations=\{(.*?)\}")
 
 
@@ -178,6 +179,9 @@ def _moved(line):
 
 def _group(line):
     """How many devices a collective is among, of groups that are all as large."""
+    if found := _OF_MESH.search(line.rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
     found = _GROUP.search(line.rest)
     if not found:
         return 0

@@ -94,7 +94,8 @@ def test_what_begins_counts_by_its_results(line, size):
 
 @pytest.mark.parametrize(
     "groups, devices",
-    [("{{0,1,2,3},{4,5,6,7}}", 4), ("[2,8]<=[16]", 8), ("[16]<=[16]", 16), ("{}", 0)],
+    [("{{0,1,2,3},{4,5,6,7}}", 4), ("[2,8]<=[16]", 8), ("[16]<=[16]", 16), ("{}", 0)]
+    + [("mesh['a'=2,'b'=16] {'b'}", 16), ("mesh['a'=2,'b'=16] {'a','b'}", 32)],
 )
 def test_what_is_scattered_is_sent_to_each_of_its_group(groups, devices):
     line = f"%s = f32[8] reduce-scatter(%p), replica_groups={groups}, to_apply=%add"
