@@ -44,7 +44,7 @@ from sit_jax.start import begin
 from sit_jax.stored import join
 from sit_jax.training import tensor_names
 from sit_jax.vae_files import load_vae, with_vae
-from sit_jax.watching import viewer
+from sit_jax.watching import Views
 from sit_jax.workdir import advice, held, open_workdir, write_json
 
 
@@ -108,7 +108,7 @@ def train(config, workdir, given=NOTHING, wandb=None):
         feed = batches(source, size, config.seed, first, mesh, **how)
         stack.callback(feed.close)
         introduce(log.say, config, parts, mesh, state, source)
-        look = viewer(log, config, parts, mesh)
+        look = Views(log, config, parts, mesh)
         stop = stack.enter_context(command.Stop())
         about = {"config": stored, **about_data(source, parts.codec), **more}
         keeper = Keeper(saved, watch, past, about, parts.ema_decay)
@@ -155,6 +155,7 @@ def _loop(config, parts, mesh, source, state, feed, log, saved, keeper, look, st
     with stop.compiling(first):
         step = _compiled(log, config, parts, mesh, state, shapes, key)
         keeper.compile(state)
+        look.catch_up(first, _average(state, parts))
     stop.outlook = keeper.outlook
     batch = next(feed)  # was read meanwhile
     meter = _meter(config, parts)

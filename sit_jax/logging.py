@@ -30,7 +30,8 @@ class RunLog:
     """
 
     def __init__(self, workdir, total_steps, first_step=0, wandb=None, stream=None):
-        self._workdir, self._total = place(workdir), total_steps
+        self._workdir = self._folder = place(workdir)
+        self._total = total_steps
         self._sinks, self._console = [], None
         self._opened = contextlib.ExitStack()
         if jax.process_index() == 0:
@@ -76,6 +77,10 @@ class RunLog:
         save_png(self._workdir / name / f"{step:07d}.png", array)
         for sink in self._sinks:
             sink.image(step, name, array)
+
+    def lacks(self, step, name):
+        """Whether the record of before has no image of that name and step."""
+        return not (self._folder / name / f"{step:07d}.png").exists()
 
     def keep(self):
         """Before a step is saved: what is written of it is to be where the step is."""

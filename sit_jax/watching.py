@@ -7,30 +7,45 @@ from sit_jax.preview import Preview
 from sit_jax.program import as_sampled
 
 
-def viewer(log, config, parts, mesh):
-    """-> look(step, average, ends), which does what the step is due for -> seconds.
+class Views:
+    """Calling it with a step and its average does what the step is due for.
 
-    ends: nothing is begun any more, as it may take minutes.
+    -> seconds. ends: nothing is begun any more, as it may take minutes.
     """
-    sampled = as_sampled(config, parts)  # or figures are not those of sample.py
-    looks = [
-        (config.sample_every, _sheets(log, config, mesh, *sampled)),
-        (config.get("evaluate_every", 0), _curve(log, config, mesh, *sampled)),
-    ]
-    able = [each is not _nothing for _, each in looks]
-    hosts.require_same(
-        "able to draw sheets and FIDs", able, "give all hosts the Inception weights"
-    )
 
-    def look(at, average, ends=False):
-        due = lambda every: every and (at % every == 0 or at == config.steps)
-        wanted = [each for every, each in looks if due(every) and each is not _nothing]
+    def __init__(self, log, config, parts, mesh):
+        sampled = as_sampled(config, parts)  # or figures are not those of sample.py
+        self._log, self._steps, self._sheets = log, config.steps, config.sample_every
+        self._looks = [
+            (config.sample_every, _sheets(log, config, mesh, *sampled)),
+            (config.get("evaluate_every", 0), _curve(log, config, mesh, *sampled)),
+        ]
+        able = [each is not _nothing for _, each in self._looks]
+        hosts.require_same(
+            "able to draw sheets and FIDs", able, "give all hosts the Inception weights"
+        )
+        self._able = able[0]
+
+    def __call__(self, at, average, ends=False):
+        due = lambda every: every and (at % every == 0 or at == self._steps)
+        wanted = [
+            each for every, each in self._looks if due(every) and each is not _nothing
+        ]
         if wanted and ends:
-            log.say(f"no samples of step {at} were drawn; sample.py makes them of it")
+            last = at == self._steps
+            how = "sample.py makes them of it" if last else "the run does when it goes on"
+            self._log.say(f"no samples of step {at} were drawn; {how}")
             return 0.0
         return sum((each(at, average) for each in wanted), 0.0)
 
-    return look
+    def catch_up(self, at, average):
+        """What the step that a run goes on from was due for, if it has no sheet.
+
+        A stop leaves it out, and a kill may have come before it.
+        """
+        due = self._able and self._sheets and at and at % self._sheets == 0
+        if due and hosts.told(self._log.lacks(at, "samples")):
+            self(at, average)
 
 
 def _nothing(at, average):

@@ -57,7 +57,7 @@ def test_points_of_a_curve(monkeypatch):
     c, log, mesh = config(), Log(), make_mesh(data=-1, fsdp=1)
     parts = recipe(c)
     params = small.random_params(parts, 0)
-    look = watching.viewer(log, c, parts, mesh)
+    look = watching.Views(log, c, parts, mesh)
     seconds = [look(step, params) for step in range(1, 9)]
     assert [s > 0 for s in seconds] == [s in (3, 6, 8) for s in range(1, 9)]
     assert set(log.values) == {3, 6, 8} and log.values[3] == log.values[8]
@@ -76,7 +76,7 @@ def test_a_point_is_of_images_as_sample_py_draws_them():
         c, log = config(), Log()
         c.precision.training = word
         parts = training_recipe(c)
-        look = watching.viewer(log, c, parts, mesh)
+        look = watching.Views(log, c, parts, mesh)
         look(3, small.random_params(parts, 0))
         found.append(log.values[3])
     assert found[0] == found[1]
@@ -85,7 +85,7 @@ def test_a_point_is_of_images_as_sample_py_draws_them():
 def test_without_weights_there_is_one_line_and_no_curve(monkeypatch, tmp_path):
     monkeypatch.setattr(inception_weights, "places", lambda: [tmp_path / "none"])
     c, log = config(features=None), Log()
-    look = watching.viewer(log, c, recipe(c), make_mesh(data=-1, fsdp=1))
+    look = watching.Views(log, c, recipe(c), make_mesh(data=-1, fsdp=1))
     assert look(3, None) == 0 and log.values == {}
     (line,) = log.said
     assert line.startswith("no curve of FIDs: no Inception weights; put pt_inception")
@@ -95,7 +95,7 @@ def test_latents_have_no_curve():
     from sit_jax.codec import Latents
 
     c, log = config(codec=spec(Latents)), Log()
-    watching.viewer(log, c, recipe(c), make_mesh(data=-1, fsdp=1))
+    watching.Views(log, c, recipe(c), make_mesh(data=-1, fsdp=1))
     assert log.said[0].startswith("no curve of FIDs: latents need a VAE")
 
 

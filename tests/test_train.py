@@ -116,6 +116,26 @@ def test_a_signal_finds_the_step_saved(tmp_path, monkeypatch, capfd, name, at):
     assert ("no samples of step 4 were drawn" in out) == (at == 4)
 
 
+def test_a_sheet_that_a_stop_left_out_is_drawn_when_the_run_goes_on(
+    tmp_path, monkeypatch, capfd
+):
+    config = lambda: small.config(save_every=4, sample_every=4)
+    sheet = lambda work: (work / "samples" / "0000004.png").read_bytes()
+    with monkeypatch.context() as patch:
+        interrupted(patch, Keeper, "save", 4)
+        assert train.train(config(), tmp_path / "broken") == 0
+    assert "step 4 were drawn; the run does when it goes on" in capfd.readouterr().out
+    assert not (tmp_path / "broken" / "samples").exists()
+    for work in ("broken", "unbroken"):
+        assert train.train(config(), tmp_path / work) == 0
+    assert sheet(tmp_path / "broken") == sheet(tmp_path / "unbroken")
+    said = capfd.readouterr().out
+    assert said.count("drew the samples of step 4") == 2
+    config = lambda: small.config(save_every=4, sample_every=8, steps=9)
+    assert train.train(config(), tmp_path / "broken") == 0
+    assert "drew the samples of step 8" not in capfd.readouterr().out  # it has one
+
+
 def test_a_save_compiles_nothing(tmp_path, monkeypatch):
     """With copies to be compared: what is compiled after Ctrl-C is waited for."""
     built, saving = [], []
@@ -147,12 +167,12 @@ def test_a_save_compiles_nothing(tmp_path, monkeypatch):
 def test_a_signal_during_a_picture_finds_its_step_saved(tmp_path, monkeypatch):
     """Of a step that has no save of its own, the next one is taken and saved."""
 
-    def look(at, average, ends):
+    def look(self, at, average, ends):
         if at == 3:
             os.kill(os.getpid(), signal.SIGINT)
         return 0.0
 
-    monkeypatch.setattr(train, "viewer", lambda *arguments: look)
+    monkeypatch.setattr(train.Views, "__call__", look)
     assert train.train(small.config(save_every=99), tmp_path) == 0
     assert checkpoint.steps(tmp_path / "checkpoints") == [4]
     assert list(small.losses(tmp_path)) == [1, 2, 3, 4]
