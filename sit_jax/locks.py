@@ -43,10 +43,7 @@ def alone(folder, name="lock"):
 @contextlib.contextmanager
 def _locked(path, refuse):
     new = [folder for folder in path.parents if not os.path.lexists(folder)]
-    with _opened(path) as file:
-        if not _taken(file):
-            file.seek(0)
-            refuse(_read(file.read()))
+    with _taken(path, refuse) as file:
         file.truncate(0)
         file.write(json.dumps(_owner()))
         file.flush()
@@ -77,7 +74,22 @@ def _opened(path, again=True):
         raise UserError(f"{reason}; name another place") from error
 
 
-def _taken(file):
+def _taken(path, refuse):
+    """-> the lock's file, when it is ours."""
+    while True:
+        file = _opened(path)
+        if not _ours(file):
+            with file:
+                file.seek(0)
+                refuse(_read(file.read()))
+        # the one before may have removed the file between our opening and locking it
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        file.close()
+
+
+def _ours(file):
     """Whether the lock is ours now."""
     import fcntl
 
@@ -90,10 +102,7 @@ def _taken(file):
             raise
         file.seek(0)
         return not _alive(_read(file.read()))
-    # the one before may have removed the file between our opening and locking it
-    with contextlib.suppress(OSError):
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
-    return False
+    return True
 
 
 def _owner():

@@ -73,6 +73,25 @@ def test_a_folder_that_goes_meanwhile_is_made_again(tmp_path, monkeypatch):
         assert os.listdir(folder) == [".lock"]
 
 
+def test_who_comes_as_the_first_one_goes_is_not_refused(tmp_path, monkeypatch):
+    """The first one's file is removed between our opening it and our locking it."""
+    lock, calls = fcntl.flock, []
+
+    def late(file, how):
+        calls.append(how)
+        if len(calls) == 1:
+            (tmp_path / ".lock").unlink()
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with locks.alone(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+        with pytest.raises(UserError, match=f"process {os.getpid()} "):
+            with locks.alone(tmp_path):
+                raise AssertionError
+    assert len(calls) == 3
+
+
 def test_other_names_do_not_meet(tmp_path):
     with locks.alone(tmp_path, "lock-0"), locks.alone(tmp_path, "lock-1"):
         pass
