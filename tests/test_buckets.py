@@ -5,23 +5,18 @@ tests/slow/test_gs_run.py has the commands on a server that speaks Google's prot
 
 import io
 import json
-import os
-import socket
 import threading
 import time
 
 import fsspec
+import memory_bucket
 import numpy as np
 import pytest
 import small
-from etils.epath import backend
-from fsspec.implementations.memory import MemoryFileSystem
-from fsspec.registry import _registry
+from memory_bucket import Memory, step
 
 from sit_jax import (
     buckets,
-    checkpoint,
-    interrupts,
     leases,
     locks,
     lora_files,
@@ -30,68 +25,15 @@ from sit_jax import (
     places,
 )
 from sit_jax.array_files import ArrayFile
-from sit_jax.checkpoint.folder import set_aside, steps, unfinished
-from sit_jax.checkpoint.sums import damages, write_sums
 from sit_jax.drafts import draft, drafts, require_free
 from sit_jax.errors import UserError
 from sit_jax.logging import RunLog
 from sit_jax.parts import Parts
-from sit_jax.party import LOST
-from sit_jax.places import MARK, place
+from sit_jax.places import place
 from sit_jax.releases import fetch
 from sit_jax.workdir import check_workdir, held, open_workdir, read_json
 
-
-class Memory(MemoryFileSystem):
-    """Objects in this process, by Google's names; sent: in which order they came."""
-
-    protocol, store, pseudo_dirs, sent = ("gcs", "gs"), {}, [""], []
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(str(path).removeprefix("gs://"))
-
-    def call(self, method, path, bucket, key, ifGenerationMatch):
-        assert (method, path) == ("DELETE", "b/{}/o/{}")
-        if places.version(place(f"gs://{bucket}/{key}"))[1] != ifGenerationMatch:
-            raise FileExistsError(key)
-        self.rm_file(f"gs://{bucket}/{key}")
-
-    def put_file(self, lpath, rpath, **more):
-        self.sent.append(str(rpath))
-        super().put_file(lpath, rpath, **more)
-
-
-@pytest.fixture(autouse=True)
-def bucket(monkeypatch):
-    """-> gs://here, which is empty."""
-    forget = (
-        backend.fsspec_backend._get_filesystem.cache_clear,
-        buckets.system.cache_clear,
-        buckets.require_answer.cache_clear,
-    )
-    monkeypatch.setitem(_registry, "gcs", Memory)
-    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
-    for each in (Memory.store, Memory.sent):
-        each.clear()
-    Memory.pseudo_dirs[:] = ["", "/here"]
-    for each in forget:
-        each()
-    yield place("gs://here")
-    for each in forget:
-        each()
-
-
-def step(folder, number, mark=True):
-    """A step as Orbax leaves it, with two items."""
-    at = folder / str(number)
-    for name in ("params/d/0", "params/manifest", "meta/metadata", "_METADATA"):
-        (at / name).write_text(f"{name} of {number}")
-    (at / "params" / MARK).write_text("")
-    write_sums(at)
-    if mark:
-        (at / MARK).write_text("")
-    return at
+bucket = memory_bucket.bucket
 
 
 @pytest.mark.parametrize("name", ["gs://", "gs:///x", "gs://Here/x", "gs://here//x"])
@@ -156,70 +98,6 @@ def test_of_several_the_first_is_sent_last(bucket):
     assert Memory.sent == ["gs://here/x.pt.md", "gs://here/x.pt"]
 
 
-def test_a_directory_of_steps_is_sent_mark_last(bucket):
-    target = bucket / "ported"
-    step(target, 3)  # of before
-    with draft(target) as name:
-        (name / "7" / "params").mkdir(parents=True)
-        for file in ("params/x", "x", MARK):
-            (name / "7" / file).write_text("")
-    assert Memory.sent[-1] == f"gs://here/ported/7/{MARK}"
-    assert steps(target) == [7]
-
-
-def test_steps_are_those_with_their_mark(bucket):
-    folder = bucket / "run" / "checkpoints"
-    assert steps(folder) == [] and unfinished(folder) == []
-    for number, mark in ((5, True), (10, True), (15, False)):
-        step(folder, number, mark)
-    (folder / "10.damaged" / "x").write_text("x")
-    assert steps(folder) == [5, 10] and unfinished(folder) == [15]
-    assert checkpoint.find("gs://here/run") == (folder, 10)
-    assert checkpoint.find("gs://here/run/checkpoints/5") == (folder, 5)
-    assert checkpoint.items(folder, 5) == {"params", "meta"}
-    with pytest.raises(UserError, match="no checkpoint in gs://here/none"):
-        checkpoint.find("gs://here/none")
-
-
-@pytest.mark.parametrize("what", ["flipped", "missing", "more"])
-def test_damage_in_a_bucket_is_noticed(bucket, what):
-    at = step(bucket, 5)
-    assert damages(at) == []
-    file = at / "params" / "d" / "0"
-    if what == "flipped":
-        file.write_text("params/d/0 of 6")
-    elif what == "missing":
-        file.unlink()
-    else:
-        (at / "params" / "new").write_text("")
-    (said,) = damages(at)
-    words = {
-        "flipped": "d/0 differs",
-        "missing": "d/0 is missing",
-        "more": "new has no",
-    }
-    assert f"params/{words[what]}" in said
-    with pytest.raises(UserError, match="no step before it is whole"):
-        checkpoint.require_whole(bucket, 5)
-
-
-def test_a_damaged_step_is_set_aside(bucket):
-    step(bucket, 5)
-    before = {f"5.damaged/{n}" for n in places.files(bucket / "5")}
-    assert set_aside(bucket, 5) == bucket / "5.damaged"
-    assert steps(bucket) == [] and set(places.files(bucket)) == before
-
-
-def test_one_at_a_time(bucket):
-    with locks.alone(bucket / "run"):
-        held = leases.read(bucket / "run" / ".lock")
-        assert held["pid"] == os.getpid()
-        with pytest.raises(UserError, match=f"in use by process {os.getpid()} on"):
-            with locks.alone("gs://here/run"):
-                raise AssertionError
-    assert not (bucket / "run" / ".lock").exists()
-
-
 def test_what_is_refused_leaves_no_object(bucket):
     open_workdir("gs://here/run", {"seed": 0})
     before = places.files(bucket)
@@ -241,88 +119,6 @@ def test_libraries_log_no_tracebacks():
         "    logging.getLogger(name).error('Consumer caught an error.')\n"
     )
     assert small.script("-c", program).stderr == ""
-
-
-@pytest.mark.parametrize(
-    "host, pid, age, taken",
-    [
-        ("elsewhere", 1, 0, False),
-        ("elsewhere", 1, leases.EXPIRED + 1, True),
-        (socket.gethostname(), 2**22 + 1, 0, True),  # no such process here
-        (socket.gethostname(), os.getpid(), 0, False),
-    ],
-    ids=["elsewhere", "long ago", "ended", "running"],  # the same in every process
-)
-def test_a_lease_ends_with_its_holder(bucket, host, pid, age, taken):
-    owner = {"host": host, "pid": pid, "began": locks._began(pid)}
-    lease = {**owner, "token": "a", "renewed": time.time() - age}
-    (bucket / ".lock").write_text(json.dumps(lease))
-    if not taken:
-        with pytest.raises(UserError, match=f"process {pid} on {host}"):
-            with locks.alone(bucket):
-                raise AssertionError
-        return
-    with locks.alone(bucket):
-        assert leases.read(bucket / ".lock")["token"] != "a"
-
-
-def test_a_lease_is_renewed_and_its_loss_ends_the_process(bucket, monkeypatch, capsys):
-    monkeypatch.setattr(leases, "RENEWED", 0.01)
-    ended = threading.Event()
-
-    def leave(code):
-        assert code == 2
-        ended.set()
-
-    monkeypatch.setattr(leases.os, "_exit", leave)
-    path = bucket / ".lock"
-    with locks.alone(bucket):
-        first = leases.read(path)["renewed"]
-        begun = time.monotonic()
-        while leases.read(path).get("renewed", first) == first:
-            assert time.monotonic() - begun < 5
-        theirs = {"token": "theirs", "renewed": time.time()}
-        while not ended.is_set():  # a renewal under way may overwrite it once
-            path.write_text(json.dumps(theirs))
-            ended.wait(0.05)
-            assert time.monotonic() - begun < 5
-    assert "is held by another process now" in capsys.readouterr().err
-    assert leases.read(path)["token"] == "theirs"  # not ours to remove
-
-
-def test_of_two_that_take_over_one_does(bucket, monkeypatch):
-    """The slower one saw the dead holder too; it may not remove the faster one's."""
-    path = bucket / ".lock"
-    dead = {"host": "elsewhere", "pid": 1, "token": "dead", "renewed": 0}
-    live = {**dead, "token": "faster", "renewed": time.time()}
-    path.write_text(json.dumps(dead))
-    look = leases.read
-
-    def slowly(path):
-        held = look(path)
-        if held.get("token") == "dead":
-            path.write_text(json.dumps(live))
-        return held
-
-    monkeypatch.setattr(leases, "read", slowly)
-    with pytest.raises(UserError, match="process 1 on elsewhere"):
-        with locks.alone(bucket):
-            raise AssertionError
-    assert look(path) == live
-
-
-def test_who_cannot_renew_ends_before_another_takes_over(bucket, monkeypatch, capsys):
-    assert leases.LATE + leases.LOOK < leases.EXPIRED
-    monkeypatch.setattr(leases, "LATE", 0.05)
-    monkeypatch.setattr(leases, "LOOK", 0.01)
-    ended = threading.Event()
-    codes, left = [], []
-    leave = lambda code: (codes.append(code), ended.set())
-    monkeypatch.setattr(leases.os, "_exit", leave)
-    with interrupts.tidied(lambda: left.append(True)), locks.alone(bucket):
-        assert ended.wait(5)
-    assert ".lock was not renewed for 0.05 s: another run" in capsys.readouterr().err
-    assert codes[0] == LOST and left  # a mistake would be 2, which ends a job for good
 
 
 @pytest.mark.parametrize("hangs", [False, True], ids=["fails", "hangs"])

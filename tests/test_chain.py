@@ -1,96 +1,17 @@
-"""DDPM's and DDIM's chains against recorded runs, and where the answer is known."""
-
-from functools import partial
+"""DDPM's and DDIM's chains where the answer is known."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recorded import arrays, case, nchw, nhwc, weights
+from chains import SMALL, gaussian, normal, sample, truthful, watched
 
-from sit_jax import config, port, predictions
+from sit_jax import config, predictions
 from sit_jax.diffusion import Diffusion, fixed_large, fixed_small
 from sit_jax.errors import UserError
-from sit_jax.guidance import guided
 from sit_jax.interpolant import Interpolant
-from sit_jax.models import dit, layers
-from sit_jax.noise import given
 from sit_jax.samplers.chain import Ancestral, Ddim
 from sit_jax.schedules import DdimSpacing
-
-EVERY = case("dit_sampling")["runs"]
-RUNS = {r["id"]: r for r in EVERY if "sample" in r["loop"]}
-BACK = {r["id"]: r for r in EVERY if r["loop"] == "ddim_reverse"}
-SMALL = Diffusion(variance=fixed_small)
-
-
-@pytest.fixture
-def model(monkeypatch):
-    """net(x, t, y) with the recorded weights and frequency table."""
-    table = arrays("dit_forward_a")["freqs_f32"]
-    monkeypatch.setattr(layers, "frequencies", lambda half, shift: table)
-    params, _ = port.to_flax(dit.RULES, weights("dit_a"))
-    made = dit.DiT(depth=2, width=40, heads=4, classes=10)
-    return partial(made.apply, {"params": params})
-
-
-def sampler_of(run):
-    steps = DdimSpacing(25) if run["respacing"] == "ddim25" else int(run["respacing"])
-    if run["loop"] == "p_sample_loop":
-        return Ancestral(steps, clip=run["clip_denoised"])
-    return Ddim(steps, eta=run["eta"], clip=run["clip_denoised"])
-
-
-def watched(net, states):
-    """net, leaving each x it is shown in `states`: the chain step by step."""
-
-    def watching(x, t):
-        jax.debug.callback(lambda x: states.append(np.asarray(x)), x, ordered=True)
-        return net(x, t)
-
-    return watching
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_recorded_runs(name, model):
-    g, run = arrays("dit_sampling"), RUNS[name]
-    labels, sampler = jnp.asarray(g["y"]), sampler_of(run)
-    # torch runs both halves of the guidance as one batch, each with noise of its own;
-    # the labelled half is the result, the other half's state never reaches it
-    draw = given(nhwc(g[run["noise"]])[:, :2])
-    states = []
-    net = watched(guided(model, labels, 10, run["cfg"] or 1), states)
-    chain = jax.jit(lambda z: sampler(draw, Diffusion(), net, z))
-    data, stats = chain(nhwc(g["z"]))
-    jax.effects_barrier()
-    assert stats["evaluations"] == len(states) == run["num_timesteps"]
-    # five times the recording's own float32 noise at its end, of the scale there
-    # (the unclipped random network leads to values of a thousand); at least 1e-5
-    noise, scale = run["f32_vs_f64"]
-    slack = max(1e-5, 5 * noise / scale)
-    found = {"step0": states[1], "step_mid": states[6], "final": data}
-    if noise / scale > 1e-3:
-        del found["final"]  # clipping under strong guidance amplifies rounding
-    for key in found if "step_mid_index" in run else ["final"]:
-        theirs = g[f"{name}.{key}"][:2]
-        tolerance = slack * np.abs(theirs).max()
-        np.testing.assert_allclose(
-            nchw(found[key]), theirs, atol=tolerance, err_msg=key
-        )
-
-
-@pytest.mark.parametrize("name", BACK)
-def test_recorded_ways_back(name, model):
-    """From data to noise; the original has the step, and no loop of it."""
-    g, run = arrays("dit_sampling"), BACK[name]
-    net = guided(model, jnp.asarray(g["y"]), 10, run["cfg"] or 1)
-    sampler = Ddim(DdimSpacing(25), clip=run["clip_denoised"], reverse=True)
-    chain = jax.jit(lambda x: sampler(None, Diffusion(), net, x)[0])
-    end = nchw(chain(nhwc(g["x_data"])))
-    rounding, scale = run["f32_vs_f64"]
-    theirs = g[f"{name}.final"][:2]
-    slack = max(1e-5, 5 * rounding / scale) * np.abs(theirs).max()
-    np.testing.assert_allclose(end, theirs, atol=slack)
 
 
 def test_there_and_back_again():
@@ -159,59 +80,6 @@ def test_states_kept_on_the_way():
     np.testing.assert_array_equal(stats["trajectory"][-1], data)
 
 
-def formula(name, steps, eta=0.0, clip=False):
-    """The first numbers of a chain of closed-form network, start and noise."""
-    shape = (2, 4, 2, 2)
-    wave = lambda x: nhwc(np.cos(x).astype(np.float32).reshape(shape))
-    count = np.arange(32.0)
-
-    def net(x, t):
-        guess = 0.5 * x + 1e-4 * t[:, None, None, None]
-        return jnp.concatenate([guess, 0.3 * jnp.sin(x)], axis=-1)
-
-    sampler = name(steps, clip=clip) if name is Ancestral else name(steps, eta, clip)
-    kicks = np.stack([wave(1.7 * count + k) for k in range(steps)])
-    z = wave(0.9 * count)
-    return nchw(sample(sampler, Diffusion(), net, z, kicks)).ravel()[:3]
-
-
-@pytest.mark.parametrize(
-    "arguments, recorded",
-    [
-        ((Ancestral, 250), [0.2461303, -0.1848996, -0.5418665]),
-        ((Ancestral, 250, 0, True), [-0.0825307, -0.1264677, -0.1607517]),
-        ((Ddim, 250, 0.0), [7.6520476, 4.2394667, -3.4156756]),
-        ((Ddim, 250, 0.5, True), [0.6620407, 0.3660417, -0.4498788]),
-        ((Ddim, 250, 1.0), [0.2500244, -0.1797140, -0.5445823]),
-        ((Ddim, 10, 1.0), [4.5661392, -0.5709831, -3.7925200]),
-    ],
-)
-def test_released_chains_of_a_formula(arguments, recorded):
-    """Long chains and eta = 1, which the runs of the network lack."""
-    # 1e-5: rounding over 250 steps, and seven digits in the list above
-    slack = 1e-5 * np.abs(recorded).max()
-    np.testing.assert_allclose(formula(*arguments), recorded, atol=slack)
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def sample(sampler, process, net, noise, kicks):
-    return sampler(given(kicks), process, net, noise)[0]
-
-
-def truthful(data, process=SMALL):
-    """A network that knows the data, asked for the noise; t are original steps."""
-
-    def net(x, t):
-        alpha, sigma = process.path(t[:, None, None, None])
-        return (x - alpha * data) / sigma
-
-    return net
-
-
 @pytest.mark.parametrize(
     "sampler", [Ancestral(20), Ancestral(1000), Ddim(20), Ddim(20, eta=1.0), Ddim(1)]
 )
@@ -255,16 +123,6 @@ def test_ddim_with_eta_one_is_ddpm():
     np.testing.assert_allclose(std**2, process.true_step[2], rtol=1e-12)
     np.testing.assert_allclose(on_data, process.true_step[0], rtol=1e-12)
     np.testing.assert_allclose(on_x, process.true_step[1], rtol=1e-12, atol=1e-12)
-
-
-def gaussian(mean, std, process):
-    """The best guess at the noise when the data are N(mean, std^2)."""
-
-    def net(x, t):
-        alpha, sigma = process.path(t[:, None, None, None])
-        return sigma * (x - alpha * mean) / ((alpha * std) ** 2 + sigma**2)
-
-    return net
 
 
 @pytest.mark.parametrize("sampler", [Ancestral(250), Ddim(250), Ddim(250, eta=1.0)])

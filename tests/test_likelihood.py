@@ -1,11 +1,11 @@
 """Log likelihoods: recorded runs, densities known exactly, and the chain's bound."""
 
+import chains
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from recorded import arrays, case, nchw, nhwc
-from test_chain import model  # noqa: F401
 from toys import PATHS, PREDICTS, gaussian, once, tiny
 
 from sit_jax import noise
@@ -18,6 +18,7 @@ from sit_jax.samplers.ode import Ode, euler, heun, rk4
 from sit_jax.samplers.sde import Sde
 from sit_jax.samplers.torchdiffeq import like_torchdiffeq
 
+model = chains.model
 G = arrays("sit_likelihood")
 RUNS = {run["id"]: run for run in case("sit_likelihood")["runs"]}
 METHODS = {"euler": euler, "heun2": heun, "rk4": rk4}
@@ -150,7 +151,7 @@ def test_a_record_does_not_see_its_neighbours():
 
 
 @pytest.mark.parametrize("name", ["r19", "r20"])
-def test_recorded_bounds(name, model):  # noqa: F811
+def test_recorded_bounds(name, model):
     g = arrays("dit_sampling")
     run = next(r for r in case("dit_sampling")["runs"] if r["id"] == name)
     kicks = nhwc(g[run["noise"]])

@@ -1,8 +1,8 @@
-"""All recorded ODE runs of the original; tests/test_ode.py has one of each kind."""
+"""All recorded ODE runs; tests/test_ode_recorded.py has one of each kind."""
 
 import numpy as np
 import pytest
-from test_ode import RUNS, SOLVERS, G, compare_adaptive, compare_fixed, replayed
+from ode_samplers import RUNS, SOLVERS, G, compare_adaptive, compare_fixed, replayed
 
 from sit_jax.samplers.adaptive import AdaptiveOde
 from sit_jax.samplers.torchdiffeq import like_torchdiffeq

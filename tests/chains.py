@@ -1,0 +1,65 @@
+"""A recorded network, noise and closed-form ones for the chains of a diffusion."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from recorded import arrays, case, weights
+
+from sit_jax import port
+from sit_jax.diffusion import Diffusion, fixed_small
+from sit_jax.models import dit, layers
+from sit_jax.noise import given
+
+EVERY = case("dit_sampling")["runs"]
+SMALL = Diffusion(variance=fixed_small)
+
+
+@pytest.fixture
+def model(monkeypatch):
+    """net(x, t, y) with the recorded weights and frequency table."""
+    table = arrays("dit_forward_a")["freqs_f32"]
+    monkeypatch.setattr(layers, "frequencies", lambda half, shift: table)
+    params, _ = port.to_flax(dit.RULES, weights("dit_a"))
+    made = dit.DiT(depth=2, width=40, heads=4, classes=10)
+    return partial(made.apply, {"params": params})
+
+
+def watched(net, states):
+    """net, leaving each x it is shown in `states`: the chain step by step."""
+
+    def watching(x, t):
+        jax.debug.callback(lambda x: states.append(np.asarray(x)), x, ordered=True)
+        return net(x, t)
+
+    return watching
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def sample(sampler, process, net, noise, kicks):
+    return sampler(given(kicks), process, net, noise)[0]
+
+
+def truthful(data, process=SMALL):
+    """A network that knows the data, asked for the noise; t are original steps."""
+
+    def net(x, t):
+        alpha, sigma = process.path(t[:, None, None, None])
+        return (x - alpha * data) / sigma
+
+    return net
+
+
+def gaussian(mean, std, process):
+    """The best guess at the noise when the data are N(mean, std^2)."""
+
+    def net(x, t):
+        alpha, sigma = process.path(t[:, None, None, None])
+        return sigma * (x - alpha * mean) / ((alpha * std) ** 2 + sigma**2)
+
+    return net

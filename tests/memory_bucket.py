@@ -1,0 +1,62 @@
+"""A bucket in memory in the place of Google's, and a step of a checkpoint in it."""
+
+import pytest
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
+
+from sit_jax import buckets, places
+from sit_jax.checkpoint.sums import write_sums
+from sit_jax.places import MARK, place
+
+
+class Memory(MemoryFileSystem):
+    """Objects in this process, by Google's names; sent: in which order they came."""
+
+    protocol, store, pseudo_dirs, sent = ("gcs", "gs"), {}, [""], []
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(str(path).removeprefix("gs://"))
+
+    def call(self, method, path, bucket, key, ifGenerationMatch):
+        assert (method, path) == ("DELETE", "b/{}/o/{}")
+        if places.version(place(f"gs://{bucket}/{key}"))[1] != ifGenerationMatch:
+            raise FileExistsError(key)
+        self.rm_file(f"gs://{bucket}/{key}")
+
+    def put_file(self, lpath, rpath, **more):
+        self.sent.append(str(rpath))
+        super().put_file(lpath, rpath, **more)
+
+
+@pytest.fixture(autouse=True)
+def bucket(monkeypatch):
+    """-> gs://here, which is empty."""
+    forget = (
+        backend.fsspec_backend._get_filesystem.cache_clear,
+        buckets.system.cache_clear,
+        buckets.require_answer.cache_clear,
+    )
+    monkeypatch.setitem(_registry, "gcs", Memory)
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    for each in (Memory.store, Memory.sent):
+        each.clear()
+    Memory.pseudo_dirs[:] = ["", "/here"]
+    for each in forget:
+        each()
+    yield place("gs://here")
+    for each in forget:
+        each()
+
+
+def step(folder, number, mark=True):
+    """A step as Orbax leaves it, with two items."""
+    at = folder / str(number)
+    for name in ("params/d/0", "params/manifest", "meta/metadata", "_METADATA"):
+        (at / name).write_text(f"{name} of {number}")
+    (at / "params" / MARK).write_text("")
+    write_sums(at)
+    if mark:
+        (at / MARK).write_text("")
+    return at

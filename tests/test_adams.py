@@ -1,0 +1,39 @@
+"""Adams' method against torchdiffeq's figures and its order."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ode_samplers import solved
+from toys import once
+
+from sit_jax.interpolant import Interpolant
+from sit_jax.paths import align
+from sit_jax.samplers.adams import Adams
+from sit_jax.samplers.ode import Ode, euler
+
+# torchdiffeq 0.2.5 on dx/dt = x + t from x(0) = 1, ten steps to 1: x(1), evaluations
+ADAMS = {
+    "explicit": (Adams(10), 3.4364307, 16),
+    "implicit": (Adams(10, implicit=True), 3.4365571, 24),
+}
+
+
+@pytest.mark.parametrize("name", ADAMS)
+def test_adams_is_torchdiffeqs(name):
+    sampler, value, evaluations = ADAMS[name]
+    error, stats = solved(sampler)
+    exact = 2 * np.e - 2
+    # rounding over ten steps
+    np.testing.assert_allclose(error, abs(value - exact) / exact, atol=1e-6)
+    assert stats["evaluations"] == evaluations
+
+
+@pytest.mark.parametrize("implicit", [False, True], ids=["explicit", "implicit"])
+def test_adams_rises_in_order(implicit):
+    """Eleven known slopes are exact for polynomials that four are not exact for."""
+    net = lambda x, t: jnp.broadcast_to(8 * align(t, x) ** 7, x.shape)
+    start = jnp.zeros((1, 1, 1, 1))
+    run = once(lambda z: Adams(24, implicit)(None, Interpolant(), net, z)[0])
+    assert abs(float(run(start)[0, 0, 0, 0]) - 1) < 1e-5
+    one = once(lambda z: Ode(euler, 24)(None, Interpolant(), net, z)[0])
+    assert abs(float(one(start)[0, 0, 0, 0]) - 1) > 0.1

@@ -1,0 +1,111 @@
+"""Adaptive ODE steps: their first, their last, and an image's own."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ode_samplers import SAMPLERS, solved
+from toys import (
+    PATHS,
+    gaussian,
+    once,
+    one_image,
+)
+
+from sit_jax import predictions
+from sit_jax.interpolant import Interpolant
+from sit_jax.paths import align
+from sit_jax.samplers.adaptive import AdaptiveOde, per_image
+from sit_jax.samplers.ode import Ode, heun
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_dopri5_keeps_its_tolerance(reverse):
+    loose, tight = (
+        solved(AdaptiveOde(rtol=tol, atol=tol, reverse=reverse)) for tol in (1e-2, 1e-5)
+    )
+    assert loose[0] < 1e-2 and tight[0] < 3e-5 and 5 * tight[0] < loose[0]
+    assert tight[1]["accepted"] > loose[1]["accepted"]
+
+
+@pytest.mark.slow
+def test_gaussian_data_adaptively():
+    process = Interpolant(PATHS["VP"], predictions.score)
+    start = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
+    net = gaussian(process, 1.5, 0.5)
+    run = lambda s: once(lambda z: s(None, process, net, z))(start)
+    data, stats = run(AdaptiveOde(rtol=1e-5, atol=1e-5))
+    fixed, _ = run(Ode(heun, 400))
+    assert stats["finished"]
+    np.testing.assert_allclose(data, fixed, atol=1e-3)  # the fixed grid's own error
+
+
+@pytest.mark.slow
+def test_one_image_is_found_adaptively():
+    process = Interpolant(PATHS["Linear"], predictions.score)
+    image = jnp.linspace(-1, 1, 16).reshape(1, 4, 4, 1)
+    noise = jax.random.normal(jax.random.key(1), (3, 4, 4, 1))
+    net = one_image(process, image)
+    data, stats = once(lambda z: AdaptiveOde()(None, process, net, z))(noise)
+    assert stats["finished"]
+    np.testing.assert_allclose(data, jnp.broadcast_to(image, data.shape), atol=0.02)
+
+
+def test_first_step_follows_the_slope():
+    """diffrax by itself would start with 0.01, whatever the slope."""
+    at = []
+    net = lambda x, t: jax.debug.callback(at.append, t[0]) or jnp.zeros_like(x) + 1e-3
+    sampler = AdaptiveOde(rtol=1e-3, atol=1e-3)
+    _, stats = once(lambda z: sampler(None, Interpolant(), net, z))(
+        jnp.ones((1, 2, 2, 1))
+    )
+    jax.effects_barrier()
+    # the first is (0.01 / 0.5)^(1/5) = 0.46 long; from 0.01 there would be three
+    assert stats["accepted"] == 2 and min(at) == 0 and max(at) == 1
+
+
+ADAPTIVE_ONES = [name for name in SAMPLERS if name not in ("fixed", "adams")]
+
+
+@pytest.mark.parametrize("name", ADAPTIVE_ONES)
+def test_too_few_steps_allowed_is_reported(name):
+    net = lambda x, t: jnp.cos(30 * align(t, x)) * x
+    sampler = dataclasses.replace(SAMPLERS[name], max_steps=3)
+    start = jnp.ones((1, 2, 2, 1))
+    data, stats = once(lambda z: sampler(None, Interpolant(), net, z))(start)
+    assert not stats["finished"].any() and np.isfinite(data).all()
+    assert stats["accepted"] + stats["rejected"] == 3
+
+
+@pytest.mark.parametrize(
+    "name, begins",
+    [("global", 0.0), ("global", 0.5), ("sample", 0.5), ("torchdiffeq", 0.5)],
+)
+def test_a_network_that_is_not_finite_ends_soon(name, begins):
+    net = lambda x, t: jnp.where(align(t, x) < begins, x, jnp.nan)
+    start = jnp.ones((1, 2, 2, 1))
+    run = once(lambda z: SAMPLERS[name](None, Interpolant(), net, z))
+    data, stats = run(start)
+    assert not stats["finished"].any() and stats["evaluations"] < 1000
+
+
+def jumping(x, t):
+    """Images of different wildness, which need different steps."""
+    return jnp.sin(3 * x * (1 + align(t, x))) * jnp.abs(x).max(
+        axis=(1, 2, 3), keepdims=True
+    )
+
+
+def test_an_image_of_its_own_steps_does_not_see_its_neighbours():
+    sampler = AdaptiveOde(rtol=1e-4, atol=1e-4, control=per_image)
+    noise = jax.random.normal(jax.random.key(0), (5, 4, 4, 2))
+    noise *= jnp.arange(1, 6)[:, None, None, None] / 2
+    run = jax.jit(lambda z: sampler(None, Interpolant(), jumping, z))
+    together, stats = run(noise)
+    assert len(set(stats["evaluations"].tolist())) > 2 and stats["finished"].all()
+    keep = np.array([4, 0])
+    alone, few = run(noise[keep])
+    np.testing.assert_array_equal(alone, together[keep])
+    assert few["evaluations"].tolist() == stats["evaluations"][keep].tolist()

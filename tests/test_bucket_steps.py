@@ -1,0 +1,68 @@
+"""Checkpoints on gs://: their marks, damage, and drafts that become objects."""
+
+import memory_bucket
+import pytest
+from memory_bucket import Memory, step
+
+from sit_jax import checkpoint, places
+from sit_jax.checkpoint.folder import set_aside, steps, unfinished
+from sit_jax.checkpoint.sums import damages
+from sit_jax.drafts import draft
+from sit_jax.errors import UserError
+from sit_jax.places import MARK
+
+bucket = memory_bucket.bucket
+
+
+def test_a_directory_of_steps_is_sent_mark_last(bucket):
+    target = bucket / "ported"
+    step(target, 3)  # of before
+    with draft(target) as name:
+        (name / "7" / "params").mkdir(parents=True)
+        for file in ("params/x", "x", MARK):
+            (name / "7" / file).write_text("")
+    assert Memory.sent[-1] == f"gs://here/ported/7/{MARK}"
+    assert steps(target) == [7]
+
+
+def test_steps_are_those_with_their_mark(bucket):
+    folder = bucket / "run" / "checkpoints"
+    assert steps(folder) == [] and unfinished(folder) == []
+    for number, mark in ((5, True), (10, True), (15, False)):
+        step(folder, number, mark)
+    (folder / "10.damaged" / "x").write_text("x")
+    assert steps(folder) == [5, 10] and unfinished(folder) == [15]
+    assert checkpoint.find("gs://here/run") == (folder, 10)
+    assert checkpoint.find("gs://here/run/checkpoints/5") == (folder, 5)
+    assert checkpoint.items(folder, 5) == {"params", "meta"}
+    with pytest.raises(UserError, match="no checkpoint in gs://here/none"):
+        checkpoint.find("gs://here/none")
+
+
+@pytest.mark.parametrize("what", ["flipped", "missing", "more"])
+def test_damage_in_a_bucket_is_noticed(bucket, what):
+    at = step(bucket, 5)
+    assert damages(at) == []
+    file = at / "params" / "d" / "0"
+    if what == "flipped":
+        file.write_text("params/d/0 of 6")
+    elif what == "missing":
+        file.unlink()
+    else:
+        (at / "params" / "new").write_text("")
+    (said,) = damages(at)
+    words = {
+        "flipped": "d/0 differs",
+        "missing": "d/0 is missing",
+        "more": "new has no",
+    }
+    assert f"params/{words[what]}" in said
+    with pytest.raises(UserError, match="no step before it is whole"):
+        checkpoint.require_whole(bucket, 5)
+
+
+def test_a_damaged_step_is_set_aside(bucket):
+    step(bucket, 5)
+    before = {f"5.damaged/{n}" for n in places.files(bucket / "5")}
+    assert set_aside(bucket, 5) == bucket / "5.damaged"
+    assert steps(bucket) == [] and set(places.files(bucket)) == before

@@ -1,0 +1,67 @@
+"""The recorded files of PyTorch, opened, stored as checkpoints and read back."""
+
+import argparse
+import importlib
+
+import small
+import torch
+from recorded import FOLDER, case, weights
+
+from sit_jax import (
+    checkpoint,
+    tensor_files,
+)
+from sit_jax.exchange import Stored, open_torch
+
+
+def base(family):
+    return importlib.import_module(f"configs.{family}_xl2").get_config()
+
+
+def golden(name):
+    return FOLDER / "weights" / f"{name}.pt"
+
+
+def opened(name, **flags):
+    """The weights of tests/golden, with what their shapes do not tell."""
+    if "full" in name:
+        return open_torch(golden(name), base, heads=2, **flags)
+    model = case(f"{name[:3]}_forward_{name[4:]}")["model"]
+    flags = {"family": name[:3], "heads": model["num_heads"]} | flags
+    return open_torch(golden(name), base, **flags)
+
+
+def stored(weights, directory):
+    """What a checkpoint of these weights gives when it is opened."""
+    items, meta = weights.items()
+    small.save(directory, meta["step"], meta, **items)
+    return Stored(*checkpoint.find(directory))
+
+
+def loaded(path):
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, weights_only=True)
+
+
+def assert_same_state(one, other):
+    assert list(one) == list(other)
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+        assert one[name].dtype == other[name].dtype
+        assert one[name].is_contiguous()
+
+
+def renamed(tmp_path, **changes):
+    """train_sit_full.pt with other args."""
+    content = loaded(golden("train_sit_full"))
+    for name, value in changes.items():
+        setattr(content["args"], name, value)
+    torch.save(content, tmp_path / "x.pt")
+    return tmp_path / "x.pt"
+
+
+def broken(tmp_path, change):
+    state = dict(weights("sit_a"))
+    change(state)
+    tensor_files.write(tmp_path / "x.pt", state)
+    return lambda: open_torch(tmp_path / "x.pt", base, family="sit", heads=4)
