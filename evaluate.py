@@ -70,8 +70,6 @@ def _judged(args, work, samples, reference, wanted):
     if not args.force:
         evaluation.require_enough(wanted, samples, reference)
     extractor = _extractor(args, (samples, reference), missing)
-    needed = extractor is not None  # what only some hosts compute would hang the others
-    hosts.require_same("Inception weights found", needed, "give them to all hosts")
     evaluation.require_comparable(samples, reference, extractor, args.force)
     print("samples", samples.describe())
     print("reference", reference.describe(), flush=True)
@@ -171,6 +169,15 @@ def _beside(path):
 
 
 def _extractor(args, sides, missing):
+    """What makes features of images, the same on all hosts, or None."""
+    found = _network(args, sides, missing)
+    # what only some hosts compute would hang the others
+    weights = found and (found.pipeline or {}).get("weights", args.network)
+    hosts.require_same("Inception weights found", weights, "give the same to all hosts")
+    return found
+
+
+def _network(args, sides, missing):
     """The 2015 network, if images have to go through it.
 
     Without its weights, images that stand beside statistics are left out.

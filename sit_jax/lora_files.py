@@ -65,15 +65,17 @@ def is_adapter_folder(path):
 def read(path):
     """-> {torch module, by original names: Pair}, dropout, label table or None."""
     path = local(path)  # which says what to do with one in a bucket
-    config, file = {}, path
+    file = path
     if path.is_dir():
         names = (WEIGHTS, "adapter_model.bin", DIFFUSERS)
         file = next((path / n for n in names if (path / n).is_file()), None)
         if file is None:
             raise UserError(f"{path} has neither {WEIGHTS} nor {DIFFUSERS}")
-    if (file.parent / CONFIG).is_file() and file.name != DIFFUSERS:
-        config = _config(file.parent / CONFIG)
-    hosts.require_same_files(file)
+    beside = [file.parent / CONFIG]
+    if not beside[0].is_file() or file.name == DIFFUSERS:
+        beside = []
+    config = _config(beside[0]) if beside else {}
+    hosts.require_same_files(file, *beside)
     opened = open_file(file)
     if not opened.is_state(opened.content()):
         raise UserError(f"{file} holds no table of tensors")

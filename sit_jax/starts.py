@@ -7,6 +7,7 @@ import numpy as np
 from sit_jax import array_files, hosts, noise, outputs
 from sit_jax.errors import UserError
 from sit_jax.guidance import is_none
+from sit_jax.places import in_bucket, place
 from sit_jax.torch_noise import torch_noise
 
 
@@ -22,7 +23,10 @@ def noise_of(room):
     if job.noise is None:
         return None, None, 0
     if not job.noise.startswith("torch:"):
-        return given_noise(job.noise, shape), None, 0
+        start = given_noise(job.noise, shape)
+        if not in_bucket(job.noise):
+            hosts.require_same_files(place(job.noise))
+        return start, None, 0
     check(job.noise)
     sampler = room.parts.sampler
     kicks = sampler.kicks(room.parts.process) if hasattr(sampler, "kicks") else 0

@@ -5,6 +5,7 @@ A toy stands for the Inception network; test_inception.py has the real one.
 
 import json
 import re
+import types
 
 import judged
 import numpy as np
@@ -13,6 +14,7 @@ from judged import ENOUGH, direct, extractor, figures, images, npz, record, toy,
 from PIL import Image
 from recorded import arrays, case
 
+import evaluate
 from sit_jax import evaluation, summary
 from sit_jax.errors import UserError
 from sit_jax.features import pipeline
@@ -186,3 +188,15 @@ def test_only_50000_images_are_comparable():
     assert said(50_000) == []
     assert said(10_000) == ["10000 images: not comparable with a published FID-50K"]
     assert evaluation.notes(10_000, ["precision"], {"precision": 1.0}) == []
+
+
+def test_hosts_with_other_weights_of_inception_are_refused(monkeypatch):
+    """Each makes the features of its own share of the images."""
+    told = []
+    monkeypatch.setattr(evaluate.hosts, "require_same", lambda *said: told.append(said))
+    made = types.SimpleNamespace(pipeline={"weights": "6726825d"})
+    for found, word in ((made, "6726825d"), (None, None)):
+        monkeypatch.setattr(evaluate, "_network", lambda *given, found=found: found)
+        args = types.SimpleNamespace(network="inception")
+        assert evaluate._extractor(args, (), ()) is found
+        assert told.pop()[1] == word

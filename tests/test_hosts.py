@@ -13,11 +13,13 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
-from sit_jax import cluster, command, greeting, hosts, rendezvous
+from sit_jax import cluster, command, greeting, hosts, lora_files, rendezvous, starts
 from sit_jax.errors import UserError
 from sit_jax.numbered import Numbered
 from sit_jax.party import LOST, Party
@@ -398,3 +400,29 @@ def test_every_line_is_numbered():
     numbered.write("c")
     numbered.write("d\n")
     assert stream.getvalue() == "[1] a\n[1] b\n[1] cd\n" and not numbered.isatty()
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """-> names of the files that hosts would compare, which only several do."""
+    names = []
+    note = lambda *paths: names.extend(path.name for path in paths)
+    monkeypatch.setattr(hosts, "require_same_files", note)
+    return names
+
+
+def test_adapters_are_compared_with_what_says_their_scale(tmp_path, compared):
+    names = ["adapter_model.safetensors", "adapter_config.json"]
+    for name in names:
+        (tmp_path / name).write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    with pytest.raises(UserError):
+        lora_files.read(tmp_path)
+    assert compared == names
+
+
+def test_given_noise_is_compared(tmp_path, compared):
+    np.save(tmp_path / "z.npy", np.zeros((3, 2, 2, 1), np.float32))
+    job = types.SimpleNamespace(noise=str(tmp_path / "z.npy"))
+    parts = types.SimpleNamespace(shape=(2, 2, 1))
+    start, *_ = starts.noise_of(types.SimpleNamespace(job=job, parts=parts))
+    assert start.shape == (3, 2, 2, 1) and compared == ["z.npy"]
