@@ -107,8 +107,8 @@ class Norm(nn.Module):
 def moments(x, groups, weights=None):
     """x [B, H, W, D] -> mean, variance [B, D] of the group that a channel is of.
 
-    In two passes, as in torch: E[x^2] - E[x]^2 cancels in float32. weights [H, W] of
-    the pixels are equal by default.
+    In two passes: E[x^2] - E[x]^2, which torch takes on a CPU where channels are last
+    in memory, cancels in float32. weights [H, W] of the pixels are equal by default.
     """
     mean = _over_group(_over_pixels(x, weights), groups)
     off = (x - mean[:, None, None]) ** 2
