@@ -20,7 +20,7 @@ from sit_jax.drafts import require_writable
 from sit_jax.errors import UserError
 from sit_jax.numbered import Numbered
 from sit_jax.party import Party
-from sit_jax.places import absolute
+from sit_jax.places import absolute, appears
 
 LONGEST = 86_400  # seconds of a limit; the kernel takes no more than 36 hours
 PREEMPTION = "jax_enable_preemption_service"
@@ -162,7 +162,7 @@ def require_same_files(*paths):
 def require_shared(path):
     """Waits for process 0, and refuses hosts that do not see what it has written."""
     wait()
-    blind = [i for i, seen in enumerate(exchange(path.exists())) if not seen]
+    blind = [i for i, seen in enumerate(exchange(appears(path))) if not seen]
     if blind:
         raise UserError(
             f"{_party.name(blind[0])} does not see {path}, which process 0 has "

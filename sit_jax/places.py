@@ -12,13 +12,17 @@ Orbax uses), but a bucket is no disk:
 * Folders are what names have in common; none has to be made, and an empty one is none.
 """
 
+import contextlib
+import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 from sit_jax import buckets
 from sit_jax.errors import UserError
 
+LAG = 10.0  # seconds for what another machine has written to appear
 MARK = "commit_success.txt"  # Orbax's: in a bucket, a step that has it is complete
 
 
@@ -59,6 +63,21 @@ def absolute(path):
 def make_folder(path):
     if not in_bucket(path):
         path.mkdir(parents=True, exist_ok=True)
+
+
+def appears(path):
+    """Whether something is there that another machine has written a moment ago.
+
+    NFS remembers for half a minute that a name was free; to list its folder reminds it.
+    """
+    until = time.monotonic() + LAG
+    while not path.exists():
+        if in_bucket(path) or time.monotonic() > until:
+            return False
+        with contextlib.suppress(OSError):
+            os.listdir(path.parent)
+        time.sleep(0.2)
+    return True
 
 
 def size(path):

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from sit_jax import checkpoint, drafts, outputs
+from sit_jax import checkpoint, drafts, hosts, outputs, places
 from sit_jax.checkpoint import Checkpoints
 from sit_jax.data.cache import LatentCache
 from sit_jax.data.folders import ImageFolder
 from sit_jax.data.sources import LatentFolder
 from sit_jax.errors import UserError
-from sit_jax.places import local
+from sit_jax.places import appears, local
 from sit_jax.releases import fetch
 from sit_jax.workdir import check_workdir
 
@@ -59,3 +59,17 @@ def test_odd_names_are_paths(name):
 def test_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
     assert local("~/x") == Path("/somewhere/x") and local(ROOT) == ROOT
+
+
+def test_what_another_host_has_written_may_take_a_moment(tmp_path, monkeypatch):
+    """As NFS has it: a name that was free stays so until its folder is listed."""
+    listed = []
+    monkeypatch.setattr(places.os, "listdir", listed.append)
+    monkeypatch.setattr(Path, "exists", lambda path: bool(listed))
+    hosts.require_shared(tmp_path / "run")
+    assert listed == [tmp_path]
+
+
+def test_and_what_is_not_there_is_not_waited_for_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(places, "LAG", 0.3)
+    assert not appears(tmp_path / "none" / "run")
