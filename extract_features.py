@@ -47,36 +47,7 @@ USUAL = (0.7, 1.4)  # the standard deviation of latents that fit their scale
 
 
 def main():
-    parser = command.parser(__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--data", required=True, metavar="DIR", help="images; a tar; a name for tfds")
-    add("--kind", default="folder", choices=(*KINDS, *PAIRS), help=_kinds())
-    add("--vae", metavar="PATH", help="the VAE's folder, file or name")
-    add("--precision", default="exact", metavar="WORD", help="exact, fast or bf16")
-    add("--size", type=whole(8), default=256, metavar="PIXELS")
-    add("--out", required=True, metavar="DIR", help="the same one goes on after a kill")
-    add("--batch-size", type=COUNT, default=64, metavar="N", help="on this process")
-    add("--dtype", choices=DTYPES, default="float32", help="of what is stored")
-    add("--no-flip", action="store_true", help="only one view of each image: half size")
-    add("--shards", type=COUNT, metavar="N", help="files; default: up to 256")
-    add("--threads", type=COUNT, default=4, metavar="N", help="that read ahead")
-    add(
-        "--workers", type=whole(0), default=0, metavar="N", help="processes that decode"
-    )
-    add(
-        "--broken-share", type=real(0, 1), default=0.001, help="of images; more stop it"
-    )
-    add("--classes", type=COUNT, default=1000, help="for webdataset and fast-dit")
-    add("--split", default="train", help="for tfds")
-    add("--tfds-dir", metavar="DIR", help="for tfds; default: its own")
-    add(
-        "--seed",
-        type=SEED,
-        default=0,
-        help="of draws and flips, for --kind cache",
-    )
-    hosts.add_flags(parser)
-    args, rest = command.parse(parser)
+    args, rest = command.parse(_parser())
     if rest:
         raise UserError(f"unknown argument {rest[0]!r}; see --help")
     require_writable(local(args.out) / "any")
@@ -116,10 +87,9 @@ def run(args, codec):
     if about is None:
         print(f"{args.out} waits for the shards of the other processes")
         return 0
-    vae = {"path": args.vae, **codec.record()}
-    record = {"vae": vae, **environment()}
     if hosts.first():
-        write_json(f"{args.out}/manifest.json", record)
+        vae = {"path": args.vae, **codec.record()}
+        write_json(f"{args.out}/manifest.json", {"vae": vae, **environment()})
     _check(about)
     print(
         f"{sum(about['images']):,} images in {args.out}, {len(about['broken'])} broken"
@@ -150,6 +120,39 @@ def load(vae, precision):
 
     chosen(precision)  # or it is refused, before anything is loaded
     return vae_files.load_vae(vae, precision)
+
+
+def _parser():
+    parser = command.parser(__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--data", required=True, metavar="DIR", help="images; a tar; a name for tfds")
+    add("--kind", default="folder", choices=(*KINDS, *PAIRS), help=_kinds())
+    add("--vae", metavar="PATH", help="the VAE's folder, file or name")
+    add("--precision", default="exact", metavar="WORD", help="exact, fast or bf16")
+    add("--size", type=whole(8), default=256, metavar="PIXELS")
+    add("--out", required=True, metavar="DIR", help="the same one goes on after a kill")
+    add("--batch-size", type=COUNT, default=64, metavar="N", help="on this process")
+    add("--dtype", choices=DTYPES, default="float32", help="of what is stored")
+    add("--no-flip", action="store_true", help="only one view of each image: half size")
+    add("--shards", type=COUNT, metavar="N", help="files; default: up to 256")
+    add("--threads", type=COUNT, default=4, metavar="N", help="that read ahead")
+    add(
+        "--workers", type=whole(0), default=0, metavar="N", help="processes that decode"
+    )
+    add(
+        "--broken-share", type=real(0, 1), default=0.001, help="of images; more stop it"
+    )
+    add("--classes", type=COUNT, default=1000, help="for webdataset and fast-dit")
+    add("--split", default="train", help="for tfds")
+    add("--tfds-dir", metavar="DIR", help="for tfds; default: its own")
+    add(
+        "--seed",
+        type=SEED,
+        default=0,
+        help="of draws and flips, for --kind cache",
+    )
+    hosts.add_flags(parser)
+    return parser
 
 
 def _share(args):

@@ -112,26 +112,13 @@ def _drawn(room, out, overwrite, columns, frames):
     require_space(out, _needed(room, out))
     start, given, kicks = noise_of(room)
     batch_size = min(job.batch_size, len(job.labels))
-    make = Generator(
-        *(room.parts, room.params, room.mesh, batch_size),
-        weak=room.weak,
-        kicks=kicks,
-        around=room.around,
-    )
+    beside = {"weak": room.weak, "kicks": kicks, "around": room.around}
+    make = Generator(room.parts, room.params, room.mesh, batch_size, **beside)
     parts = _parts(out, job, overwrite)
     count = -(-len(job.labels) // make.batch_size)
     todo = hosts.told(parts.checked(count) if hosts.first() else None)
-    sizes = np.diff([*range(0, len(job.labels), make.batch_size), len(job.labels)])
-    there = len(job.labels) - int(sizes[todo].sum())
-    todo = todo[hosts.index() :: hosts.count()]
-    mine = int(sizes[todo].sum())
-    ahead = make(job.seed, job.labels, start, given=given, todo=todo)
-    drawing = time.perf_counter()
-    with _bar(there, mine) as bar:
-        for batch, (data, stats) in zip(todo, ahead, strict=True):
-            parts.save(batch, _finished(room, out, data, stats))
-            bar.update(len(data))
-    seconds = time.perf_counter() - drawing
+    some = partial(make, job.seed, job.labels, start, given=given)
+    mine, seconds = _draw_share(room, out, parts, some, make.batch_size, todo)
     drawn = sum(hosts.exchange(mine))
     if not hosts.first():
         return []
@@ -150,6 +137,24 @@ def _drawn(room, out, overwrite, columns, frames):
     write_json(outputs.manifest_path(out), record)
     parts.remove()
     return lines(room, found, drawn, seconds, make.compile_seconds)
+
+
+def _draw_share(room, out, parts, some, batch_size, todo):
+    """Draws this process's share of the batches -> images drawn, seconds it took.
+
+    some(todo=numbers) -> (data, stats) of each batch; todo: what all processes lack.
+    """
+    length = len(room.job.labels)
+    sizes = np.diff([*range(0, length, batch_size), length])
+    there = length - int(sizes[todo].sum())
+    todo = todo[hosts.index() :: hosts.count()]
+    mine = int(sizes[todo].sum())
+    begun = time.perf_counter()
+    with _bar(there, mine) as bar:
+        for batch, (data, stats) in zip(todo, some(todo=todo), strict=True):
+            parts.save(batch, _finished(room, out, data, stats))
+            bar.update(len(data))
+    return mine, time.perf_counter() - begun
 
 
 def _finished(room, out, data, stats):
