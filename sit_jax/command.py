@@ -13,7 +13,7 @@ import traceback
 import warnings
 
 from sit_jax import buckets, hosts, interrupts, opening
-from sit_jax.errors import UserError, one_line
+from sit_jax.errors import MISTAKE, UserError, code_of, one_line
 
 SYMPTOM = 3.0  # seconds in which the loss of a process is noticed as its cause
 
@@ -77,15 +77,16 @@ def run(main):
         code = main()
         hosts.leave()
     except UserError as error:
-        code = _ended(str(error), 2)
+        code = _ended(str(error), MISTAKE)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        code = _ended(f"{where}{error.strerror or error}", 2)
+        words = str(error.strerror or error) or type(error).__name__
+        code = _ended(f"{where}{words}", code_of(error))
     except KeyboardInterrupt:
         code = _ended(INTERRUPTED, 130)
     except Exception as error:
         if said := buckets.fault(error):
-            sys.exit(_ended(said, 2))
+            sys.exit(_ended(said, code_of(error)))
         if not hosts.several():
             raise
         time.sleep(SYMPTOM)

@@ -9,13 +9,13 @@ import threading
 import time
 
 from sit_jax import interrupts, json_text, places
+from sit_jax.errors import LATER, MISTAKE
 
 RENEWED = 20.0  # seconds between two renewals
 LATE = 150.0  # seconds without one after which the holder ends itself
 EXPIRED = 180.0  # ... and after which another takes over: the clocks may differ by 30
 LOOK = 1.0  # seconds from one look at the clock to the next
 WAITED = 10.0  # seconds, at the end, for a renewal under way
-HELD, LATER = 2, 75  # exit codes: the same command would fail again, or go on
 
 
 @contextlib.contextmanager
@@ -93,7 +93,7 @@ class _Lease:
             begun, token = time.time(), self._mine["token"]
             try:
                 if read(self._path).get("token", token) != token:
-                    return _end(f"{self._path} is held by another process now", HELD)
+                    return _end(f"{self._path} is held by another process now", MISTAKE)
                 self._path.write_text(_dated(self._mine))
                 self._renewed = begun
             except Exception as error:  # the network; the next renewal may succeed

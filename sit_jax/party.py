@@ -7,10 +7,9 @@ import time
 from collections import defaultdict
 
 from sit_jax import interrupts
-from sit_jax.errors import UserError
+from sit_jax.errors import LATER, UserError
 from sit_jax.rendezvous import connect, listen
 
-LOST = 75  # exit code where a process is gone without a word: EX_TEMPFAIL, try again
 FAREWELL = 5.0  # seconds that process 0 waits for the others, whom its end would abort
 AFTER = 0.3  # seconds until the line of a loss, so that it follows what JAX writes
 
@@ -130,7 +129,7 @@ class Party:
                     turn, values = message["values"]
                     self._answers[turn] = values
                 self._changed.notify_all()
-        self._is_gone(index, None, LOST)
+        self._is_gone(index, None, LATER)
 
     def _is_gone(self, index, words, code):
         """Process 0 tells the others; each then ends by its own line."""

@@ -10,8 +10,7 @@ import memory_bucket
 import pytest
 
 from sit_jax import interrupts, leases, locks
-from sit_jax.errors import UserError
-from sit_jax.party import LOST
+from sit_jax.errors import LATER, UserError
 
 bucket = memory_bucket.bucket
 
@@ -105,4 +104,4 @@ def test_who_cannot_renew_ends_before_another_takes_over(bucket, monkeypatch, ca
     with interrupts.tidied(lambda: left.append(True)), locks.alone(bucket):
         assert ended.wait(5)
     assert ".lock was not renewed for 0.05 s: another run" in capsys.readouterr().err
-    assert codes[0] == LOST and left  # a mistake would be 2, which ends a job for good
+    assert codes[0] == LATER and left  # a mistake would be 2, which ends a job for good
