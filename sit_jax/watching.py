@@ -33,9 +33,7 @@ class Views:
         ]
         if wanted and ends:
             last = at == self._steps
-            how = (
-                "sample.py makes them of it" if last else "the run does when it goes on"
-            )
+            how = "sample.py makes them of it" if last else "a run that goes on does"
             self._log.say(f"no samples of step {at} were drawn; {how}")
             return 0.0
         return sum((each(at, average) for each in wanted), 0.0)

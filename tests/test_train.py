@@ -124,7 +124,7 @@ def test_a_sheet_that_a_stop_left_out_is_drawn_when_the_run_goes_on(
     with monkeypatch.context() as patch:
         interrupted(patch, Keeper, "save", 4)
         assert train.train(config(), tmp_path / "broken") == 0
-    assert "step 4 were drawn; the run does when it goes on" in capfd.readouterr().out
+    assert "step 4 were drawn; a run that goes on does" in capfd.readouterr().out
     assert not (tmp_path / "broken" / "samples").exists()
     for work in ("broken", "unbroken"):
         assert train.train(config(), tmp_path / work) == 0
