@@ -65,6 +65,8 @@ def check(config):
         return
     if config.evaluate_images < 2:
         raise UserError(f"evaluate_images is {config.evaluate_images}; at least 2")
+    if isinstance(config.features, str):
+        raise UserError("features is a constructor: only a config file can set it")
     if config.reference is None:
         raise UserError(
             "evaluate_every needs a reference: --config.reference=FILE, made by "

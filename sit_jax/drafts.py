@@ -53,7 +53,8 @@ def require_writable(path):
     folder = next(parent for parent in Path(path).absolute().parents if _exists(parent))
     if not folder.is_dir():
         raise UserError(f"{path}: {folder} is a file and no folder; name another place")
-    if not os.access(folder, os.W_OK | os.X_OK):
+    known = os.access in os.supports_effective_ids
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=known):
         raise UserError(f"{path}: {folder} is not writable; name another place")
 
 

@@ -56,7 +56,8 @@ class Interpolant:
     def __post_init__(self):
         for name in ("train_margin", "sample_margin"):
             margin = getattr(self, name)
-            if margin is not None and not 0 <= margin < 0.5:
+            known = margin is None or isinstance(margin, int | float)
+            if not known or not 0 <= (margin or 0) < 0.5:
                 raise UserError(f"{name}={margin}: give a number from 0 to below 0.5")
 
     def times(self, key, n):

@@ -12,6 +12,7 @@ from sit_jax import averages
 from sit_jax.codec import data_of
 from sit_jax.config import build
 from sit_jax.errors import UserError
+from sit_jax.precision import PRECISIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,19 +68,31 @@ RATES = {  # of optimizers, by optax's names
     "b2": (0, 1),
     "b3": (0, 1),
     "eps": (0, 1),
+    "eps_root": (0, 1),
 }
+POSITIVE = (
+    *("batch_size", "steps", "accumulate", "log_every", "save_every"),
+    *("max_skipped", "guidance_channels"),
+)
 
 
 def check_training(config, source):
     """Refuses numbers that training cannot honour."""
-    for name in ("batch_size", "steps", "accumulate", "log_every", "save_every"):
+    for name in POSITIVE:
         if config[name] < 1:
             raise UserError(f"{name} is {config[name]}; it must be at least 1")
+    for name in ("keep_last", "keep_every"):
+        if config[name] is not None and config[name] < 1:
+            raise UserError(f"{name} is {config[name]}; at least 1, or None for all")
     if not 0 <= config.label_drop <= 1:
         raise UserError(f"label_drop is {config.label_drop}; it must be in [0, 1]")
-    for name in ("sample_every", "preview"):
-        if config[name] < 0:
-            raise UserError(f"{name} is {config[name]}; 0 is never, else at least 1")
+    for name in ("sample_every", "preview", "check_replicas", "workers"):
+        if (value := config.get(name, 0)) < 0:
+            raise UserError(f"{name} is {value}; 0 is none, else at least 1")
+    for part, word in config.get("precision", {}).items():
+        if word not in PRECISIONS:
+            words = ", ".join(PRECISIONS)
+            raise UserError(f"precision.{part} is {word!r}; there are {words}")
     check_seed("seed", config.seed)
     for name, (least, most) in RATES.items():
         value = config.optimizer.get(name)
@@ -87,6 +100,8 @@ def check_training(config, source):
             raise UserError(
                 f"optimizer.{name} is {value}; it must be in [{least:g}, {most:g})"
             )
+    if isinstance(config.optimizer.get("mask"), str):
+        raise UserError("optimizer.mask is a function: only a config file can set it")
     if config.label_drop and not config.model.null_label:
         raise UserError("label_drop needs model.null_label=True; or set label_drop=0")
     if source.classes != config.model.classes:

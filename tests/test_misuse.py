@@ -237,41 +237,88 @@ FLAGS = {  # script: {flag: wrong values}, or (wrong values, what else is on the
         "--overwrite": SWITCH,
     },
 }  # fmt: skip
+CHOSEN = ("x",)  # a function, a class or a switch
 FIELDS = {  # of train.py's config
-    "batch_size": ("0", "-8", "7", "x", "1.5"),
-    "steps": ("0", "x"),
     "accumulate": ("0", "3", "x"),
-    "log_every": ("0", "x"),
-    "save_every": ("0", "x"),
-    "sample_every": ("-1", "x"),
-    "preview": ("-1", "x"),
-    "label_drop": ("-0.1", "1.5", "nan", "x"),
-    "seed": ("-1", str(2**32), "x"),
+    "batch_size": ("0", "-8", "7", "x", "1.5"),
+    "check_replicas": ("-1", "x"),
     "clip": ("0", "-1", "nan"),
+    "codec.make": CHOSEN,
+    "codec.rounding": CHOSEN,
+    "count_classes": CHOSEN,
     "ema_decay": ("-1", "1.5", "nan"),
-    "max_skipped": ("x",),
-    "keep_last": ("x",),
-    "shape": ("(4,4)", "(0,4,1)", "x"),
-    "synthetic": ("x",),
-    "optimizer.learning_rate": ("-1", "nan", "inf", "1e9", "x"),
-    "optimizer.weight_decay": ("-1", "nan", "x"),
-    "optimizer.b1": ("-0.1", "1", "nan"),
-    "optimizer.b2": ("1.5",),
-    "model.depth": ("0", "-1", "x"),
-    "model.width": ("0", "7", "x"),
-    "model.heads": ("0", "3", "x"),
-    "model.patch": ("0", "3", "x"),
-    "model.classes": ("0", "-1", "x"),
-    "model.dtype": ("float7", "3"),
-    "model.dpeth": ("4",),
-    "model": ("4",),
-    "process": ("x",),
+    "evaluate_every": ("-1", "x"),
+    "evaluate_images": (("x", "0", "-1"), "+ --config.evaluate_every=1"),
+    "features": (CHOSEN, "+ --config.evaluate_every=1"),
     "guidance": ("nan", "x"),
+    "guidance_channels": ("0", "-1", "x"),
+    "keep_every": ("0", "-1", "x"),
+    "keep_last": ("0", "-1", "x"),
+    "label_drop": ("-0.1", "1.5", "nan", "x"),
+    "log_every": ("0", "x"),
+    "max_skipped": ("0", "-1", "x"),
     "mesh.data": ("3", "0", "x"),
     "mesh.fsdp": ("7", "x"),
-    "precision.training": ("fats",),
+    "mesh.tensor": ("3", "0", "x"),
+    "model": ("4",),
+    "model.attention": WORD,
+    "model.classes": ("0", "-1", "x"),
+    "model.depth": ("0", "-1", "x"),
+    "model.dpeth": ("4",),
+    "model.dtype": ("float7", "3"),
+    "model.frequency_shift": ("nan", "x"),
+    "model.heads": ("0", "3", "x"),
+    "model.learn_sigma": CHOSEN,
+    "model.make": CHOSEN,
+    "model.mlp_ratio": ("0", "-1", "nan", "x"),
+    "model.norm2_epsilon": ("-1", "nan", "x"),
+    "model.null_label": CHOSEN,
+    "model.patch": ("0", "3", "x"),
+    "model.remat": WORD,
+    "model.unroll": ("0", "-1", "x"),
+    "model.width": ("0", "7", "x"),
     "nonsense": ("1",),
+    "optimizer.b1": ("-0.1", "1", "nan"),
+    "optimizer.b2": ("1.5",),
+    "optimizer.eps": ("-1", "nan", "x"),
+    "optimizer.eps_root": ("-1", "nan", "x"),
+    "optimizer.learning_rate": ("-1", "nan", "inf", "1e9", "x"),
+    "optimizer.make": CHOSEN,
+    "optimizer.mask": CHOSEN,
+    "optimizer.mu_dtype": ("float7", "3"),
+    "optimizer.nesterov": CHOSEN,
+    "optimizer.weight_decay": ("-1", "nan", "x"),
+    "precision.model": WORD,
+    "precision.training": ("nonsense",),
+    "precision.vae": WORD,
+    "preview": ("-1", "x"),
+    "process.make": CHOSEN,
+    "process.path": CHOSEN,
+    "process.predicts": CHOSEN,
+    "process.sample_margin": ("-1", "1", "nan", "x"),
+    "process.train_margin": ("-1", "1", "nan", "x"),
+    "process.weight": CHOSEN,
+    "reference": (("{missing}", "{folder}"), "+ --config.evaluate_every=1"),
+    "sample_every": ("-1", "x"),
+    "sampler.frames": ("-1", "x"),
+    "sampler.make": CHOSEN,
+    "sampler.method": CHOSEN,
+    "sampler.reverse": CHOSEN,
+    "sampler.steps": ("0", "-1", "x"),
+    "save_every": ("0", "x"),
+    "seed": ("-1", str(2**32), "x"),
+    "shape": ("(4,4)", "(0,4,1)", "x"),
+    "source.classes": ("x",),
+    "source.make": CHOSEN,
+    "source.path": (("{missing}", "{garbage}"), "+ --config.synthetic=False"),
+    "steps": ("0", "x"),
+    "synthetic": ("x",),
+    "vae": ("{missing}",),
+    "workers": ("-1", "x"),
 }
+
+
+PLACES = ("folder", "garbage", "images", "weights", "secret", "closed")
 
 
 class Begun(BaseException):
@@ -279,16 +326,14 @@ class Begun(BaseException):
 
 
 def cases():
-    for script, flags in FLAGS.items():
+    fields = {f"--config.{field}": wrong for field, wrong in FIELDS.items()}
+    for script, flags in {**FLAGS, "train": FLAGS["train"] | fields}.items():
         for flag, wrong in flags.items():
             values, line = wrong if isinstance(wrong[0], tuple) else (wrong, None)
             base = SCRIPTS[script]
             line = base if line is None else line.replace("+", base)
             for value in values:
                 yield script, flag, value, line
-    for field, values in FIELDS.items():
-        for value in values:
-            yield "train", f"--config.{field}", value, SCRIPTS["train"]
 
 
 CASES = list(cases())
@@ -302,6 +347,9 @@ def place():
     (root / "folder").mkdir()
     (root / "garbage").write_bytes(b"\x93NUM\0PY" * 50)
     (root / "x.png").write_bytes(b"kept")
+    (root / "secret").write_bytes(b"x")
+    (root / "secret").chmod(0)
+    (root / "closed").mkdir(mode=0o555)
     Path(root / "images" / "class").mkdir(parents=True)
     for i in range(2):
         image = np.full((9, 9, 3), i, np.uint8)
@@ -336,7 +384,7 @@ def names(place):
         "samples": place / "samples.npz",
         "manifest": place / "manifest.json",
         "pid": os.getpid(),
-        **{name: place / name for name in ("folder", "garbage", "images", "weights")},
+        **{name: place / name for name in PLACES},
     }
 
 
@@ -403,7 +451,11 @@ def test_a_mistake_is_one_line_and_touches_nothing(
     script, flag, value, line = case
     before = contents(place)
     argv = words(line, flag, value, names)
-    code, _, err = small.called(sealed[script].main, monkeypatch, capsys, *argv)
+    try:
+        code, _, err = small.called(sealed[script].main, monkeypatch, capsys, *argv)
+        assert contents(place) == before
+    finally:
+        _clear(place)  # or what begins would fail the cases after it
     assert code == 2, err
     assert err.count("\n") == 1 and err.startswith("script.py: "), err
     said = value.format(**names)
@@ -414,7 +466,41 @@ def test_a_mistake_is_one_line_and_touches_nothing(
         known += [one_line(each) for each in (said, os.path.expanduser(said))]
         known += [one_line(said.partition("=")[2] or said)]
     assert any(word in err for word in known), err
-    assert contents(place) == before
+
+
+def forbidden():
+    """Cases in which a file may not be read, or a folder not be written to."""
+    for case in CASES:
+        *_, flag, value, _ = case
+        if value in ("{garbage}", "a={garbage}") and flag not in WRITTEN:
+            yield *case, value.replace("garbage", "secret")
+        elif value.startswith("{garbage}/"):
+            yield *case, value.replace("garbage", "closed")
+
+
+WRITTEN = ("--out", "--collect", "--save-features", "--held-out", "target")
+FORBIDDEN = list(forbidden())
+
+
+@pytest.mark.parametrize("case", FORBIDDEN, ids=lambda c: ids((*c[:2], c[4], c[3])))
+def test_what_may_not_be_used_is_named(case, place, names, sealed, monkeypatch, capsys):
+    script, flag, garbage, line, forbidden = case
+    begin = lambda value: small.called(
+        sealed[script].main, monkeypatch, capsys, *words(line, flag, value, names)
+    )
+    place.chmod(0o777)
+    before = contents(place)
+    try:
+        begin(garbage)  # imports what nobody may not import
+        with small.unprivileged():
+            code, _, err = begin(forbidden)
+        assert contents(place) == before
+    finally:
+        place.chmod(0o755)
+        _clear(place)
+    assert code == 2 and err.count("\n") == 1, err
+    said = str(place / ("closed" if "closed" in forbidden else "secret"))
+    assert said in err or flag in err, err
 
 
 def test_no_script_is_left_out():
@@ -442,6 +528,16 @@ def test_every_flag_has_its_cases(script, sealed, monkeypatch):
     assert flags == set(FLAGS[script])
 
 
+def test_every_field_has_its_cases():
+    def leaves(node, before=""):
+        for name in node:
+            inside = hasattr(node[name], "keys")
+            yield from leaves(node[name], f"{name}.") if inside else [before + name]
+
+    strange = {"model", "model.dpeth", "nonsense"}
+    assert set(leaves(small.config())) == set(FIELDS) - strange
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_line_without_the_mistake_begins(script, sealed, place, names, monkeypatch):
     """Or the cases would fail of something else; its paths have a space and an ö."""
@@ -454,6 +550,10 @@ def test_the_line_without_the_mistake_begins(script, sealed, place, names, monke
     monkeypatch.setattr(sys, "argv", ["script.py", *argv])
     with pytest.raises(Begun):
         sealed[script].main()
+    _clear(place)
+
+
+def _clear(place):
     for left in place.glob("new*"):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
 

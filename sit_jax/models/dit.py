@@ -173,6 +173,15 @@ def check(model, shape):
     for name in ("depth", "width", "heads", "patch", "classes", "unroll"):
         if (value := getattr(model, name)) < 1:
             raise UserError(f"model.{name} is {value}: it must be at least 1")
+    if not 1 <= model.width * model.mlp_ratio < math.inf:
+        raise UserError(
+            f"model.mlp_ratio is {model.mlp_ratio}: a layer of width {model.width} "
+            "needs a number that leaves it units"
+        )
+    for name in ("frequency_shift", "norm2_epsilon"):
+        value = getattr(model, name, 0)
+        if not 0 <= value < math.inf:
+            raise UserError(f"model.{name} is {value}: a number from 0 on")
     if height != width:
         raise UserError(f"input is {height} x {width}: only square inputs work")
     if height % model.patch:
