@@ -40,7 +40,7 @@ from sit_jax.meter import Meter
 from sit_jax.models.kinds import kind_of
 from sit_jax.recipe import check_batch, check_data, check_training
 from sit_jax.replicas import Replicas
-from sit_jax.start import begin
+from sit_jax.start import begin, require_room
 from sit_jax.stored import join
 from sit_jax.training import tensor_names
 from sit_jax.vae_files import load_vae, with_vae
@@ -87,6 +87,7 @@ def train(config, workdir, given=NOTHING, wandb=None):
                 f"{given.path} is at step {first} and config.steps is {config.steps}; "
                 "set a larger --config.steps, or --weights-only to begin at step 0"
             )
+        require_room(folder, state)
         past = history(folder, first, stored, mesh)
         watch = Replicas(config.get("check_replicas", 0), state)
         workdir = open_workdir(workdir, stored)  # from here on it is this run's

@@ -73,7 +73,8 @@ def require_space(path, size):
     folder = _disk(path)
     if (free := shutil.disk_usage(folder).free) < size:
         raise UserError(
-            f"{folder} has {free / 1e9:.3g} GB free, {path} needs {size / 1e9:.3g} GB"
+            f"{folder} has {free / 1e9:.3g} GB free, {path} needs {size / 1e9:.3g} GB; "
+            "make space, or name another place"
         )
 
 

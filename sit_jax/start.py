@@ -8,6 +8,8 @@ import numpy as np
 
 from sit_jax import averages, checkpoint, placement
 from sit_jax.config import from_json
+from sit_jax.drafts import require_space
+from sit_jax.places import in_bucket
 from sit_jax.recipe import recipe
 from sit_jax.sharding import everywhere, shaped
 from sit_jax.training import TrainState, init_state
@@ -61,6 +63,12 @@ def items_of(state, decay):
     items = {"params": state.params, **averages.split(state.ema, decay)}
     items["opt_state"] = state.opt_state
     return items | ({"losses": state.losses} if jax.tree.leaves(state.losses) else {})
+
+
+def require_room(directory, state):
+    """Refuses a disk on which not one step has room; a bucket tells nobody."""
+    if not in_bucket(directory):
+        require_space(directory, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
 
 
 def restored(parts, directory, step, target, needed):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 
@@ -12,8 +13,9 @@ import small
 from conftest import ROOT
 
 import train
-from sit_jax import checkpoint
+from sit_jax import checkpoint, drafts
 from sit_jax.data import sources
+from sit_jax.errors import UserError
 from sit_jax.keeper import Keeper
 
 TINY = ROOT / "tests" / "small_config.py"
@@ -251,6 +253,15 @@ def test_a_workdir_that_cannot_be_made(run, tmp_path):
     (tmp_path / "file").write_text("in the way")
     code, _, err = run("--config", TINY, "--workdir", tmp_path / "file")
     assert code == 2 and str(tmp_path / "file") in err and err.count("\n") == 1
+
+
+def test_a_disk_without_room_for_a_step_is_refused_first(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(drafts.shutil, "disk_usage", lambda _: usage._replace(free=9))
+    monkeypatch.setattr(train, "_loop", None)
+    with pytest.raises(UserError, match="free, .*checkpoints needs .* GB"):
+        train.train(small.config(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_skips_what_is_not_finite_then_stops(run, tmp_path, monkeypatch):
