@@ -13,13 +13,14 @@ import pytest
 from sit_jax import noise, predictions
 from sit_jax.adan import adan
 from sit_jax.config import from_json, load, to_json
-from sit_jax.diffusion import hybrid
+from sit_jax.diffusion import hybrid, learned_range
 from sit_jax.guidance import guided
 from sit_jax.min_snr import min_snr
 from sit_jax.models.mdt import MDT as MDT1
 from sit_jax.models.mdt import MDTv2
 from sit_jax.recipe import recipe
 from sit_jax.rounding import to_uint8_darker
+from sit_jax.schedules import linear_betas
 from sit_jax.training import init_state, make_train_step
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
@@ -60,7 +61,10 @@ MDT = {
 V1 = {
     "model": {"hide": 0.3, "spread": 0.0, "decoder": 2, "classes": 1000, "patch": 2},
     "optimizer": {"learning_rate": 3e-4, "b1": 0.9, "b2": 0.999, "weight_decay": 0.0},
-    "process": {"steps": 1000, "objective": hybrid, "predicts": predictions.noise},
+    "process": {
+        **{"steps": 1000, "schedule": linear_betas, "variance": learned_range},
+        **{"objective": hybrid, "predicts": predictions.noise},
+    },
     "codec": {"scale": 0.18215, "rounding": to_uint8_darker},
     "guidance": {"scale": 3.8, "power": 4.0, "steps": 1000},
     "sampler": {"steps": 250, "clip": False},
