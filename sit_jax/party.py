@@ -111,7 +111,8 @@ class Party:
             self._peers[0].close()
         if answer is None:
             raise UserError(
-                f"process 0 at {self.place.address} ended before all were there"
+                f"process 0 at {self.place.address} ended before all were there; its "
+                "own last line says why"
             )
         if "end" in answer:
             raise UserError(answer["end"])

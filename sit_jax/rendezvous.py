@@ -17,6 +17,7 @@ from sit_jax.errors import UserError
 GREETING = "sit_jax 1"  # others that try a port, and other versions, are not heard
 MOST = 2**20  # bytes of a first line, which may be a stranger's
 GREETED = 5  # seconds that a new connection may take to say who it is
+UNMET = "start it, open its port, or give a longer --join-timeout"
 RETRY = 0.2  # seconds between two attempts to connect
 
 
@@ -91,6 +92,7 @@ def connect(place, hello, seconds, silence):
         return peer
     raise UserError(
         f"process 0 does not answer at {place.address} within {seconds:g} s ({reason})"
+        f"; {UNMET}"
     )
 
 
@@ -119,13 +121,14 @@ def _admit(place, peer, address, peers, hellos):
         peers[-1] = peer  # it hears of it too
         raise UserError(
             f"process {index} ({hello['host']}) expects {first['count']} processes, "
-            f"process 0 ({hellos[0]['host']}) {place.count}"
+            f"process 0 ({hellos[0]['host']}) {place.count}; give all one --processes"
         )
     if index in hellos:
         peers[-1] = peer
         raise UserError(
             f"two processes say that they are number {index}: on "
-            f"{hellos[index]['host']} and on {hello['host']}"
+            f"{hellos[index]['host']} and on {hello['host']}; each needs its "
+            "own --process"
         )
     peers[index], hellos[index] = peer, hello
 
@@ -137,7 +140,7 @@ def _missing(place, hellos, seconds):
     here = ", ".join(f"{i} ({hellos[i]['host']})" for i in sorted(hellos)[:8])
     return (
         f"{word} {named} of {place.count} did not come to {place.address} within "
-        f"{seconds:g} s; there were {here}"
+        f"{seconds:g} s; there were {here}; {UNMET}"
     )
 
 

@@ -200,9 +200,12 @@ def alone(index, count, seconds, port):
 def test_a_missing_process_is_named_within_the_limit():
     said = alone(0, 3, 1.0, port := free_port())
     assert f"processes 1, 2 of 3 did not come to localhost:{port} within 1 s" in said
-    assert "there were 0 (here)" in said
+    assert "there were 0 (here); start it" in said and said.endswith("--join-timeout")
     said = alone(1, 2, 1.0, port := free_port())
     assert f"process 0 does not answer at localhost:{port} within 1 s (Conn" in said
+    assert said.endswith(
+        "refused); start it, open its port, or give a longer --join-timeout"
+    )
     assert "unknown.invalid" in unknown_host()
 
 
@@ -255,7 +258,9 @@ def test_two_of_one_number_and_another_count_are_named():
                 "two processes say that they are number 1: on h1 and on h1" in said[0]
             )
             said.clear()
-    assert "process 1 (h1) expects 4 processes, process 0 (h0) 2" in said[0]
+    assert (
+        "process 1 (h1) expects 4 processes, process 0 (h0) 2; give all one" in said[0]
+    )
 
 
 def test_strangers_at_the_port_are_not_heard():
