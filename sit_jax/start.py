@@ -68,7 +68,8 @@ def items_of(state, decay):
 def require_room(directory, state):
     """Refuses a disk on which not one step has room; a bucket tells nobody."""
     if not in_bucket(directory):
-        require_space(directory, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        require_space(directory / "a step", size)
 
 
 def restored(parts, directory, step, target, needed):

@@ -259,7 +259,7 @@ def test_a_disk_without_room_for_a_step_is_refused_first(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(drafts.shutil, "disk_usage", lambda _: usage._replace(free=9))
     monkeypatch.setattr(train, "_loop", None)
-    with pytest.raises(UserError, match="free, .*checkpoints needs .* GB"):
+    with pytest.raises(UserError, match="free, .*checkpoints/a step needs"):
         train.train(small.config(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
