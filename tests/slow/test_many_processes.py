@@ -121,6 +121,18 @@ def test_sigterm_on_one_saves_the_same_step_on_all(tmp_path, script):
     assert newest < 400 and max(small.losses(tmp_path)) == newest
 
 
+def test_all_of_a_second_run_hear_of_the_first(tmp_path):
+    """All of its processes, whatever the first run is replacing meanwhile."""
+    first = started(tmp_path, 2)
+    second = processes.end(processes.begin(2, *words(tmp_path, *LONG)))
+    said = f"{tmp_path} is in use by process {first[0].pid}"
+    for code, _, errors in second:
+        assert code == 2 and said in errors and errors.count("\n") == 1, errors
+    first[1].terminate()
+    assert [code for code, *_ in processes.end(first)] == [0, 0]
+    assert not (tmp_path / ".lock").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
 def test_a_signal_to_one_that_compiles_ends_all(tmp_path, monkeypatch, number):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
