@@ -2,16 +2,18 @@
 
 from functools import cache, partial
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
 
-from sit_jax import placement, program, sharding
+from sit_jax import hlo, placement, program, sharding
 from sit_jax.config import spec
 from sit_jax.diffusion import Diffusion
 from sit_jax.interpolant import Interpolant
-from sit_jax.models import attention
+from sit_jax.models import attention, layers, masking, mdt
 from sit_jax.models.dit import DiT, SiT
 from sit_jax.models.mdt import MDTv2
 from sit_jax.plan import bytes_of
@@ -112,6 +114,46 @@ def test_a_tpus_attention_on_eight_devices(preset, monkeypatch):
     monkeypatch.setitem(FAMILIES, "SiT", (model, FAMILIES["SiT"][1]))
     monkeypatch.setattr(attention, "TURN", 0)
     check("SiT", preset)
+
+
+class Biased(nn.Module):
+    by: str
+
+    @nn.compact
+    def __call__(self, x, seen):
+        attention = mdt.Attention(8, 16, program=self.by, name="attn")
+        return sharding.by_rows(x + attention(x, seen)), None
+
+
+@pytest.mark.parametrize("by", ["xla", "heads_first"])
+def test_a_bias_by_position_is_not_sent_around(by):
+    """Its table, 964 x 8 a layer, is split by heads where 8 devices divide them."""
+    rows, tokens, width, depth = 16, 256, 64, 4
+    mesh = sharding.make_mesh(**sharding.fully_sharded())
+    stack = layers.stack(Biased, depth)(by)
+    size = masking.most(tokens, 0.3)
+
+    def loss(params, x, order):
+        seen = masking.seen(order, None, size)
+        out, _ = stack.apply({"params": params["blocks"]}, masking.take(x, seen), seen)
+        return jnp.sum(jnp.square(out))
+
+    shape = lambda dtype, *dims: jax.ShapeDtypeStruct(
+        dims, dtype, sharding=sharding.split_batch(mesh)
+    )
+    x = shape(jnp.float32, rows, tokens, width)
+    params = jax.eval_shape(stack.init, jax.random.key(0), x, None)
+    params = {"blocks": params["params"]}
+    params = sharding.shaped(params, placement.weights(mesh, params))
+    order = shape(jnp.int32, rows, tokens)
+    step = jax.jit(sharding.on(mesh, jax.grad(loss)))
+    found = hlo.collectives(step.lower(params, x, order).compile(QUICK).as_text())
+    table = params["blocks"]["attn"]["position"]
+    assert table.sharding.spec[2] == "fsdp"
+    assert not [each for each in found if each.kind == "all-to-all"]
+    gathered = {each.bytes for each in found if each.kind == "all-gather"}
+    assert 4 * table.size // depth in gathered
+    assert max(gathered) <= 4 * 3 * width**2  # qkv's weight and not [heads, T, T]
 
 
 @pytest.mark.slow

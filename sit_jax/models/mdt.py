@@ -28,7 +28,7 @@ from sit_jax.models.layers import (
     norm,
     stack,
 )
-from sit_jax.sharding import HEADS, by_rows
+from sit_jax.sharding import HEADS, by_rows, gathered
 
 
 class Attention(nn.Module):
@@ -47,6 +47,7 @@ class Attention(nn.Module):
         width, rows = x.shape[-1], (2 * self.side - 1) ** 2 + 3
         small = nn.initializers.normal(0.02)  # released: cut off at 100 of these
         table = self.param("position", small, (rows, self.heads))
+        table = gathered(table, None, HEADS)  # else its pieces split the bias
         bias, mask = table[masking.offsets(self.side)].transpose(2, 0, 1), None
         if seen is None:
             bias = bias[None]
