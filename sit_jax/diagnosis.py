@@ -43,7 +43,10 @@ def open_evidence(path, width=POOL):
         samples = open_side(found.features) if found.features else None
         return Evidence(path, found, found.record["manifest"], samples)
     if not path.exists():
-        raise UserError(f"nothing at {path}")
+        raise UserError(
+            f"nothing at {path}; name samples, or a bundle, which diagnose.py "
+            "--collect makes"
+        )
     record = outputs.manifest_path(path)
     inside = path / "bundle" if path.is_dir() else path.with_name(f"{path.name}.bundle")
     found = bundles.read(inside) if inside.is_dir() else None

@@ -15,7 +15,9 @@ def inwards(source, target, to):
     """Whether torch weights become a checkpoint, by the kinds of the two paths."""
     source, target = place(source), place(target)
     if not source.exists():
-        raise UserError(f"nothing at {source}")
+        raise UserError(
+            f"nothing at {source}; name a torch file, a workdir or a checkpoint"
+        )
     foreign = not source.is_dir() or diffusers_files.is_folder(source)
     is_file, ends = target.suffix in tensor_files.KINDS, ", ".join(tensor_files.KINDS)
     if foreign and to:

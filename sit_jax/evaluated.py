@@ -105,7 +105,10 @@ def open_side(path, only_features=False, width=POOL):
             path, None, OfImages(FolderImages(path), width), {"all": "its images"}
         )
     if not path.exists():
-        raise UserError(f"nothing at {path}")
+        raise UserError(
+            f"nothing at {path}; name images, features or statistics, which "
+            "evaluate.py --stats IMAGES --out FILE makes"
+        )
     file = ArrayFile(path)
     if "mu" in file and not only_features:
         return _statistics(file)

@@ -272,7 +272,7 @@ def test_bad_bundles_are_refused(good, made, tmp_path, run):
     refused(run(good, broken, "--out", out), "no file at", out)
     (broken / "bundle.json").write_text("{")
     refused(run(good, broken, "--out", out), "is no JSON", out)
-    refused(run(good, tmp_path / "none", "--out", out), "nothing at", out)
+    refused(run(good, tmp_path / "none", "--out", out), "none; name samples", out)
     refused(run(good, "--out", out), "name A and B and --out", out)
     found = bundle.read(good)
     record = {**found.record, "architecture": {"network": "DiT", "depth": 3}}

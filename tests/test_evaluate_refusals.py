@@ -170,7 +170,7 @@ def test_missing_weights(tmp_path, sides, run, network):
             ("--stats", "s.npz", "--out", "x.npz", "--reference", "r.npz"),
             "takes no reference",
         ),
-        (("none.npz", "--reference", "r.npz"), "nothing at none.npz"),
+        (("none.npz", "--reference", "r.npz"), "nothing at none.npz; name images"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -195,7 +195,8 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(
     tmp_path, sides, run, network, monkeypatch
 ):
     network(None)  # which it would say, had it come so far
-    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path / "locked")
+    free = lambda path, mode, **more: path != tmp_path / "locked"
+    monkeypatch.setattr("os.access", free)
     (tmp_path / "locked").mkdir()
     found = run(sides[0], "--reference", sides[1], "--out", tmp_path / "locked" / "x")
     refused(found, r"locked is not writable; name another place")

@@ -204,7 +204,7 @@ def clone(folder, text):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["nowhere.pt", "OUT"], "nothing at nowhere.pt"),
+        (["nowhere.pt", "OUT"], "nothing at nowhere.pt; name a torch"),
         ([BARE], "required: TARGET"),
         ([BARE, "OUT.pt"], "both torch files; name a directory"),
         (["BARE", "OUT"], "both directories; name a .pt"),

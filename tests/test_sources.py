@@ -182,8 +182,8 @@ def spoil_label_shape(path):
 @pytest.mark.parametrize(
     "spoil, says",
     [
-        (spoil_missing, "no folder .*imagenet256_features; --config.synthetic=True"),
-        (spoil_empty, "no .npy files in .*imagenet256_features; --config.synthetic"),
+        (spoil_missing, "no folder .*imagenet256_features; --config.source.path=DIR"),
+        (spoil_empty, "no .npy files in .*imagenet256_features; --config.source"),
         (spoil_count, r"4 latents and 3 labels; 2\.npy"),
         (spoil_garbage, r"cannot read .*features/0\.npy"),
         (spoil_truncated, r"cannot read .*features/0\.npy"),

@@ -23,7 +23,10 @@ HEADER = (  # of a .npy file: {'descr': '<f4', 'fortran_order': False, 'shape': 
     re.compile(rb"'fortran_order': *(True|False)"),
     re.compile(rb"'shape': *\(([\d, ]*)\)"),
 )
-SYNTHETIC = "--config.synthetic=True trains on random latents instead"
+OTHERS = (
+    "--config.source.path=DIR names another, configs/sit_xl2_cached.py is for what "
+    "extract_features.py writes, --config.synthetic=True for random latents"
+)
 
 
 class Digits:
@@ -151,10 +154,10 @@ def _split(labels, held_out, seed):
 def _names(folder):
     """Names of the .npy files, 2 before 10, as they were numbered."""
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}; {SYNTHETIC}")
+        raise UserError(f"no folder {folder}; {OTHERS}")
     names = [path.name for path in folder.iterdir() if path.suffix == ".npy"]
     if not names:
-        raise UserError(f"no .npy files in {folder}; {SYNTHETIC}")
+        raise UserError(f"no .npy files in {folder}; {OTHERS}")
     return sorted(names, key=lambda name: (len(name), name))
 
 
