@@ -64,7 +64,10 @@ def load(path):
     """The config of a Python file with a get_config(), run as a module."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"no config file at {path}")
+        beside = sorted(file.name for file in path.parent.glob("*.py"))
+        close = difflib.get_close_matches(path.name, beside, 1, cutoff=0.75)
+        words = f"; did you mean {path.parent / close[0]}?" if close else ""
+        raise UserError(f"no config file at {path}{words}")
     found = importlib.util.spec_from_file_location(path.stem, path)
     if found is None:
         raise UserError(f"{path} is not a Python file with a get_config()")

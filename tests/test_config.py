@@ -8,6 +8,7 @@ from collections.abc import Callable
 import diffrax
 import optax
 import pytest
+from conftest import ROOT
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -265,6 +266,8 @@ def test_a_file_that_is_not_there_or_no_config_is_refused(tmp_path):
     for path in (tmp_path / "none.py", tmp_path):
         with pytest.raises(UserError, match="no config file at"):
             load(path)
+    with pytest.raises(UserError, match=r"did you mean .*/sit_xl2.py\?"):
+        load(ROOT / "configs" / "sit_xl_2.py")
     text = tmp_path / "config.txt"
     text.write_text("def get_config(): return 1")
     with pytest.raises(UserError, match="not a Python file"):
