@@ -13,7 +13,7 @@ import traceback
 import warnings
 
 from sit_jax import buckets, hosts, interrupts, opening
-from sit_jax.errors import MISTAKE, UserError, code_of, one_line
+from sit_jax.errors import UserError, code_of, one_line
 
 SYMPTOM = 3.0  # seconds in which the loss of a process is noticed as its cause
 
@@ -77,7 +77,7 @@ def run(main):
         code = main()
         hosts.leave()
     except UserError as error:
-        code = _ended(str(error), MISTAKE)
+        code = _ended(str(error), code_of(error.__cause__))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         words = str(error.strerror or error) or type(error).__name__
