@@ -8,6 +8,7 @@ import tomllib
 
 import pytest
 from conftest import ROOT
+from test_misuse import FLAGS
 
 from sit_jax.cluster import TORCH
 
@@ -98,3 +99,10 @@ def test_torchruns_variables_are_all_set(machine):
     said = dict(line.split("=", 1) for line in lines)
     assert [said[name] for name in TORCH] == ["a", "29500", "2", "1"]
     assert (machine.folder / "told").read_text().splitlines() == ["train.py", *GIVEN]
+
+
+def test_a_jobs_pods_give_train_flags_that_it_has():
+    text = (ROOT / "launch" / "jobset.yaml").read_text()
+    flags = re.findall(r"(?<= )(--[a-z-]+) (?!$)", text[text.index("exec python") :])
+    assert {"--coordinator", "--processes", "--process", "--join-timeout"} < set(flags)
+    assert set(flags) <= set(FLAGS["train"])
