@@ -107,19 +107,33 @@ def _ours(file):
 
 def _owner():
     process = os.getpid()
-    return {"host": socket.gethostname(), "pid": process, "began": _began(process)}
+    began = {"pid": process, "began": _began(process)}
+    return {"host": socket.gethostname(), "space": _space(), **began}
 
 
 def _alive(owner):
-    """Whether the process that wrote a lock runs; one of another machine may."""
-    if owner.get("host") != socket.gethostname():
+    """Whether the process that wrote a lock runs; one that cannot be seen may."""
+    if not _in_sight(owner):
         return bool(owner)
     return owner.get("began") is not None and _began(owner["pid"]) == owner["began"]
 
 
 def _is_gone(owner):
     """Whether the holder of a lease is known to have ended: on this machine."""
-    return owner.get("host") == socket.gethostname() and not _alive(owner)
+    return _in_sight(owner) and not _alive(owner)
+
+
+def _in_sight(owner):
+    """Whether its number means here what it meant there: containers have their own."""
+    space = owner.get("space", _space())
+    return owner.get("host") == socket.gethostname() and space == _space()
+
+
+def _space():
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
 
 
 def _began(process):

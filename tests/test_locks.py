@@ -107,6 +107,7 @@ OURS = {"host": socket.gethostname(), "pid": os.getpid()}
         ({**OURS, "began": "1"}, True),  # the number is another process's by now
         ({**OURS, "pid": 2**22 + 1, "began": "1"}, True),
         ({"host": "elsewhere", "pid": 1, "began": "1"}, False),
+        ({**OURS, "pid": 2**22 + 1, "began": "1", "space": "pid:[1]"}, False),
         ("half a line", True),
     ],
 )
@@ -124,3 +125,10 @@ def test_where_nothing_locks_the_file_tells(tmp_path, monkeypatch, owner, free):
         with pytest.raises(UserError, match="in use by"), locks.alone(tmp_path):
             pass
         assert (tmp_path / ".lock").read_text() == text
+
+
+def test_of_another_containers_process_nobody_is_sure():
+    """Where containers share the host's name, 17 here may not be 17 there."""
+    gone = {**OURS, "pid": 2**22 + 1, "began": "1"}
+    assert locks._is_gone(gone) and locks._is_gone({**gone, "space": locks._space()})
+    assert not locks._is_gone({**gone, "space": "pid:[1]"})
