@@ -3,7 +3,8 @@
 #   bash launch/tpu_queued.sh sit us-east5-a v5p-256
 # RUNTIME: v2-alpha-tpuv5-lite for v5e, v2-alpha-tpuv6e for v6e, tpu-ubuntu2204-base for v4.
 # Several slices as one run (hybrid parallelism): SLICES=2 bash launch/tpu_queued.sh ...
-# When the state is ACTIVE, install and start on all hosts as launch/tpu_vm.sh does.
+# When the state is ACTIVE: CREATE=no bash launch/tpu_vm.sh NAME ..., for each slice (the
+# nodes are NAME-0, NAME-1, ...) at the same time.
 set -eu
 name=$1 zone=$2 type=$3
 nodes=(--node-id "$name")

@@ -60,6 +60,12 @@ def test_a_pods_hosts_get_a_python_that_jax_takes_and_the_flags_as_given(machine
     assert there == ["python", "train.py", "--workdir", "/shared/run", *GIVEN]
 
 
+def test_a_slice_that_is_there_is_not_created(machine):
+    words, env = ("sit", "zone", "v4-32", "none"), {"REPO": "x", "CREATE": "no"}
+    install, train = machine.runs("tpu_vm.sh", *words, *GIVEN, **env)
+    assert "create" not in install and "train.py" in train[-1]
+
+
 def test_a_share_is_mounted_on_all_hosts(machine):
     words = ("sit", "zone", "v4-32", "10.0.0.2:/vol1", *GIVEN)
     mount = machine.runs("tpu_vm.sh", *words, REPO="https://x/y")[2]
