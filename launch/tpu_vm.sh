@@ -19,10 +19,10 @@ ssh=(gcloud compute tpus tpu-vm ssh "$name" --zone "$zone" --worker all --comman
     --version "${RUNTIME:-tpu-ubuntu2204-base}"
 
 "${ssh[@]}" "(test -d sit || git clone $repo sit) && cd sit && python3 -m pip install -q uv \
-    && python3 -m uv venv -q --seed --python 3.12 .venv \
+    && (test -d .venv || python3 -m uv venv -q --seed --python 3.12 .venv) \
     && .venv/bin/pip install -q -r requirements.txt 'jax[tpu]' gcsfs"
 [ "$share" = none ] || "${ssh[@]}" "sudo apt-get install -qy nfs-common \
-    && sudo mkdir -p /shared && sudo mount -t nfs $share /shared"
+    && sudo mkdir -p /shared && (mountpoint -q /shared || sudo mount -t nfs $share /shared)"
 
 "${ssh[@]}" "cd sit && .venv/bin/python train.py --workdir /shared/run ${*@Q}"
 
