@@ -23,7 +23,8 @@ class Party:
 
     def __init__(self, place, hello, seconds, silence, say):
         self.place, self._say = place, say
-        self._turn, self._values, self._answers = 0, defaultdict(dict), {}
+        self._turn = self._done = 0  # exchanges begun, and ended, here
+        self._values, self._answers = defaultdict(dict), {}
         self._changed, self._claim = threading.Condition(), threading.Lock()
         if place.index == 0:
             self._peers, hellos = listen(place, hello, seconds, silence)
@@ -53,6 +54,7 @@ class Party:
                 self._changed.wait_for(lambda: len(self._values[turn]) == len(others))
                 values = [value, *(self._values[turn][i] for i in others)]
                 del self._values[turn]
+                self._done = turn
             self._tell(values=[turn, values])
             return values
         self._tell(value=[turn, value])
@@ -65,11 +67,10 @@ class Party:
         """The next exchange must begin in all processes in time, or the run ends."""
 
         def late():
-            turn = before + 1
-            there = {0} if self._turn >= turn else set()
-            if there and turn not in self._values:
-                return  # it has ended
-            there |= set(self._values[turn])
+            if self._done > before:
+                return
+            there = {0} if self._turn > before else set()
+            there |= set(self._values[before + 1])
             absent = [i for i in range(self.place.count) if i not in there]
             if absent:
                 names = ", ".join(map(self.name, absent))
