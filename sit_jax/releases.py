@@ -123,6 +123,11 @@ def fetch(name):
     if release is None:
         path = place(name)
         return _brought(path) if in_bucket(path) and path.is_file() else path
+    if Path(name).exists():
+        raise UserError(
+            f"{name} is the name of a release, and something here is called so; "
+            f"./{name} is what is here"
+        )
     path = cache() / release.place
     if not path.exists():
         print(f"{name}: from {release.url}, licence {release.licence}", file=sys.stderr)

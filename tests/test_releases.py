@@ -275,6 +275,15 @@ def test_names_that_are_none_are_refused(name, cache):
         fetch(name)
 
 
+def test_what_is_called_as_a_release_is_not_passed_by(cache, tmp_path, monkeypatch):
+    """A folder that port_weights.py made, or a clone of the Hub's repository."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mdtv2-xl2").mkdir()
+    with pytest.raises(UserError, match="so; ./mdtv2-xl2 is what is here"):
+        fetch("mdtv2-xl2")
+    assert fetch("./mdtv2-xl2").samefile(tmp_path / "mdtv2-xl2")
+
+
 def test_a_path_stays_a_path(tmp_path):
     assert fetch(tmp_path / "x.pt") == tmp_path / "x.pt" and find("x.pt") is None
     assert fetch("~/x.pt").is_absolute()
