@@ -29,23 +29,18 @@ def main():
     add("--pairs", type=int, default=300, help="of sets, for each law")
     add("--images", type=int, default=2000)
     add("--width", type=int, default=64, help="numbers in a feature")
-    add("--wide", action="store_true", help="only 5,000 images of 2,048 features")
     args = parser.parse_args()
-    if args.wide:
-        args.images, args.width = 5000, 2048
     head = "law | true sd | noise / true | bootstrap / true | beyond 5 % | 1 % | 0.1 %"
     row(*head.split(" | "))
     row(*["---"] * 7)
     for name, law in laws(args).items():
-        if not args.wide or name == "Gaussian":
-            row(name, *rates(law, args))
-    if not args.wide:
-        print()
-        row("true gap / sd", *EFFECTS)
-        row(*["---"] * (len(EFFECTS) + 1))
-        for name, shares in power(laws(args)["ten classes"], args).items():
-            row(name, *shares)
-        print(f"\n95 % interval over pairs: {covered(laws(args), args):.1f} % covered")
+        row(name, *rates(law, args))
+    print()
+    row("true gap / sd", *EFFECTS)
+    row(*["---"] * (len(EFFECTS) + 1))
+    for name, shares in power(laws(args)["ten classes"], args).items():
+        row(name, *shares)
+    print(f"\n95 % interval over pairs: {covered(laws(args), args):.1f} % covered")
     return 0
 
 
@@ -88,14 +83,14 @@ def rates(law, args, boots=20):
         found = compared(a, b, there, labels)
         gaps.append(found.gap)
         noises.append(found.noise)
-        if i < boots and not args.wide:
+        if i < boots:
             strapped.append(bootstrap(a, b, there, rng))
     true = np.sqrt(np.mean(np.square(gaps)))  # its mean is zero
     over = [
         np.mean(np.abs(gaps) > NormalDist().inv_cdf(1 - level / 2) * np.array(noises))
         for level in LEVELS
     ]
-    old = f"{np.mean(strapped) / true:.2f}" if strapped else ""
+    old = f"{np.mean(strapped) / true:.2f}"
     new = f"{np.mean(noises) / true:.2f}"
     return f"{true:.3g}", new, old, *(f"{100 * each:.2g} %" for each in over)
 
