@@ -4,144 +4,28 @@ Most of it without JAX, in threads or in small programs; two real processes trai
 tests/slow/test_processes.py.
 """
 
-import argparse
 import io
-import json
 import os
 import socket
 import subprocess
 import sys
 import threading
 import time
-import types
 
-import numpy as np
 import pytest
 from conftest import ROOT
+from meetings import alone, flags, free_port, together, unknown_host
 
-from sit_jax import cluster, command, greeting, hosts, lora_files, rendezvous, starts
+from sit_jax import cluster, command, hosts, rendezvous
 from sit_jax.errors import LATER, UserError
 from sit_jax.numbered import Numbered
 from sit_jax.party import Party
-
-SLURM = {
-    "SLURM_JOB_ID": "17",
-    "SLURM_STEP_NODELIST": "node[003-004],other",
-    "SLURM_NTASKS": "3",
-    "SLURM_PROCID": "1",
-    "SLURM_LOCALID": "0",
-}
-TORCH = {"MASTER_ADDR": "a", "MASTER_PORT": "29500", "WORLD_SIZE": "4", "RANK": "3"}
-
-
-def free_port():
-    with socket.create_server(("", 0)) as server:
-        return server.getsockname()[1]
-
-
-def flags(*words):
-    parser = argparse.ArgumentParser()
-    hosts.add_flags(parser)
-    return parser.parse_args(words)
-
-
-def place(*words, environ=None):
-    return cluster.place(flags(*words), 1, environ or {})
-
-
-def test_alone_unless_something_says_otherwise():
-    assert place() is None
-    assert place("--processes", "1") is None
-    assert place(environ={**TORCH, "WORLD_SIZE": "1", "RANK": "0"}) is None
-    assert place(environ={"WORLD_SIZE": "1"}) is place("--processes", "1") is None
-    assert (hosts.index(), hosts.count(), hosts.first()) == (0, 1, True)
-    assert hosts.exchange(3) == [3] and hosts.told(3) == 3
-    hosts.join(flags())
-    assert not hosts.several()
-
-
-def test_places_by_flags_torch_and_slurm(monkeypatch):
-    words = ("--coordinator", "[::1]:99", "--processes", "2", "--process", "1")
-    found = place(*words)
-    assert (found.host, found.port, found.count, found.index) == ("::1", 99, 2, 1)
-    found = place(environ=TORCH)
-    assert (found.address, found.count, found.index) == ("a:29500", 4, 3)
-    assert found.devices is None  # all of the host's
-    by_torchrun = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "1"}
-    found = place(environ={**TORCH, **by_torchrun, "LOCAL_WORLD_SIZE": "2"})
-    assert (found.port, found.devices) == (29501, [1])  # torchrun has the port itself
-    for name, value in SLURM.items():
-        monkeypatch.setenv(name, value)
-    found = place()
-    assert (found.host, found.count, found.index) == ("node003", 3, 1)
-
-
-@pytest.mark.parametrize(
-    "words, environ, says",
-    [
-        (["--process", "1"], {}, "--coordinator, --processes and --process go tog"),
-        (
-            ["--coordinator", "a:1", "--processes", "2", "--process", "2"],
-            {},
-            "process 2 of 2 (flags): they count from 0 to 1",
-        ),
-        (
-            ["--coordinator", "a:1", "--processes", "0", "--process", "0"],
-            {},
-            "0 processes",
-        ),
-        (
-            ["--coordinator", "a", "--processes", "2", "--process", "0"],
-            {},
-            "'a' (flags); it must be HOST:PORT",
-        ),
-        ([], {**TORCH, "RANK": "4"}, "process 4 of 4 (MASTER_ADDR"),
-        ([], {**TORCH, "RANK": "one"}, "RANK is 'one'"),
-        ([], {**TORCH, "LOCAL_WORLD_SIZE": "two"}, "LOCAL_WORLD_SIZE is 'two'"),
-        ([], {**TORCH, "MASTER_PORT": ""}, "WORLD_SIZE is 4 without MASTER_PORT; set"),
-    ],
-    ids="lonely range none address rank word local half".split(),
-)
-def test_wrong_places_are_named(words, environ, says):
-    with pytest.raises(UserError) as refused:
-        place(*words, environ=environ)
-    assert says in str(refused.value)
-
-
-@pytest.mark.parametrize("value", ["0", "inf", "nan", "200000"])
-def test_a_time_limit_of_nothing_or_for_ever_is_refused(value):
-    for flag in ("--join-timeout", "--heartbeat-timeout"):
-        with pytest.raises(UserError, match=f"{flag} {value}: from 1 to 86,400 sec"):
-            hosts.join(flags(flag, value))
 
 
 def test_the_longest_limit_is_one_that_the_kernel_takes():
     with socket.create_server(("", 0)) as server:
         sock = socket.create_connection(server.getsockname())
         rendezvous.Peer(sock, hosts.LONGEST).close()
-
-
-def together(count, run, seconds=5.0):
-    """run(party) in a thread for each of `count` processes -> what they give or say."""
-    port, found = free_port(), [None] * count
-
-    def one(index):
-        try:
-            where = cluster.Place(f"localhost:{port}", count, index)
-            hello = {"host": f"host{index}"}
-            party = Party(where, hello, seconds, 10.0, lambda *words: None)
-            found[index] = run(party)
-            party.close()
-        except UserError as error:
-            found[index] = str(error)
-
-    threads = [threading.Thread(target=one, args=(index,)) for index in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-        assert not thread.is_alive()
-    return found
 
 
 def test_values_reach_all_in_order():
@@ -188,15 +72,6 @@ def test_a_limit_is_for_what_begins_inside_it():
     assert said == [(0, "process 1 (host1) did not come within 0.3 s", 2)]
 
 
-def alone(index, count, seconds, port):
-    where = cluster.Place(f"localhost:{port}", count, index)
-    begun = time.monotonic()
-    with pytest.raises(UserError) as refused:
-        Party(where, {"host": "here"}, seconds, 10.0, None)
-    assert time.monotonic() - begun < seconds + 2
-    return str(refused.value)
-
-
 def test_a_missing_process_is_named_within_the_limit():
     said = alone(0, 3, 1.0, port := free_port())
     assert f"processes 1, 2 of 3 did not come to localhost:{port} within 1 s" in said
@@ -207,13 +82,6 @@ def test_a_missing_process_is_named_within_the_limit():
         "refused); start it, open its port, or give a longer --join-timeout"
     )
     assert "unknown.invalid" in unknown_host()
-
-
-def unknown_host():
-    where = cluster.Place("unknown.invalid:9", 2, 1)
-    with pytest.raises(UserError) as refused:
-        Party(where, {"host": "here"}, 1.0, 10.0, None)
-    return str(refused.value)
 
 
 def test_those_that_came_hear_who_is_missing():
@@ -296,36 +164,6 @@ def test_strangers_at_the_port_are_not_heard():
     assert found == [[0, 1]] * 2
 
 
-@pytest.mark.parametrize(
-    "part, value, says",
-    [
-        ("versions", {"jax": "0.9.0"}, "jax 0.9.0, not 0.10.2"),
-        ("settings", {"XLA_FLAGS": "--a"}, "XLA_FLAGS --a, not nothing"),
-        ("arguments", ["--seed=2"], "started with '--seed=2', not with '--seed=1'"),
-    ],
-)
-def test_version_skew_and_other_arguments_are_named(part, value, says):
-    one = {
-        "host": "a",
-        "versions": {"jax": "0.10.2"},
-        "settings": {"XLA_FLAGS": ""},
-        "arguments": ["--seed=1"],
-    }
-    greeting.require_alike([one, one, one])
-    with pytest.raises(UserError) as refused:
-        greeting.require_alike([one, one, {**one, "host": "c", part: value}])
-    assert str(refused.value) == f"process 2 (c) is not like process 0 (a): {says}"
-
-
-def test_a_greeting_tells_what_decides_a_program(monkeypatch):
-    said = greeting.hello()
-    assert {"jax", "jaxlib", "flax", "python", "sit_jax"} <= set(said["versions"])
-    assert len(said["versions"]["sit_jax"]) == 12 and said["host"]
-    json.dumps(said)
-    words = ["--a", "1", "--process", "3", "--processes=4", "--coordinator", "x", "b"]
-    assert greeting.arguments(words) == ["--a", "1", "b"]
-
-
 PROGRAM = """
 import os, sys, threading, time
 from sit_jax import cluster
@@ -405,29 +243,3 @@ def test_every_line_is_numbered():
     numbered.write("c")
     numbered.write("d\n")
     assert stream.getvalue() == "[1] a\n[1] b\n[1] cd\n" and not numbered.isatty()
-
-
-@pytest.fixture
-def compared(monkeypatch):
-    """-> names of the files that hosts would compare, which only several do."""
-    names = []
-    note = lambda *paths: names.extend(path.name for path in paths)
-    monkeypatch.setattr(hosts, "require_same_files", note)
-    return names
-
-
-def test_adapters_are_compared_with_what_says_their_scale(tmp_path, compared):
-    names = ["adapter_model.safetensors", "adapter_config.json"]
-    for name in names:
-        (tmp_path / name).write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
-    with pytest.raises(UserError):
-        lora_files.read(tmp_path)
-    assert compared == names
-
-
-def test_given_noise_is_compared(tmp_path, compared):
-    np.save(tmp_path / "z.npy", np.zeros((3, 2, 2, 1), np.float32))
-    job = types.SimpleNamespace(noise=str(tmp_path / "z.npy"))
-    parts = types.SimpleNamespace(shape=(2, 2, 1))
-    start, *_ = starts.noise_of(types.SimpleNamespace(job=job, parts=parts))
-    assert start.shape == (3, 2, 2, 1) and compared == ["z.npy"]

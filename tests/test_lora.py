@@ -4,22 +4,22 @@ import json
 from functools import partial
 
 import jax
+import lora_bases
 import numpy as np
 import pytest
 import small
 from flax.traverse_util import flatten_dict
-from lora_runs import begun, config, saved
+from lora_bases import drawn
+from lora_runs import begun, config
 from networks import quick_jit
 
 import port_weights
 import sample
 import train
-from configs.lora_xl2 import get_config as lora_xl2
 from sit_jax import checkpoint, quantizing
 from sit_jax.adapters import put_all
-from sit_jax.base import base_shapes, load_adapted, trained_shapes
+from sit_jax.base import load_adapted, trained_shapes
 from sit_jax.config import to_json
-from sit_jax.data.styles import inverted, slanted
 from sit_jax.errors import UserError
 from sit_jax.given import Given
 from sit_jax.lora import TABLE, Lora
@@ -29,23 +29,9 @@ from sit_jax.recipe import recipe
 from sit_jax.sharding import make_mesh
 from sit_jax.stored import Adapted, Grown, join, read
 
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return small.checkpoint(tmp_path_factory.mktemp("base"), small.config())
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, base):
-    return saved(tmp_path_factory.mktemp("run") / "run", base)
-
-
-@pytest.fixture
-def called(monkeypatch, capsys):
-    return lambda script, *words: small.called(script.main, monkeypatch, capsys, *words)
-
-
-# How adapters begin
+base = lora_bases.base
+called = lora_bases.called
+run = lora_bases.run
 
 
 def test_the_start_is_pefts(base):
@@ -87,9 +73,6 @@ def test_step_0_gives_what_the_base_gives(base, dora):
         np.testing.assert_array_equal(ours, theirs)
 
 
-# What is kept of them
-
-
 def test_a_checkpoint_holds_adapters_and_says_what_they_are_of(run, base):
     directory, step = checkpoint.find(run)
     meta = checkpoint.read_meta(directory, step)
@@ -114,19 +97,8 @@ def placed(shapes):
     return jax.tree.map(put, shapes)
 
 
-def test_adapters_of_xl_are_33_mb():
-    """Of 2.7 GB; the widths are 1152, 3456 and 4608, the depth is 28."""
-    parts = recipe(lora_xl2())
-    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-    d, rank = 1152, 16
-    pairs = [(d, 3 * d), (d, d), (d, 4 * d), (4 * d, d)]
-    assert size(trained_shapes(parts)) == 4 * 28 * rank * sum(map(sum, pairs))
-    assert size(trained_shapes(parts)) == 33_030_144
-    assert size(base_shapes(parts)) > 2.69e9
-
-
 def test_what_train_saves_is_enough_to_go_on(base, tmp_path, monkeypatch):
-    """The step itself, which takes long to compile, is test_stored.py's."""
+    """The step itself, which takes long to compile, is test_stored_steps.py's."""
     good = {"loss": 1.0, "grad_norm": 1.0, "bad": -1, "skipped": [0, 0]}
     good = {name: np.asarray(value) for name, value in good.items()}
     step = lambda state, *_: (state.replace(step=state.step + 1), dict(good))
@@ -138,7 +110,7 @@ def test_what_train_saves_is_enough_to_go_on(base, tmp_path, monkeypatch):
     assert told["path"] == str(base)
 
 
-@pytest.mark.slow  # compiles a training step; test_stored.py takes one too
+@pytest.mark.slow  # compiles a training step; test_stored_steps.py takes one too
 def test_a_run_begins_over_its_base_and_goes_on_without_being_told(base, tmp_path):
     assert train.train(config(), tmp_path, Given(str(base))) == 0
     assert train.train(config(steps=3), tmp_path) == 0  # the meta tell the base
@@ -168,7 +140,7 @@ def test_another_base_is_refused_by_its_hash(run, tmp_path):
         )
 
 
-@pytest.mark.slow  # test_stored.py takes a step over int8
+@pytest.mark.slow  # test_stored_steps.py takes a step over int8
 def test_int8_stays_int8(base):
     parts, state, _ = begun(base, int8="blocks/attn/qkv/kernel")
     kinds = {x.dtype for x in jax.tree.leaves(state.frozen["blocks"])}
@@ -197,17 +169,6 @@ def test_the_whole_network_can_be_trained_from_merged_adapters(run, tmp_path):
     assert train.train(c, tmp_path, Given(str(run))) == 0
     held = checkpoint.items(tmp_path / "checkpoints", 1)
     assert {"params", "ema", "opt_state"} <= held
-
-
-# Sampling
-
-
-def drawn(called, tmp_path, name, *words):
-    out = tmp_path / f"{name}.npy"
-    asked = () if "--from-manifest" in words else ("--labels", "0,3")
-    code, _, err = called(sample, *asked, "--out", out, *words)
-    assert code == 0, err
-    return np.load(out)
 
 
 def test_adapters_are_sampled_alone_and_on_their_base(called, run, base, tmp_path):
@@ -246,45 +207,6 @@ def test_merging_writes_a_network_that_draws_the_same(called, run, tmp_path):
     np.testing.assert_array_equal(merged, draw("run", "--weights", run))
 
 
-# Refusals
-
-
-@pytest.mark.parametrize(
-    ("adapter", "told"),
-    [
-        (dict(rank=0), "adapter.rank is 0; it must be at least 1"),
-        (dict(alpha=0.0), "adapter.alpha is 0.0"),
-        (dict(dropout=1.0), "adapter.dropout is 1.0"),
-        (dict(targets="blocks/atn/.*"), "nearest: blocks/attn/"),
-        (dict(targets=TABLE, dora=True), "is for products"),
-        (dict(new_classes=-1), "new_classes is -1"),
-        (dict(new_classes=5), "all of them new"),
-    ],
-)
-def test_settings_that_cannot_be_are_one_line(base, tmp_path, adapter, told):
-    with pytest.raises(UserError, match=told) as raised:
-        train.train(config(adapter), tmp_path / "work", Given(str(base)))
-    assert "\n" not in str(raised.value)
-    assert not (tmp_path / "work").exists()
-
-
-def test_a_base_of_another_network_is_refused(base, tmp_path):
-    for field, told in (("heads", 4), ("depth", 3), ("classes", 6)):
-        c = config()
-        c.model[field] = told
-        with pytest.raises(UserError, match=f"another network: model.{field} is"):
-            train.train(c, tmp_path / "work", Given(str(base)))
-    with pytest.raises(UserError, match="add --init BASE"):
-        train.train(config(), tmp_path / "work")
-    with pytest.raises(UserError, match="5 classes .* 8: that makes 3 new ones, but"):
-        c = config(dict(new_classes=2))
-        c.model.classes = 8
-        train.train(c, tmp_path / "work", Given(str(base)))
-    for name in ("sit-xl2-256", "x.pt"):
-        with pytest.raises(UserError, match=f"port_weights.py {name} DIR, or quantize"):
-            train.train(config(), tmp_path / "work", Given(name))
-
-
 def test_adapters_where_they_do_not_belong(called, run, base, tmp_path):
     parts = recipe(small.config())
     params = small.random_params(parts, 10)
@@ -311,19 +233,6 @@ def wide():
     c = small.config()
     c.model.width = 32
     return c
-
-
-# Styles
-
-
-def test_a_style_is_another_look_of_the_same_record():
-    image = np.zeros((8, 8, 1), np.uint8)
-    image[:, 4] = 200
-    np.testing.assert_array_equal(inverted(image), 255 - image)
-    leaning = slanted(image, slope=1.0)
-    top, bottom = leaning[0, :, 0], leaning[7, :, 0]
-    assert top.tolist() == [0, 0, 0, 0, 0, 0, 0, 100]  # half of it has left
-    assert bottom.tolist() == [100, 100, 0, 0, 0, 0, 0, 0]
 
 
 def test_reading_a_run_gives_the_base_where_nothing_was_adapted(run, base):

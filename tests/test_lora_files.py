@@ -10,6 +10,7 @@ import pytest
 import safetensors.numpy
 import small
 from flax.traverse_util import flatten_dict
+from lora_pairs import pair
 from networks import quick_jit, recorded_model, recorded_params
 from recorded import FOLDER, nhwc, relative
 
@@ -19,7 +20,6 @@ from sit_jax.adapters import named, open_adapter, put_on
 from sit_jax.base import trained_shapes
 from sit_jax.config import from_json, to_json
 from sit_jax.lora import TABLE, Lora
-from sit_jax.lora_names import Pair
 from sit_jax.models.applied import apply
 from sit_jax.models.dit import RULES
 from sit_jax.models.mdt import MDTv2
@@ -122,47 +122,6 @@ def test_the_checkpoint_of_foreign_adapters_can_be_trained_on(tmp_path, port, ba
     assert names == set(opened(RECORDED / "lora").flat)
 
 
-# One module or three
-
-
-def pair(rank, out=6, width=4, seed=0, **more):
-    rng = np.random.default_rng(seed)
-    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    return Pair(draw(rank, width), draw(out, rank), **more)
-
-
-def whole(pair):
-    return pair.scale * pair.up @ pair.down
-
-
-def test_cutting_qkv_is_exact_and_joining_undoes_it():
-    fused = {"blocks.3.attn.qkv": pair(2, out=12), "blocks.3.mlp.fc1": pair(2, seed=1)}
-    cut = lora_names.to_diffusers(fused)
-    names = [f"transformer_blocks.3.attn1.to_{part}" for part in "qkv"]
-    assert list(cut) == [*names, "transformer_blocks.3.ff.net.0.proj"]
-    rows = np.split(whole(fused["blocks.3.attn.qkv"]), 3)
-    for name, row in zip(names, rows, strict=True):
-        np.testing.assert_array_equal(whole(cut[name]), row)
-    again = lora_names.from_diffusers(cut)
-    for name, one in fused.items():
-        np.testing.assert_array_equal(again[name].down, one.down)
-        np.testing.assert_array_equal(again[name].up, one.up)
-
-
-def test_joining_three_of_their_own_adds_the_ranks():
-    parts = {
-        f"transformer_blocks.0.attn1.to_{name}": pair(rank, 4, seed=i, scale=0.5)
-        for i, (name, rank) in enumerate({"q": 1, "k": 2, "v": 3}.items())
-    }
-    (fused,) = lora_names.from_diffusers(parts).values()
-    assert fused.rank == 6 and fused.scale == 0.5
-    rows = np.concatenate([whole(part) for part in parts.values()])
-    np.testing.assert_allclose(whole(fused), rows, rtol=1e-6, atol=1e-7)
-    del parts["transformer_blocks.0.attn1.to_k"]
-    (fused,) = lora_names.from_diffusers(parts).values()
-    assert fused.rank == 4 and not whole(fused)[4:8].any()
-
-
 def test_diffusers_files_go_out_and_in(tmp_path, port, base):
     assert port(RECORDED / "lora", tmp_path / "ck", "--base", base)[0] == 0
     code, _, err = port(tmp_path / "ck", tmp_path / "d", "--adapter", "diffusers")
@@ -197,9 +156,6 @@ def test_new_rows_travel_as_pefts_whole_module(tmp_path, base):
     flat = opened(tmp_path).flat
     np.testing.assert_array_equal(flat[TABLE].more, rows)
     assert isinstance(flat["blocks/attn/proj/kernel"], Adapted)
-
-
-# Refusals
 
 
 def changed(tmp_path, config=None, **tensors):

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from conftest import ROOT
 from recorded import FOLDER, weights
-from small import called, losses, script
+from small import called, losses
 
 import port_weights
 import train
@@ -238,24 +238,3 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, port, ported, arguments, tol
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.pt").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-
-
-class Runs:
-    def __reduce__(self):
-        return os.mkdir, ("ran",)
-
-
-def test_a_file_that_would_run_code_ends_in_one_line(tmp_path):
-    torch.save({"ema": {"a": torch.ones(2)}, "x": Runs()}, tmp_path / "x.pt")
-    ended = script("port_weights.py", tmp_path / "x.pt", tmp_path / "ck")
-    assert ended.returncode == 2
-    assert ended.stderr.count("\n") == 1
-    assert re.search(r"it would run \w+\.mkdir", ended.stderr)
-    assert not (ROOT / "ran").exists()
-    assert not (tmp_path / "ck").exists()
-
-
-def test_no_accelerator_is_touched():
-    code = "import port_weights, jax; print(jax.config.jax_platforms)"
-    without = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
-    assert script("-c", code, env=without).stdout.strip() == "cpu"

@@ -1,203 +1,20 @@
 """Weights by name, from a server that stands in this process."""
 
-import hashlib
 import http.server
-import threading
 
-import numpy as np
+import file_server
 import pytest
 import small
 from conftest import ROOT
+from file_server import CONTENT, Handler, offline
 
 from sit_jax import releases
-from sit_jax.download import download
 from sit_jax.errors import UserError
-from sit_jax.releases import RELEASES, Release, fetch, find
+from sit_jax.releases import RELEASES, fetch, find
 from sit_jax.weights import open_weights
 
-CONTENT = np.random.default_rng(0).bytes(300_000)
-SHA = hashlib.sha256(CONTENT).hexdigest()
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """One file at every path; each field changes how it is served."""
-
-    content, version = CONTENT, '"v1"'
-    ranges = True  # does it give parts
-    drops = ()  # after so many bytes of the answer, one for each request
-    lengths = True  # does it say how long the file is
-    kind = "application/octet-stream"
-    status = 200
-    linked = None  # the Hub's header, in a redirect to /there/...
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.asked = []  # (path, Range header)
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        server, headers = self.server, self.headers
-        server.asked.append((self.path, headers.get("Range")))
-        if server.linked and not self.path.startswith("/there"):
-            self.send_response(302)
-            self.send_header("Location", f"/there{self.path}")
-            self.send_header("X-Linked-Etag", server.linked)
-            self.end_headers()
-            return
-        first = self._first() if server.ranges else 0
-        if first >= len(server.content):
-            self.send_error(416)
-            return
-        body = server.content[first:]
-        status = 206 if first else server.status
-        self.send_response(status)
-        self.send_header("Content-Type", server.kind)
-        self.send_header("ETag", server.version)
-        if server.lengths:
-            self.send_header("Content-Length", len(body))
-        if first:
-            end = len(server.content)
-            self.send_header("Content-Range", f"bytes {first}-{end - 1}/{end}")
-        self.end_headers()
-        if server.drops:
-            body, server.drops = body[: server.drops[0]], server.drops[1:]
-        self.wfile.write(body)
-
-    def _first(self):
-        wanted, condition = self.headers.get("Range"), self.headers.get("If-Range")
-        if wanted is None or condition != self.server.version:
-            return 0
-        return int(wanted.removeprefix("bytes=").removesuffix("-"))
-
-    def log_message(self, *words):
-        pass
-
-
-@pytest.fixture
-def server():
-    with Server() as running:
-        thread = threading.Thread(target=running.serve_forever, args=(0.01,))
-        thread.start()
-        yield running
-        running.shutdown()
-        thread.join()
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SIT_JAX_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def left(folder):
-    return sorted(path.name for path in folder.rglob("*") if path.is_file())
-
-
-def test_a_file_is_loaded_whole_and_nothing_else_is_left(server, tmp_path):
-    download(f"{server.url}/x", tmp_path / "a" / "x.pt", len(CONTENT), SHA)
-    assert (tmp_path / "a" / "x.pt").read_bytes() == CONTENT
-    assert left(tmp_path) == ["x.pt"]
-
-
-def test_a_broken_connection_goes_on_at_once(server, tmp_path):
-    server.drops = (100_000, 50_000)
-    download(f"{server.url}/x", tmp_path / "x.pt", sha256=SHA)
-    assert (tmp_path / "x.pt").read_bytes() == CONTENT
-    asked = [None, "bytes=100000-", "bytes=150000-"]
-    assert [ranged for _, ranged in server.asked] == asked
-
-
-def test_what_broke_off_goes_on_in_the_next_run(server, tmp_path):
-    server.drops = (100_000, 0)
-    with pytest.raises(UserError, match="broke off after 100000 of 300000.*goes on"):
-        download(f"{server.url}/x", tmp_path / "x.pt", sha256=SHA)
-    assert left(tmp_path) == ["x.pt.part", "x.pt.part.json"]
-    download(f"{server.url}/x", tmp_path / "x.pt", sha256=SHA)
-    assert (tmp_path / "x.pt").read_bytes() == CONTENT
-    assert server.asked[-1][1] == "bytes=100000-"
-    assert left(tmp_path) == ["x.pt"]
-
-
-def test_a_file_that_changed_meanwhile_is_loaded_from_its_beginning(server, tmp_path):
-    server.drops = (100_000, 0)
-    with pytest.raises(UserError, match="broke off"):
-        download(f"{server.url}/x", tmp_path / "x.pt")
-    server.content, server.version = CONTENT[::-1], '"v2"'
-    download(f"{server.url}/x", tmp_path / "x.pt")
-    assert (tmp_path / "x.pt").read_bytes() == CONTENT[::-1]
-
-
-def test_without_ranges_it_begins_again(server, tmp_path):
-    server.ranges, server.drops = False, (100_000, 200_000)
-    download(f"{server.url}/x", tmp_path / "x.pt", sha256=SHA)
-    assert (tmp_path / "x.pt").read_bytes() == CONTENT
-    server.drops = (100_000, 100_000)  # it never gets farther
-    with pytest.raises(UserError, match="broke off after 100000 of 300000"):
-        download(f"{server.url}/x", tmp_path / "y.pt")
-
-
-def test_without_lengths_the_connection_tells_the_end(server, tmp_path):
-    server.lengths = False
-    download(f"{server.url}/x", tmp_path / "x.pt", sha256=SHA)
-    assert (tmp_path / "x.pt").read_bytes() == CONTENT
-
-
-def test_a_part_of_more_than_there_is_starts_anew(server, tmp_path):
-    (tmp_path / "x.pt.part").write_bytes(CONTENT + b"more")
-    (tmp_path / "x.pt.part.json").write_text(
-        '{"version": "\\"v1\\"", "size": null, "sha256": null}'
-    )
-    with pytest.raises(UserError, match="broke off after 0 of"):
-        download(f"{server.url}/x", tmp_path / "x.pt")
-    download(f"{server.url}/x", tmp_path / "x.pt", sha256=SHA)
-    assert (tmp_path / "x.pt").read_bytes() == CONTENT
-
-
-def test_another_hash_or_size_than_published_is_refused(server, tmp_path):
-    wrong = "0" * 64
-    with pytest.raises(UserError, match=f"sha256 {SHA}, not {wrong}.*removed"):
-        download(f"{server.url}/x", tmp_path / "x.pt", sha256=wrong)
-    assert left(tmp_path) == []
-    with pytest.raises(UserError, match="has 300000 bytes, not 7: another file"):
-        download(f"{server.url}/x", tmp_path / "y.pt", size=7)
-    assert not (tmp_path / "y.pt").exists()
-
-
-def test_the_hubs_own_hash_is_checked(server, tmp_path):
-    server.linked = f'"{SHA}"'
-    download(f"{server.url}/x", tmp_path / "x.pt")
-    assert server.asked[-1][0] == "/there/x"
-    server.linked = f'"{"1" * 64}"'
-    with pytest.raises(UserError, match=f"sha256 {SHA}, not 1111"):
-        download(f"{server.url}/x", tmp_path / "y.pt")
-    server.linked = '"a4b8c1"'  # a small file's is not a sha256 of it
-    download(f"{server.url}/x", tmp_path / "z.json")
-
-
-def test_a_web_page_is_no_file(server, tmp_path):
-    server.kind = "text/html; charset=utf-8"
-    with pytest.raises(UserError, match="a web page instead of a file; load it else"):
-        download(f"{server.url}/x", tmp_path / "x.pt")
-    assert not (tmp_path / "x.pt").exists()
-
-
-def test_two_at_once_load_it_once(server, tmp_path):
-    path = tmp_path / "x.pt"
-    both = [
-        threading.Thread(target=download, args=(f"{server.url}/x", path, None, SHA))
-        for _ in range(2)
-    ]
-    for each in both:
-        each.start()
-    for each in both:
-        each.join()
-    assert path.read_bytes() == CONTENT and len(server.asked) == 1
-    assert left(tmp_path) == ["x.pt"]
+cache = file_server.cache
+server = file_server.server
 
 
 @pytest.mark.parametrize("name", sorted(RELEASES))
@@ -213,20 +30,6 @@ def test_without_a_network_one_line_says_what_to_put_where(name, cache, monkeypa
     assert said.startswith("no connection to 127.0.0.1:") and "\n" not in said
     assert f"for {release.url}; " in said and release.url.startswith(nowhere)
     assert said.endswith(f"put it at {cache / release.place}")
-
-
-def offline(nowhere):
-    """The table, with its other servers away too."""
-
-    def at(source):
-        for server in (releases.DIT, releases.FID):
-            source = source.replace(server, f"{nowhere}/models")
-        return source
-
-    return {
-        name: Release(at(r.source), r.licence, size=r.size)
-        for name, r in RELEASES.items()
-    }
 
 
 def test_the_table_says_where_from_and_under_what():

@@ -3,38 +3,16 @@
 import argparse
 import collections
 import os
-import resource
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from recorded import FOLDER, weights
+from torch_states import RNG, same, saved, state
 
 from sit_jax import tensor_files, torch_files
-from sit_jax.drafts import draft, require_free, require_space
 from sit_jax.errors import UserError
-
-RNG = np.random.default_rng(0)
-
-
-def state(**more):
-    tensors = {"b.weight": torch.randn(3, 2), "a.bias": torch.randn(5)}
-    return tensors | more
-
-
-def saved(tmp_path, content, **options):
-    path = tmp_path / "x.pt"
-    torch.save(content, path, **options)
-    return path
-
-
-def same(tensors, expected):
-    """Names in their order, and every bit."""
-    assert list(tensors) == list(expected)
-    for name, array in expected.items():
-        np.testing.assert_array_equal(tensors[name], np.asarray(array))
-        assert tensors[name].dtype == np.float32
 
 
 def test_a_released_file_is_both_model_and_average():
@@ -204,132 +182,3 @@ def test_safetensors_are_what_the_library_reads(tmp_path):
     assert read.keys() == tensors.keys()
     for name, tensor in read.items():
         np.testing.assert_array_equal(tensor, tensors[name])
-
-
-def trained(steps=3):
-    """A torch model with one frozen parameter, and its optimizer after some steps."""
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
-    model[0].weight.requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
-    for _ in range(steps):
-        model(torch.randn(5, 3)).square().sum().backward()
-        optimizer.step()
-    return model, optimizer
-
-
-def training_file(model, optimizer, **changes):
-    model = model.state_dict()
-    return {"model": model, "ema": model, "opt": optimizer.state_dict()} | changes
-
-
-def test_torch_goes_on_from_what_is_written(tmp_path):
-    model, optimizer = trained()
-    read = torch_files.read(saved(tmp_path, training_file(model, optimizer)))
-    arrays = dict(read.model)
-    content = torch_files.train_layout(arrays, arrays, read.adam, {"model": "SiT-S/2"})
-    tensor_files.write(tmp_path / "back.pt", content)
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        back = torch.load(tmp_path / "back.pt", weights_only=True)
-    assert list(back) == ["model", "ema", "opt", "args"]
-    assert vars(back["args"]) == {"model": "SiT-S/2"}
-    again, fresh = trained(steps=0)
-    again.load_state_dict(back["model"], strict=True)
-    fresh.load_state_dict(back["opt"])
-    assert fresh.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
-    x = torch.randn(5, 3)
-    for m, o in ((model, optimizer), (again, fresh)):
-        o.zero_grad()
-        m(x).square().sum().backward()
-        o.step()
-    for one, other in zip(model.parameters(), again.parameters(), strict=True):
-        assert torch.equal(one, other)
-
-
-def test_an_optimizer_without_steps_is_as_none(tmp_path):
-    read = torch_files.read(saved(tmp_path, training_file(*trained(steps=0))))
-    assert read.adam is None
-    assert read.ignored == ("opt",)
-
-
-def changed(opt, **group):
-    return opt | {"param_groups": [opt["param_groups"][0] | group]}
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        (lambda opt: 3, "not the state of an AdamW"),
-        (lambda opt: {"state": {}}, "not the state of an AdamW"),
-        (lambda opt: opt | {"param_groups": 2 * opt["param_groups"]}, "one parameter"),
-        (lambda opt: changed(opt, params=[0, 1]), "opt has 2 parameters, model 4"),
-        (lambda opt: changed(opt, maximize=True), "no plain AdamW"),
-        (
-            lambda opt: changed(opt, weight_decay=0.1, decoupled_weight_decay=False),
-            "no plain AdamW",
-        ),
-        (
-            lambda opt: opt | {"state": {i: {"momentum": 1} for i in range(4)}},
-            "not the state of an AdamW",
-        ),
-        (
-            lambda opt: (
-                opt | {"state": opt["state"] | {1: opt["state"][1] | {"step": 9}}}
-            ),
-            "several steps",
-        ),
-    ],
-)
-def test_other_optimizers_are_one_line(tmp_path, change, told):
-    model, optimizer = trained()
-    content = training_file(model, optimizer, opt=change(optimizer.state_dict()))
-    with pytest.raises(UserError, match=told):
-        torch_files.read(saved(tmp_path, content))
-
-
-@pytest.mark.parametrize("ending", ["pt", "safetensors"])
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, ending):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        with pytest.raises(UserError, match="cannot write, File too large"):
-            with draft(tmp_path / f"x.{ending}") as name:
-                tensor_files.write(name, {"a": np.ones(9_000, np.float32)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_draft_takes_its_place_only_when_whole(tmp_path):
-    path = tmp_path / "x.pt"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), draft(path) as name:
-        name.write_text("half")
-        assert path.read_text() == "old"
-        raise RuntimeError
-    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
-    assert path.read_text() == "old"
-    with draft(path) as name:
-        assert name.suffix == ".pt"
-        name.write_text("new")
-    assert [p.read_text() for p in tmp_path.iterdir()] == ["new"]
-
-
-def test_a_draft_directory_replaces_a_full_one(tmp_path):
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "old").touch()
-    with draft(tmp_path / "x") as name:
-        name.mkdir()
-        (name / "new").touch()
-    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["x", "x/new"]
-
-
-def test_what_exists_and_what_does_not_fit_is_refused(tmp_path):
-    (tmp_path / "x").touch()
-    with pytest.raises(UserError, match="x exists; --overwrite"):
-        require_free(tmp_path / "x", overwrite=False)
-    require_free(tmp_path / "x", overwrite=True)
-    require_free(tmp_path / "y", overwrite=False)
-    require_space(tmp_path / "new" / "y", 10)
-    with pytest.raises(UserError, match=r"needs 1e\+09 GB"):
-        require_space(tmp_path / "new" / "y", 1e18)

@@ -1,75 +1,19 @@
-"""The training step: its average, its parts, its devices, its draws, its bad days."""
+"""The training step: its average, its parts, its devices, its bad days."""
 
-import types
-from functools import cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import small
+from train_steps import MODEL, TX, batch, equal, fresh, relative, step, toy, weights
 
-from sit_jax.codec import Latents, Pixels
-from sit_jax.config import spec
+from sit_jax.codec import Pixels
 from sit_jax.interpolant import Interpolant
-from sit_jax.models.dit import SiT
 from sit_jax.placement import of_state
-from sit_jax.recipe import recipe
 from sit_jax.sharding import make_mesh, on, split_batch
-from sit_jax.training import (
-    fresh_state,
-    in_parts,
-    init_params,
-    make_train_step,
-    tensor_names,
-)
-
-SHAPE, B = (8, 8, 2), 16
-MODEL = SiT(depth=2, width=16, heads=2, patch=2, classes=5)
-TX = optax.chain(optax.trace(0.0), optax.scale(-0.02))  # its state is the gradient
-
-
-@cache
-def weights():
-    """Random ones everywhere: as drawn, most gradients would be zero."""
-    init = partial(init_params, MODEL, SHAPE)
-    params = jax.eval_shape(init, jax.random.key(0))
-    rng = np.random.default_rng(0)
-    draw = lambda x: 0.2 * rng.standard_normal(x.shape).astype(np.float32)
-    return jax.tree.map(draw, params)
-
-
-def fresh():
-    return fresh_state(TX, jax.tree.map(jnp.asarray, weights()))
-
-
-def batch(seed=0, n=B):
-    rng = np.random.default_rng(seed)
-    latent = rng.standard_normal((n, *SHAPE)).astype(np.float32)
-    return {"latent": latent, "label": rng.integers(5, size=n).astype(np.int32)}
-
-
-TRAIN_STEP = make_train_step(MODEL, Interpolant(), TX, decay=0.9)
-_compiled = jax.jit(TRAIN_STEP, donate_argnums=0)
-
-
-def step(state, batch):
-    return _compiled(state, Pixels(), batch, jax.random.key(1))
-
-
-def relative(ours, theirs):
-    flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
-    ours, theirs = flat(ours), flat(theirs)
-    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
-
-
-def equal(one, other):
-    same = lambda a, b: np.array_equal(a, b)
-    return jax.tree.all(jax.tree.map(same, jax.device_get(one), jax.device_get(other)))
-
-
-# The moving average
+from sit_jax.training import fresh_state, in_parts, make_train_step, tensor_names
 
 
 def test_the_average_starts_as_a_copy_with_memory_of_its_own():
@@ -92,9 +36,6 @@ def test_the_average_after_one_step_is_the_closed_form():
 def test_the_average_of_constant_weights_stays():
     state, _ = toy(lambda p, x: x * 0 + p["a"]["w"], tx=optax.sgd(0.0))
     assert equal(state.params, state.ema) and state.step == 1
-
-
-# Parts and devices
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
@@ -158,9 +99,6 @@ def test_the_state_is_given_away_whole():
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
 
 
-# What is not finite
-
-
 def poisoned(place):
     state, bad = jax.device_get(fresh()), batch()
     if place == "the batch":
@@ -196,18 +134,6 @@ def test_skipped_steps_are_counted_in_all_and_in_a_row():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
-def toy(apply, tx=TX):
-    """One step of a model of two parameters; -> state, what of it was not finite."""
-    params = {"a": {"w": jnp.ones(())}, "b": {"w": jnp.zeros(())}}
-    model = types.SimpleNamespace(
-        classes=5, apply=lambda variables, x, t, y: apply(variables["params"], x)
-    )
-    state = fresh_state(tx, params)
-    made = make_train_step(model, Interpolant(), tx)
-    new, metrics = jax.jit(made)(state, Pixels(), batch(), jax.random.key(0))
-    return new, tensor_names(state)[int(metrics["bad"])]
-
-
 def test_a_gradient_that_is_not_finite_is_named():
     root = lambda p, x: x * p["a"]["w"] + jnp.sqrt(p["b"]["w"] ** 2)  # slope 0/0 at 0
     assert toy(root)[1] == "gradient of b/w"
@@ -216,90 +142,6 @@ def test_a_gradient_that_is_not_finite_is_named():
 def test_finite_gradients_with_a_norm_that_overflows_are_named():
     huge = lambda p, x: x * 0 + 3e12 * p["a"]["w"]  # gradient 2e25, its square too big
     assert toy(huge)[1] == "the loss or the norm of its gradient"
-
-
-# What is random
-
-
-def drawn(at=0, drop=0.1, seed=1, n=4096):
-    """The draws of one step: data from the codec, noise, times, labels kept."""
-    seen = {}
-
-    def loss(net, data, noise, t):
-        seen.update(data=data, noise=noise, t=t)
-        return {"loss": jnp.mean(net(data, t), axis=(1, 2, 3))}
-
-    def apply(variables, x, t, y):
-        seen.update(y=y)
-        return x * variables["params"]["w"]
-
-    model = types.SimpleNamespace(classes=5, apply=apply)
-    process = types.SimpleNamespace(times=Interpolant().times, loss=loss)
-    state = fresh_state(TX, {"w": jnp.ones(())}).replace(step=jnp.int32(at))
-    moments = np.zeros((n, 2, 2, 2), np.float32)  # mean 0, log variance 0
-    label = np.arange(n, dtype=np.int32) % 5
-    train_step = make_train_step(model, process, TX, drop=drop)
-    inputs = {"moments": moments, "label": label}
-    train_step(state, Latents(scale=1.0), inputs, jax.random.key(seed))
-    return jax.device_get(seen)
-
-
-def test_data_noise_times_and_labels_are_drawn_independently():
-    """Correlations of n independent pairs stay below 5 / sqrt(n)."""
-    found = drawn()
-    data, noise = found["data"].ravel(), found["noise"].ravel()
-    assert abs(np.corrcoef(data, noise)[0, 1]) < 5 / data.size**0.5
-    kinds = [found["data"][:, 0, 0, 0], found["noise"][:, 0, 0, 0], found["t"]]
-    kinds += [found["y"] == 5, np.roll(found["t"], 1)]
-    off_diagonal = np.corrcoef(np.stack(kinds).astype(float)) - np.eye(len(kinds))
-    assert np.abs(off_diagonal).max() < 5 / len(found["t"]) ** 0.5
-    for normal in (data, noise):
-        assert abs(normal.mean()) < 0.04 and abs(normal.std() - 1) < 0.03
-    assert abs(found["t"].mean() - 0.5) < 0.025
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.1, 1.0])
-def test_the_rate_at_which_labels_are_dropped(rate):
-    y = drawn(drop=rate)["y"]
-    spread = 5 * (rate * (1 - rate) / len(y)) ** 0.5
-    assert abs(np.mean(y == 5) - rate) <= spread
-    np.testing.assert_array_equal(y[y != 5], (np.arange(len(y)) % 5)[y != 5])
-
-
-def test_the_same_step_draws_the_same_and_another_step_or_seed_others():
-    first, again = drawn(at=3, n=64), drawn(at=3, n=64)
-    assert equal(first, again)
-    for other in (drawn(at=4, n=64), drawn(at=3, seed=2, n=64)):
-        for name in ("data", "noise", "t"):
-            assert not np.isin(first[name], other[name]).any(), name
-        assert not np.array_equal(first["y"], other["y"])
-
-
-# Optimizers and precision
-
-
-def length_of_update(learning_rate, clip=None, after=0):
-    """What a config's optimizer makes of a gradient of length 2."""
-    c = small.config(clip=clip)
-    c.optimizer = spec(optax.sgd, learning_rate=learning_rate)
-    tx, gradient = recipe(c).tx, {"w": jnp.array([1.2, 1.6])}
-    state = tx.init(gradient)
-    for _ in range(after + 1):
-        update, state = tx.update(gradient, state, gradient)
-    return float(optax.tree.norm(update))
-
-
-@pytest.mark.parametrize("clip, length", [(None, 1.0), (3.0, 1.0), (0.2, 0.1)])
-def test_the_gradient_is_clipped_to_its_global_norm_before_the_optimizer(clip, length):
-    assert length_of_update(0.5, clip) == pytest.approx(length, rel=1e-5)
-
-
-@pytest.mark.parametrize("at, length", [(0, 0.0), (2, 0.5), (4, 1.0), (9, 1.0)])
-def test_a_learning_rate_may_be_a_schedule(at, length):
-    ramp = spec(
-        optax.linear_schedule, init_value=0.0, end_value=0.5, transition_steps=4
-    )
-    assert length_of_update(ramp, after=at) == pytest.approx(length, rel=1e-5)
 
 
 def test_bfloat16_is_of_the_network_alone():

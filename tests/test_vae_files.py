@@ -1,43 +1,20 @@
 """Files of the autoencoder: dialects, containers, config.json, and what is refused."""
 
-import functools
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-import small
-from recorded import FOLDER, case
-from test_vae import compvis, recorded_params, recorded_state
+from recorded import case
+from test_vae import compvis, recorded_state
+from vae_folders import BIN, CONFIG, GOLDEN, SAFE, folder, same
 
-from sit_jax import releases, tensor_files
-from sit_jax.codec import Latents
-from sit_jax.config import spec
+from sit_jax import releases
 from sit_jax.errors import UserError
-from sit_jax.manifest import weights_hash
 from sit_jax.models.vae import AutoencoderKL
-from sit_jax.recipe import recipe
 from sit_jax.rounding import to_uint8, to_uint8_darker
-from sit_jax.vae_files import FILES, described, load_vae, strange, with_vae
-
-GOLDEN = FOLDER / "vae"
-CONFIG = json.loads((GOLDEN / "config.json").read_text())
-SAFE, BIN = FILES
-
-
-def same(vae):
-    jax.tree.map(np.testing.assert_array_equal, dict(vae.params), recorded_params())
-
-
-def folder(path, state=None, config=CONFIG, name=SAFE):
-    """A folder as diffusers writes it."""
-    path.mkdir(parents=True, exist_ok=True)
-    tensor_files.write(path / name, state or dict(recorded_state()))
-    if config is not None:
-        (path / "config.json").write_text(json.dumps(config))
-    return path
+from sit_jax.vae_files import described, load_vae
 
 
 def test_the_recorded_folder_becomes_a_codec():
@@ -204,61 +181,3 @@ def test_files_of_the_hub_and_names_come_from_the_cache(tmp_path, monkeypatch):
     )
     with pytest.raises(UserError, match="another architecture"):
         load_vae("sd-vae-ft-ema")
-
-
-def test_encoder_and_decoder_are_hashed_apart():
-    vae = load_vae(GOLDEN)
-    assert vae.encoder_sha256 == weights_hash(recorded_params()["encoder"])
-    params = jax.tree.map(lambda leaf: leaf, vae.params)
-    params["decoder"]["finish"]["conv_out"]["bias"] += 1
-    other = vae.replace(params=params)
-    assert other.encoder_sha256 == vae.encoder_sha256
-    assert other.decoder_sha256 != vae.decoder_sha256
-    assert vae.record() == {
-        "encoder_sha256": vae.encoder_sha256,
-        "decoder_sha256": vae.decoder_sha256,
-        "scale": 0.18215,
-        "rounding": "to_uint8",
-        "precision": "exact",
-        "decoding": "whole",
-    }
-
-
-@functools.cache
-def parts(codec=Latents, channels=4, **fields):
-    config = small.config(shape=(4, 4, channels))
-    config.codec = spec(codec, **fields)
-    return recipe(config)
-
-
-def test_a_vae_takes_the_place_of_latents_and_rounds_as_they_say():
-    vae = load_vae(GOLDEN)
-    found = with_vae(parts(rounding=to_uint8_darker), vae)
-    assert found.codec == vae.replace(rounding=to_uint8_darker)
-    out = jax.eval_shape(found.codec.decode, jnp.zeros((1, *found.shape)))
-    assert out.shape == (1, 32, 32, 3) and out.dtype == jnp.uint8
-
-
-def test_a_vae_of_other_latents_is_refused():
-    vae = load_vae(GOLDEN)
-    with pytest.raises(
-        UserError, match="4 channels, scaled by 0.18215, the .* 4 and 1.0"
-    ):
-        with_vae(parts(scale=1.0), vae)
-    with pytest.raises(UserError, match="the network's 2 and 0.18215: take another"):
-        with_vae(parts(channels=2), vae)
-    from sit_jax.codec import Pixels
-
-    with pytest.raises(UserError, match="works on Pixels, not on latents; leave out"):
-        with_vae(parts(Pixels, 3), vae)
-
-
-def test_latents_of_another_encoder_are_told():
-    """An edition with the same encoder is none, nor is a run that does not say."""
-    vae = {"encoder_sha256": "b" * 64}
-    said = strange("v", vae, "runs/x", {"encoder_sha256": "a" * 64})
-    assert said.startswith("WARNING: runs/x was trained on latents of another encoder")
-    assert f"({'a' * 12}, not {'b' * 12})" in said
-    assert strange("v", vae, "runs/x", vae) is None
-    assert strange("v", vae, "runs/x", {}) is None
-    assert strange(None, {}, "runs/x", vae) is None

@@ -1,0 +1,148 @@
+"""Files of weights and arrays that would run code, or hold less than they say."""
+
+import argparse
+import io
+import os
+import pickle
+import tarfile
+import zipfile
+
+import numpy as np
+import torch
+
+RUNS = r"it would run \w*(posix|os|nt)\.mkdir; a file of weights must not run code"
+
+
+class Runs:
+    """Pickled, it is a call of os.mkdir."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+class Dict(dict):
+    pass
+
+
+def code(path):
+    """Opcodes that call os.mkdir(path), old style."""
+    return b"cposix\nmkdir\n(V" + str(path).encode() + b"\ntR"
+
+
+def zipped(path, pickled, **members):
+    """The zip of torch.save around a pickle; members: more of them."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/version", "3\n")
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+def saved(content):
+    return lambda path, ran: torch.save(content(Runs(ran)), path)
+
+
+def raw(pickled):
+    return lambda path, ran: path.write_bytes(pickled(ran))
+
+
+def inside(pickled, **members):
+    return lambda path, ran: zipped(path, pickled(ran), **members)
+
+
+def tar(path, ran):
+    with tarfile.open(path, "w") as archive:
+        for name, content in (("storages", b"I0\n."), ("pickle", code(ran) + b".")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def compressed(path, ran):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", code(ran) + b"." + bytes(10**6))
+
+
+def laughs(ran):
+    """A tuple of two of a tuple of two of ...: 2**60 objects to whom compares them."""
+    twice = b"".join(bytes([ord("q"), i, ord("h"), i, 0x86]) for i in range(60))
+    return b"\x80\x02)" + twice + b"}q\xffh\xff\x86."
+
+
+def storage(numbers):
+    """A pickle of one storage of so many numbers."""
+    words = ("storage", "F", "0", "cpu", numbers)
+
+    class File(pickle.Pickler):
+        def persistent_id(self, value):
+            return words if value is words else None
+
+    file = io.BytesIO()
+    File(file, 2).dump({"a": words})
+    return file.getvalue()
+
+
+FORMS = {
+    "reduce": (saved(lambda runs: runs), RUNS),
+    "build": (
+        inside(lambda ran: b"\x80\x02cposix\nmkdir\n)\x81}X\1\0\0\0aK\1sb."),
+        RUNS,
+    ),
+    "nested": (saved(lambda runs: {"ema": [{"a": (1, [runs])}]}), RUNS),
+    "in args": (
+        saved(lambda runs: {"ema": {}, "args": argparse.Namespace(x=runs)}),
+        RUNS,
+    ),
+    "subclass of dict": (
+        saved(lambda runs: Dict(a=runs)),
+        r"it would run [\w.]*\.Dict; a file",
+    ),
+    "tar": (tar, RUNS),
+    "zip with an odd member": (
+        inside(lambda ran: b"}.", **{"archive/code/evil.py": b"import os"}),
+        "it holds 'archive/code/evil.py', which torch.save never adds",
+    ),
+    "zip with a member that climbs": (
+        inside(lambda ran: b"}.", **{"../../evil": b""}),
+        "it holds '../../evil', which",
+    ),
+    "persistent id": (
+        inside(lambda ran: b"\x80\x02X\4\0\0\0evilQ."),
+        "asks for an object of its writer's",
+    ),
+    "old persistent id": (raw(lambda ran: b"Pevil\n."), "object of its writer's"),
+    "huge length": (
+        inside(lambda ran: b"\x80\x02X\xff\xff\xff\x7fabc."),
+        "damaged or no file of weights",
+    ),
+    "huge storage": (inside(lambda ran: storage(10**15)), "1000000000000000 numbers"),
+    "bomb of references": (inside(laughs), "unfolds into more objects"),
+    "bomb of depth": (
+        inside(lambda ran: b"\x80\x02)" + b"\x85" * 10**5 + b"}\x86."),
+        "unfolds into more objects",
+    ),
+    "bomb of a zip": (compressed, "'a/data.pkl' is compressed"),
+    "bomb of an allowed name": (
+        inside(lambda ran: b"\x80\x02cbuiltins\nbytearray\n\x8a\6@@@@@@\x85R."),
+        "it would run builtins.bytearray",
+    ),
+    "old pickle": (raw(lambda ran: code(ran) + b"."), RUNS),
+    "new pickle": (raw(lambda ran: pickle.dumps(Runs(ran), 5)), RUNS),
+    "before torch 1.6": (
+        lambda path, ran: torch.save(
+            Runs(ran), path, _use_new_zipfile_serialization=False
+        ),
+        RUNS,
+    ),
+    "no pickle of torch": (raw(lambda ran: pickle.dumps({1: 2})), "none of torch's"),
+}  # fmt: skip
+
+
+def npy(shape, descr="<f4", data=b""):
+    file = io.BytesIO()
+    header = {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue() + data

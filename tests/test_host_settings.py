@@ -1,0 +1,35 @@
+"""What has to be alike on all hosts is compared before anything begins."""
+
+import types
+
+import numpy as np
+import pytest
+
+from sit_jax import hosts, lora_files, starts
+from sit_jax.errors import UserError
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """-> names of the files that hosts would compare, which only several do."""
+    names = []
+    note = lambda *paths: names.extend(path.name for path in paths)
+    monkeypatch.setattr(hosts, "require_same_files", note)
+    return names
+
+
+def test_adapters_are_compared_with_what_says_their_scale(tmp_path, compared):
+    names = ["adapter_model.safetensors", "adapter_config.json"]
+    for name in names:
+        (tmp_path / name).write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    with pytest.raises(UserError):
+        lora_files.read(tmp_path)
+    assert compared == names
+
+
+def test_given_noise_is_compared(tmp_path, compared):
+    np.save(tmp_path / "z.npy", np.zeros((3, 2, 2, 1), np.float32))
+    job = types.SimpleNamespace(noise=str(tmp_path / "z.npy"))
+    parts = types.SimpleNamespace(shape=(2, 2, 1))
+    start, *_ = starts.noise_of(types.SimpleNamespace(job=job, parts=parts))
+    assert start.shape == (3, 2, 2, 1) and compared == ["z.npy"]

@@ -1,0 +1,75 @@
+"""LoRA's settings that cannot be, and styles to adapt to."""
+
+import jax
+import lora_bases
+import numpy as np
+import pytest
+from lora_runs import config
+
+import train
+from configs.lora_xl2 import get_config as lora_xl2
+from sit_jax.base import base_shapes, trained_shapes
+from sit_jax.data.styles import inverted, slanted
+from sit_jax.errors import UserError
+from sit_jax.given import Given
+from sit_jax.lora import TABLE
+from sit_jax.recipe import recipe
+
+base = lora_bases.base
+
+
+def test_adapters_of_xl_are_33_mb():
+    """Of 2.7 GB; the widths are 1152, 3456 and 4608, the depth is 28."""
+    parts = recipe(lora_xl2())
+    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    d, rank = 1152, 16
+    pairs = [(d, 3 * d), (d, d), (d, 4 * d), (4 * d, d)]
+    assert size(trained_shapes(parts)) == 4 * 28 * rank * sum(map(sum, pairs))
+    assert size(trained_shapes(parts)) == 33_030_144
+    assert size(base_shapes(parts)) > 2.69e9
+
+
+@pytest.mark.parametrize(
+    ("adapter", "told"),
+    [
+        (dict(rank=0), "adapter.rank is 0; it must be at least 1"),
+        (dict(alpha=0.0), "adapter.alpha is 0.0"),
+        (dict(dropout=1.0), "adapter.dropout is 1.0"),
+        (dict(targets="blocks/atn/.*"), "nearest: blocks/attn/"),
+        (dict(targets=TABLE, dora=True), "is for products"),
+        (dict(new_classes=-1), "new_classes is -1"),
+        (dict(new_classes=5), "all of them new"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_line(base, tmp_path, adapter, told):
+    with pytest.raises(UserError, match=told) as raised:
+        train.train(config(adapter), tmp_path / "work", Given(str(base)))
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_base_of_another_network_is_refused(base, tmp_path):
+    for field, told in (("heads", 4), ("depth", 3), ("classes", 6)):
+        c = config()
+        c.model[field] = told
+        with pytest.raises(UserError, match=f"another network: model.{field} is"):
+            train.train(c, tmp_path / "work", Given(str(base)))
+    with pytest.raises(UserError, match="add --init BASE"):
+        train.train(config(), tmp_path / "work")
+    with pytest.raises(UserError, match="5 classes .* 8: that makes 3 new ones, but"):
+        c = config(dict(new_classes=2))
+        c.model.classes = 8
+        train.train(c, tmp_path / "work", Given(str(base)))
+    for name in ("sit-xl2-256", "x.pt"):
+        with pytest.raises(UserError, match=f"port_weights.py {name} DIR, or quantize"):
+            train.train(config(), tmp_path / "work", Given(name))
+
+
+def test_a_style_is_another_look_of_the_same_record():
+    image = np.zeros((8, 8, 1), np.uint8)
+    image[:, 4] = 200
+    np.testing.assert_array_equal(inverted(image), 255 - image)
+    leaning = slanted(image, slope=1.0)
+    top, bottom = leaning[0, :, 0], leaning[7, :, 0]
+    assert top.tolist() == [0, 0, 0, 0, 0, 0, 0, 100]  # half of it has left
+    assert bottom.tolist() == [100, 100, 0, 0, 0, 0, 0, 0]

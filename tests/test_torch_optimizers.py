@@ -1,0 +1,91 @@
+"""Torch files of a training: written so that torch goes on from them."""
+
+import argparse
+
+import pytest
+import torch
+from torch_states import saved
+
+from sit_jax import tensor_files, torch_files
+from sit_jax.errors import UserError
+
+
+def trained(steps=3):
+    """A torch model with one frozen parameter, and its optimizer after some steps."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    model[0].weight.requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
+    for _ in range(steps):
+        model(torch.randn(5, 3)).square().sum().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def training_file(model, optimizer, **changes):
+    model = model.state_dict()
+    return {"model": model, "ema": model, "opt": optimizer.state_dict()} | changes
+
+
+def test_torch_goes_on_from_what_is_written(tmp_path):
+    model, optimizer = trained()
+    read = torch_files.read(saved(tmp_path, training_file(model, optimizer)))
+    arrays = dict(read.model)
+    content = torch_files.train_layout(arrays, arrays, read.adam, {"model": "SiT-S/2"})
+    tensor_files.write(tmp_path / "back.pt", content)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        back = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert list(back) == ["model", "ema", "opt", "args"]
+    assert vars(back["args"]) == {"model": "SiT-S/2"}
+    again, fresh = trained(steps=0)
+    again.load_state_dict(back["model"], strict=True)
+    fresh.load_state_dict(back["opt"])
+    assert fresh.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+    x = torch.randn(5, 3)
+    for m, o in ((model, optimizer), (again, fresh)):
+        o.zero_grad()
+        m(x).square().sum().backward()
+        o.step()
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_an_optimizer_without_steps_is_as_none(tmp_path):
+    read = torch_files.read(saved(tmp_path, training_file(*trained(steps=0))))
+    assert read.adam is None
+    assert read.ignored == ("opt",)
+
+
+def changed(opt, **group):
+    return opt | {"param_groups": [opt["param_groups"][0] | group]}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda opt: 3, "not the state of an AdamW"),
+        (lambda opt: {"state": {}}, "not the state of an AdamW"),
+        (lambda opt: opt | {"param_groups": 2 * opt["param_groups"]}, "one parameter"),
+        (lambda opt: changed(opt, params=[0, 1]), "opt has 2 parameters, model 4"),
+        (lambda opt: changed(opt, maximize=True), "no plain AdamW"),
+        (
+            lambda opt: changed(opt, weight_decay=0.1, decoupled_weight_decay=False),
+            "no plain AdamW",
+        ),
+        (
+            lambda opt: opt | {"state": {i: {"momentum": 1} for i in range(4)}},
+            "not the state of an AdamW",
+        ),
+        (
+            lambda opt: (
+                opt | {"state": opt["state"] | {1: opt["state"][1] | {"step": 9}}}
+            ),
+            "several steps",
+        ),
+    ],
+)
+def test_other_optimizers_are_one_line(tmp_path, change, told):
+    model, optimizer = trained()
+    content = training_file(model, optimizer, opt=change(optimizer.state_dict()))
+    with pytest.raises(UserError, match=told):
+        torch_files.read(saved(tmp_path, content))
