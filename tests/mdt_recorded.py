@@ -4,43 +4,14 @@ import functools
 
 import numpy as np
 import pytest
-from networks import quick_jit
-from recorded import arrays, case, nchw, nhwc, weights
+from networks import quick_jit, recorded_model, recorded_params
+from recorded import arrays, case, nchw, nhwc
 
-from sit_jax import port
 from sit_jax.models import layers
-from sit_jax.models.kinds import kind_of
-from sit_jax.models.mdt import MDT, MDTv2
 
 BOTH = ["mdt1", "mdt2"]
 FREQUENCIES = arrays("dit_forward_a")["freqs_f32"]  # torch's, which are always the same
 TINY = dict(width=24, heads=3, patch=2, classes=5)
-
-
-def recorded_model(name):
-    m = case(name)["model"]
-    kind = {"MDT": MDT, "MDTv2": MDTv2}[m["cls"]]
-    return kind(
-        depth=m["depth"],
-        width=m["hidden_size"],
-        heads=m["num_heads"],
-        patch=m["patch_size"],
-        decoder=m["decode_layer"],
-        hide=m["mask_ratio"],
-        classes=m["num_classes"],
-    )
-
-
-@functools.cache
-def params(name):
-    model = recorded_model(name)
-    rules = kind_of(type(model)).rules
-    found, spare = port.to_flax(rules, weights(f"{name}_a"))
-    ours = kind_of(type(model)).constants(model, 8)
-    assert set(ours) == spare
-    for index in ours.values():
-        np.testing.assert_array_equal(index, arrays(name)["rel_pos_index"])
-    return found
 
 
 def mask(name, noise):
@@ -69,5 +40,5 @@ def forward(name, table, masked, prefix=""):
     golden = arrays(name)
     x, t, y = (golden[f"{prefix}{k}"] for k in "xty")
     masks = mask(name, golden["mask.rand_noise"]) if masked else {}
-    out, seen = program(name)(params(name), table, nhwc(x), t, y, masks)
+    out, seen = program(name)(recorded_params(name), table, nhwc(x), t, y, masks)
     return nchw(out), seen["intermediates"]

@@ -1,6 +1,7 @@
 """Networks, weights and traced programs that several tests share."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,9 @@ from jax.extend.core import jaxprs_in_params
 from recorded import case, weights
 
 from sit_jax import port
-from sit_jax.models.dit import RULES, DiT, SiT
+from sit_jax.models.dit import DiT, SiT
+from sit_jax.models.kinds import kind_of
+from sit_jax.models.mdt import MDT, MDTv2
 
 # Compiling is what takes the time here; unoptimized it takes half.
 quick_jit = functools.partial(
@@ -18,26 +21,37 @@ quick_jit = functools.partial(
 SMALL = dict(depth=3, width=24, heads=3, classes=5)
 
 
+KINDS = {kind.__name__: kind for kind in (SiT, DiT, MDT, MDTv2)}
+FIELDS = {
+    "depth": "depth",
+    "hidden_size": "width",
+    "num_heads": "heads",
+    "patch_size": "patch",
+    "mlp_ratio": "mlp_ratio",
+    "num_classes": "classes",
+    "learn_sigma": "learn_sigma",
+    "mask_ratio": "hide",
+    "decode_layer": "decoder",
+}
+
+
 def recorded_model(name, **changes):
     m = case(name)["model"]
-    fields = dict(
-        depth=m["depth"],
-        width=m["hidden_size"],
-        heads=m["num_heads"],
-        patch=m["patch_size"],
-        mlp_ratio=m["mlp_ratio"],
-        classes=m["num_classes"],
-        null_label=m["class_dropout_prob"] > 0,
-        learn_sigma=m["learn_sigma"],
-    )
-    return {"SiT": SiT, "DiT": DiT}[m["cls"]](**fields | changes)
+    fields = {ours: m[theirs] for theirs, ours in FIELDS.items() if theirs in m}
+    fields["null_label"] = m["class_dropout_prob"] > 0
+    return KINDS[m["cls"]](**fields | changes)
 
 
 @functools.cache
 def recorded_params(name):
-    state = weights(name.replace("_forward", ""))
-    params, spare = port.to_flax(RULES, state)
-    assert spare == {"pos_embed"}
+    """Of any kind; what torch keeps beside the weights is ours to the bit."""
+    told, model = case(name), recorded_model(name)
+    state, kind = weights(Path(told["checkpoint"]).stem), kind_of(type(model))
+    params, spare = port.to_flax(kind.rules, state)
+    constants = kind.constants(model, told["model"]["input_size"])
+    assert set(constants) == spare
+    for key, ours in constants.items():
+        np.testing.assert_array_equal(ours, state[key])
     return jax.tree.map(jnp.asarray, params)
 
 

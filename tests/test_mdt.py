@@ -7,17 +7,8 @@ import jax.numpy as jnp
 import mdt_recorded
 import numpy as np
 import pytest
-from mdt_recorded import (
-    BOTH,
-    FREQUENCIES,
-    TINY,
-    forward,
-    mask,
-    params,
-    program,
-    recorded_model,
-)
-from networks import quick_jit, shapes
+from mdt_recorded import BOTH, FREQUENCIES, TINY, forward, mask, program
+from networks import quick_jit, recorded_model, recorded_params, shapes
 from recorded import arrays, nhwc, relative
 
 from sit_jax.models import layers, masking, mdt
@@ -68,7 +59,7 @@ def test_every_block_of_the_first_version_is_as_recorded(masked):
 @functools.cache
 def one_block():
     """-> (tokens, noise of the mask, masked) -> what the second block makes of them."""
-    found, golden = params("mdt1"), arrays("mdt1")
+    found, golden = jax.device_get(recorded_params("mdt1")), arrays("mdt1")
     angles = golden["t"][:, None].astype(np.float32) * FREQUENCIES[None]
     waves = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
     dense = lambda x, layer: x @ layer["kernel"] + layer["bias"]
@@ -153,7 +144,7 @@ def test_tokens_hidden_by_a_larger_draw_are_as_if_not_gathered():
     order = mask("mdt2", golden["mask.rand_noise"])["order"]
     x, t, y = nhwc(golden["x"]), golden["t"], golden["y"]
     drawn = lambda kept: program("mdt2")(
-        *(params("mdt2"), FREQUENCIES, x, t, y),
+        *(recorded_params("mdt2"), FREQUENCIES, x, t, y),
         {"order": order, "kept": np.full(2, kept)},
     )[0]
     exact = model.clone(hide=0.45, spread=0.0)
@@ -161,7 +152,7 @@ def test_tokens_hidden_by_a_larger_draw_are_as_if_not_gathered():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layers, "frequencies", lambda half, shift: FREQUENCIES)
         static = quick_jit(exact.apply)(
-            {"params": params("mdt2")}, *(x, t, y), order=order
+            {"params": recorded_params("mdt2")}, *(x, t, y), order=order
         )
     assert relative(drawn(8), static) < 2e-6
     programs = program("mdt2")._cache_size()

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mdt_recorded import BOTH, FREQUENCIES, mask, params, program
-from networks import quick_jit
+from mdt_recorded import BOTH, FREQUENCIES, mask, program
+from networks import quick_jit, recorded_params
 from recorded import arrays, case, nhwc
 
 from sit_jax.diffusion import Diffusion
@@ -40,7 +40,7 @@ def test_the_losses_of_both_passes_are_as_recorded(name):
         inputs = (x.astype(np.float32), golden["loss.t"], y, masks)
         parts = [
             program(name)(
-                params(name),
+                recorded_params(name),
                 FREQUENCIES,
                 *jax.tree.map(lambda a, rows=rows: a[rows], inputs),
             )

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mdt_recorded import BOTH, FREQUENCIES, params, program, recorded_model
-from networks import quick_jit
+from mdt_recorded import BOTH, FREQUENCIES, program
+from networks import quick_jit, recorded_model, recorded_params
 from recorded import arrays, case, nchw, nhwc, relative
 
 from sit_jax.diffusion import Diffusion
@@ -32,7 +32,9 @@ def test_the_strength_of_guidance_is_as_recorded_at_every_step(scale, power):
 @pytest.mark.parametrize("name", BOTH)
 def test_guided_outputs_are_as_recorded(name):
     golden, model = arrays(name), recorded_model(name)
-    run = lambda x, t, y: program(name)(params(name), FREQUENCIES, x, t, y, {})[0]
+    run = lambda x, t, y: program(name)(
+        recorded_params(name), FREQUENCIES, x, t, y, {}
+    )[0]
     x, t, y = (golden[f"cfg.{k}"][:1] for k in "xty")
     for scale, power in STRENGTHS:
         net = guided(run, jnp.asarray(y), model.classes, PowerCosine(scale, power))
@@ -58,7 +60,7 @@ def test_a_chain_of_eight_steps_ends_as_recorded(name, run, cfg):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layers, "frequencies", lambda half, shift: FREQUENCIES)
-        ours = sample(params(name), nhwc(golden["sample.z"]), noise)
+        ours = sample(recorded_params(name), nhwc(golden["sample.z"]), noise)
     floor, size = told["f32_vs_f64"]
     theirs = golden[f"sample.{run}.final"][:1]
     assert np.abs(nchw(ours) - theirs).max() < 5 * max(floor, 1e-5 * size)

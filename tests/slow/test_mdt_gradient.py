@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mdt_recorded import BOTH, FREQUENCIES, params, recorded_model
-from networks import quick_jit
+from mdt_recorded import BOTH, FREQUENCIES
+from networks import quick_jit, recorded_model, recorded_params
 from recorded import arrays, case, nhwc, relative
 from test_mdt_losses import process, recorded_masks
 
@@ -31,7 +31,7 @@ def gradient(name):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layers, "frequencies", lambda half, shift: FREQUENCIES)
-        return quick_jit(jax.grad(total))(params(name))
+        return quick_jit(jax.grad(total))(recorded_params(name))
 
 
 @pytest.mark.parametrize("name", BOTH)
