@@ -1,8 +1,9 @@
 """A script's first import: Ctrl-C during the others is a line as well.
 
 JAX takes a second or two to import, and a KeyboardInterrupt in there is a traceback
-through files that nobody wrote here. Nothing has been touched then. And as the first
-that is registered, what stands here is the last that is called at the end.
+through files that nobody wrote here. Nothing has been touched then. Packages that may
+be why an import fails are told before it. And as the first that is registered, what
+stands here is the last that is called at the end.
 """
 
 import atexit
@@ -10,6 +11,8 @@ import os
 import re
 import signal
 import sys
+
+from sit_jax import versions
 
 INTERRUPTED = "interrupted before it began"
 
@@ -58,6 +61,10 @@ def _is_ours():
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     return os.path.dirname(os.path.abspath(file)) == root
 
+
+if _is_ours():
+    for line in versions.of_this_environment():
+        print(line, file=sys.stderr)
 
 # not where Ctrl-C is not Python's: of a job in the background it is ignored
 if _is_ours() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
