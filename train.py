@@ -109,7 +109,8 @@ def train(config, workdir, given=NOTHING, wandb=None):
         feed = batches(source, size, config.seed, first, mesh, **how)
         stack.callback(feed.close)
         introduce(log.say, config, parts, mesh, state, source)
-        look = Views(log, config, parts, mesh)
+        names = getattr(source, "class_names", None)
+        look = Views(log, config, parts, mesh, names)
         stop = stack.enter_context(command.Stop())
         about = {"config": stored, **about_data(source, parts.codec), **more}
         keeper = Keeper(saved, watch, past, about, parts.ema_decay)

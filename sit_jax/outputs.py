@@ -13,7 +13,7 @@ import numpy as np
 from sit_jax import array_files
 from sit_jax.drafts import clear, draft, is_taken, require_writable
 from sit_jax.errors import UserError
-from sit_jax.pictures import save_gif, save_png, sheet
+from sit_jax.pictures import captions, save_gif, save_png, sheet
 from sit_jax.places import place
 
 KINDS = (".png", ".npy", ".npz")
@@ -64,15 +64,17 @@ def save_array(path, array):
         np.save(name, array)
 
 
-def assemble(path, parts, count, labels, columns=None, frames=False):
+def assemble(path, parts, count, labels, columns=None, frames=False, names=None):
     """Parts of `count` batches -> the output; memory does not grow with the images.
 
     .npy: float32 [N, H, W, C] as the sampler returned it; .npz: ADM's arr_0, uint8
     [N, h, w, C], and the labels as arr_1; a folder: one PNG an image; .png: a sheet of
-    all of them, with frames a strip of each and all strips' animation as a .gif.
+    all of them, with frames a strip of each and all strips' animation as a .gif; names
+    {str(label): name} are written on it.
     """
     if path.suffix == ".png":
-        _sheet(path, np.concatenate(list(_all(parts, count))), columns, frames)
+        images = np.concatenate(list(_all(parts, count)))
+        _sheet(path, images, columns, frames, captions(labels, names))
     elif path.suffix == ".npz":
         with draft(path) as name, zipfile.ZipFile(name, "w", allowZip64=True) as file:
             _stream(file, "arr_0.npy", parts, count, len(labels))
@@ -122,14 +124,16 @@ def _folder(path, parts, count):
             i += 1
 
 
-def _sheet(path, images, columns, frames):
-    """images [N, h, w, C], or with frames [N, F, h, w, C]."""
+def _sheet(path, images, columns, frames, words):
+    """images [N, h, w, C], with frames [N, F, h, w, C]; words: N captions or None."""
     if not frames:
-        save_png(path, sheet(images, columns))
+        save_png(path, sheet(images, columns, captions=words))
         return
-    strips = images.reshape(-1, *images.shape[2:])
-    save_png(path, sheet(strips, images.shape[1]))
-    moving = [sheet(frame, columns) for frame in np.swapaxes(images, 0, 1)]
+    strips, length = images.reshape(-1, *images.shape[2:]), images.shape[1]
+    each = words and [word for word in words for _ in range(length)]
+    save_png(path, sheet(strips, length, captions=each))
+    states = np.swapaxes(images, 0, 1)
+    moving = [sheet(frame, columns, captions=words) for frame in states]
     save_gif(path.with_suffix(".gif"), moving)
 
 

@@ -1,17 +1,22 @@
 """Arrays as pictures: sheets of tiles, PNG files, animations."""
 
+import unicodedata
+from itertools import groupby
+
 import numpy as np
 
 from sit_jax.drafts import draft
 from sit_jax.errors import UserError
 
-DARK = 40  # of the padding: tells a black tile from the sheet
+DARK, LIGHT = 40, 220  # padding, which tells a black tile from the sheet; and words
+LETTERS, LINE = 12, 16  # pixels: size of the font, height of a line of captions
 
 
-def sheet(images, columns, zoom=None, pad=2):
+def sheet(images, columns, zoom=None, pad=2, captions=None):
     """uint8 [N, h, w, C] -> uint8 [.., .., C]: rows of `columns` tiles, C 1 or 3.
 
     zoom enlarges by repeating pixels; None makes every tile at least 64 pixels wide.
+    captions: N words, each above its tile; equal neighbours share one.
     """
     images = np.asarray(images)
     if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3):
@@ -24,12 +29,60 @@ def sheet(images, columns, zoom=None, pad=2):
     n, h, w, channels = tiles.shape
     columns = min(columns, n)
     lines = -(-n // columns)
-    height, width = pad + lines * (h + pad), pad + columns * (w + pad)
-    out = np.full((height, width, channels), DARK, np.uint8)
+    above = LINE if captions else 0
+    down, across = above + h + pad, w + pad
+    out = np.full((pad + lines * down, pad + columns * across, channels), DARK, "u1")
     for i, tile in enumerate(tiles):
-        y, x = pad + i // columns * (h + pad), pad + i % columns * (w + pad)
+        y, x = pad + above + i // columns * down, pad + i % columns * across
         out[y : y + h, x : x + w] = tile
+    if captions:
+        for row in range(lines):
+            words = captions[row * columns : (row + 1) * columns]
+            strip = out[row * down + pad : row * down + pad + above, pad:]
+            strip[:] = _written(words, across, strip.shape)
     return out
+
+
+def captions(labels, names):
+    """-> number and name of each label [N], or None if no class has a name.
+
+    names: {str(label): name}, or None. A name that is the number tells nothing.
+    """
+    told = {y: name for y, name in (names or {}).items() if name != y}
+    if not told:
+        return None
+    return [f"{y} {told.get(y, '')}".strip() for y in map(str, np.asarray(labels))]
+
+
+def _written(words, across, shape):
+    """Captions `across` pixels apart -> a strip uint8 [height, width, C]."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    height, width, channels = shape
+    strip = Image.new("L", (width, height), DARK)
+    pen, font, x = ImageDraw.Draw(strip), ImageFont.load_default(LETTERS), 0
+    for word, same in groupby(words):
+        room = len(list(same)) * across
+        text = _fitted(_writable(word), room - 6, font)
+        pen.text((x + 1, height - 4), text, LIGHT, font, anchor="ls")
+        x += room
+    return np.asarray(strip)[..., None].repeat(channels, -1)
+
+
+def _writable(word):
+    """The word in ASCII, all that Pillow's own font has: é as e, others as ?."""
+    letters = unicodedata.normalize("NFKD", word)
+    letters = [c for c in letters if not unicodedata.combining(c)]
+    return "".join(c if c.isascii() and c.isprintable() else "?" for c in letters)
+
+
+def _fitted(word, width, font):
+    """As much of a word as `width` pixels take."""
+    if font.getlength(word) <= width:
+        return word
+    while word and font.getlength(f"{word}..") > width:
+        word = word[:-1]
+    return f"{word}.."
 
 
 def save_png(path, image):

@@ -8,21 +8,23 @@ import numpy as np
 
 from sit_jax.errors import UserError
 from sit_jax.generation import Generator
-from sit_jax.pictures import sheet
+from sit_jax.pictures import captions, sheet
 
 
 class Preview:
     """The same `count` images, from the same noise, each time it is called.
 
-    around: see generation.make_generate. A codec that makes no pictures is refused at
-    construction.
+    around: see generation.make_generate; names: of the classes, where known. A codec
+    that makes no pictures is refused at construction.
     """
 
-    def __init__(self, parts, mesh, seed, count, around=lambda fn: fn):
+    def __init__(self, parts, mesh, seed, count, around=lambda fn: fn, names=None):
         made = jax.eval_shape(parts.codec.decode, jnp.zeros((1, *parts.shape)))
         if made.shape[-1] not in (1, 3):
             raise UserError(f"{made.shape[-1]} channels do not make a picture")
         self._columns, self._labels = rows(parts.model.classes, count)
+        names = {str(y): name for y, name in enumerate(names or [])}
+        self._captions = captions(self._labels, names)
         self._parts, self._mesh, self._seed = parts, mesh, seed
         self._draw, self._around = None, around
 
@@ -35,7 +37,8 @@ class Preview:
             self._draw = Generator(self._parts, params, self._mesh, batch, **how)
         drawn = self._draw(self._seed, self._labels, params=params)
         images = [np.asarray(self._parts.codec.decode(data)) for data, _ in drawn]
-        picture = sheet(np.concatenate(images), self._columns)
+        images = np.concatenate(images)
+        picture = sheet(images, self._columns, captions=self._captions)
         return picture, time.perf_counter() - begun
 
 

@@ -124,7 +124,8 @@ def _drawn(room, out, overwrite, columns, frames):
         return []
     _require_all(parts, count)
     found = summary(parts, count)
-    outputs.assemble(out, parts, count, job.labels, columns, frames)
+    names = room.record.get("class_names")
+    outputs.assemble(out, parts, count, job.labels, columns, frames, names)
     record = {
         "job": job.to_json(),
         **room.record,

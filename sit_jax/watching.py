@@ -10,14 +10,15 @@ from sit_jax.program import as_sampled
 class Views:
     """Calling it with a step and its average does what the step is due for.
 
-    -> seconds. ends: nothing is begun any more, as it may take minutes.
+    -> seconds. ends: nothing is begun any more, as it may take minutes. names: of the
+    classes, where known.
     """
 
-    def __init__(self, log, config, parts, mesh):
+    def __init__(self, log, config, parts, mesh, names=None):
         sampled = as_sampled(config, parts)  # or figures are not those of sample.py
         self._log, self._steps, self._sheets = log, config.steps, config.sample_every
         self._looks = [
-            (config.sample_every, _sheets(log, config, mesh, *sampled)),
+            (config.sample_every, _sheets(log, config, mesh, *sampled, names)),
             (config.get("evaluate_every", 0), _curve(log, config, mesh, *sampled)),
         ]
         able = [each is not _nothing for _, each in self._looks]
@@ -52,11 +53,11 @@ def _nothing(at, average):
     return 0.0
 
 
-def _sheets(log, config, mesh, parts, around):
+def _sheets(log, config, mesh, parts, around, names):
     if not config.preview:
         return _nothing
     try:
-        preview = Preview(parts, mesh, config.seed, config.preview, around)
+        preview = Preview(parts, mesh, config.seed, config.preview, around, names)
     except UserError as reason:
         log.say(f"no sheets of samples: {reason}")
         return _nothing

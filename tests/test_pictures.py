@@ -1,12 +1,19 @@
 """Rounding to bytes, sheets of tiles, PNG files that appear whole or not at all."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
+from sit_jax import outputs
+from sit_jax.codec import Pixels
 from sit_jax.errors import UserError
-from sit_jax.pictures import DARK, save_png, sheet
+from sit_jax.parts import Parts
+from sit_jax.pictures import DARK, LINE, captions, save_png, sheet
+from sit_jax.preview import Preview
 from sit_jax.rounding import to_uint8
 
 
@@ -65,6 +72,66 @@ def test_fewer_images_than_columns_make_a_narrow_sheet():
     assert sheet(noise(3, 8, 8, 3), 10, zoom=1).shape == (12, 2 + 3 * 10, 3)
 
 
+def strip(words, width, columns):
+    """What is written above the first row of tiles."""
+    images = noise(len(words), 64, width, 3)
+    out = sheet(images, columns, captions=words)
+    bare = sheet(images, columns)
+    np.testing.assert_array_equal(out[2 + LINE : 2 + LINE + 64], bare[2:66])
+    assert out.shape[0] == bare.shape[0] + LINE * -(-len(words) // columns)
+    return out[2 : 2 + LINE, 2:, 0]
+
+
+def test_captions_stand_above_their_tiles_and_do_not_overlap():
+    written = strip(["0 cat", "a name much longer than its tile"], 64, 2)
+    assert (written[:, :64] != DARK).any() and (written[:, 66:128] != DARK).any()
+    # between two names, at the right edge, and below and above the letters
+    assert (written[:, 60:66] == DARK).all() and (written[:, 126:] == DARK).all()
+    assert (written[0] == DARK).all() and (written[-1] == DARK).all()
+    np.testing.assert_array_equal(written[:, :66], strip(["0 cat", "b"], 64, 2)[:, :66])
+
+
+def test_tiles_of_one_class_share_a_caption():
+    name = "a name longer than its tile"
+    written = strip([name, name, "b"], 64, 3)
+    assert (written[:, 60:70] != DARK).any()  # over both tiles
+    assert (strip([name, "b", name], 64, 3)[:, 60:66] == DARK).all()
+
+
+def test_captions_are_numbers_and_names_where_there_are_names():
+    names = {"0": "0", "1": "cat"}
+    assert captions([1, 0, 7], names) == ["1 cat", "0", "7"]
+    assert captions([0, 1], {"0": "0", "1": "1"}) is None
+    assert captions([0], None) is None and captions([0], {}) is None
+
+
+def test_previews_and_sheets_of_samples_name_the_classes(tmp_path):
+    data = np.zeros((4, 4, 4, 3), np.float32)
+    parts = SimpleNamespace(
+        codec=Pixels(), shape=(4, 4, 3), model=SimpleNamespace(classes=2)
+    )
+    preview = Preview(parts, None, 0, 4, names=["cat", "dog"])
+    preview._draw = lambda seed, labels, params: [(data, {})]
+    images = np.asarray(Pixels().decode(data))
+    wanted = sheet(images, 2, captions=["0 cat", "0 cat", "1 dog", "1 dog"])
+    np.testing.assert_array_equal(preview(None)[0], wanted)
+    batches = Parts(tmp_path / "x.png", "digest")
+    batches.save(0, {"images": images})
+    names = {"0": "cat", "1": "dog"}
+    about = (batches, 1, np.array([0, 0, 1, 1]), 2, False, names)
+    outputs.assemble(tmp_path / "x.png", *about)
+    with Image.open(tmp_path / "x.png") as picture:
+        np.testing.assert_array_equal(np.asarray(picture), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "same"),
+    [("é", "e"), ("e\u0301", "e"), ("猫", "?"), ("a\nb", "a?b"), ("\udcff", "?")],
+)
+def test_a_caption_is_one_line_of_what_the_font_has(name, same):
+    np.testing.assert_array_equal(strip([name], 64, 1), strip([same], 64, 1))
+
+
 @pytest.mark.parametrize(
     "images",
     [noise(2, 4, 4, 4), noise(4, 4, 3), np.zeros((2, 4, 4, 3), np.float32)],
@@ -76,8 +143,6 @@ def test_sheet_refuses_what_is_no_picture(images):
 
 @pytest.mark.parametrize("channels, mode", [(1, "L"), (3, "RGB")])
 def test_png_holds_the_same_pixels(tmp_path, channels, mode):
-    from PIL import Image
-
     image = noise(7, 5, channels)
     path = tmp_path / "new" / "x.png"
     save_png(path, image)
@@ -89,8 +154,6 @@ def test_png_holds_the_same_pixels(tmp_path, channels, mode):
 
 
 def test_a_failed_png_leaves_the_old_one(tmp_path, monkeypatch):
-    from PIL import Image
-
     path = tmp_path / "x.png"
     save_png(path, noise(4, 4, 1))
     before = path.read_bytes()
