@@ -128,6 +128,7 @@ def script(main):
             usual(raised)
 
     sys.unraisablehook = hook
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names that are not UTF-8
     interrupts.watch(_left)
     opening.over()
     try:

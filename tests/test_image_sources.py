@@ -51,6 +51,12 @@ def test_image_folder_sorts_as_torchvision(tmp_path):
     assert listed(source) == wanted
 
 
+def test_names_that_are_not_utf8_are_names(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    source = ImageFolder(write(tmp_path, [f"{name}/0.jpg", "tea/0.jpg"]), 8)
+    assert source.class_names == [name, "tea"] and len(source.listing()) == 64
+
+
 def test_image_folder_leaves_out_what_is_no_image(tmp_path):
     write(
         tmp_path, ["a/0.jpg", "a/notes.txt", "a/.hidden.jpg", ".git/0.jpg", "b/1.bmp"]

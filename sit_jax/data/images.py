@@ -8,6 +8,7 @@ looked at there, so a photograph that says "turn me" stays as it lies; so it doe
 
 import hashlib
 import io
+import os
 
 import numpy as np
 
@@ -64,7 +65,8 @@ class Images:
 
     def listing(self):
         """sha256 of what there is: classes, and each image's name and label."""
-        digest = hashlib.sha256("\0".join(self.class_names).encode())
+        names = "\0".join(self.class_names)
+        digest = hashlib.sha256(os.fsencode(names))  # they need not be UTF-8
         digest.update(self.files.names.digest().encode())
         digest.update(self.labels.astype("<i4").tobytes())
         return digest.hexdigest()
