@@ -12,8 +12,6 @@ import re
 import signal
 import sys
 
-from sit_jax import versions
-
 INTERRUPTED = "interrupted before it began"
 
 _all_is_done = False
@@ -62,10 +60,15 @@ def _is_ours():
     return os.path.dirname(os.path.abspath(file)) == root
 
 
-if _is_ours():
+def _tell_versions():
+    from sit_jax import versions
+
     for line in versions.of_this_environment():
         print(line, file=sys.stderr)
+
 
 # not where Ctrl-C is not Python's: of a job in the background it is ignored
 if _is_ours() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _end)
+if _is_ours():
+    _tell_versions()
