@@ -105,3 +105,26 @@ def test_who_cannot_renew_ends_before_another_takes_over(bucket, monkeypatch, ca
         assert ended.wait(5)
     assert ".lock was not renewed for 0.05 s: another run" in capsys.readouterr().err
     assert codes[0] == LATER and left  # a mistake would be 2, which ends a job for good
+
+
+@pytest.mark.parametrize("hangs", [False, True], ids=["fails", "hangs"])
+def test_a_run_ends_well_though_the_network_is_gone(bucket, monkeypatch, capsys, hangs):
+    monkeypatch.setattr(leases, "RENEWED", 0.01)
+    monkeypatch.setattr(leases, "WAITED", 0.1)
+    renewing, over, look = threading.Event(), threading.Event(), leases.read
+
+    def read(path):
+        renewing.set()
+        if hangs and threading.current_thread() is not threading.main_thread():
+            over.wait(5)
+            return look(path)
+        raise ConnectionError("no route")
+
+    with locks.alone(bucket):
+        monkeypatch.setattr(leases, "read", read)
+        assert renewing.wait(5)
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 3
+    over.set()
+    said = capsys.readouterr().err
+    assert ".lock stays (ConnectionError: no route): nobody else may write" in said

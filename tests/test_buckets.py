@@ -5,7 +5,6 @@ tests/slow/test_gs_run.py has the commands on a server that speaks Google's prot
 
 import io
 import json
-import threading
 import time
 
 import fsspec
@@ -17,8 +16,6 @@ from memory_bucket import Memory, step
 
 from sit_jax import (
     buckets,
-    leases,
-    locks,
     lora_files,
     mirrors,
     outputs,
@@ -119,29 +116,6 @@ def test_libraries_log_no_tracebacks():
         "    logging.getLogger(name).error('Consumer caught an error.')\n"
     )
     assert small.script("-c", program).stderr == ""
-
-
-@pytest.mark.parametrize("hangs", [False, True], ids=["fails", "hangs"])
-def test_a_run_ends_well_though_the_network_is_gone(bucket, monkeypatch, capsys, hangs):
-    monkeypatch.setattr(leases, "RENEWED", 0.01)
-    monkeypatch.setattr(leases, "WAITED", 0.1)
-    renewing, over, look = threading.Event(), threading.Event(), leases.read
-
-    def read(path):
-        renewing.set()
-        if hangs and threading.current_thread() is not threading.main_thread():
-            over.wait(5)
-            return look(path)
-        raise ConnectionError("no route")
-
-    with locks.alone(bucket):
-        monkeypatch.setattr(leases, "read", read)
-        assert renewing.wait(5)
-        begun = time.monotonic()
-    assert time.monotonic() - begun < 3
-    over.set()
-    said = capsys.readouterr().err
-    assert ".lock stays (ConnectionError: no route): nobody else may write" in said
 
 
 def test_a_folder_of_peft_is_refused_with_what_to_do(bucket):
