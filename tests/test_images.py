@@ -7,6 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
+import small
 from photographs import encoded, pixels, png
 from PIL import Image
 from recorded import arrays, case
@@ -196,6 +197,23 @@ def test_wrong_settings_are_refused(fields):
     name, value = next(iter(fields.items()))
     with pytest.raises(UserError, match=f"{name}={value} must be"):
         Images(Listed([b""]), [0], ["a"], **settings)
+
+
+TIFF = """
+import struct
+from sit_jax.data.images import BrokenImage, rgb
+tags = {256: 1, 257: 1, 258: 8, 259: 1, 262: 1, 273: 8, 277: 768, 278: 1, 279: 1}
+entries = b"".join(struct.pack("<HHII", tag, 3, 1, n) for tag, n in tags.items())
+try:
+    rgb(struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4))
+except BrokenImage as error:
+    print(error)
+"""
+
+
+def test_what_pillow_logs_is_not_said_twice():
+    found = small.script("-c", TIFF)
+    assert found.stdout and not found.stderr
 
 
 def test_pillow_is_named_where_it_is_missing(monkeypatch):
