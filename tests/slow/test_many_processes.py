@@ -29,41 +29,36 @@ def words(workdir, *fields):
     )
 
 
+MORE = ("--config.steps=9", "--config.save_every=3", "--config.preview=0")
+
+
 @pytest.fixture(scope="module")
-def short(tmp_path_factory):
-    """The workdir of a short run in one process."""
+def alone(tmp_path_factory):
+    """The workdir of nine steps in one process, which draws after six too."""
     workdir = tmp_path_factory.mktemp("one")
-    processes.run(1, *words(workdir, *SHORT))
+    drawing = ("--config.preview=5", "--config.sample_every=6")
+    processes.run(1, *words(workdir, *MORE, *drawing))
     return workdir
 
 
-MORE = ("--config.steps=9", *SHORT[1:])
-
-
-@pytest.fixture(scope="module")
-def longer(tmp_path_factory):
-    """The losses of nine steps in one process."""
-    workdir = tmp_path_factory.mktemp("nine")
-    processes.run(1, *words(workdir, *MORE))
-    return small.losses(workdir)
-
-
 @pytest.mark.parametrize("count", [2, 4])
-def test_training_on_many_then_on_fewer(tmp_path, short, longer, count):
+def test_training_on_many_then_on_fewer(tmp_path, alone, count):
     """Six steps on many processes; three more on half, as by one process alone.
 
     Losses to 1e-5: Adam's steps carry the rounding of the first ones further.
     """
     processes.run(count, *words(tmp_path / "many", *SHORT))
-    one, many = small.losses(short), small.losses(tmp_path / "many")
-    np.testing.assert_allclose(list(many.values()), list(one.values()), rtol=1e-5)
-    sheets = [path / "samples" / "0000006.png" for path in (short, tmp_path / "many")]
+    one, many = small.losses(alone), small.losses(tmp_path / "many")
+    assert list(many) == list(range(1, 7))
+    first = [one[step] for step in many]
+    np.testing.assert_allclose(list(many.values()), first, rtol=1e-5)
+    sheets = [path / "samples" / "0000006.png" for path in (alone, tmp_path / "many")]
     assert np.abs(np.subtract(*map(pixels, sheets))).max() <= 1
     said = processes.run(count // 2, *words(tmp_path / "many", *MORE))
     assert "goes on from step 6" in said
     many = small.losses(tmp_path / "many")
     assert list(many) == list(range(1, 10))
-    np.testing.assert_allclose(list(many.values()), list(longer.values()), rtol=1e-5)
+    np.testing.assert_allclose(list(many.values()), list(one.values()), rtol=1e-5)
 
 
 def pixels(path):
