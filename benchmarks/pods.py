@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 BF16 = "--config.precision.training=bf16"
 TRAINING = [
     ("sit_xl2", "v5e:4x4", 1024),
-    ("sit_xl2", "v5e:4x4", 1408),
+    ("sit_xl2", "v5e:4x4", 1280),
     ("sit_xl2", "v4:4x4x4", 1024),
     ("mdtv2_xl2", "v4:4x4x4", 1024),
     ("sit_xl2", "v5p:4x4x8", 1024),

@@ -164,7 +164,7 @@ def chosen(by, dtype, head, biased, platform=None):
         return by
     if platform == "cpu":
         return "head_by_head"
-    if platform == "tpu":  # in turns, a bias makes a pod exchange whole batches
+    if platform == "tpu":  # with a bias, turns take more cycles on a v4 (docs/tpu.md)
         return "xla" if biased else "heads_first"
     return "cudnn" if fits and not biased else "xla"
 
