@@ -1,10 +1,10 @@
 """XL/2's training step as a TPU's own compiler makes it, held to the design.
 
 It needs no TPU, but libtpu: pip install libtpu, or PYTHONPATH=DIR after
-pip install --no-deps --target DIR libtpu. A compilation takes one to two CPU minutes.
+pip install --no-deps --target DIR libtpu. Whole programs are looked at before their
+code is written (pod_program.py), small ones after it.
 """
 
-import importlib
 import importlib.util
 import math
 import re
@@ -12,9 +12,9 @@ import re
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import pod_program
 import pytest
 
-from sit_jax import config as configs
 from sit_jax import hlo, placement, pod, precision, program, sharding, topology
 from sit_jax.models import layers
 
@@ -22,31 +22,27 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
 )
 BATCH = 1024
-# Each compiles for about a CPU minute, so every network and every slice is here and not
-# every pair; docs/tpu.md has the table and the command that adds a row to it.
+V4, V5E, V5P, V6E = "v4:4x4x4", "v5e:4x4", "v5p:4x4x8", "v6e:16x16"
+# Every network and every slice is here and not every pair; docs/tpu.md has the table,
+# and the command that adds a row to it.
 CASES = [
-    ("sit_xl2", "v5e:4x4", BATCH),
-    ("mdtv2_xl2", "v4:4x4x4", BATCH),
-    ("dit_xl2", "v5p:4x4x8", BATCH),
-    ("sit_xl2", "v6e:16x16", BATCH),
-    ("sit_xl2_512", "v5p:4x4x8", BATCH),
+    ("sit_xl2", V5E, 1),
+    ("mdtv2_xl2", V4, 1),
+    ("dit_xl2", V6E, 1),
+    ("sit_xl2_512", V5P, 1),
 ]
 
 
-def compiled(name, slice_, word="bf16", **changes):
-    """-> what of the program is looked at, its config, shapes of the state, mesh."""
-    devices = topology.devices(slice_)
-    c = importlib.import_module(f"configs.{name}").get_config()
+def compiled(name, slice_, word, **changes):
+    """-> what of the program is looked at, shapes of the state, mesh."""
     settings = {"precision.training": word} | changes
-    configs.override(c, [f"--config.{k}={v}" for k, v in settings.items()])
-    mesh = sharding.make_mesh(**c.mesh, devices=devices)
-    parts = program.training_recipe(c)
+    c, parts, mesh = pod_program.recipe(name, slice_, settings)
     shapes, _ = program.state_shapes(parts, mesh)
-    lowered = program.lowered_step(c, parts, mesh, c.batch_size, "tpu")
-    made = pod.compile_for(lowered, devices[0])
+    device = mesh.devices.flat[0]
+    made = pod.compile_for(pod_program.lowered(c, parts, mesh), device)
     assert made is not None and made.free > 0, "does not fit"
     print(f"\n| {name}", pod.row(slice_, c.batch_size, made))
-    return made, c, shapes, mesh
+    return made, shapes, mesh
 
 
 def size(tree):
@@ -60,9 +56,13 @@ def blocks(params):
     return [leaf.size // leaf.shape[0] * leaf.dtype.itemsize for leaf in stacked]
 
 
-@pytest.mark.parametrize("name, slice_, batch", CASES)
-def test_the_step_of_a_pod(name, slice_, batch):
-    made, c, shapes, mesh = compiled(name, slice_, batch_size=batch)
+@pytest.mark.parametrize("name, slice_, parts", CASES)
+def test_the_step_of_a_pod(name, slice_, parts, tmp_path):
+    settings = {"batch_size": BATCH, "accumulate": parts}
+    settings |= {"precision.training": "bf16"}
+    made = pod_program.settled(tmp_path, name, slice_, settings)  # so it fits
+    c, made_of, mesh = pod_program.recipe(name, slice_, settings)
+    shapes, _ = program.state_shapes(made_of, mesh)
 
     # no chip holds the whole optimizer; biases and small tables are whole
     rest = size(shapes) - size(shapes.params)
@@ -87,7 +87,7 @@ def test_the_step_of_a_pod(name, slice_, batch):
     tokens = height * width // c.model.patch**2
     each_row = tokens * c.model.width * 2
     moved = [each.bytes for each in found if each.kind == "all-to-all"]
-    assert max(moved, default=0) < batch * each_row // sharding.rows(mesh)
+    assert max(moved, default=0) < BATCH // parts * each_row // sharding.rows(mesh)
 
     products = hlo.products(made.text)
     wide = [each for each in products.elements() if each.left == each.right == "bf16"]
@@ -113,7 +113,7 @@ def test_words_of_precision_reach_every_wide_product(word, asked):
 def test_between_slices_only_gradients_and_weights_travel():
     """Two slices of v5e:4x4, data parallel between them, ZeRO-1 across both."""
     small = {"model.depth": 2, "batch_size": 64}
-    made, _, shapes, mesh = compiled("sit_xl2", "v5e:4x4*2", **small)
+    made, shapes, mesh = compiled("sit_xl2", "v5e:4x4*2", "bf16", **small)
     assert dict(mesh.shape) == {"data": 2, "fsdp": 16, "tensor": 1}
     assert made.arguments < size(shapes) / 16
     once = jax.tree.leaves(placement.once(mesh, shapes.ema))
@@ -148,7 +148,7 @@ def test_a_tpus_layout_of_heads_saves_cycles(chip, images):
     assert cycles("heads_first", chip, images) < 0.9 * cycles("xla", chip, images)
 
 
-@pytest.mark.parametrize("name", {slice_: None for _, slice_, _ in CASES})
+@pytest.mark.parametrize("name", [V4, V5E, V5P, V6E])
 def test_a_topology_that_libtpu_knows_is_counted_by_chips(name):
     dims = [int(n) for n in re.findall(r"\d+", name.partition(":")[2])]
     devices = topology.devices(name)
