@@ -1,4 +1,4 @@
-"""The product of an adapter, whose weight's gradient is one a CPU computes well."""
+"""The product of training, whose weight's gradient is one that a CPU computes well."""
 
 import functools
 

@@ -11,7 +11,7 @@ from flax import struct
 from sit_jax import averages
 from sit_jax.codec import data_of
 from sit_jax.guidance import drop_labels
-from sit_jax.models.applied import apply
+from sit_jax.models.applied import trained
 from sit_jax.stored import dropping, join, split
 from sit_jax.timesteps import quartiles
 
@@ -106,7 +106,7 @@ def _loss(model, process, wants_rows):
     def loss(frozen, params, data, t, weights, passes):
         terms, params = {}, join(params, frozen)
         for prefix, (inputs, noise, keys) in passes.items():
-            net = partial(apply, model, dropping(params, keys), **inputs)
+            net = partial(trained, model, dropping(params, keys), **inputs)
             found = process.loss(net, data, noise, t)
             terms |= {prefix + name: term for name, term in found.items()}
         rows = {"rows": terms} if wants_rows else {}

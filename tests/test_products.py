@@ -1,4 +1,4 @@
-"""An adapter's product: jnp.dot, and its gradients, written in another order."""
+"""The product of training: jnp.dot, and its gradients, written in another order."""
 
 import re
 
@@ -6,8 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import SMALL, noisy, quick_jit
 from recorded import relative
 
+from sit_jax.models.applied import apply, trained
+from sit_jax.models.dit import SiT
+from sit_jax.models.layers import REMAT
 from sit_jax.products import product
 
 rng = np.random.default_rng(0)
@@ -54,3 +58,24 @@ def test_its_gradient_inherits_the_precision():
         text = run.lower(lowering_platforms=(platform,)).as_text()
         found = re.findall(r"precision = \[(\w+), (\w+)\]", text)
         assert found == [("HIGHEST", "HIGHEST")] * 3
+
+
+@pytest.mark.parametrize("remat", [name for name in REMAT if name != "offload"])
+def test_training_multiplies_by_it_and_finds_the_same(remat):
+    params, *given = noisy()
+
+    def found(how):
+        net = lambda params: how(SiT(**SMALL, remat=remat), params, *given)
+        loss = lambda params: jnp.square(net(params)).sum()
+        run = quick_jit(lambda params: (net(params), jax.grad(loss)(params)))
+        return run(params), run.lower(params).as_text()
+
+    (usual, slopes), as_before = found(apply)
+    (out, others), text = found(trained)
+    assert (out == usual).all()
+    for each, other in zip(*map(jax.tree.leaves, (slopes, others)), strict=True):
+        assert relative(other, each) < 3e-6
+    # in the loop, the gradients of qkv, proj, fc1 and fc2 by what came in
+    turned = r"dot_general.*contracting_dims = \[0, 1\] x \[0, 1\]"
+    swapped = lambda text: len(re.findall(turned + r".*\(tensor<2x16x24xf32>, ", text))
+    assert swapped(text) != swapped(as_before)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from sit_jax.models.layers import Dense
+from sit_jax.products import product
 from sit_jax.stored import Adapted, Grown, is_stored, over, rows
 
 
@@ -21,6 +23,18 @@ def apply(model, params, *inputs, **more):
     params = jax.tree.map(_at_full_size, params, is_leaf=is_stored)
     with nn.intercept_methods(_layer):
         return model.apply({"params": params}, *inputs, **more)
+
+
+def trained(model, params, *inputs, **more):
+    """As apply, but without forward-mode derivatives: see products.py."""
+    with nn.intercept_methods(_backward):
+        return apply(model, params, *inputs, **more)
+
+
+def _backward(call, inputs, more, context):
+    if context.method_name == "times" and isinstance(context.module, Dense):
+        return product(*inputs)
+    return call(*inputs, **more)
 
 
 def _at_full_size(node):

@@ -60,8 +60,12 @@ class Dense(nn.Dense):
             kernel = rearrange(kernel, "i (n h d) -> i n h d", n=3, h=self.heads)
             bias = rearrange(bias, "(n h d) -> n h 1 d 1", n=3, h=self.heads)
             return jnp.einsum("bti,inhd->nhbdt", x, kernel) + bias
-        out = jnp.dot(x, kernel)
+        out = self.times(x, kernel)
         return out + jnp.expand_dims(bias, range(out.ndim - 1))
+
+    def times(self, x, kernel):
+        """Of its own, since applied.trained puts another product in its place."""
+        return jnp.dot(x, kernel)
 
 
 class Patches(nn.Conv):
@@ -144,7 +148,9 @@ def attended(x, heads, dtype, program, bias=None, mask=None):
     if chosen(program, dtype, width // heads, bias is not None) == "heads_first":
         q, k, v = (by_heads(part) for part in layer(heads=heads)(x))
         return rearrange(turns(q, k, v, bias, mask), "h b d t -> b t (h d)")
-    parts = rearrange(layer()(x), "b t (n h d) -> n b t h d", n=3, h=heads)
+    parts = rearrange(layer()(x), "b t (n h d) -> b t n h d", n=3, h=heads)
+    # by split, whose gradient is one array put together and not the sum of three
+    parts = (part.squeeze(2) for part in jnp.split(parts, 3, axis=2))
     q, k, v = (by_rows(part, None, HEADS) for part in parts)
     return rearrange(attend(q, k, v, bias, mask, program), "b t h d -> b t (h d)")
 
