@@ -17,6 +17,7 @@ from sit_jax import (
     chips,
     command,
     curve,
+    heap,
     hosts,
     planning,
     program,
@@ -76,6 +77,8 @@ NOTHING = Given()
 def train(config, workdir, given=NOTHING, wandb=None):
     """Runs to config.steps, or until asked to stop; -> exit code."""
     mesh = sharding.make_mesh(**config.mesh)
+    if jax.default_backend() != "cpu":
+        heap.as_usual()
     source, parts = _made(config, mesh)
     stored = configs.to_json(config)
     with contextlib.ExitStack() as stack:
@@ -237,4 +240,5 @@ def _source(config):
 
 
 if __name__ == "__main__":
+    heap.keep()
     command.script(main)

@@ -34,12 +34,15 @@ def ours(case):
     import jax
     import numpy as np
 
-    from sit_jax import chips
+    from sit_jax import chips, heap
     from sit_jax.codec import Pixels
     from sit_jax.models import attention
     from sit_jax.models.kinds import kind_of
     from sit_jax.training import init_state, make_train_step
 
+    heap.keep()
+    if jax.default_backend() != "cpu":
+        heap.as_usual()
     model, process, tx = parts(case)
     begin = functools.partial(init_state, model, tx, SHAPE)
     state = jax.jit(begin)(jax.random.key(0))
@@ -60,7 +63,7 @@ def ours(case):
             state, metrics = step(state, Pixels(), batch, key)
         jax.block_until_ready((state, metrics))
 
-    run(1)
+    run(2)
     facts = {
         "device": jax.devices()[0].device_kind,
         "version": f"jax {jax.__version__}",
@@ -143,6 +146,7 @@ def theirs(case):
 
 
 def original(case):
+    import absent
     import originals
     import torch
 
@@ -170,6 +174,7 @@ def original(case):
             net, x, draw_t(x), {"y": y}
         )
     else:
+        absent.stand_in("torchdiffeq")  # for its samplers
         models, package = originals.load(case["reference"], "models", "transport")
         model = models.SiT_models[f"SiT-{case['size']}/2"](input_size=SHAPE[0])
         transport = package.create_transport()

@@ -1,0 +1,56 @@
+"""Memory that a CPU's programs free is theirs again, without asking Linux for it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from sit_jax import heap
+
+needs_glibc = pytest.mark.skipif(heap._glibc() is None, reason="needs Linux and glibc")
+
+FAULTS = """
+import resource, threading
+import numpy as np
+from sit_jax import heap
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(2**25)  # 256 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def in_a_thread():
+    found = []
+    each = threading.Thread(target=lambda: found.append(faults()))
+    each.start()
+    each.join()
+    return found[0]
+
+print({done}, faults(), faults(), in_a_thread())
+"""
+
+
+def faults(done):
+    run = [sys.executable, "-c", FAULTS.format(done=done)]
+    out = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    return [eval(word) for word in out.split()]
+
+
+@needs_glibc
+def test_what_was_freed_is_used_again_by_every_thread():
+    done, _, again, elsewhere = faults("heap.keep()")
+    assert done and again < 50 and elsewhere < 50
+
+
+@needs_glibc
+def test_as_usual_each_block_comes_anew_from_linux():
+    """128 huge pages, or 65,536 small ones."""
+    done, _, again, elsewhere = faults("heap.keep() and heap.as_usual()")
+    assert done and again >= 128 and elsewhere >= 128
+
+
+def test_where_there_is_no_such_allocator_nothing_happens(monkeypatch):
+    monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: object())
+    assert not heap.keep() and not heap.as_usual()
+    monkeypatch.setattr(heap.sys, "platform", "darwin")
+    assert not heap.keep()
