@@ -28,6 +28,8 @@ def _backward(precision, kept, slope):
     _, as_usual = jax.vjp(dot, x, weight)
     of_x, _ = as_usual(slope)
     usual = lambda x, slope: as_usual(slope)[1]
+    if weight.shape[0] > weight.shape[1]:  # one of the two is transposed: the narrower
+        return of_x, usual(x, slope)
     ours = functools.partial(_of_weight, precision)
     of_weight = jax.lax.platform_dependent(x, slope, cpu=ours, default=usual)
     return of_x, of_weight
