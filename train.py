@@ -77,8 +77,6 @@ NOTHING = Given()
 def train(config, workdir, given=NOTHING, wandb=None):
     """Runs to config.steps, or until asked to stop; -> exit code."""
     mesh = sharding.make_mesh(**config.mesh)
-    if jax.default_backend() != "cpu":
-        heap.as_usual()
     source, parts = _made(config, mesh)
     stored = configs.to_json(config)
     with contextlib.ExitStack() as stack:
@@ -199,6 +197,10 @@ def _compiled(log, config, parts, mesh, state, batch, key):
     lower = partial(step.lower, state, parts.codec, batch, key)
     compiled, how = program_cache.compiled(lower)
     log.say(f"compiled the training step {how}")
+    if heap.kept:
+        found = compiled.memory_analysis()
+        each = found.argument_size_in_bytes + found.temp_size_in_bytes
+        heap.settle(jax.default_backend(), each * jax.local_device_count())
     return compiled
 
 

@@ -26,14 +26,14 @@ def in_a_thread():
     each.join()
     return found[0]
 
-print({done}, faults(), faults(), in_a_thread())
+print(int({done}), faults(), faults(), in_a_thread())
 """
 
 
 def faults(done):
     run = [sys.executable, "-c", FAULTS.format(done=done)]
     out = subprocess.run(run, capture_output=True, text=True, check=True).stdout
-    return [eval(word) for word in out.split()]
+    return [int(word) for word in out.split()]
 
 
 @needs_glibc
@@ -54,3 +54,14 @@ def test_where_there_is_no_such_allocator_nothing_happens(monkeypatch):
     assert not heap.keep() and not heap.as_usual()
     monkeypatch.setattr(heap.sys, "platform", "darwin")
     assert not heap.keep()
+
+
+@pytest.mark.parametrize(
+    "platform, needed, ends", [("cpu", 2, False), ("cpu", 4, True), ("gpu", 2, True)]
+)
+def test_it_ends_without_a_cpu_or_room(platform, needed, ends, monkeypatch):
+    called = []
+    monkeypatch.setattr(heap, "_memory", lambda: 10)
+    monkeypatch.setattr(heap, "as_usual", lambda: called.append(True))
+    heap.settle(platform, needed)
+    assert bool(called) == ends
