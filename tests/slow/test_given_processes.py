@@ -42,15 +42,25 @@ def homes(folder, count, file, name="x.pt"):
     return found
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, released):
+    """The workdir of a run by one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    home = homes(folder, 1, released)
+    said = processes.run(1, *words(folder / "run"), homes=home)
+    assert "starts from the weights of" in said and "7 classes instead of 5" in said
+    return folder / "run"
+
+
 @pytest.mark.parametrize("count", [2, 4])
-def test_many_begin_with_the_weights_that_one_begins_with(tmp_path, released, count):
+def test_many_begin_with_the_weights_that_one_begins_with(
+    tmp_path, released, alone, count
+):
     """Losses to 1e-5, as of other runs of many: sums are taken in another order."""
     each = homes(tmp_path, count, released)
-    said = processes.run(1, *words(tmp_path / "one"), homes=each)
-    assert "starts from the weights of" in said and "7 classes instead of 5" in said
     said = processes.run(count, *words(tmp_path / "many"), homes=each)
     assert "7 classes instead of 5" in said
-    one, many = (small.losses(tmp_path / name) for name in ("one", "many"))
+    one, many = (small.losses(folder) for folder in (alone, tmp_path / "many"))
     assert list(many) == [1, 2, 3, 4]
     np.testing.assert_allclose(list(many.values()), list(one.values()), rtol=1e-5)
 
