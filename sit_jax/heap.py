@@ -59,8 +59,9 @@ def _glibc():
 
 def _prefer_huge_pages(libc):
     """The heap grows over half of the machine's memory, none of which is touched."""
-    if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2":
-        return  # there, what is not touched counts as well
+    rule = Path("/proc/sys/vm/overcommit_memory")
+    if not rule.exists() or rule.read_text().strip() == "2":
+        return  # by 2, what is not touched counts as well
     size = _memory() // 2
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
