@@ -91,16 +91,17 @@ def parts(case):
     fields |= dit.SIZES[case["size"]] | case.get("fields", {})
     adamw = optax.adamw(1e-4, weight_decay=0.0)
     if case["kind"] == "mdtv2":
-        return mdt.MDTv2(**fields), Diffusion(objective=min_snr), adan(1e-4)
+        tx = optax.chain(optax.clip_by_global_norm(1.0), adan(1e-4))
+        return mdt.MDTv2(**fields), Diffusion(objective=min_snr), tx
     if case["kind"] == "dit":
         return dit.DiT(**fields), Diffusion(), adamw
     return dit.SiT(**fields), Interpolant(), adamw
 
 
 def theirs(case):
-    """SiT, DiT, fast-DiT or MDT, with AdamW and an average as their scripts have.
+    """SiT, DiT, fast-DiT or MDT, with optimizer and average as their scripts have them.
 
-    MDT's own optimizer, Adan, is a package of its own and left out, in its favour.
+    MDT's own, Adan, is a package of its own; without a clone of it AdamW stands in.
     Attention is scaled_dot_product_attention but in MDT, whose module has its own.
     """
     import torch
@@ -118,7 +119,7 @@ def theirs(case):
             )
             block.forward = recompute
     weights = list(model.parameters())
-    tx = torch.optim.AdamW(weights, lr=1e-4, weight_decay=0, foreach=True)
+    tx = optimizer(case, weights)
     x = torch.randn(case["batch"], SHAPE[2], *SHAPE[:2], device=device)
     y = torch.randint(1000, (case["batch"],), device=device)
     net = torch.compile(model) if case["compile"] else model
@@ -143,6 +144,16 @@ def theirs(case):
     first["compile_s"] = time.perf_counter() - begun if case["compile"] else 0.0
     run(1)
     return first, run, torch.cuda.max_memory_allocated if device == "cuda" else resident
+
+
+def optimizer(case, weights):
+    import originals
+    import torch
+
+    if not case.get("adan"):
+        return torch.optim.AdamW(weights, lr=1e-4, weight_decay=0, foreach=True)
+    (package,) = originals.load(case["adan"], "adan")
+    return package.Adan(weights, lr=1e-4, weight_decay=0.0, max_grad_norm=1)
 
 
 def original(case):

@@ -4,7 +4,8 @@ python benchmarks/train_step.py --sizes S --batches 8 --reference DIR --json out
 python benchmarks/train_step.py --kind mdtv2 --masked --in-turn [--reference DIR]
 
 Each row is a process of its own (steps.py). DIR is a clone of SiT (--kind sit), DiT or
-fast-DiT (dit) or MDT (mdtv2); of its settings the quickest is what ratios are to. On a
+fast-DiT (dit) or MDT (mdtv2); of its settings the quickest is what ratios are to.
+--adan is a clone of sail-sg/Adan, which MDT trains with; AdamW is in its place. On a
 CPU rows can take turns, so that what else runs slows them all. --masked: MDT's plain
 and masked pass in one step, over two plain steps. It imports jax, flax, optax, einops
 and numpy, and torch for DIR.
@@ -67,6 +68,7 @@ def arguments():
     add("--width", type=int, help="other than the size's, so that a CPU can hold XL")
     add("--heads", type=int, help="to go with it")
     add("--reference", metavar="DIR", help="a clone of the original")
+    add("--adan", metavar="DIR", help="a clone of MDT's optimizer")
     add("--no-compile", action="store_true", help="without torch.compile")
     add("--masked", action="store_true", help="beside two plain steps")
     add("--rounds", type=int, default=5)
@@ -76,12 +78,15 @@ def arguments():
     args = parser.parse_args()
     if args.reference and (args.width or args.heads):
         parser.error("the originals have four sizes: --reference goes without --width")
+    if args.adan and (args.kind != "mdtv2" or not args.reference):
+        parser.error("--adan belongs to --kind mdtv2 --reference DIR")
     return args
 
 
 def cases(args):
     words = lambda text, kind=str: [kind(word) for word in text.split(",")]
-    shared = {"kind": args.kind, "reference": args.reference, "fields": {}}
+    shared = {"kind": args.kind, "fields": {}}
+    shared |= {"reference": args.reference, "adan": args.adan}
     for name in ("width", "heads"):
         if getattr(args, name) is not None:
             shared["fields"][name] = getattr(args, name)
