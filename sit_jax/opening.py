@@ -30,9 +30,13 @@ def over():
 
 
 def all_is_done():
-    """What is left is to end with exit code 0, without taking everything apart."""
+    """What is left is to end with exit code 0, without taking everything apart.
+
+    Ctrl-C comes too late then: nothing is there to go on with, or to begin again.
+    """
     global _all_is_done
     _all_is_done = True
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @atexit.register

@@ -110,5 +110,19 @@ def test_an_exception_that_python_drops_is_heard():
     )
 
 
+LATE = """
+import atexit, signal
+from sit_jax import command
+
+atexit.register(lambda: signal.raise_signal(signal.SIGINT))
+command.script(lambda: 0)
+"""
+
+
+def test_a_run_that_has_done_all_is_not_interrupted_any_more():
+    found = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True)
+    assert (found.stdout, found.stderr, found.returncode) == ("", "", 0)
+
+
 def test_five_seconds_are_enough():
     assert interrupts.GRACE < 4

@@ -5,6 +5,7 @@ Five minutes: pytest tests/slow/test_interrupts.py
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,7 +91,7 @@ def _torch_file(inputs):
     return path
 
 
-SCRIPTS = {  # seconds after the imports in which something is going on
+SCRIPTS = {  # seconds after the imports in which something may be going on
     works.sampling: 10,
     works.extraction: 5,
     works.evaluation: 2,
@@ -157,9 +158,15 @@ def test_ctrl_c_ends_within_five_seconds_and_it_goes_on(tmp_path, quiet, make):
     work, rng = make(inputs), random.Random(make.__name__)
     work.words(inputs)  # makes what it reads
     seconds = rng.uniform(0, SCRIPTS[make])
-    process = work.begin(place)
-    works.ready(process)
-    took, code, lines, children = interrupt(process, seconds)
+    while True:
+        process = work.begin(place)
+        works.ready(process)
+        took, code, lines, children = interrupt(process, seconds)
+        if code:
+            break
+        seconds /= 2  # it had done all by then
+        shutil.rmtree(place)
+        place.mkdir()
     print(f"after {seconds:.1f} s, ended {took:.1f} s later: {lines[-1:]}")
     assert took < 5 and code == 130, lines
     assert lines[-1] == f"{work.script}.py: {SAID}"
