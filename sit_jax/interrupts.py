@@ -14,12 +14,14 @@ import threading
 import time
 
 GRACE = 3.5  # seconds
+MAKING = 1.0  # seconds that what is being made is waited for
 ENDING = {signal.SIGINT, signal.SIGTERM}  # the latter where Python handles it
 
 _patient = 0  # how many ask for all the time they need, as to save a step
 _open = 0  # blocks that the main thread is in
 _left = 0  # those that it has left: it is alive, and Python has told it of the signal
 _left_behind = []  # what to call before the process ends from here
+_making = threading.RLock()
 
 
 def watch(end):
@@ -54,8 +56,16 @@ def tidied(remove):
         _left_behind.remove(remove)
 
 
+@contextlib.contextmanager
+def undisturbed():
+    """Inside, tidy() waits: what is made here is told to tidied() before the end."""
+    with _making:
+        yield
+
+
 def tidy():
     """What tidied() was told, for a process that is about to end where it is."""
+    _making.acquire(timeout=MAKING)  # and kept: nothing is begun any more
     for remove in reversed(_left_behind):
         remove()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sit_jax import json_text
 from sit_jax.errors import UserError
-from sit_jax.interrupts import tidied
+from sit_jax.interrupts import tidied, undisturbed
 from sit_jax.leases import leased
 from sit_jax.places import in_bucket, place
 
@@ -43,16 +43,16 @@ def alone(folder, name="lock"):
 @contextlib.contextmanager
 def _locked(path, refuse):
     new = [folder for folder in path.parents if not os.path.lexists(folder)]
-    with _taken(path, refuse) as file:
-        file.truncate(0)
-        file.write(json.dumps(_owner()))
-        file.flush()
-        remove = partial(_remove, path, new)
-        try:
-            with tidied(remove):
-                yield
-        finally:
-            remove()
+    with contextlib.ExitStack() as stack:
+        with undisturbed():
+            file = stack.enter_context(_taken(path, refuse))
+            file.truncate(0)
+            file.write(json.dumps(_owner()))
+            file.flush()
+            remove = partial(_remove, path, new)
+            stack.enter_context(tidied(remove))
+            stack.callback(remove)
+        yield
 
 
 def _remove(path, folders):
