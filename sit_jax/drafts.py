@@ -11,12 +11,11 @@ import re
 import shutil
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 
 from sit_jax import places
 from sit_jax.errors import UserError
-from sit_jax.interrupts import tidied
+from sit_jax.interrupts import made
 from sit_jax.places import absolute, in_bucket, place
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -157,7 +156,7 @@ def draft(path):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    with _opened(name):
+    with _opened(lambda: name):
         yield name
         _replace(name, path)
 
@@ -169,28 +168,36 @@ def drafts(paths):
     None of them is touched before all are written, nor after an error. The first of
     the paths is replaced last.
     """
-    if in_bucket(paths[0]):
-        folder, put = Path(tempfile.mkdtemp(prefix="sit_jax.")), _upload
-    else:
+
+    def make():
+        if in_bucket(paths[0]):
+            return Path(tempfile.mkdtemp(prefix="sit_jax."))
         folder = paths[0].with_name(f".{paths[0].stem}.{os.getpid()}")
         folder.mkdir(parents=True)
-        put = _replace
-    with _opened(folder):
+        return folder
+
+    put = _upload if in_bucket(paths[0]) else _replace
+    with _opened(make) as folder:
         yield folder
         for path in reversed(paths):
             put(folder / path.name, path)
 
 
 @contextlib.contextmanager
-def _opened(name):
-    """Removes what is there of that name in the end, however it comes."""
-    _open.add(name)
-    try:
-        with tidied(partial(_remove, name)):
-            yield
-    finally:
+def _opened(make):
+    """Gives make(), a path, and removes what is there in the end, however it comes."""
+
+    def begin():
+        name = make()
+        _open.add(name)
+        return name
+
+    def end(name):
         _open.discard(name)
         _remove(name)
+
+    with made(begin, end) as name:
+        yield name
 
 
 def _upload(name, path):

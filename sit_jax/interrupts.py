@@ -8,6 +8,7 @@ half written then, and the kernel gives locks back.
 """
 
 import contextlib
+import functools
 import os
 import signal
 import threading
@@ -57,17 +58,26 @@ def tidied(remove):
 
 
 @contextlib.contextmanager
-def undisturbed():
-    """Inside, tidy() waits: what is made here is told to tidied() before the end."""
-    with _making:
-        yield
+def made(make, remove):
+    """Gives make(), of which remove() is called however block or process end.
+
+    tidy() waits for make(), or it would miss what a thread is just making.
+    """
+    with contextlib.ExitStack() as stack:
+        with _making:
+            undo = functools.partial(remove, thing := make())
+            stack.enter_context(tidied(undo))
+        stack.callback(undo)
+        yield thing
 
 
 def tidy():
     """What tidied() was told, for a process that is about to end where it is."""
-    _making.acquire(timeout=MAKING)  # and kept: nothing is begun any more
+    waited = _making.acquire(timeout=MAKING)
     for remove in reversed(_left_behind):
         remove()
+    if waited:
+        _making.release()
 
 
 @contextlib.contextmanager

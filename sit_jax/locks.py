@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sit_jax import json_text
 from sit_jax.errors import UserError
-from sit_jax.interrupts import tidied, undisturbed
+from sit_jax.interrupts import made
 from sit_jax.leases import leased
 from sit_jax.places import in_bucket, place
 
@@ -43,21 +43,24 @@ def alone(folder, name="lock"):
 @contextlib.contextmanager
 def _locked(path, refuse):
     new = [folder for folder in path.parents if not os.path.lexists(folder)]
-    with contextlib.ExitStack() as stack:
-        with undisturbed():
-            file = stack.enter_context(_taken(path, refuse))
-            file.truncate(0)
-            file.write(json.dumps(_owner()))
-            file.flush()
-            remove = partial(_remove, path, new)
-            stack.enter_context(tidied(remove))
-            stack.callback(remove)
+
+    def take():
+        file = _taken(path, refuse)
+        file.truncate(0)
+        file.write(json.dumps(_owner()))
+        file.flush()
+        return file
+
+    with made(take, partial(_give_back, path, new)):
         yield
 
 
-def _remove(path, folders):
+def _give_back(path, folders, file):
     """A lock, and those of these folders, the innermost first, that are empty now."""
+    if file.closed:
+        return  # given back already: what is there now is another's
     path.unlink(missing_ok=True)
+    file.close()
     with contextlib.suppress(OSError):
         for folder in folders:
             folder.rmdir()

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from sit_jax import places
-from sit_jax.interrupts import tidied
+from sit_jax.interrupts import made
 from sit_jax.places import in_bucket
 
 SENT = 30.0  # seconds from one look for changes to the next
@@ -27,11 +27,8 @@ def mirrored(folder, begun=(), besides=()):
     if not in_bucket(folder):
         yield Mirror(folder)
         return
-    here = Path(tempfile.mkdtemp(prefix="sit_jax."))
-    with contextlib.ExitStack() as last:
-        remove = partial(shutil.rmtree, here, ignore_errors=True)
-        last.callback(remove)
-        last.enter_context(tidied(remove))
+    make = lambda: Path(tempfile.mkdtemp(prefix="sit_jax."))
+    with made(make, partial(shutil.rmtree, ignore_errors=True)) as here:
         mirror = Mirror(here, folder, besides)
         for file in begun:
             if (folder / file).exists():

@@ -110,6 +110,36 @@ def test_an_exception_that_python_drops_is_heard():
     )
 
 
+MAKES = """
+import os, threading, time
+from sit_jax import interrupts
+
+begun = threading.Event()
+
+def make():
+    begun.set()
+    time.sleep(0.3)
+    print("made", flush=True)
+    return "it"
+
+def end():
+    begun.wait()
+    interrupts.tidy()
+    os._exit(7)
+
+threading.Thread(target=end).start()
+with interrupts.made(make, lambda it: print("removed", it, flush=True)):
+    time.sleep(30)
+"""
+
+
+def test_who_ends_a_process_waits_for_what_it_has_to_remove():
+    found = subprocess.run(
+        [sys.executable, "-c", MAKES], capture_output=True, text=True
+    )
+    assert (found.stdout, found.returncode) == ("made\nremoved it\n", 7), found
+
+
 LATE = """
 import atexit, signal
 from sit_jax import command
