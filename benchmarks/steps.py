@@ -41,8 +41,7 @@ def ours(case):
     from sit_jax.training import init_state, make_train_step
 
     heap.keep()
-    if jax.default_backend() != "cpu":
-        heap.as_usual()
+    heap.settle(jax.default_backend(), 0)
     model, process, tx = parts(case)
     begin = functools.partial(init_state, model, tx, SHAPE)
     state = jax.jit(begin)(jax.random.key(0))

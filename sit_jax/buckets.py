@@ -5,7 +5,7 @@ import logging
 import os
 import threading
 
-from sit_jax.errors import UserError
+from sit_jax.errors import UserError, hush
 
 PATIENCE = 60.0  # seconds in which a bucket has to answer
 LIBRARIES = ("gcsfs.", "aiohttp.", "google.auth.", "google.api_core.", "google.cloud.")
@@ -16,10 +16,8 @@ def system():
     """The file system of all buckets. Listings are not kept: others write there too."""
     import fsspec
 
-    for name, handler in (("gcsfs", _heard), ("fsspec", logging.NullHandler())):
-        logger = logging.getLogger(name)  # they log tracebacks; they also raise
-        logger.propagate = False
-        logger.addHandler(handler)
+    hush("gcsfs", _heard)
+    hush("fsspec")
     fsspec.config.conf.setdefault("gcs", {}).update(use_listings_cache=False)
     try:
         return fsspec.filesystem("gcs", finalize_on_close=True)  # as epath asks for it

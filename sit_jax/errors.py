@@ -1,6 +1,7 @@
 """The one exception that is shown to users as a line, and exit codes of others."""
 
 import errno
+import logging
 import os
 
 LONGEST = 1000  # characters
@@ -24,6 +25,13 @@ def code_of(error):
     said = any(os.strerror(number) in str(error) for number in NETWORK)
     lost = busy or told or said or getattr(error, "errno", None) in NETWORK
     return LATER if lost else MISTAKE
+
+
+def hush(name, handler=None):
+    """Keeps a library's log from the console: what it tells there, it raises too."""
+    logger = logging.getLogger(name)
+    logger.propagate = False
+    logger.addHandler(handler or logging.NullHandler())
 
 
 def one_line(message):

@@ -56,8 +56,9 @@ class Interpolant:
     def __post_init__(self):
         for name in ("train_margin", "sample_margin"):
             margin = getattr(self, name)
-            known = margin is None or isinstance(margin, int | float)
-            if not known or not 0 <= (margin or 0) < 0.5:
+            if margin is None:
+                continue
+            if not isinstance(margin, int | float) or not 0 <= margin < 0.5:
                 raise UserError(f"{name}={margin}: give a number from 0 to below 0.5")
 
     def times(self, key, n):

@@ -71,10 +71,9 @@ def read(path):
         file = next((path / n for n in names if (path / n).is_file()), None)
         if file is None:
             raise UserError(f"{path} has neither {WEIGHTS} nor {DIFFUSERS}")
-    beside = [file.parent / CONFIG]
-    if not beside[0].is_file() or file.name == DIFFUSERS:
-        beside = []
-    config = _config(beside[0]) if beside else {}
+    told = file.parent / CONFIG
+    beside = [told] if told.is_file() and file.name != DIFFUSERS else []
+    config = _config(told) if beside else {}
     hosts.require_same_files(file, *beside)
     opened = open_file(file)
     if not opened.is_state(opened.content()):

@@ -28,11 +28,8 @@ def begin(environ=os.environ):
         try:
             folder = Path(folder).expanduser()  # some containers have no home
             folder.mkdir(parents=True, exist_ok=True)
-        except (
-            OSError,
-            RuntimeError,
-        ):  # no place to keep anything is no reason not to run
-            return
+        except (OSError, RuntimeError):
+            return  # no place to keep anything is no reason not to run
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chains
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,23 +18,19 @@ from diffusions import (
     loss_of,
     posterior_of,
 )
-from recorded import arrays, case, nchw, nhwc, weights
+from recorded import arrays, case, nchw, nhwc
 
 from sit_jax import diffusion as d
-from sit_jax import port
-from sit_jax.models import dit, layers
 from sit_jax.paths import align
+
+model = chains.model
 
 
 @pytest.fixture
-def network(monkeypatch):
+def network(model):
     """net(x, t) with the recorded weights, labels and frequency table."""
-    table = arrays("dit_forward_a")["freqs_f32"]
-    monkeypatch.setattr(layers, "frequencies", lambda half, shift: table)
-    params, _ = port.to_flax(dit.RULES, weights("dit_a"))
-    model = dit.DiT(depth=2, width=40, heads=4, classes=10)
     labels = jnp.asarray(arrays("dit_training_losses")["y"])
-    return lambda x, t: model.apply({"params": params}, x, t, labels)
+    return lambda x, t: model(x, t, labels)
 
 
 @pytest.mark.parametrize("name", SPACINGS)

@@ -90,7 +90,7 @@ def test_adms_statistics_go_with_the_released_weights_only(
 def test_references_that_do_not_fit_are_refused(
     tmp_path, sides, run, reference, message
 ):
-    np.savez(tmp_path / "bad.npz", allow_pickle=True, **reference)
+    np.savez(tmp_path / "bad.npz", **reference)
     refused(run(sides[0], "--reference", tmp_path / "bad.npz"), message)
 
 
@@ -110,7 +110,7 @@ def test_bad_samples_leave_nothing_behind(tmp_path, sides, run, content, message
     if content is None:
         path.write_bytes(sides[0].read_bytes()[:-9])
     else:
-        np.savez(path, allow_pickle=True, **content)
+        np.savez(path, **content)
     before = sorted(tmp_path.rglob("*"))
     refused(run(path, "--reference", sides[1]), message)
     refused(run("--stats", path, "--out", tmp_path / "x.npz"), message)

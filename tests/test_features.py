@@ -138,7 +138,7 @@ ONES = np.ones((4, 3), np.float32)
     ids=["name", "integers", "flat", "counts", "objects", "json", "table"],
 )
 def test_files_that_are_no_features_are_refused(tmp_path, arrays, message):
-    np.savez(tmp_path / "f.npz", allow_pickle=True, **arrays)
+    np.savez(tmp_path / "f.npz", **arrays)
     with pytest.raises(UserError, match=message):
         StoredFeatures(ArrayFile(tmp_path / "f.npz"))
 

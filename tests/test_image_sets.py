@@ -113,7 +113,7 @@ FLOATS = PIXELS.astype(np.float32)
 )
 def test_arrays_that_are_no_images_are_refused(tmp_path, arrays, message):
     path = tmp_path / "x.npz"
-    np.savez(path, allow_pickle=True, **arrays)
+    np.savez(path, **arrays)
     with pytest.raises(UserError, match=message) as error:
         open_images(path)
     assert "\n" not in str(error.value)

@@ -40,7 +40,7 @@ def test_files(tmp_path):
     ids=["unknown class", "floats", "empty", "code"],
 )
 def test_files_that_are_no_labels(tmp_path, content, said):
-    np.save(tmp_path / "a.npy", content, allow_pickle=True)
+    np.save(tmp_path / "a.npy", content)
     with pytest.raises(UserError, match=said):
         labels(str(tmp_path / "a.npy"), None, 10, 0)
 

@@ -8,7 +8,7 @@ import tomllib
 
 import pytest
 from conftest import ROOT
-from test_misuse import FLAGS
+from mistakes import FLAGS
 
 from sit_jax.cluster import TORCH
 

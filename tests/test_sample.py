@@ -6,29 +6,17 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import sample_runs
 import small
 from recorded import FOLDER
 
-import sample
 from configs import published
 from sit_jax import noise, sharding
 from sit_jax.exchange import open_torch
 from sit_jax.generation import Generator
 from sit_jax.recipe import recipe
 
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return small.checkpoint(tmp_path_factory.mktemp("weights"), small.config())
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, weights):
-    def run(*arguments, weights=weights):
-        arguments = ("--weights", weights, *arguments)
-        return small.called(sample.main, monkeypatch, capsys, *arguments)
-
-    return run
+weights, run = sample_runs.weights, sample_runs.run
 
 
 def test_every_kind_of_output(run, tmp_path):
@@ -190,7 +178,7 @@ def test_noise_of_another_shape(run, tmp_path, shape):
 
 
 def test_noise_that_would_run_code(run, tmp_path):
-    np.save(tmp_path / "noise.npy", np.array([print], object), allow_pickle=True)
+    np.save(tmp_path / "noise.npy", np.array([print], object))
     code, _, err = run("--noise", tmp_path / "noise.npy", "--out", tmp_path / "x.npy")
     assert code == 2 and "holds Python objects" in err
 

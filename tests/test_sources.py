@@ -160,7 +160,7 @@ def spoil_truncated(path):
 
 def spoil_pickle(path):
     array = np.array([{"code": 1}], object)
-    np.save(path / "imagenet256_features/0.npy", array, allow_pickle=True)
+    np.save(path / "imagenet256_features/0.npy", array)
 
 
 def spoil_rank(path):

@@ -35,7 +35,7 @@ def test_arrays_hold_numbers_and_no_more_than_they_say(
     content, told = ARRAYS[form]
     if isinstance(content, np.ndarray):
         file = io.BytesIO()
-        np.save(file, content, allow_pickle=True)
+        np.save(file, content)
         content = file.getvalue()
     path = tmp_path / f"x.{kind}"
     if kind == "npy":

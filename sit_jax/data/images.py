@@ -8,17 +8,14 @@ looked at there, so a photograph that says "turn me" stays as it lies; so it doe
 
 import hashlib
 import io
-import logging
 import os
 
 import numpy as np
 
-from sit_jax.errors import UserError
+from sit_jax.errors import UserError, hush
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
-_logger = logging.getLogger("PIL")  # which logs what it also raises
-_logger.propagate = False
-_logger.addHandler(logging.NullHandler())
+hush("PIL")
 CROP = "ADM centre crop"  # the rule's name in the tags of caches
 
 
