@@ -28,7 +28,8 @@ def _backward(precision, kept, slope):
     _, as_usual = jax.vjp(dot, x, weight)
     of_x, _ = as_usual(slope)
     usual = lambda x, slope: as_usual(slope)[1]
-    if weight.shape[0] > weight.shape[1]:  # one of the two is transposed: the narrower
+    # either x or slope is transposed: x, unless it is far wider
+    if weight.shape[0] > 2 * weight.shape[1]:
         return of_x, usual(x, slope)
     ours = functools.partial(_of_weight, precision)
     of_weight = jax.lax.platform_dependent(x, slope, cpu=ours, default=usual)
