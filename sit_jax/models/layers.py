@@ -105,7 +105,7 @@ class Mlp(nn.Module):
         width = x.shape[-1]
         hidden, how = int(width * self.ratio), {"dtype": self.dtype}
         x = Dense(hidden, split=(None, HEADS), name="fc1", **how)(x)
-        x = nn.gelu(by_rows(x, None, HEADS), approximate=True)
+        x = gelu(by_rows(x, None, HEADS))
         return Dense(width, split=(HEADS, None), name="fc2", **how)(x)
 
 
@@ -136,6 +136,26 @@ class Head(nn.Module):
         shift, scale = modulation(2, c)
         x = modulate(norm("norm")(x), shift, scale)
         return nn.Dense(self.out, kernel_init=nn.initializers.zeros, name="out")(x)
+
+
+@jax.custom_jvp
+def gelu(x):
+    """x (1 + tanh(u)) / 2, u = sqrt(2 / pi) (x + 0.044715 x^3), as torch has it."""
+    return nn.gelu(x, approximate=True)
+
+
+@gelu.defjvp
+def _gelu_slope(primals, tangents):
+    """By the logistic function, (1 + tanh(u)) / 2 = s(2 u), in float32 at least.
+
+    Were it tanh, a CPU would write it down for this and for what is computed again.
+    """
+    (x,), (move,) = primals, tangents
+    wide = x.astype(jnp.promote_types(x.dtype, "float32"))
+    root = math.sqrt(2 / math.pi)
+    s = nn.sigmoid(2 * root * (wide + 0.044715 * wide**3))
+    slope = s + wide * s * (1 - s) * 2 * root * (1 + 3 * 0.044715 * wide**2)
+    return gelu(x), slope.astype(x.dtype) * move
 
 
 def attended(x, heads, dtype, program, bias=None, mask=None):
