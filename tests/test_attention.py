@@ -112,6 +112,31 @@ def test_large_scores_are_taken_head_head_by_head_and_not_kept(monkeypatch):
     assert (3, 2, 6, 6) not in [s[:2] + s[-2:] for s in handed_on]
 
 
+@pytest.mark.parametrize("rows", [1, 2])  # of the bias: for all images, or each its own
+@pytest.mark.parametrize("masks", [0, 1, 3])  # none, for all heads, for each its own
+def test_packed_attention_is_that_of_its_parts(rows, masks, monkeypatch):
+    """Each head is read from qkv, and its gradient is written over it."""
+    monkeypatch.setattr(attention, "CACHE", 0)
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape, np.float32)
+    qkv, bias = draw(2, 6, 3, 3, 4), draw(rows, 3, 6, 6)
+    mask = rng.random((2, masks, 1, 6)) < 0.7 if masks else None
+    if masks:
+        mask[..., 0] = True  # who sees nothing has no meaningful gradient
+
+    def packed(qkv, bias):
+        return attention.attend_packed(qkv, bias, mask, by="head_by_head")
+
+    def exactly(qkv, bias):
+        return attention.xla(*(qkv[:, :, n] for n in range(3)), bias, mask)
+
+    assert relative(packed(qkv, bias), exactly(qkv, bias)) < 1e-6
+    loss = lambda f: lambda *a: jnp.square(f(*a)).sum()
+    slopes = lambda f: quick_jit(jax.grad(loss(f), (0, 1)))(qkv, bias)
+    for ours, usual in zip(slopes(packed), slopes(exactly), strict=True):
+        assert relative(ours, usual) < 3e-6
+
+
 def test_kept_results_spare_the_loop_forward_a_second_time(monkeypatch):
     monkeypatch.setattr(attention, "CACHE", 0)
     q, k, v, *_ = inputs()

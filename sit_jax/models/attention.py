@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from sit_jax.errors import UserError
 from sit_jax.models import by_head
 from sit_jax.models.by_head import KEPT, LEAST
-from sit_jax.sharding import BATCH, HEADS, by_heads
+from sit_jax.sharding import BATCH, HEADS, by_heads, by_rows
 
 CACHE = 2**22  # bytes of scores from which a CPU takes one head at a time
 TURN = 2**24  # bytes of scores of the heads that a TPU takes at once
@@ -34,6 +34,18 @@ def attend(q, k, v, bias=None, mask=None, by="auto"):
     )
 
 
+def attend_packed(qkv, bias=None, mask=None, by="auto"):
+    """As attend, of qkv [B, T, 3, heads, D/heads] -> [B, T, heads, D/heads]."""
+    rows, length, _, heads, width = qkv.shape
+    by = chosen(by, qkv.dtype, width, bias is not None)
+    if by == "head_by_head" and _worth_turns((rows, length, heads, width), length):
+        return by_head.attend((by_rows(qkv),), bias, mask)
+    # by split, whose gradient is one array put together and not the sum of three
+    parts = (part.squeeze(2) for part in jnp.split(qkv, 3, axis=2))
+    q, k, v = (by_rows(part, None, HEADS) for part in parts)
+    return PROGRAMS[by](q, k, v, bias, mask)
+
+
 def xla(q, k, v, bias=None, mask=None):
     return jax.nn.dot_product_attention(q, k, v, bias, mask, implementation="xla")
 
@@ -50,17 +62,16 @@ def head_by_head(q, k, v, bias=None, mask=None):
     are split over devices themselves are left in one piece. No forward-mode derivative.
     A query that the mask lets see nothing gets no meaningful gradient.
     """
-    rows, length, heads, _ = q.shape
-    small = rows * heads * length * k.shape[1] * 4 <= CACHE
-    if small or heads == 1 or _heads_are_split():
+    if not _worth_turns(q.shape, k.shape[1]):
         return xla(q, k, v, bias, mask)
-    q, k, v = (jnp.moveaxis(x, 2, 0) for x in (q, k, v))
-    if bias is not None:
-        bias = jnp.moveaxis(bias, 1, 0)
-    if mask is not None:
-        mask = jnp.broadcast_to(mask, (mask.shape[0], heads, *mask.shape[2:]))
-        mask = jnp.moveaxis(mask, 1, 0)
-    return jnp.moveaxis(by_head.attend(q, k, v, bias, mask), 0, 2)
+    return by_head.attend(tuple(x[:, :, None] for x in (q, k, v)), bias, mask)
+
+
+def _worth_turns(shape, keys):
+    """shape (B, T, heads, D) of q -> whether a CPU's heads take turns."""
+    rows, length, heads, _ = shape
+    small = rows * heads * length * keys * 4 <= CACHE
+    return not (small or heads == 1 or _heads_are_split())
 
 
 def heads_first(q, k, v, bias=None, mask=None):

@@ -16,7 +16,7 @@ from einops import rearrange
 from flax.linen.dtypes import promote_dtype
 
 from sit_jax.errors import UserError
-from sit_jax.models.attention import attend, chosen, turns
+from sit_jax.models.attention import attend_packed, chosen, turns
 from sit_jax.models.by_head import KEPT
 from sit_jax.sharding import HEADS, by_heads, by_rows, gathered
 
@@ -169,10 +169,7 @@ def attended(x, heads, dtype, program, bias=None, mask=None):
         q, k, v = (by_heads(part) for part in layer(heads=heads)(x))
         return rearrange(turns(q, k, v, bias, mask), "h b d t -> b t (h d)")
     parts = rearrange(layer()(x), "b t (n h d) -> b t n h d", n=3, h=heads)
-    # by split, whose gradient is one array put together and not the sum of three
-    parts = (part.squeeze(2) for part in jnp.split(parts, 3, axis=2))
-    q, k, v = (by_rows(part, None, HEADS) for part in parts)
-    return rearrange(attend(q, k, v, bias, mask, program), "b t h d -> b t (h d)")
+    return rearrange(attend_packed(parts, bias, mask, program), "b t h d -> b t (h d)")
 
 
 def norm(name, epsilon=1e-6):
