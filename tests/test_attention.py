@@ -6,30 +6,15 @@ import numpy as np
 import pytest
 from networks import SMALL, equations, noisy, quick_jit
 from recorded import relative
+from scores import exact, inputs
 
 from sit_jax.errors import UserError
 from sit_jax.models import attention
 from sit_jax.models.applied import apply
 from sit_jax.models.dit import SiT
-from sit_jax.models.layers import REMAT
 from sit_jax.models.mdt import MDT
 from sit_jax.quantized import eight
 from sit_jax.residuals import saved_bytes
-
-
-def inputs(rows=2, heads=3, length=6, keys=6, width=4):
-    rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.standard_normal(shape, np.float32)
-    q, k, v = (draw(rows, n, heads, width) for n in (length, keys, keys))
-    return q, k, v, draw(1, heads, length, keys), rng.random((rows, 1, 1, keys)) < 0.7
-
-
-def exact(q, k, v, bias=0.0, mask=True):
-    """The formula in float64."""
-    q, k, v = (np.float64(x).transpose(0, 2, 1, 3) for x in (q, k, v))
-    scores = q @ k.swapaxes(2, 3) / np.sqrt(q.shape[-1]) + bias
-    weights = np.where(mask, np.exp(scores), 0)
-    return (weights / weights.sum(-1, keepdims=True) @ v).transpose(0, 2, 1, 3)
 
 
 @pytest.mark.parametrize("n", [3, 4, 5])  # without and with a bias and a mask
@@ -41,18 +26,6 @@ def test_every_program_computes_the_formula(by, n, monkeypatch):
     out = attention.attend(q, k, v, *more, by=by)
     # ten float32 operations deep
     assert relative(out, exact(q, k, v, *more)) < 1e-6
-
-
-@pytest.mark.parametrize("most, length", [(0.5, [6]), (1, [6]), (2, [3]), (3, [])])
-def test_heads_take_turns_together_as_the_scores_allow(most, length, monkeypatch):
-    q, k, v, *_ = inputs(heads=6)
-    size = 2 * 6 * 6 * 4  # of the scores of a head
-    monkeypatch.setattr(attention, "TURN", most * size)
-    program = jax.make_jaxpr(lambda *a: attention.heads_first(*a))(q, k, v)  # anew
-    loops = [e for e in equations(program.jaxpr) if e.primitive.name == "scan"]
-    assert [e.params["length"] for e in loops] == length
-    found = attention.heads_first(q, k, v)
-    assert relative(found, exact(q, k, v)) < 1e-6
 
 
 def test_head_head_by_head_has_the_same_derivatives(monkeypatch):
@@ -90,82 +63,6 @@ def test_dots_keeps_what_a_tpus_attention_gave():
         for by in ("xla", "heads_first")
     ]
     assert kept[1] - kept[0] == 4 * model.depth * 2 * 64 * model.width
-
-
-def test_small_scores_are_taken_at_once():
-    q, k, v, *_ = inputs()
-    program = lambda: str(jax.make_jaxpr(attention.head_by_head)(q, k, v))
-    assert "scan" not in program()
-
-
-def test_large_scores_are_taken_head_head_by_head_and_not_kept(monkeypatch):
-    monkeypatch.setattr(attention, "CACHE", 2 * 3 * 6 * 6 * 4 - 1)
-    q, k, v, *_ = inputs()
-    slope = jax.grad(lambda q: attention.head_by_head(q, k, v).sum())
-    loops = [
-        e
-        for e in equations(jax.make_jaxpr(slope)(q).jaxpr)
-        if e.primitive.name == "scan"
-    ]
-    assert [e.params["length"] for e in loops] == [3, 3]
-    handed_on = [x.aval.shape for x in loops[0].outvars]
-    assert (3, 2, 6, 6) not in [s[:2] + s[-2:] for s in handed_on]
-
-
-@pytest.mark.parametrize("rows", [1, 2])  # of the bias: for all images, or each its own
-@pytest.mark.parametrize("masks", [0, 1, 3])  # none, for all heads, for each its own
-def test_packed_attention_is_that_of_its_parts(rows, masks, monkeypatch):
-    """Each head is read from qkv, and its gradient is written over it."""
-    monkeypatch.setattr(attention, "CACHE", 0)
-    rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.standard_normal(shape, np.float32)
-    qkv, bias = draw(2, 6, 3, 3, 4), draw(rows, 3, 6, 6)
-    mask = rng.random((2, masks, 1, 6)) < 0.7 if masks else None
-    if masks:
-        mask[..., 0] = True  # who sees nothing has no meaningful gradient
-
-    def packed(qkv, bias):
-        return attention.attend_packed(qkv, bias, mask, by="head_by_head")
-
-    def exactly(qkv, bias):
-        return attention.xla(*(qkv[:, :, n] for n in range(3)), bias, mask)
-
-    assert relative(packed(qkv, bias), exactly(qkv, bias)) < 1e-6
-    loss = lambda f: lambda *a: jnp.square(f(*a)).sum()
-    slopes = lambda f: quick_jit(jax.grad(loss(f), (0, 1)))(qkv, bias)
-    for ours, usual in zip(slopes(packed), slopes(exactly), strict=True):
-        assert relative(ours, usual) < 3e-6
-
-
-def test_kept_results_spare_the_loop_forward_a_second_time(monkeypatch):
-    monkeypatch.setattr(attention, "CACHE", 0)
-    q, k, v, *_ = inputs()
-
-    def loops(policy):
-        run = jax.checkpoint(attention.head_by_head, policy=policy)
-        slope = jax.grad(lambda q: jnp.square(run(q, k, v)).sum())
-        program = equations(jax.make_jaxpr(slope)(q).jaxpr)
-        return sum(e.primitive.name == "scan" for e in program)
-
-    assert loops(REMAT["dots"]) == 2
-    assert loops(REMAT["full"]) == 3
-
-
-def test_head_by_head_sums_bfloat16_in_float32(monkeypatch):
-    monkeypatch.setattr(attention, "CACHE", 0)
-    given = [jnp.asarray(x, jnp.bfloat16) for x in inputs(length=40, keys=40)[:3]]
-
-    def slopes(by, given):
-        loss = lambda *a: attention.attend(*a, by=by).astype(jnp.float32).sum()
-        return quick_jit(jax.grad(loss, argnums=(0, 1, 2)))(*given)
-
-    exactly = slopes("xla", [x.astype(jnp.float32) for x in given])
-    found = (slopes("head_by_head", given), slopes("xla", given), exactly)
-    for ours, usual, true in zip(*found, strict=True):
-        assert ours.dtype == jnp.bfloat16
-        far, usually = (relative(x.astype(jnp.float32), true) for x in (ours, usual))
-        # no further from the slopes in float32 than the usual program is
-        assert far < max(1.5 * usually, 4e-3)
 
 
 def test_the_field_reaches_every_block(monkeypatch):

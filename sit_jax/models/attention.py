@@ -18,7 +18,8 @@ from sit_jax.models.by_head import KEPT, LEAST
 from sit_jax.sharding import BATCH, HEADS, by_heads, by_rows
 
 CACHE = 2**22  # bytes of scores from which a CPU takes one head at a time
-TURN = 2**24  # bytes of scores of the heads that a TPU takes at once
+# bytes of scores of the heads that a TPU takes at once; a v4 has more fast memory
+TURN, TURNS = 2**24, {"TPU v4": 2**26}
 CUDNN_TYPES = ("bfloat16", "float16")
 CUDNN_HEAD = 128  # most values of a head that cuDNN takes on every GPU from Ampere on
 
@@ -129,9 +130,11 @@ def _at_once(q, k):
     mesh = jax.sharding.get_abstract_mesh()
     parts = math.prod(mesh.shape.get(axis, 1) for axis in BATCH)
     each = 4 * length * k.shape[-1] * -(-images // parts)
-    if heads * each <= 2 * TURN:
+    device = getattr(mesh.abstract_device, "device_kind", None)
+    turn = TURNS.get(device, TURN)
+    if heads * each <= 2 * turn:
         return heads
-    fit = (n for n in range(1, heads + 1) if heads % n == 0 and n * each <= TURN)
+    fit = (n for n in range(1, heads + 1) if heads % n == 0 and n * each <= turn)
     return max(fit, default=1)
 
 
