@@ -18,6 +18,8 @@ KINDS = (
     "all-to-all",
     "collective-permute",
 )
+_PRODUCTS = {"dot", "convolution"}
+_CONTROL = {"while", "body", "closed_call", "checkpoint", "rematted_computation"}
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e\d+m\d+\w*)?)\[([0-9,]*)\]")
 _LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
@@ -100,7 +102,7 @@ def products(text):
     for lines in _computations(text).values():
         types = {line.name: _first_type(line.type) for line in lines}
         for line in lines:
-            if line.op in ("dot", "convolution"):
+            if line.op in _PRODUCTS:
                 operands = re.findall(r"%([\w.\-]+)", line.rest.partition(")")[0])
                 left, right = (types.get(name, "?") for name in operands[:2])
                 asked = re.search(r"operand_precision=\{(\w+)", line.rest)
@@ -114,12 +116,53 @@ def cycles(text):
 
     One operation after the other, loops counted, without waiting for other chips.
     """
+    return sum(count for count, _, _ in _reckoned(text))
+
+
+def by_layer(text):
+    """-> {layer: (cycles, of these in products)}, the most first.
+
+    A fusion counts for the layer that it is named after. What is in no layer, such as
+    what loops keep, is the network's; what is in no network, such as the optimizer, has
+    no name.
+    """
+    table = collections.defaultdict(lambda: [0, 0])
+    for count, layer, multiplies in _reckoned(text):
+        table[layer][0] += count
+        table[layer][1] += count * multiplies
+    rows = sorted(table.items(), key=lambda row: -row[1][0])
+    return {layer: tuple(row) for layer, row in rows}
+
+
+def _reckoned(text):
+    """Yields (cycles in a run, layer, whether it multiplies matrices)."""
     program = _computations(text)
-    times, total = _times(program), 0
+    times = _times(program)
     for name, lines in program.items():
-        told = (re.search(r'"estimated_cycles":"(\d+)"', line.rest) for line in lines)
-        total += times[name] * sum(int(found[1]) for found in told if found)
-    return total
+        for line in lines:
+            told = re.search(r'"estimated_cycles":"(\d+)"', line.rest)
+            if not told or not times[name]:
+                continue
+            named = re.search(r'op_name="(.*?)"', line.rest)
+            inside = re.search(r"calls=%?([\w.\-]+)", line.rest)
+            ops = {each.op for each in program.get(inside[1], ())} if inside else set()
+            multiplies = bool(_PRODUCTS & {line.op, *ops})
+            layer = _layer(named[1]) if named else ""
+            yield times[name] * int(told[1]), layer, multiplies
+
+
+def _layer(name):
+    """blocks/mlp/fc1 of jit(step)/jvp(SiT)/SiT/while/body/blocks/mlp/fc1/dot_general
+
+    SiT, if it is in the network and in no layer of it; else nothing.
+    """
+    name = name.partition(";")[0]
+    words = re.sub(r"\bcond/branch_\w+/", "", name).split("/")[1:-1]
+    words = [w for w in words if w.isidentifier() and w not in _CONTROL]
+    network = re.search(r"jvp\((\w+)\)", name)
+    if network and words[:1] in ([], [network[1]]):
+        words = words[1:] or [network[1]]
+    return "/".join(words)
 
 
 def aliased(text):

@@ -102,6 +102,11 @@ def _pace(made, flops, kind):
         "MFU, without waiting for other chips; all collectives take "
         f"{1e3 * sent / wires:.1f} ms if every wire is used"
     )
+    yield "where they go, in per cent, and of these in products:"
+    for layer, parts in hlo.by_layer(made.text).items():
+        if parts[0] >= 0.01 * count:  # less is told of no layer
+            total, products = (f"{100 * part / count:5.1f}" for part in parts)
+            yield f"  {layer or 'outside the network':28} {total} {products}"
 
 
 HEADER = (

@@ -111,6 +111,41 @@ def test_the_turns_that_the_compiler_notes_count():
     assert hlo.cycles(TEXT.replace(loop, loop + note)) == 7 * 100 + 7
 
 
+def reckoned(count, name, op="add(%p)"):
+    told = f'backend_config={{"estimated_cycles":"{count}"}}'
+    return f'%x = f32[8]{{0}} {op}, metadata={{op_name="{name}"}}, {told}'
+
+
+@pytest.mark.parametrize(
+    "name, layer",
+    [
+        ("jvp(SiT)/SiT/while/body/closed_call/blocks/fc2/fc2.times/dot", "blocks/fc2"),
+        (
+            "SiT/while/body/checkpoint/blocks/fc2/cond/branch_0_fun/dot",
+            "SiT/blocks/fc2",
+        ),
+        ("checkpoint/blocks/fc2/add;checkpoint/rematted_computation/mul", "blocks/fc2"),
+        ("transpose(jvp(SiT))/SiT/blocks/bti,inhd->nhbdt/vmap()/add", "blocks"),
+        ("jvp(SiT)/SiT/cond/label/jit(_take)/add", "cond/label"),
+        ("jvp(SiT)/SiT/while/body/dynamic_update_slice", "SiT"),
+        ("jvp(MDT)/MDT.encode/while/body/dynamic_update_slice", "MDT"),
+        ("jit(_where)/select_n", ""),
+    ],
+)
+def test_cycles_count_for_the_layer_of_their_operation(name, layer):
+    text = program(reckoned(9, f"jit(step)/{name}"))
+    assert hlo.by_layer(text) == {layer: (9, 0)}
+
+
+def test_cycles_in_products_are_those_of_fusions_with_a_product():
+    fused = "%f (a: f32[8]) -> f32[8] {\n  %d = f32[8]{0} convolution(%a, %a)\n}\n"
+    lines = (reckoned(5, "j/a/add"), reckoned(7, "j/b/dot", "dot(%p, %p)"))
+    inside = reckoned(3, "j/a/add", "fusion(%p), calls=%f")
+    text = fused + program("\n  ".join((*lines, inside)))
+    assert list(hlo.by_layer(text).items()) == [("a", (8, 3)), ("b", (7, 7))]
+    assert hlo.cycles(text) == 15
+
+
 def test_they_are_summed_by_kind():
     table = hlo.by_kind(hlo.collectives(TEXT))
     assert table["all-gather"] == (1, 28, 28 * 256)
