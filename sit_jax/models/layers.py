@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax.linen.dtypes import promote_dtype
+from jax.ad_checkpoint import checkpoint_name
 
 from sit_jax.errors import UserError
 from sit_jax.models.attention import attend_packed, chosen, turns
@@ -23,7 +24,7 @@ from sit_jax.sharding import HEADS, by_heads, by_rows, gathered
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 # What the backward pass keeps of a block: everything (none), the results of products
-# with weights (dots; and of attention, where heads take turns), those
+# with weights (dots; of qkv with its bias, and of attention by turns), those
 # moved to host memory (offload), only its input (full).
 REMAT = {
     "none": None,
@@ -166,9 +167,11 @@ def attended(x, heads, dtype, program, bias=None, mask=None):
     width = x.shape[-1]
     layer = partial(Dense, 3 * width, dtype=dtype, name="qkv")
     if chosen(program, dtype, width // heads, bias is not None) == "heads_first":
-        q, k, v = (by_heads(part) for part in layer(heads=heads)(x))
+        parts = checkpoint_name(layer(heads=heads)(x), KEPT)
+        q, k, v = (by_heads(part) for part in parts)
         return rearrange(turns(q, k, v, bias, mask), "h b d t -> b t (h d)")
-    parts = rearrange(layer()(x), "b t (n h d) -> b t n h d", n=3, h=heads)
+    x = checkpoint_name(layer()(x), KEPT)
+    parts = rearrange(x, "b t (n h d) -> b t n h d", n=3, h=heads)
     return rearrange(attend_packed(parts, bias, mask, program), "b t h d -> b t (h d)")
 
 
