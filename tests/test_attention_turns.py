@@ -1,5 +1,7 @@
 """Attention whose heads take turns: how many at once, and what is kept."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,20 +60,22 @@ def test_large_scores_are_taken_head_head_by_head_and_not_kept(monkeypatch):
     assert (3, 2, 6, 6) not in [s[:2] + s[-2:] for s in handed_on]
 
 
-@pytest.mark.parametrize("rows", [1, 2])  # of the bias: for all images, or each its own
+@pytest.mark.parametrize("by", ["head_by_head", "heads_first"])
+@pytest.mark.parametrize("biases", [(1, 3), (2, 3), (1, 1)])  # for all, or each its own
 @pytest.mark.parametrize("masks", [0, 1, 3])  # none, for all heads, for each its own
-def test_packed_attention_is_that_of_its_parts(rows, masks, monkeypatch):
-    """Each head is read from qkv, and its gradient is written over it."""
+def test_packed_attention_is_that_of_its_parts(by, biases, masks, monkeypatch):
+    """Each head is read from where it is, and its gradient is written over it."""
     monkeypatch.setattr(attention, "CACHE", 0)
+    monkeypatch.setattr(attention, "TURN", 0)
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal(shape, np.float32)
-    qkv, bias = draw(2, 6, 3, 3, 4), draw(rows, 3, 6, 6)
+    qkv, bias = draw(2, 6, 3, 3, 4), draw(*biases, 6, 6)
     mask = rng.random((2, masks, 1, 6)) < 0.7 if masks else None
     if masks:
         mask[..., 0] = True  # who sees nothing has no meaningful gradient
 
     def packed(qkv, bias):
-        return attention.attend_packed(qkv, bias, mask, by="head_by_head")
+        return attention.attend_packed(qkv, bias, mask, by=by)
 
     def exactly(qkv, bias):
         return attention.xla(*(qkv[:, :, n] for n in range(3)), bias, mask)
@@ -81,6 +85,35 @@ def test_packed_attention_is_that_of_its_parts(rows, masks, monkeypatch):
     slopes = lambda f: quick_jit(jax.grad(loss(f), (0, 1)))(qkv, bias)
     for ours, usual in zip(slopes(packed), slopes(exactly), strict=True):
         assert relative(ours, usual) < 3e-6
+
+
+@pytest.mark.parametrize("by", ["head_by_head", "heads_first"])
+def test_gradients_are_written_over_what_they_are_of(by, monkeypatch):
+    """What a loop stacks begins as zeros; what it carries on does not."""
+    monkeypatch.setattr(attention, "CACHE", 0)
+    monkeypatch.setattr(attention, "TURN", 0)
+    loss = lambda *a: jnp.square(attention.attend(*a, by=by)).sum()
+    program = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(*inputs()[:3])
+    loops = [e for e in equations(program.jaxpr) if e.primitive.name == "scan"]
+    backward = loops[-1]
+    assert len(backward.outvars) == backward.params["num_carry"]
+
+
+@pytest.mark.parametrize("by", ["head_by_head", "heads_first"])
+def test_the_gradient_inherits_the_precision(by, monkeypatch):
+    """Of what stands around attention alone, as it does around a sampled network."""
+    monkeypatch.setattr(attention, "CACHE", 0)
+    monkeypatch.setattr(attention, "TURN", 0)
+
+    def exactly(*a):
+        with jax.default_matmul_precision("highest"):
+            return attention.attend(*a, by=by).sum()
+
+    traced = jax.jit(jax.grad(exactly, (0, 1, 2))).trace(*inputs()[:3])
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    found = re.findall(r"stablehlo.dot_general.*precision = \[(\w+), (\w+)\]", text)
+    assert set(found) == {("HIGHEST", "HIGHEST")}
+    assert len(found) == text.count("stablehlo.dot_general") >= 5
 
 
 def test_kept_results_spare_the_loop_forward_a_second_time(monkeypatch):

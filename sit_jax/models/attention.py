@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from sit_jax.errors import UserError
 from sit_jax.models import by_head
 from sit_jax.models.by_head import KEPT, LEAST
+from sit_jax.models.turns import in_turns
 from sit_jax.sharding import BATCH, HEADS, by_heads, by_rows
 
 CACHE = 2**22  # bytes of scores from which a CPU takes one head at a time
@@ -27,8 +28,8 @@ CUDNN_HEAD = 128  # most values of a head that cuDNN takes on every GPU from Amp
 def attend(q, k, v, bias=None, mask=None, by="auto"):
     """q [B, T, heads, D/heads], k, v [B, S, ...] -> like q, by a program of PROGRAMS.
 
-    bias float [B or 1, heads, T, S] is added to the scores, mask bool [B or 1, heads or
-    1, T or 1, S] tells which of them count.
+    bias float [B or 1, heads or 1, T, S] is added to the scores, mask bool [B or 1,
+    heads or 1, T or 1, S] tells which of them count.
     """
     return PROGRAMS[chosen(by, q.dtype, q.shape[-1], bias is not None)](
         q, k, v, bias, mask
@@ -76,7 +77,10 @@ def _worth_turns(shape, keys):
 
 
 def heads_first(q, k, v, bias=None, mask=None):
-    """One head after another, each in the layout that suits a TPU; see turns."""
+    """One head after another, each in the layout that suits a TPU; see turns.
+
+    No forward-mode derivative where heads take turns.
+    """
     q, k, v = (by_heads(rearrange(x, "b t h d -> h b d t")) for x in (q, k, v))
     return rearrange(turns(q, k, v, bias, mask), "h b d t -> b t h d")
 
@@ -89,35 +93,39 @@ def turns(q, k, v, bias=None, mask=None):
     Backward they are computed again, from what was kept under the name KEPT.
     """
 
+    parts = {"q": q, "k": k, "v": v}
+    if bias is not None:
+        bias = jnp.moveaxis(bias, 1, 0)
+        parts["bias"] = jnp.broadcast_to(bias, (len(q), *bias.shape[1:]))
+    shared, own = {}, {}
+    if mask is not None and mask.shape[1] > 1:
+        own["mask"] = jnp.moveaxis(mask, 1, 0)
+    elif mask is not None:
+        shared["mask"] = mask[:, 0]
+    many = _at_once(q, k)
+    if many == len(q) or _heads_are_split():
+        out = jax.vmap(lambda *part: _of_head(*part, shared))(parts, own)
+    else:
+        out = in_turns(_of_head, many, parts, own, shared)
+    return checkpoint_name(out, KEPT)
+
+
+@jax.checkpoint
+def _of_head(part, own, shared):
+    """q [B, D, T], k, v [B, D, S], bias [B or 1, T, S] of a head -> like q."""
+    q, k, v = (part[name] for name in "qkv")
     # as jax.nn does: else the scores' gradient, float32, would be multiplied as such
     half = q.dtype == jnp.bfloat16
     precision = jax.lax.DotAlgorithmPreset.BF16_BF16_F32 if half else None
-
-    @jax.checkpoint
-    def one(part):
-        q, k, v = (part[name] for name in "qkv")
-        how = {"precision": precision, "preferred_element_type": jnp.float32}
-        scores = jnp.einsum("bdt,bds->bts", q, k, **how)
-        scores = scores / math.sqrt(q.shape[1])
-        if "bias" in part:
-            scores = scores + part["bias"]
-        if mask is not None:
-            seen = part["mask"] if own else mask[:, 0]
-            scores = jnp.where(seen, scores, LEAST)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        return jnp.einsum("bts,bds->bdt", weights, v)
-
-    parts = {"q": q, "k": k, "v": v}
-    if bias is not None:
-        parts["bias"] = jnp.moveaxis(bias, 1, 0)
-    if own := mask is not None and mask.shape[1] > 1:
-        parts["mask"] = jnp.moveaxis(mask, 1, 0)
-    many = _at_once(q, k)
-    if many == len(q) or _heads_are_split():
-        out = jax.vmap(one)(parts)
-    else:
-        out = jax.lax.map(one, parts, batch_size=many)
-    return checkpoint_name(out, KEPT)
+    how = {"precision": precision, "preferred_element_type": jnp.float32}
+    scores = jnp.einsum("bdt,bds->bts", q, k, **how)
+    scores = scores / math.sqrt(q.shape[1])
+    if "bias" in part:
+        scores = scores + part["bias"]
+    for mask in (own | shared).values():
+        scores = jnp.where(mask, scores, LEAST)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bts,bds->bdt", weights, v)
 
 
 def _at_once(q, k):

@@ -5,25 +5,36 @@ read from where a layer left them and written to where the next one wants them, 
 nothing is put in another order before or after.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-KEPT = "attended"  # the name of attention's results to policies of remat
+KEPT = "attended"  # what policies of remat know attention's qkv and results by
 LEAST = -0.7 * float(jnp.finfo(jnp.float32).max)  # the score of what is not seen
 
 
-@jax.custom_vjp
 def attend(qkv, bias, mask):
     """-> [B, T, heads, D]
 
     qkv: ([B, T, 3, heads, D],) or three arrays, q [B, T, 1, heads, D], k and v [B, S,
-    ...]. bias [B or 1, heads, T, S] or None, mask [B or 1, heads or 1, T or 1, S] too.
+    ...]. bias [B or 1, heads or 1, T, S] or None, mask [B or 1, heads or 1, T or 1, S]
+    too. No forward-mode derivative.
     """
-    return _forward(qkv, bias, mask)[0]
+    if bias is not None:  # its gradient is written over it, head by head
+        heads, keys = qkv[0].shape[3], qkv[-1].shape[1]
+        bias = jnp.broadcast_to(bias, (len(bias), heads, qkv[0].shape[1], keys))
+    # a custom vjp would not inherit it
+    return _attend(jax.config.jax_default_matmul_precision, qkv, bias, mask)
 
 
-def _forward(qkv, bias, mask):
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(precision, qkv, bias, mask):
+    return _forward(precision, qkv, bias, mask)[0]
+
+
+def _forward(precision, qkv, bias, mask):
     """-> results, and what the backward pass needs: no scores, but how to scale them.
 
     exp(score - log_sum) is a weight, log_sum [heads, B, T, 1]; as FlashAttention does,
@@ -52,7 +63,7 @@ def _forward(qkv, bias, mask):
     return out, (qkv, bias, mask, out, log_sum)
 
 
-def _backward(kept, slope):
+def _backward(precision, kept, slope):
     """-> gradients, each written over what it is of, so that nothing is cleared first.
 
     The scores are transposed, so that only one product need be.
@@ -79,11 +90,12 @@ def _backward(kept, slope):
         return (_written(qkv, slopes, i), bias), None
 
     begun = (qkv, bias.mT if shared else bias)
-    (qkv, bias), _ = jax.lax.scan(one, begun, _numbers(out.shape[2]))
+    with jax.default_matmul_precision(precision):
+        (qkv, bias), _ = jax.lax.scan(one, begun, _numbers(out.shape[2]))
     return qkv, bias.mT if shared else bias, None
 
 
-attend.defvjp(_forward, _backward)
+_attend.defvjp(_forward, _backward)
 
 
 def _numbers(heads):

@@ -152,9 +152,9 @@ def cycles(by, chip, images):
     "chip, images", [("v5e:2x2", 64), ("v5p:2x2x1", 8), ("v4:2x2x1", 16)]
 )
 def test_a_tpus_layout_of_heads_saves_cycles(chip, images):
-    """By the compiler's own reckoning, in millions a layer: 16.6 of 23.5, 1.2 of 1.4,
-    and 2.21 of 2.46."""
-    assert cycles("heads_first", chip, images) < 0.91 * cycles("xla", chip, images)
+    """By the compiler's own reckoning, in millions a layer: 15.1 of 24.5, 1.09 of 1.56
+    and 1.95 of 2.48."""
+    assert cycles("heads_first", chip, images) < 0.85 * cycles("xla", chip, images)
 
 
 @pytest.mark.parametrize("name", [V4, V5E, V5P, V6E])
