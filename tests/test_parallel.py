@@ -32,11 +32,13 @@ PRESETS = {
     "fsdp and tensor": sharding.with_tensor(2),
     "hybrid": sharding.hybrid(2),
 }
+# Of 8 the rounding of one row's bound is seen: 1.2e-6 in one of 30 losses, else 7e-7.
+ROWS = 32
 QUICK = {"xla_backend_optimization_level": 0}
 
 
 def config(family):
-    c = small.config(shape=(8, 8, 2), batch_size=8)
+    c = small.config(shape=(8, 8, 2), batch_size=ROWS)
     c.model, c.process = FAMILIES[family]
     c.optimizer.learning_rate = 1e-4
     return c
@@ -44,8 +46,8 @@ def config(family):
 
 def batch(seed):
     rng = np.random.default_rng(seed)
-    latent = rng.standard_normal((8, 8, 8, 2)).astype(np.float32)
-    return {"latent": latent, "label": rng.integers(5, size=8).astype(np.int32)}
+    latent = rng.standard_normal((ROWS, 8, 8, 2)).astype(np.float32)
+    return {"latent": latent, "label": rng.integers(5, size=ROWS).astype(np.int32)}
 
 
 def run(family, mesh, steps=5):
