@@ -92,7 +92,6 @@ def turns(q, k, v, bias=None, mask=None):
     copied into no other layout; the scores of one head stay in the chip's fast memory.
     Backward they are computed again, from what was kept under the name KEPT.
     """
-
     parts = {"q": q, "k": k, "v": v}
     if bias is not None:
         bias = jnp.moveaxis(bias, 1, 0)

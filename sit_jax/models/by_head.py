@@ -104,22 +104,24 @@ def _numbers(heads):
 
 def _read(qkv, n, i):
     """Head i of q, k or v, n being 0, 1 or 2: [B, T, D]."""
-    x, part = (qkv[0], n) if len(qkv) == 1 else (qkv[n], 0)
+    which, start = _place(qkv, n, i)
+    x = qkv[which]
     sizes = (*x.shape[:2], 1, 1, x.shape[4])
-    return jax.lax.dynamic_slice(x, _start(part, i), sizes)[:, :, 0, 0]
+    return jax.lax.dynamic_slice(x, start, sizes)[:, :, 0, 0]
 
 
-def _start(part, i):
-    return [jnp.uint32(n) for n in (0, 0, part)] + [i, jnp.uint32(0)]
+def _place(qkv, n, i):
+    """-> which array of qkv head i of q, k or v is in, and where it begins there."""
+    which, row = (0, n) if len(qkv) == 1 else (n, 0)
+    return which, [*(jnp.uint32(at) for at in (0, 0, row)), i, jnp.uint32(0)]
 
 
 def _written(qkv, parts, i):
     """qkv with head i of q, k and v replaced."""
     qkv = list(qkv)
     for n, part in enumerate(parts):
-        which, row = (0, n) if len(qkv) == 1 else (n, 0)
+        which, start = _place(qkv, n, i)
         part = part[:, :, None, None].astype(qkv[which].dtype)
-        start = _start(row, i)
         qkv[which] = jax.lax.dynamic_update_slice(qkv[which], part, start)
     return tuple(qkv)
 
