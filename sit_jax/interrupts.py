@@ -15,7 +15,7 @@ import threading
 import time
 
 GRACE = 3.5  # seconds
-MAKING = 1.0  # seconds that what is being made is waited for
+MAKING = 1.0  # seconds that what is being made or removed is waited for
 ENDING = {signal.SIGINT, signal.SIGTERM}  # the latter where Python handles it
 
 _patient = 0  # how many ask for all the time they need, as to save a step
@@ -48,31 +48,25 @@ def impatience():
 
 
 @contextlib.contextmanager
-def tidied(remove):
-    """remove() is called if the process ends from here before the block does."""
-    _left_behind.append(remove)
-    try:
-        yield
-    finally:
-        _left_behind.remove(remove)
-
-
-@contextlib.contextmanager
 def made(make, remove):
     """Gives make(), of which remove() is called however block or process end.
 
-    tidy() waits for make(), or it would miss what a thread is just making.
+    tidy() waits for both: it would miss what a thread is just making, and end the
+    process in the middle of what a thread is just removing.
     """
-    with contextlib.ExitStack() as stack:
-        with _making:
-            undo = functools.partial(remove, thing := make())
-            stack.enter_context(tidied(undo))
-        stack.callback(undo)
+    with _making:
+        undo = functools.partial(remove, thing := make())
+        _left_behind.append(undo)
+    try:
         yield thing
+    finally:
+        with _making:
+            _left_behind.remove(undo)
+            undo()
 
 
 def tidy():
-    """What tidied() was told, for a process that is about to end where it is."""
+    """Removes what made() gave, for a process that is about to end where it is."""
     waited = _making.acquire(timeout=MAKING)
     for remove in reversed(_left_behind):
         remove()

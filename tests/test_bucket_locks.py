@@ -101,10 +101,10 @@ def test_who_cannot_renew_ends_before_another_takes_over(bucket, monkeypatch, ca
     codes, left = [], []
     leave = lambda code: (codes.append(code), ended.set())
     monkeypatch.setattr(leases.os, "_exit", leave)
-    with interrupts.tidied(lambda: left.append(True)), locks.alone(bucket):
-        assert ended.wait(5)
+    with interrupts.made(int, left.append), locks.alone(bucket):
+        assert ended.wait(5) and left == [0]
     assert ".lock was not renewed for 0.05 s: another run" in capsys.readouterr().err
-    assert codes[0] == LATER and left  # a mistake would be 2, which ends a job for good
+    assert codes[0] == LATER  # a mistake would be 2, which ends a job for good
 
 
 @pytest.mark.parametrize("hangs", [False, True], ids=["fails", "hangs"])

@@ -26,7 +26,7 @@ deaf = ctypes.CDLL(None).usleep  # Python's handlers run when it has returned
 with contextlib.ExitStack() as stack:
     for name in sys.argv[3:]:
         stack.enter_context(getattr(interrupts, name)())
-    stack.enter_context(interrupts.tidied(lambda: print("tidied")))
+    stack.enter_context(interrupts.made(int, lambda thing: print("tidied")))
     print("here", flush=True)
     deaf(int(sys.argv[1]))
 with interrupts.patience():
@@ -69,7 +69,7 @@ def test_who_leaves_a_block_in_time_has_heard():
     process = begin(0.2, "patience", "impatience")
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=10)
-    assert (said, process.returncode) == ("over\n", 0)
+    assert (said, process.returncode) == ("tidied\nover\n", 0)
 
 
 def test_who_enters_a_block_has_heard_nothing():
@@ -77,7 +77,7 @@ def test_who_enters_a_block_has_heard_nothing():
     process = begin(0.1, more=30)
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=10)
-    assert (said, process.returncode) == ("ended\n", 7)
+    assert (said, process.returncode) == ("tidied\nended\n", 7)
 
 
 DROPS = """
@@ -89,7 +89,7 @@ class Dropping:
         signal.raise_signal(signal.SIGINT)
 
 def main():
-    with interrupts.tidied(lambda: print("tidied", flush=True)):
+    with interrupts.made(int, lambda thing: print("tidied", flush=True)):
         one = Dropping()
         del one
         print("went on")
@@ -138,6 +138,37 @@ def test_who_ends_a_process_waits_for_what_it_has_to_remove():
         [sys.executable, "-c", MAKES], capture_output=True, text=True
     )
     assert (found.stdout, found.returncode) == ("made\nremoved it\n", 7), found
+
+
+REMOVES = """
+import os, threading, time
+from sit_jax import interrupts
+
+begun = threading.Event()
+
+def remove(thing):
+    begun.set()
+    time.sleep(0.2)
+    print("removed", thing, flush=True)
+
+def end():
+    begun.wait()
+    interrupts.tidy()
+    os._exit(7)
+
+threading.Thread(target=end).start()
+with interrupts.made(lambda: "it", remove):
+    pass
+time.sleep(5)
+"""
+
+
+def test_who_ends_a_process_waits_for_what_is_just_removed():
+    """A lock's file was gone and its folder still there when the process ended."""
+    found = subprocess.run(
+        [sys.executable, "-c", REMOVES], capture_output=True, text=True
+    )
+    assert (found.stdout, found.returncode) == ("removed it\n", 7), found
 
 
 LATE = """
