@@ -17,6 +17,7 @@ import traceback
 from pathlib import Path
 
 from sit_jax.errors import UserError
+from sit_jax.fields import ONLY_FILE, check, plain
 
 # Of data only the sources: other modules there also write.
 OURS = (
@@ -54,6 +55,7 @@ def build(node):
     if not callable(make):
         raise UserError(f"make is {make!r}; only a config file can name a constructor")
     fields = {name: _value(node, name) for name in node if name != "make"}
+    check(make, fields)
     try:
         return make(**fields)
     except (TypeError, ValueError) as error:
@@ -104,7 +106,7 @@ def override(config, arguments):
     except (flags.Error, TypeError, ValueError, AttributeError) as error:
         reason = _first_line(error).removeprefix("flag ")  # then it names its argument
         where = "" if reason.startswith("--") else f"{' '.join(arguments)}: "
-        raise UserError(where + reason) from error
+        raise UserError(where + plain(reason)) from error
 
 
 def to_json(node):
@@ -211,15 +213,15 @@ def _check_path(config, path):
     """Refuses a dotted path that the config does not have."""
     from ml_collections import ConfigDict
 
-    node = config
+    node, above = config, None
     for name in path.split("."):
         if not isinstance(node, ConfigDict):
             return  # an index into a tuple, for ml_collections to judge
         if name not in node:
             raise UserError(f"--config.{path}: no field {name!r}{_near(name, node)}")
-        node = node[name]
-    if callable(node):
-        raise UserError(f"--config.{path} is a function; only a config file can set it")
+        node, above = node[name], node
+    if callable(node) or above.get_type(name) is type(None):
+        raise UserError(f"--config.{path} is a function; {ONLY_FILE}")
     if isinstance(node, ConfigDict):
         fields = sorted(name for name in node if name != "make")
         raise UserError(

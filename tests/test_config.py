@@ -137,9 +137,9 @@ def test_several_fields_at_once_and_the_last_word_counts():
     [
         ("--config.model.dpeth=4", "--config.model.dpeth: no field 'dpeth'; did you"),
         ("--config.stpes=4", "--config.stpes: no field 'stpes'; did you mean 'steps'"),
-        ("--config.model.depth=abc", "--config.model.depth=abc: invalid literal"),
-        ("--config.steps=2.5", "--config.steps=2.5: invalid literal"),
-        ("--config.steps=None", "--config.steps=None: invalid literal"),
+        ("--config.model.depth=abc", "--config.model.depth=abc: it must be a whole"),
+        ("--config.steps=2.5", "--config.steps=2.5: it must be a whole"),
+        ("--config.steps=None", "--config.steps=None: it must be a whole"),
         ("--config.synthetic=maybe", "--config.synthetic=maybe: "),
         ("--config.synthetic", "--config.synthetic has no value"),
         ("--config.model=S", "--config.model stands for several fields; set one of"),

@@ -14,7 +14,7 @@ FLOORS = (
     "opening",
     "buckets",
     "places",
-    "drafts leases mirrors adan pickles checkpoint.folder checkpoint.sums "
+    "fields drafts leases mirrors adan pickles checkpoint.folder checkpoint.sums "
     "checkpoint.trees cluster rendezvous greeting numerals lora_numbers "
     "numbered comparison sharding hlo topology program_cache",
     "torch_containers checkpoint.whole party locks models.attention",
