@@ -124,8 +124,8 @@ def _made(config, mesh):
     source = _source(config)
     if config.get("count_classes"):
         config.model.classes = source.classes
-    parts = _recipe(config, mesh)
     check_training(config, source)
+    parts = _recipe(config, mesh)
     check_batch(config, sharding.rows(mesh))
     curve.check(config)
     check_cache(source, parts.codec, parts.shape)

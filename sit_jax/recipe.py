@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 
-from sit_jax import averages
+from sit_jax import averages, rates
 from sit_jax.codec import data_of
 from sit_jax.config import build
 from sit_jax.errors import UserError
@@ -61,15 +61,6 @@ def recipe(config):
     return parts
 
 
-RATES = {  # of optimizers, by optax's names
-    "learning_rate": (0, 100),
-    "weight_decay": (0, 100),
-    "b1": (0, 1),
-    "b2": (0, 1),
-    "b3": (0, 1),
-    "eps": (0, 1),
-    "eps_root": (0, 1),
-}
 POSITIVE = (
     *("batch_size", "steps", "accumulate", "log_every", "save_every"),
     *("max_skipped", "guidance_channels"),
@@ -94,12 +85,7 @@ def check_training(config, source):
             words = ", ".join(PRECISIONS)
             raise UserError(f"precision.{part} is {word!r}; there are {words}")
     check_seed("seed", config.seed)
-    for name, (least, most) in RATES.items():
-        value = config.optimizer.get(name)
-        if isinstance(value, int | float) and not least <= value < most:
-            raise UserError(
-                f"optimizer.{name} is {value}; it must be in [{least:g}, {most:g})"
-            )
+    rates.check(config)
     if isinstance(config.optimizer.get("mask"), str):
         raise UserError("optimizer.mask is a function: only a config file can set it")
     if config.label_drop and not config.model.null_label:
@@ -144,5 +130,8 @@ def _check(parts):
     _ = parts.losses  # refuses a process without steps to choose among
     if len(parts.shape) != 3 or min(parts.shape) < 1:
         raise UserError(f"shape {parts.shape} is not (height, width, channels)")
+    scale = getattr(parts.codec, "scale", 1.0)
+    if not (scale > 0 and math.isfinite(scale)):
+        raise UserError(f"codec.scale is {scale}; it must be positive and finite")
     if isinstance(parts.guidance, float | int) and not math.isfinite(parts.guidance):
         raise UserError(f"guidance is {parts.guidance}; it must be a finite number")

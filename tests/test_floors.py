@@ -29,7 +29,7 @@ FLOORS = (
     "torch_noise rounding gaussians array_files graph_files "
     "models.inception_layers metrics.gaussian metrics.score metrics.manifold "
     "metrics.kernel stored resampling",
-    "predictions guidance autoguidance codec data.reading data.folders data.tars "
+    "predictions guidance autoguidance rates codec data.reading data.folders data.tars "
     "data.cache quantized data.filling data.prepared command workdir logging "
     "outputs torch_files labels download models.vae_layers models.applied replicas "
     "history lora lora_names pod",
