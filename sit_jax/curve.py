@@ -74,6 +74,7 @@ def check(config):
         )
     if isinstance(config.reference, str) and not place(config.reference).is_file():
         raise UserError(f"reference: no file at {config.reference}")
+    build(config.reference)  # a source refuses here what it cannot give
 
 
 def curve(config, parts, mesh, around=lambda fn: fn):

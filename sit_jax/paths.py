@@ -10,6 +10,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from sit_jax.errors import UserError
+
 
 def linear(t):
     return t, 1 - t
@@ -29,6 +31,14 @@ class VP:
 
     beta_min: float = 0.1
     beta_max: float = 20.0
+
+    def __post_init__(self):
+        low, high = self.beta_min, self.beta_max
+        if not (0 <= low <= high < math.inf and high > 0):
+            raise UserError(
+                f"beta_min={low}, beta_max={high} of VP: the path needs 0 <= beta_min "
+                "<= beta_max, and the latter positive and finite"
+            )
 
     def __call__(self, t):
         s = 1 - t

@@ -67,7 +67,7 @@ def check_kept(kept, total):
     """None keeps all."""
     if kept is None:
         return
-    rising = all(a < b for a, b in itertools.pairwise(kept))
+    rising = all(map(_whole, kept)) and all(a < b for a, b in itertools.pairwise(kept))
     if not (kept and rising and kept[0] >= 0 and kept[-1] < total):
         raise UserError(
             f"kept={kept} must be ascending step numbers from 0 to {total - 1}; "

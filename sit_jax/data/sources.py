@@ -44,6 +44,8 @@ class Digits:
             raise UserError(
                 "the digits come with scikit-learn: pip install scikit-learn"
             ) from error
+        if seed < 0:
+            raise UserError(f"seed={seed} of Digits must be at least 0")
         scans = load_digits()
         if not 0 < held_out < len(scans.target):
             raise UserError(
