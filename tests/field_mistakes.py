@@ -1,9 +1,9 @@
-"""What is wrong for each field of train.py's config; tests/test_misuse.py tries it."""
+"""What is wrong for each field of each config; tests/test_misuse.py tries it."""
 
 from mistakes import WORD
 
 CHOSEN = ("x",)  # a function, a class or a switch
-FIELDS = {  # of train.py's config
+FIELDS = {  # of small_config.py, and so of most
     "accumulate": ("0", "3", "x"),
     "batch_size": ("0", "-8", "7", "x", "1.5"),
     "check_replicas": ("-1", "x"),
@@ -80,4 +80,110 @@ FIELDS = {  # of train.py's config
     "synthetic": ("x",),
     "vae": ("{missing}",),
     "workers": ("-1", "x"),
+}
+
+TINY = "--config.model.depth=2 --config.model.width=16 --config.model.heads=2"
+RANDOM = f"--config.synthetic=True {TINY}"
+OVER = f"--config.shape=(4,4,1) {TINY} --init {{weights}}"
+SMALL = (
+    "--config.synthetic=True --config.model.classes=5 --config.model.learn_sigma=True"
+)
+NEW = "--config.source.after=5 --config.adapter.new_classes=5"
+LINES = {  # config: what train.py's line says beside it, so that it begins
+    "digits": "",
+    "dit_digits": "",
+    "finetune_folder": "--config.source.path={images}",
+    "lora_cached": f"{OVER} --config.source.source.path={{cache}} {NEW}",
+    "lora_digits": f"{OVER} {SMALL}",
+    "mdt_digits": "",
+    "sit_b2_vp": RANDOM,
+    "sit_xl2": RANDOM,
+    "sit_xl2_sde": RANDOM,
+}
+OTHERS = {  # config: fields that FIELDS has not, as there
+    "digits": {
+        "features.make": CHOSEN,
+        "optimizer.learning_rate.decay_steps": ("0", "50", "-1", "x"),
+        "optimizer.learning_rate.end_value": ("-1", "nan", "inf", "x"),
+        "optimizer.learning_rate.exponent": ("-1", "nan", "x"),
+        "optimizer.learning_rate.init_value": ("-1", "nan", "1e9", "x"),
+        "optimizer.learning_rate.make": CHOSEN,
+        "optimizer.learning_rate.peak_value": ("-1", "nan", "1e9", "x"),
+        "optimizer.learning_rate.warmup_steps": ("-1", "1500", "x", "1.5"),
+        "reference.held_out": (("0", "-1", "1797", "x"), "+ --config.evaluate_every=1"),
+        "reference.make": CHOSEN,
+        "reference.seed": (("-1", "x"), "+ --config.evaluate_every=1"),
+        "reference.train": CHOSEN,
+        "sampler.atol": ("-1", "nan", "x"),
+        "sampler.control": CHOSEN,
+        "sampler.max_steps": ("0", "-1", "x"),
+        "sampler.rtol": ("-1", "nan", "x"),
+        "sampler.solver.make": CHOSEN,
+        "sampler.solver.scan_kind": ("nonsense", "3"),
+        "source.held_out": ("0", "-1", "1797", "x"),
+        "source.seed": ("-1", "x"),
+        "source.train": CHOSEN,
+    },
+    "dit_digits": {
+        "process.kept": ("x", "3", "()", "(3,2)", "(0,1000)", "(0.5,1)", "('x',)"),
+        "process.objective": CHOSEN,
+        "process.schedule": CHOSEN,
+        "process.steps": ("0", "-1", "x"),
+        "process.variance": CHOSEN,
+        "sampler.clip": CHOSEN,
+        "sampler.lead": ("x", "3"),
+        "sampler.mend": ("x", "3"),
+    },
+    "finetune_folder": {
+        "source.broken_share": ("-0.1", "1.1", "nan", "x"),
+        "source.flip": CHOSEN,
+        "source.size": ("0", "-1", "x"),
+    },
+    "lora_cached": {
+        "source.after": ("-1", "x"),
+        "source.source.flip": CHOSEN,
+        "source.source.path": ("{missing}", "{garbage}", "{folder}"),
+    },
+    "lora_digits": {
+        "adapter.alpha": ("0", "-1", "nan", "inf", "x"),
+        "adapter.dora": CHOSEN,
+        "adapter.dropout": ("-0.1", "1", "nan", "x"),
+        "adapter.int8": ("x", "(", "3"),
+        "adapter.make": CHOSEN,
+        "adapter.new_classes": ("-1", "5", "x"),
+        "adapter.rank": ("0", "-1", "x"),
+        "adapter.rank_stabilized": CHOSEN,
+        "adapter.targets": ("x", "("),
+        "source.source.held_out": (("0", "-1", "x"), "+ --config.synthetic=False"),
+        "source.source.make": CHOSEN,
+        "source.source.seed": (("-1", "x"), "+ --config.synthetic=False"),
+        "source.source.train": CHOSEN,
+        "source.style": CHOSEN,
+    },
+    "mdt_digits": {
+        "guidance.make": CHOSEN,
+        "guidance.power": ("0", "-1", "nan", "x"),
+        "guidance.scale": ("nan", "inf", "x"),
+        "guidance.steps": ("0", "-1", "x"),
+        "log_quartiles": CHOSEN,
+        "model.decoder": ("0", "3", "4", "x"),
+        "model.hide": ("-0.1", "1", "nan", "x"),
+        "model.spread": ("-0.1", "0.7", "nan", "x"),
+        "optimizer.b3": ("0", "1", "nan", "x"),
+        "optimizer.learning_rate.transition_begin": ("-1", "x", "1.5"),
+        "optimizer.learning_rate.transition_steps": ("0", "-1", "x", "1.5"),
+        "timesteps": ("x", "3"),
+    },
+    "sit_b2_vp": {
+        "process.path.beta_max": ("0", "nan", "inf", "x"),
+        "process.path.beta_min": ("-1", "nan", "21", "x"),
+        "process.path.make": CHOSEN,
+    },
+    "sit_xl2": {"codec.scale": ("0", "-1", "nan", "inf", "x")},
+    "sit_xl2_sde": {
+        "sampler.diffusion": CHOSEN,
+        "sampler.last": ("0", "1", "nan", "x"),
+        "sampler.last_step": CHOSEN,
+        "sampler.norm": ("-1", "nan", "x"),
+    },
 }

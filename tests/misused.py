@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import caches
 import numpy as np
 import pytest
 import small
@@ -17,7 +18,7 @@ from toy_codec import toy
 
 from sit_jax import extraction, vae_files
 
-PLACES = ("folder", "garbage", "images", "weights", "secret", "closed")
+PLACES = ("folder", "garbage", "images", "cache", "weights", "secret", "closed")
 
 
 class Begun(BaseException):
@@ -43,6 +44,8 @@ def place():
     np.savez(root / "features.npz", features=rng.normal(size=(20, 4)))
     digits = rng.integers(0, 255, (4, 8, 8, 1), np.uint8)
     np.savez(root / "samples.npz", arr_0=digits, arr_1=np.arange(4))
+    tags = caches.changed(shape=(4, 4, 2), scale=None, encoder_sha256=None)
+    caches.write(root / "cache", tags)
     config = small.config()
     small.checkpoint(root / "weights", config)
     (root / "manifest.json").write_text(json.dumps({"job": _job(root, config)}))

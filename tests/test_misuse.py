@@ -1,10 +1,11 @@
 """Every flag of every script, wrongly used: one line, exit code 2, nothing touched.
 
 mistakes.py says for each flag what is wrong for it, and the parsers say which flags
-there are: a new one without a line there fails, and so does a field of train.py's
-config without one in field_mistakes.py. All ends before anything is computed.
+there are: a new one without a line there fails, and so does a field of any config
+without one in field_mistakes.py. All ends before anything is computed.
 """
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -13,11 +14,11 @@ import misused
 import pytest
 import small
 from conftest import ROOT
-from field_mistakes import FIELDS
+from field_mistakes import FIELDS, LINES, OTHERS
 from mistakes import FLAGS, SCRIPTS
 from misused import Begun, clear, contents, words
 
-from sit_jax import command, locks
+from sit_jax import adapting, command, config, locks
 from sit_jax.errors import one_line
 
 names = misused.names
@@ -26,14 +27,28 @@ sealed = misused.sealed
 
 
 def cases():
-    fields = {f"--config.{field}": wrong for field, wrong in FIELDS.items()}
-    for script, flags in {**FLAGS, "train": FLAGS["train"] | fields}.items():
-        for flag, wrong in flags.items():
-            values, line = wrong if isinstance(wrong[0], tuple) else (wrong, None)
-            base = SCRIPTS[script]
-            line = base if line is None else line.replace("+", base)
-            for value in values:
-                yield script, flag, value, line
+    """(script, flag, a wrong value, the rest of the line)"""
+    for script, flags in FLAGS.items():
+        yield from of(script, flags, SCRIPTS[script])
+    yield from of("train", flagged(FIELDS), SCRIPTS["train"])
+    for name, fields in OTHERS.items():
+        yield from of("train", flagged(fields), line_of(name))
+
+
+def of(script, flags, base):
+    for flag, wrong in flags.items():
+        values, line = wrong if isinstance(wrong[0], tuple) else (wrong, "+")
+        for value in values:
+            yield script, flag, value, line.replace("+", base)
+
+
+def flagged(fields):
+    return {f"--config.{field}": wrong for field, wrong in fields.items()}
+
+
+def line_of(name):
+    path = ROOT / "configs" / f"{name}.py"
+    return f"--config {path} --workdir {{new}} {LINES[name]}"
 
 
 CASES = list(cases())
@@ -108,7 +123,7 @@ def test_no_script_is_left_out():
 
 
 def test_there_are_enough_cases():
-    assert len(CASES) >= 400
+    assert len(CASES) >= 1000
 
 
 class Found(BaseException):
@@ -128,14 +143,26 @@ def test_every_flag_has_its_cases(script, sealed, monkeypatch):
     assert flags == set(FLAGS[script])
 
 
-def test_every_field_has_its_cases():
-    def leaves(node, before=""):
-        for name in node:
-            inside = hasattr(node[name], "keys")
-            yield from leaves(node[name], f"{name}.") if inside else [before + name]
+def leaves(node, before=""):
+    for name in node:
+        path, inside = before + name, hasattr(node[name], "keys")
+        yield from leaves(node[name], f"{path}.") if inside else [path]
 
-    strange = {"model", "model.dpeth", "nonsense"}
-    assert set(leaves(small.config())) == set(FIELDS) - strange
+
+STRANGE = {"model", "model.dpeth", "nonsense"}
+
+
+def test_every_field_has_its_cases():
+    assert set(leaves(small.config())) == set(FIELDS) - STRANGE
+
+
+def test_every_field_of_every_config_has_its_cases():
+    paths = set((ROOT / "configs").glob("[!_]*.py"))
+    found = {path.stem: set(leaves(config.load(path))) for path in paths}
+    for name, fields in OTHERS.items():
+        assert set(fields) <= found[name], "of another config"
+    known = {*FIELDS, *itertools.chain(*OTHERS.values())} - STRANGE
+    assert set().union(*found.values()) | set(leaves(small.config())) == known
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -150,6 +177,26 @@ def test_the_line_without_the_mistake_begins(script, sealed, place, names, monke
     monkeypatch.setattr(sys, "argv", ["script.py", *argv])
     with pytest.raises(Begun):
         sealed[script].main()
+    clear(place)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_line_of_a_config_begins(name, sealed, place, names, monkeypatch):
+    """Up to where a network is made, or a VAE is read."""
+
+    def begin(*words, **fields):
+        raise Begun
+
+    for module, what in (
+        (sealed["train"], "begin"),
+        (sealed["train"], "load_vae"),
+        (adapting, "_state"),  # over a base that fits
+    ):
+        monkeypatch.setattr(module, what, begin)
+    argv = [word.format(**names) for word in line_of(name).split()]
+    monkeypatch.setattr(sys, "argv", ["script.py", *argv])
+    with pytest.raises(Begun):
+        sealed["train"].main()
     clear(place)
 
 
