@@ -70,6 +70,7 @@ def arguments():
     add("--reference", metavar="DIR", help="a clone of the original")
     add("--adan", metavar="DIR", help="a clone of MDT's optimizer")
     add("--no-compile", action="store_true", help="without torch.compile")
+    add("--mask-sizes", type=int, help="numbers of tokens MDT's pass is compiled for")
     add("--masked", action="store_true", help="beside two plain steps")
     add("--rounds", type=int, default=5)
     add("--steps", type=int, default=1, help="in a round")
@@ -90,6 +91,8 @@ def cases(args):
     for name in ("width", "heads"):
         if getattr(args, name) is not None:
             shared["fields"][name] = getattr(args, name)
+    if args.mask_sizes:
+        shared["fields"]["sizes"] = args.mask_sizes
     plain = {"fields": shared["fields"] | {"hide": None}}
     for size, batch in itertools.product(words(args.sizes), words(args.batches, int)):
         base = shared | {"size": size, "batch": batch}

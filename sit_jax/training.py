@@ -8,11 +8,9 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from sit_jax import averages
+from sit_jax import averages, passes
 from sit_jax.codec import data_of
-from sit_jax.guidance import drop_labels
-from sit_jax.models.applied import trained
-from sit_jax.stored import dropping, join, split
+from sit_jax.stored import split
 from sit_jax.timesteps import quartiles
 
 
@@ -65,27 +63,25 @@ def make_train_step(
     timesteps: see timesteps.py; None: the process draws its times. by_quartile: losses
     are also given by quarters of the times. place(grads) -> grads: see placement.py.
 
-    A model with .passes(key, shape) -> {prefix: inputs} is trained on the sum of the
-    losses of all passes, at the same times but with other noise and dropped labels.
+    A model with several passes is trained on the sum of their losses: see passes.py.
     """
-    loss = _loss(model, process, by_quartile or timesteps is not None)
+    gradient = passes.gradient(model, process, by_quartile or timesteps is not None)
 
     def train_step(state, codec, batch, key):
         key = jax.random.fold_in(key, state.step)
         keys = jax.random.split(key, 4)
         data = data_of(codec, keys[0], batch)
         t, weights = _times(timesteps, process, keys[2], state.losses, len(data))
-        passes = _passes(model, key, keys, data.shape, batch["label"], drop)
-        grad = jax.grad(partial(loss, state.frozen), has_aux=True)
-        grad = in_parts(grad, accumulate)
-        grads, metrics = grad(state.params, data, t, weights, passes)
+        each = passes.drawn(model, key, keys, data.shape, batch["label"], drop)
+        grad = in_parts(partial(gradient, state.frozen), accumulate)
+        grads, metrics = grad(state.params, data, t, weights, each)
         rows = metrics.pop("rows", {})
         grads = place(grads)
         norm = optax.tree.norm(grads)
-        good = jnp.isfinite(_total(passes, metrics)) & jnp.isfinite(norm)
+        good = jnp.isfinite(passes.total(each, metrics)) & jnp.isfinite(norm)
         losses = state.losses
         if timesteps is not None:
-            losses = timesteps.add(losses, t, _total(passes, rows))
+            losses = timesteps.add(losses, t, passes.total(each, rows))
         new = _updated(state, tx, grads, decay, good, losses)
         tensors = (data, state.params, grads)
         bad = jax.lax.cond(good, lambda _: -1, _first_bad, tensors)
@@ -95,45 +91,6 @@ def make_train_step(
         return new, metrics
 
     return train_step
-
-
-def _loss(model, process, wants_rows):
-    """-> loss(frozen, params, data, t, weights, passes) -> (total, terms).
-
-    wants_rows: the terms of each row, before they are weighted, are there as "rows".
-    """
-
-    def loss(frozen, params, data, t, weights, passes):
-        terms, params = {}, join(params, frozen)
-        for prefix, (inputs, noise, keys) in passes.items():
-            net = partial(trained, model, dropping(params, keys), **inputs)
-            found = process.loss(net, data, noise, t)
-            terms |= {prefix + name: term for name, term in found.items()}
-        rows = {"rows": terms} if wants_rows else {}
-        if weights is not None:
-            terms = jax.tree.map(lambda term: weights * term, terms)
-        means = jax.tree.map(jnp.mean, terms)
-        return _total(passes, means), means | rows
-
-    return loss
-
-
-def _passes(model, key, keys, shape, given, drop):
-    """-> {prefix: (inputs of the model, noise [B, ...], a key for each row)}.
-
-    keys: four of the step's key; given: labels [B], some of which are dropped.
-    """
-    labels = drop_labels(keys[1], given, model.classes, drop)
-    noise = jax.random.normal(keys[3], shape)
-    rows = jax.random.split(jax.random.fold_in(key, 5), shape[0])
-    passes = {"": ({"y": labels}, noise, rows)}
-    for i, (prefix, inputs) in enumerate(_more_passes(model, key, shape)):
-        label_key, noise_key = (jax.random.fold_in(keys[j], i) for j in (1, 3))
-        labels = drop_labels(label_key, given, model.classes, drop)
-        noise = jax.random.normal(noise_key, shape)
-        rows = jax.vmap(partial(jax.random.fold_in, data=i))(rows)
-        passes[prefix] = ({"y": labels, **inputs}, noise, rows)
-    return passes
 
 
 def in_parts(grad, parts):
@@ -186,25 +143,6 @@ def _times(timesteps, process, key, losses, n):
     if timesteps is None:
         return process.times(key, n), None
     return timesteps.draw(process, key, losses, n)
-
-
-def _more_passes(model, key, shape):
-    """-> (prefix, inputs) of each pass after the plain one, for a batch's shape.
-
-    The keys of everything else are split or folded from key by other numbers than 4.
-    """
-    if not hasattr(model, "passes"):
-        return []
-    passes = model.passes(jax.random.fold_in(key, 4), shape)
-    return [(prefix, inputs) for prefix, inputs in passes.items() if prefix]
-
-
-def _total(passes, terms):
-    """The sum of the passes' losses, in a dict with all their terms."""
-    total = terms["loss"]
-    for prefix in passes:
-        total = total + terms[prefix + "loss"] if prefix else total
-    return total
 
 
 def _updated(state, tx, grads, decay, good, losses):

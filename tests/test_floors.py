@@ -48,6 +48,7 @@ FLOORS = (
     "samplers.flow samplers.sde samplers.chain torch_config",
     "samplers.ode samplers.adaptive samplers.torchdiffeq",
     "samplers.adams samplers.likelihood",
+    "passes",
     "training generation recipe samplers.names quantizing",
     "base",
     "weights transfer adapters",

@@ -3,7 +3,7 @@
 MDT, arXiv:2303.14389. A mask is the order in which tokens are seen, a permutation
 drawn for every image, and how many of them are. Shapes stay static: as many tokens as
 can ever be seen, M, are gathered; those that a smaller draw hides are among them, and
-nobody attends to them.
+nobody attends to them. So that there are fewer of these, a program may have several M.
 """
 
 import jax
@@ -40,6 +40,12 @@ def draw(key, batch, tokens, hide, spread):
 def most(tokens, hide):
     """How many tokens the smallest share leaves."""
     return int(tokens * (1 - hide))
+
+
+def sizes(tokens, hide, spread, count):
+    """-> at most `count` numbers of tokens, evenly spaced, up to the most ever seen."""
+    high, low = most(tokens, hide), most(tokens, hide + spread)
+    return sorted({high - (high - low) * i // count for i in range(count)})
 
 
 def seen(order, kept, size):

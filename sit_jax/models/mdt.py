@@ -55,8 +55,7 @@ class Attention(nn.Module):
             bias = masking.among(bias, seen)
             mask = None if seen.valid is None else seen.valid[:, None, None]
         x = attended(x, self.heads, self.dtype, self.program, bias, mask)
-        kept = (HEADS, None)
-        return Dense(width, dtype=self.dtype, split=kept, name="proj")(x)
+        return Dense(width, dtype=self.dtype, split=(HEADS, None), name="proj")(x)
 
 
 class Block(nn.Module):
@@ -88,7 +87,8 @@ class MDT(nn.Module):
     """The first version; fields default to XL/2 on ImageNet.
 
     hide: the share of tokens hidden in the masked pass, None for no such pass; spread:
-    how much more that may be, drawn at every step.
+    how much more, drawn at every step; sizes: how many programs of the masked pass
+    there are then, for more or fewer tokens. The smallest that suffices is run.
     """
 
     depth: int = 28
@@ -98,6 +98,7 @@ class MDT(nn.Module):
     decoder: int = 2  # of the depth
     hide: float | None = 0.3
     spread: float = 0.0
+    sizes: int = 1
     mlp_ratio: float = 4.0
     classes: int = 1000
     null_label: bool = True
@@ -121,12 +122,23 @@ class MDT(nn.Module):
         masks = masking.draw(key, shape[0], tokens, self.hide, self.spread)
         return {"": {}, "m_": masks}
 
+    @nn.nowrap
+    def ways(self, inputs, shape):
+        """inputs of a pass -> (index int [], the same inputs for each size)."""
+        if inputs.get("kept") is None:
+            return 0, [inputs]
+        tokens, kept = (shape[1] // self.patch) ** 2, inputs["kept"].max()
+        sizes = masking.sizes(tokens, self.hide, self.spread, self.sizes)
+        each = [{**inputs, "size": size} for size in sizes]
+        return jnp.searchsorted(jnp.asarray(sizes), kept), each
+
     @nn.compact
-    def __call__(self, x, t, y, order=None, kept=None):
+    def __call__(self, x, t, y, order=None, kept=None, size=None):
         """x [B, H, W, C], t [B], y [B] -> float32 [B, H, W, 2C], or C without sigma.
 
         order int [B, T] hides all tokens but its first, kept int [B] of them or, if
-        kept is None, as many as `hide` leaves.
+        kept is None, as many as `hide` leaves. size: how many are worked on, if not
+        the most that can be.
         """
         check(self, x.shape)
         dtype = choose(DTYPES, self.dtype, "dtype")
@@ -136,13 +148,12 @@ class MDT(nn.Module):
         if order is not None:
             if self.hide is None:
                 raise UserError("model.hide is None: this network hides no tokens")
-            size = masking.most(side * side, self.hide)
+            size = size or masking.most(side * side, self.hide)
             seen = masking.seen(order, kept, size)
         x = Patches(self.width, (p, p), (p, p), dtype=dtype, name="patch")(x)
         x = rearrange(x, "b h w d -> b (h w) d")
         x = whole = by_rows((x + self._positions("positions", side)).astype(dtype))
-        labels = self.classes + self.null_label
-        c = Conditioning(self.width, labels, name="cond")(t, y)
+        c = Conditioning(self.width, self.classes + self.null_label, name="cond")(t, y)
         x = self.encode(x if seen is None else masking.take(x, seen), c, seen, side)
         x = self._fill_in(x, c, seen, side)
         x = self.decode(x, whole, c, side)
@@ -238,6 +249,8 @@ def check(model, shape):
         )
     if model.hide is None:
         return
+    if model.sizes < 1:
+        raise UserError(f"model.sizes {model.sizes} must be at least 1")
     tokens = (shape[1] // model.patch) ** 2
     low, high = model.hide, model.hide + model.spread
     if not (low >= 0 and model.spread >= 0 and int(tokens * (1 - high)) >= 1):

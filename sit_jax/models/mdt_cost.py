@@ -1,5 +1,7 @@
 """Multiply-adds of MDT, of a plain pass and of a training step."""
 
+import numpy as np
+
 from sit_jax.models import dit, masking
 from sit_jax.models.mdt import MDTv2
 
@@ -12,17 +14,18 @@ def macs(model, shape):
 
 
 def step_macs(model, shape):
-    """Those of all passes of a training step; the hidden ones at their fewest."""
+    """Those of all passes of a training step; the masked one at its sizes' mean."""
     plain = macs(model, shape)
     if model.hide is None:
         return plain
     (encoder, _), (joining, _) = _lengths(model)
     tokens = shape[0] * shape[1] // model.patch**2
-    seen, width = masking.most(tokens, model.hide), model.width
+    sizes = masking.sizes(tokens, model.hide, model.spread, model.sizes)
+    seen, width = np.asarray(sizes), model.width
     one = lambda n: n * (4 + 2 * model.mlp_ratio) * width**2 + 2 * n * n * width
     saved = encoder * (one(tokens) - one(seen))
     saved += joining * 2 * (tokens - seen) * width**2
-    return 2 * plain + int(one(tokens)) + 6 * width**2 - int(saved)
+    return 2 * plain + int(one(tokens)) + 6 * width**2 - int(np.mean(saved))
 
 
 def _lengths(model):

@@ -1,0 +1,100 @@
+"""A masked pass that is compiled for several numbers of tokens is the same pass."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from networks import equations, quick_jit, shapes
+
+from sit_jax import passes
+from sit_jax.diffusion import Diffusion
+from sit_jax.errors import UserError
+from sit_jax.models import masking
+from sit_jax.models.mdt import MDT, MDTv2
+from sit_jax.models.mdt_cost import step_macs
+
+SMALL = dict(depth=3, decoder=1, width=24, heads=3, patch=1, classes=5)
+ONE, THREE = MDTv2(**SMALL), MDTv2(sizes=3, **SMALL)
+SHAPE = (2, 8, 8, 4)  # 64 tokens, of which 32 to 44 are seen
+
+
+def weights():
+    rng = np.random.default_rng(0)
+    draw = lambda s: jnp.asarray(rng.normal(0, 0.15, s.shape), jnp.float32)
+    return jax.tree.map(draw, shapes(ONE, 8))
+
+
+def gradient(model, key):
+    """-> the gradient of both passes, their terms, and how many tokens are seen."""
+    keys = jax.random.split(key, 4)
+    data = jax.random.normal(keys[0], SHAPE)
+    drawn = passes.drawn(model, key, keys, SHAPE, jnp.array([1, 4]), 0.1)
+    grad = passes.gradient(model, Diffusion(), False)
+    found = grad({}, weights(), data, jnp.array([20, 700]), None, drawn)
+    return found, drawn["m_"][0]["kept"][0]
+
+
+def test_sizes_are_evenly_spaced_up_to_the_most():
+    assert masking.sizes(256, 0.3, 0.2, 1) == [179]
+    assert masking.sizes(256, 0.3, 0.2, 4) == [141, 154, 167, 179]
+    assert masking.sizes(16, 0.3, 0.2, 100) == [9, 10, 11]  # not one twice
+    assert masking.sizes(256, 0.3, 0.0, 4) == [179]
+
+
+def test_the_smallest_size_that_holds_all_seen_tokens_is_run():
+    model, sizes = MDTv2(sizes=4), masking.sizes(256, 0.3, 0.2, 4)
+    for kept in range(128, 180):
+        inputs = {"kept": jnp.full(2, kept), "order": None}
+        index, each = model.ways(inputs, (2, 32, 32, 4))
+        assert [way["size"] for way in each] == sizes
+        size = sizes[int(index)]
+        assert kept <= size and not any(kept <= s < size for s in sizes)
+
+
+def test_a_pass_without_a_drawn_share_has_one_program():
+    for model, inputs in ((THREE, {"y": 1}), (MDT(sizes=3), {"y": 1, "order": 2})):
+        assert model.ways(inputs, SHAPE) == (0, [inputs])
+
+
+def test_every_size_has_the_gradient_of_the_largest():
+    one, three = (quick_jit(partial(gradient, model)) for model in (ONE, THREE))
+    sizes, met = masking.sizes(64, 0.3, 0.2, 3), set()
+    for seed in range(20):
+        key = jax.random.key(seed)
+        ((exact, terms), kept), ((found, others), _) = one(key), three(key)
+        met.add(int(np.searchsorted(sizes, kept)))
+        for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(found), strict=True):
+            # sums over tokens in another order
+            np.testing.assert_allclose(b, a, rtol=0, atol=3e-6 * np.abs(a).max())
+        for name, term in terms.items():
+            assert float(others[name]) == pytest.approx(float(term), rel=2e-6)
+    assert met == {0, 1, 2}
+
+
+def test_a_smaller_size_is_less_work():
+    traced = jax.make_jaxpr(partial(gradient, THREE))(jax.random.key(0)).jaxpr
+    (branches,) = [
+        eqn.params["branches"]
+        for eqn in equations(traced)
+        if eqn.primitive.name == "cond" and len(eqn.params["branches"]) == 3
+    ]
+    rows = [
+        {
+            v.aval.shape[1:2]
+            for e in equations(b.jaxpr)
+            for v in e.outvars
+            if v.aval.shape[2:] == (24,)
+        }
+        for b in branches
+    ]
+    for size, found in zip((36, 40, 44), rows, strict=True):
+        assert {n for n in (36, 40, 44) if (n,) in found} == {size}
+    at = lambda sizes: step_macs(MDTv2(sizes=sizes, **SMALL), SHAPE[1:])
+    assert at(1) > at(3) > at(100)
+
+
+def test_no_size_is_refused():
+    with pytest.raises(UserError, match="model.sizes 0 must be at least 1"):
+        jax.eval_shape(lambda: MDTv2(sizes=0, **SMALL).passes(jax.random.key(0), SHAPE))
