@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sit_jax import noise
+from sit_jax import heap, noise
 from sit_jax.guidance import guided, is_none, with_null_half
 from sit_jax.models import attention
 from sit_jax.models.applied import apply
@@ -111,6 +111,7 @@ class Generator:
         model = weak[0] if weak else None
         run = lowered(parts, self._params, mesh, self.batch_size, model, kicks, around)
         self._run = run.compile()
+        heap.close_gaps()
         self.compile_seconds = time.perf_counter() - begun
 
     def __call__(self, seed, labels, start=None, params=None, given=None, todo=None):

@@ -4,6 +4,10 @@ XLA allocates a program's temporaries anew at every call, gigabytes in training.
 gets such blocks from Linux and gives them back, and Linux hands them out 4 KiB at a
 time, as zeros. Here they come from a heap that is kept, in huge pages where there are.
 It grows to about twice what is in use, since blocks do not fit into all of its gaps.
+
+Compilation leaves tens of thousands of gaps between what it still holds. glibc looks
+for room among them first, and holds a lock meanwhile that all of XLA's workers wait
+for: a step is 6 to 12 % slower (docs/performance.md). So they are closed.
 """
 
 import ctypes
@@ -18,6 +22,7 @@ KEPT = {MMAP_MAX: 0, TRIM_THRESHOLD: -1, ARENA_MAX: 1}
 USUAL = {MMAP_MAX: 65_536, TRIM_THRESHOLD: 2**17, ARENA_MAX: 8 * (os.cpu_count() or 1)}
 MADV_HUGEPAGE = 14
 PAGE = 2**21
+GAP = 2**16  # smaller ones cost nothing: glibc has lists of each size
 
 kept = False  # whether it is, here
 
@@ -37,15 +42,47 @@ def keep():
 
 
 def settle(platform, needed):
-    """Ends it but on a CPU whose machine has thrice the memory needed, in bytes."""
+    """Ends it but on a CPU whose machine has thrice the memory needed, in bytes.
+
+    To be called after compilation, whose gaps are closed where it goes on.
+    """
     if platform != "cpu" or 3 * needed > _memory():
         as_usual()
+    else:
+        close_gaps()
 
 
 def as_usual():
     """What keep set, as glibc has it by itself: for a device with its own memory."""
-    libc = _glibc()
+    global kept
+    libc, kept = _glibc(), False
     return libc is not None and all([libc.mallopt(*each) for each in USUAL.items()])
+
+
+def close_gaps():
+    """Fills what is free before the heap's end, for good. -> bytes filled."""
+    libc = _glibc() if kept else None
+    if not hasattr(libc, "mallinfo2"):
+        return 0  # not kept, or a glibc from before 2021
+    libc.mallinfo2.restype = _Mallinfo
+    libc.sbrk.restype, libc.sbrk.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
+    end = libc.sbrk(0) - libc.mallinfo2().keepcost  # after it, all is free
+    filled, size = 0, 2**26
+    while size >= GAP:
+        block = libc.malloc(size)
+        if block and block < end:
+            filled += size
+        else:
+            libc.free(block)
+            size = 4 * size // 5
+    return filled
+
+
+class _Mallinfo(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks"
+    _fields_ = [(name, ctypes.c_size_t) for name in (*names.split(), "keepcost")]
 
 
 def _memory():
@@ -54,7 +91,11 @@ def _memory():
 
 def _glibc():
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    return libc if hasattr(libc, "mallopt") else None  # musl's malloc has none
+    if not hasattr(libc, "mallopt"):
+        return None  # musl's malloc has none
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    return libc
 
 
 def _prefer_huge_pages(libc):
@@ -63,8 +104,6 @@ def _prefer_huge_pages(libc):
     if not rule.exists() or rule.read_text().strip() == "2":
         return  # by 2, what is not touched counts as well
     size = _memory() // 2
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     if block := libc.malloc(size):
         start, end = -(-block // PAGE) * PAGE, (block + size) // PAGE * PAGE

@@ -65,3 +65,47 @@ def test_it_ends_without_a_cpu_or_room(platform, needed, ends, monkeypatch):
     monkeypatch.setattr(heap, "as_usual", lambda: called.append(True))
     heap.settle(platform, needed)
     assert bool(called) == ends
+
+
+GAPS = """
+import ctypes
+from sit_jax import heap
+
+heap.keep()
+libc = heap._glibc()
+blocks = [libc.malloc(2**17 + 64 * i) for i in range(200)]
+for block in blocks[::2]:
+    libc.free(block)
+{before}
+filled, again = heap.close_gaps(), heap.close_gaps()
+block = libc.malloc(2**17)
+print(filled, again, int(min(blocks) <= block <= max(blocks)))
+"""
+
+
+def gaps(before=""):
+    run = [sys.executable, "-c", GAPS.format(before=before)]
+    out = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    return [int(word) for word in out.split()]
+
+
+@needs_glibc
+def test_gaps_between_what_is_held_are_closed_once():
+    """A hundred of 128 KiB or a little more, which no block comes from any more."""
+    filled, again, from_gap = gaps()
+    assert 0.6 * 100 * 2**17 < filled < 2**30
+    assert again == 0 and not from_gap
+
+
+@needs_glibc
+def test_as_usual_gaps_are_left_to_be_used():
+    filled, _, from_gap = gaps("heap.as_usual()")
+    assert filled == 0 and from_gap
+
+
+def test_gaps_are_closed_where_the_heap_is_kept(monkeypatch):
+    called = []
+    monkeypatch.setattr(heap, "_memory", lambda: 10)
+    monkeypatch.setattr(heap, "close_gaps", lambda: called.append(True))
+    heap.settle("cpu", 2)
+    assert called
