@@ -38,10 +38,10 @@ def ours(case):
     from sit_jax.codec import Pixels
     from sit_jax.models import attention
     from sit_jax.models.kinds import kind_of
+    from sit_jax.program import compiler_options
     from sit_jax.training import init_state, make_train_step
 
     heap.keep()
-    heap.settle(jax.default_backend(), 0)
     model, process, tx = parts(case)
     begin = functools.partial(init_state, model, tx, SHAPE)
     state = jax.jit(begin)(jax.random.key(0))
@@ -51,10 +51,13 @@ def ours(case):
         "label": rng.integers(1000, size=case["batch"]).astype(np.int32),
     }
     batch, key = jax.device_put(batch), jax.random.key(1)
-    step = jax.jit(make_train_step(model, process, tx), donate_argnums=0)
+    options = compiler_options(jax.default_backend())
+    how = {"donate_argnums": 0, "compiler_options": options}
+    step = jax.jit(make_train_step(model, process, tx), **how)
     begun = time.perf_counter()
     step = step.lower(state, Pixels(), batch, key).compile()
     compiling = time.perf_counter() - begun
+    heap.settle(jax.default_backend(), 0)
 
     def run(steps):
         nonlocal state
