@@ -168,6 +168,7 @@ OTHERS = {  # config: fields that FIELDS has not, as there
         "log_quartiles": CHOSEN,
         "model.decoder": ("0", "3", "4", "x"),
         "model.hide": ("-0.1", "1", "nan", "x"),
+        "model.sizes": ("0", "-1", "1.5", "x"),
         "model.spread": ("-0.1", "0.7", "nan", "x"),
         "optimizer.b3": ("0", "1", "nan", "x"),
         "optimizer.learning_rate.transition_begin": ("-1", "x", "1.5"),
