@@ -255,6 +255,6 @@ def check(model, shape):
     low, high = model.hide, model.hide + model.spread
     if not (low >= 0 and model.spread >= 0 and int(tokens * (1 - high)) >= 1):
         raise UserError(
-            f"model.hide {low} and spread {model.spread} hide up to {high:g} of "
-            f"{tokens} tokens; at least one must be seen"
+            f"model.hide {low} and model.spread {model.spread} must be from 0 on, and "
+            f"together leave one of {tokens} tokens to be seen"
         )
