@@ -22,7 +22,9 @@ KEPT = {MMAP_MAX: 0, TRIM_THRESHOLD: -1, ARENA_MAX: 1}
 USUAL = {MMAP_MAX: 65_536, TRIM_THRESHOLD: 2**17, ARENA_MAX: 8 * (os.cpu_count() or 1)}
 MADV_HUGEPAGE = 14
 PAGE = 2**21
-GAP = 2**16  # smaller ones cost nothing: glibc has lists of each size
+# Gaps of these sizes are closed: of larger ones there are few, and a step's temporaries
+# may be to go there; of smaller ones glibc has a list for each size.
+GAP, LARGE = 2**16, 2**22
 
 kept = False  # whether it is, here
 
@@ -60,22 +62,25 @@ def as_usual():
 
 
 def close_gaps():
-    """Fills what is free before the heap's end, for good. -> bytes filled."""
+    """Fills small gaps before the heap's end, for good. -> bytes filled."""
     libc = _glibc() if kept else None
     if not hasattr(libc, "mallinfo2"):
         return 0  # not kept, or a glibc from before 2021
     libc.mallinfo2.restype = _Mallinfo
     libc.sbrk.restype, libc.sbrk.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
     end = libc.sbrk(0) - libc.mallinfo2().keepcost  # after it, all is free
-    filled, size = 0, 2**26
+    held, size = [], 2**26
     while size >= GAP:
         block = libc.malloc(size)
         if block and block < end:
-            filled += size
+            held.append((block, size))
         else:
             libc.free(block)
             size = 4 * size // 5
-    return filled
+    for block, size in held:
+        if size > LARGE:
+            libc.free(block)
+    return sum(size for _, size in held if size <= LARGE)
 
 
 class _Mallinfo(ctypes.Structure):
