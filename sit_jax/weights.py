@@ -82,7 +82,10 @@ def open_weights(path, torch_file):
             for n, r in releases.RELEASES.items()
             if r.family not in ("vae", "inception")
         )
-        raise UserError(f"no weights at {path}; names are {', '.join(names)}")
+        raise UserError(
+            f"no weights at {path}: no such file or folder, and no release, which is "
+            f"downloaded by its name: {', '.join(names)}"
+        )
     if path.suffix in KINDS or diffusers_files.is_folder(path):
         return torch_file(path)
     found = Directory(*checkpoint.find(path))
