@@ -22,6 +22,7 @@ from sit_jax import (
     planning,
     program,
     program_cache,
+    rates,
     sharding,
 )
 from sit_jax import config as configs
@@ -124,8 +125,9 @@ def _made(config, mesh):
     source = _source(config)
     if config.get("count_classes"):
         config.model.classes = source.classes
-    check_training(config, source)
+    rates.check(config)
     parts = _recipe(config, mesh)
+    check_training(config, source)
     check_batch(config, sharding.rows(mesh))
     curve.check(config)
     check_cache(source, parts.codec, parts.shape)

@@ -221,7 +221,8 @@ def _check_path(config, path):
             raise UserError(f"--config.{path}: no field {name!r}{_near(name, node)}")
         node, above = node[name], node
     if callable(node) or above.get_type(name) is type(None):
-        raise UserError(f"--config.{path} is a function; {ONLY_FILE}")
+        what = "a function" if callable(node) else "None, or a function"
+        raise UserError(f"--config.{path} is {what}; {ONLY_FILE}")
     if isinstance(node, ConfigDict):
         fields = sorted(name for name in node if name != "make")
         raise UserError(

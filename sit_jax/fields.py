@@ -10,7 +10,7 @@ from sit_jax.errors import UserError
 ONLY_FILE = "only a config file can set it"
 REASONS = {  # how absl's words begin: what they mean
     "('Non-boolean argument": "it must be True or False",
-    "invalid literal for int()": "it must be a whole number",
+    "invalid literal for int()": "it must be a whole number, in digits",
     "could not convert string to float": "it must be a number",
 }
 
@@ -35,7 +35,7 @@ def _hints(make):
     """Field -> annotation; of what cannot be read, nothing."""
     try:
         fields = inspect.signature(make, eval_str=True).parameters
-    except (TypeError, ValueError, NameError, AttributeError):
+    except Exception:  # an annotation may be any text
         return {}
     return {name: field.annotation for name, field in fields.items()}
 
@@ -50,7 +50,8 @@ def _fits(value, hint):
     if kind is Callable:
         return callable(value)
     if kind in (int, float):
-        return hasattr(value, "__float__")  # numpy's and JAX's too
+        # numpy's and JAX's too; and a schedule, which one may not have thought of
+        return hasattr(value, "__float__") or callable(value)
     if kind is tuple:
         each = inner[:1] if inner[1:] == (...,) else ()
         return isinstance(value, tuple | list) and all(

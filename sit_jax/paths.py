@@ -34,10 +34,10 @@ class VP:
 
     def __post_init__(self):
         low, high = self.beta_min, self.beta_max
-        if not (0 <= low <= high < math.inf and high > 0):
+        if not (low >= 0 and high >= 0 and 0 < low + high < math.inf):
             raise UserError(
-                f"beta_min={low}, beta_max={high} of VP: the path needs 0 <= beta_min "
-                "<= beta_max, and the latter positive and finite"
+                f"beta_min={low}, beta_max={high} of VP: both must be finite and not "
+                "negative, and one of them positive"
             )
 
     def __call__(self, t):

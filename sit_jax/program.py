@@ -1,6 +1,7 @@
 """The programs of a config, as the scripts run them and as a plan compiles them."""
 
 import dataclasses
+import os
 from functools import cache, partial
 
 import jax
@@ -24,7 +25,8 @@ CPU_OPTIONS = {
 @cache
 def compiler_options(platform):
     """What a training step is compiled with on a platform, if XLA knows it there."""
-    if platform != "cpu":
+    given = os.environ.get("XLA_FLAGS", "")
+    if platform != "cpu" or any(name in given for name in CPU_OPTIONS):
         return None
     try:
         jax.jit(lambda x: x, compiler_options=CPU_OPTIONS).lower(0).compile()

@@ -19,7 +19,7 @@ OPTIMIZER = {  # by optax's names, as those below
 }
 SCHEDULE = {name: RATE for name in ("init_value", "peak_value", "end_value", "value")}
 SCHEDULE |= {"exponent": (0, 100), "power": (0, 100)}
-LEAST = {  # of counts of steps; optax makes a constant rate of none, and says nothing
+LEAST = {  # of optax's counts of steps; of none it makes a constant rate, silently
     "warmup_steps": 0,
     "transition_begin": 0,
     "transition_steps": 1,
@@ -31,11 +31,12 @@ SAMPLES = 512  # steps at which a schedule is looked at
 def check(config):
     """Refuses an optimizer's numbers, and rates of its schedule, that train nothing."""
     _ranges("optimizer", config.optimizer, OPTIMIZER)
-    schedule = config.optimizer.get("learning_rate")
+    schedule = _given(config.optimizer, "learning_rate")
     if hasattr(schedule, "keys"):
         where = "optimizer.learning_rate"
         _ranges(where, schedule, SCHEDULE)
-        _counts(where, schedule)
+        if getattr(schedule.make, "__module__", "").startswith("optax."):
+            _counts(where, schedule)
         _course(where, build(schedule), config.steps)
 
 
@@ -53,7 +54,11 @@ def _counts(where, schedule):
         value = _given(schedule, name)
         if value is None:
             continue
-        if not isinstance(value, int | float) or value < least or value != int(value):
+        if not (
+            isinstance(value, int | float)
+            and value >= least
+            and float(value).is_integer()
+        ):
             raise UserError(
                 f"{where}.{name} is {value!r}; a whole number, at least {least}"
             )
@@ -81,6 +86,7 @@ def _course(where, schedule, steps):
 def _given(node, name):
     """A field's value; None also where there is none yet, of which build tells."""
     try:
-        return node.get(name)
+        value = node.get(name)
     except RequiredValueError:
         return None
+    return value.item() if isinstance(value, np.number) else value

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 
-from sit_jax import averages, rates
+from sit_jax import averages
 from sit_jax.codec import data_of
 from sit_jax.config import build
 from sit_jax.errors import UserError
@@ -85,7 +85,6 @@ def check_training(config, source):
             words = ", ".join(PRECISIONS)
             raise UserError(f"precision.{part} is {word!r}; there are {words}")
     check_seed("seed", config.seed)
-    rates.check(config)
     if isinstance(config.optimizer.get("mask"), str):
         raise UserError("optimizer.mask is a function: only a config file can set it")
     if config.label_drop and not config.model.null_label:
@@ -131,7 +130,7 @@ def _check(parts):
     if len(parts.shape) != 3 or min(parts.shape) < 1:
         raise UserError(f"shape {parts.shape} is not (height, width, channels)")
     scale = getattr(parts.codec, "scale", 1.0)
-    if not (scale > 0 and math.isfinite(scale)):
+    if isinstance(scale, float | int) and not (scale > 0 and math.isfinite(scale)):
         raise UserError(f"codec.scale is {scale}; it must be positive and finite")
     if isinstance(parts.guidance, float | int) and not math.isfinite(parts.guidance):
         raise UserError(f"guidance is {parts.guidance}; it must be a finite number")

@@ -37,6 +37,7 @@ MAY_CHANGE = (
     "precision.vae",
     "model.remat",
     "model.unroll",
+    "model.sizes",
     "model.attention",
 )
 

@@ -176,8 +176,8 @@ OTHERS = {  # config: fields that FIELDS has not, as there
         "timesteps": ("x", "3"),
     },
     "sit_b2_vp": {
-        "process.path.beta_max": ("0", "nan", "inf", "x"),
-        "process.path.beta_min": ("-1", "nan", "21", "x"),
+        "process.path.beta_max": ("-1", "nan", "inf", "x"),
+        "process.path.beta_min": ("-1", "nan", "inf", "x"),
         "process.path.make": CHOSEN,
     },
     "sit_xl2": {"codec.scale": ("0", "-1", "nan", "inf", "x")},

@@ -47,7 +47,7 @@ def test_what_is_no_such_thing_is_refused(name, value, wanted):
         ("rule", (made, None)),
         ("kept", ((1, 2), [3], (), None)),
         ("kind", ("a", None)),
-        ("share", (1, 0.5, np.float32(1), jnp.ones(()))),
+        ("share", (1, 0.5, np.float32(1), jnp.ones(()), optax.constant_schedule(1))),
         ("anything", ("x", 3)),
         ("unsaid", ("x", 3)),
     ],
@@ -55,6 +55,13 @@ def test_what_is_no_such_thing_is_refused(name, value, wanted):
 def test_what_may_be_passes(name, values):
     for value in values:
         fields.check(made, {name: value})
+
+
+def test_an_annotation_may_be_any_text():
+    def own(count: "a number of things" = 1):  # noqa: F722
+        return count
+
+    assert build(spec(own, count=3)) == 3
 
 
 def test_build_asks():

@@ -33,3 +33,8 @@ def test_an_option_that_xla_does_not_know_is_left_out(monkeypatch):
         monkeypatch.setattr(program, "CPU_OPTIONS", options)
         program.compiler_options.cache_clear()
         assert program.compiler_options("cpu") is None
+
+
+def test_flags_that_say_so_are_the_users(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=")
+    assert program.compiler_options("cpu") is None

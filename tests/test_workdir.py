@@ -119,6 +119,11 @@ def test_what_does_not_enter_a_step_may_change(tmp_path):
     assert read_json(tmp_path / "config.json") == now
 
 
+def test_a_run_begun_before_a_free_field_was_there_goes_on(tmp_path):
+    open_workdir(tmp_path, CONFIG)
+    open_workdir(tmp_path, but(model__sizes=1))
+
+
 def test_a_field_is_not_free_because_its_name_begins_like_a_free_one():
     assert "steps" in MAY_CHANGE
     with pytest.raises(UserError, match="steps_ahead"):
