@@ -2,7 +2,6 @@
 
 import jax
 import numpy as np
-from ml_collections.config_dict import RequiredValueError
 
 from sit_jax.config import build
 from sit_jax.errors import UserError
@@ -85,6 +84,8 @@ def _course(where, schedule, steps):
 
 def _given(node, name):
     """A field's value; None also where there is none yet, of which build tells."""
+    from ml_collections.config_dict import RequiredValueError
+
     try:
         value = node.get(name)
     except RequiredValueError:
