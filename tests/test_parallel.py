@@ -163,3 +163,13 @@ def test_a_bias_by_position_is_not_sent_around(by):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_under_every_preset(family, preset):
     check(family, preset)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["fsdp", "hybrid"])
+def test_a_masked_pass_of_two_sizes_on_eight_devices(preset, monkeypatch):
+    """All devices take the same branch."""
+    _, process = FAMILIES["MDTv2"]
+    model = spec(MDTv2, **SIZE | {"depth": 3}, decoder=1, sizes=2)
+    monkeypatch.setitem(FAMILIES, "two sizes", (model, process))
+    check("two sizes", preset)
