@@ -111,8 +111,8 @@ class Generator:
         model = weak[0] if weak else None
         run = lowered(parts, self._params, mesh, self.batch_size, model, kicks, around)
         self._run = run.compile()
-        heap.close_gaps()
         self.compile_seconds = time.perf_counter() - begun
+        heap.close_gaps()
 
     def __call__(self, seed, labels, start=None, params=None, given=None, todo=None):
         """Yields (data [n, H, W, C], stats) on the host until all labels are served.

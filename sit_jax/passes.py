@@ -52,17 +52,17 @@ def gradient(model, process, wants_rows):
         return means["loss"], (means, rows if wants_rows else {})
 
     def grad(frozen, params, data, t, weights, passes):
-        total, terms, rows = None, {}, {}
-        for prefix, (inputs, *drawn) in passes.items():
+        summed, terms, rows = None, {}, {}
+        for prefix, (inputs, *others) in passes.items():
             index, ways = _ways(model, inputs, data.shape)
             slope = lambda way, *given: jax.grad(loss, has_aux=True)(*given, way)
-            given = (params, frozen, data, t, weights, *drawn)
+            given = (params, frozen, data, t, weights, *others)
             each = [partial(slope, way) for way in ways]
             grads, (means, of_rows) = jax.lax.switch(index, each, *given)
-            total = grads if total is None else jax.tree.map(jnp.add, total, grads)
+            summed = jax.tree.map(jnp.add, summed, grads) if summed else grads
             terms |= {prefix + name: term for name, term in means.items()}
             rows |= {prefix + name: term for name, term in of_rows.items()}
-        return total, terms | ({"rows": rows} if rows else {})
+        return summed, terms | ({"rows": rows} if rows else {})
 
     return grad
 

@@ -95,6 +95,8 @@ def test_a_smaller_size_is_less_work():
     assert at(1) > at(3) > at(100)
 
 
-def test_no_size_is_refused():
-    with pytest.raises(UserError, match="model.sizes 0 must be at least 1"):
-        jax.eval_shape(lambda: MDTv2(sizes=0, **SMALL).passes(jax.random.key(0), SHAPE))
+@pytest.mark.parametrize("sizes", [0, 2.0])
+def test_no_whole_number_of_sizes_is_refused(sizes):
+    model = MDTv2(sizes=sizes, **SMALL)
+    with pytest.raises(UserError, match=f"model.sizes {sizes} must be a whole number"):
+        model.passes(jax.random.key(0), SHAPE)

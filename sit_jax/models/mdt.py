@@ -249,8 +249,8 @@ def check(model, shape):
         )
     if model.hide is None:
         return
-    if model.sizes < 1:
-        raise UserError(f"model.sizes {model.sizes} must be at least 1")
+    if not isinstance(model.sizes, int) or model.sizes < 1:
+        raise UserError(f"model.sizes {model.sizes} must be a whole number from 1 on")
     tokens = (shape[1] // model.patch) ** 2
     low, high = model.hide, model.hide + model.spread
     if not (low >= 0 and model.spread >= 0 and int(tokens * (1 - high)) >= 1):
