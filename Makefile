@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/digits
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint loc clean
 
 demo: .venv/installed
 	$(BIN)/python train.py --config configs/digits.py --workdir $(RUN)
@@ -46,6 +46,9 @@ lint: .venv/dev
 	# without torchvision, which only its command takes
 	$(BIN)/python -m pip install -q --no-deps torch-fidelity==0.4.0
 	touch $@
+
+loc:
+	@$(PYTHON) benchmarks/loc.py
 
 clean:
 	rm -rf .venv .cache runs

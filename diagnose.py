@@ -10,30 +10,24 @@ import sit_jax.opening
 import dataclasses
 
 from configs import published
-from sit_jax import (
-    bundle,
-    command,
-    diagnosis,
-    hosts,
-    job,
-    paired,
-    program_cache,
-    sampling,
-)
-from sit_jax.array_files import ArrayFile
-from sit_jax.digit_features import WIDTHS
+from sit_jax import command, hosts
+from sit_jax.convert.given import Given
+from sit_jax.diagnosis import bundle, diagnosis, paired
+from sit_jax.diagnosis.stages import collect
+from sit_jax.diagnosis.swapping import decoded, exchanged_sides
+from sit_jax.diagnosis.worst_pairs import worst_pairs
 from sit_jax.drafts import require_free
 from sit_jax.errors import UserError
-from sit_jax.evaluated import OfFeatures, of_images, open_side
-from sit_jax.features import StoredFeatures
-from sit_jax.given import Given
-from sit_jax.judges import Evaluator
+from sit_jax.evaluation.digit_features import WIDTHS
+from sit_jax.evaluation.evaluated import OfFeatures, of_images, open_side
+from sit_jax.evaluation.features import StoredFeatures
+from sit_jax.evaluation.judges import Evaluator
 from sit_jax.numerals import COUNT, whole
 from sit_jax.places import local, place
-from sit_jax.stages import collect
-from sit_jax.swapping import decoded, exchanged_sides
-from sit_jax.workdir import read_json
-from sit_jax.worst_pairs import worst_pairs
+from sit_jax.sampling import job, sampling
+from sit_jax.sampling.array_files import ArrayFile
+from sit_jax.trainer import program_cache
+from sit_jax.trainer.workdir import read_json
 
 OF_FIGURES = (
     *("reference_b", "seeds", "swap", "swapped", "features_b", "inception_b"),

@@ -11,25 +11,20 @@ import sit_jax.opening
 from functools import partial
 from pathlib import Path
 
-from sit_jax import (
-    command,
-    evaluation,
-    hosts,
-    inception_weights,
-    label_policy,
-    outputs,
-    program_cache,
-    summary,
-)
-from sit_jax.digit_features import WIDTHS, DigitFeatures
+from sit_jax import command, hosts
+from sit_jax.convert import inception_weights
 from sit_jax.errors import UserError
-from sit_jax.evaluated import open_side
-from sit_jax.features import inception_extractor
+from sit_jax.evaluation import evaluation, label_policy, summary
+from sit_jax.evaluation.digit_features import WIDTHS, DigitFeatures
+from sit_jax.evaluation.evaluated import open_side
+from sit_jax.evaluation.features import inception_extractor
+from sit_jax.evaluation.unfinished import unfinished
 from sit_jax.manifest import environment
 from sit_jax.numerals import COUNT, whole
-from sit_jax.sharding import make_mesh
-from sit_jax.unfinished import unfinished
-from sit_jax.workdir import read_json, write_json
+from sit_jax.parallel.sharding import make_mesh
+from sit_jax.sampling import outputs
+from sit_jax.trainer import program_cache
+from sit_jax.trainer.workdir import read_json, write_json
 
 KEPT = 10_000  # features in a statistics file: as many as ADM's references have images
 LONG = 16  # a list in a manifest that is left out of the record

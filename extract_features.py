@@ -9,22 +9,23 @@ import sys
 import time
 from functools import partial
 
-from sit_jax import cluster, command, hosts, program_cache
+from sit_jax import cluster, command, hosts
 from sit_jax.data.archives import ImageNetTar, WebdatasetTars
 from sit_jax.data.cache import LatentCache
 from sit_jax.data.cifar import CifarBinary, CifarFolder
+from sit_jax.data.extraction import DTYPES, describe, extract
 from sit_jax.data.folders import AdmFolder, ImageFolder
 from sit_jax.data.pairs import from_pairs, to_pairs
 from sit_jax.data.prepared import Tfds
 from sit_jax.data.sources import LatentFolder
 from sit_jax.drafts import require_writable
 from sit_jax.errors import UserError, one_line
-from sit_jax.extraction import DTYPES, describe, extract
 from sit_jax.manifest import environment
 from sit_jax.numerals import COUNT, SEED, real, whole
 from sit_jax.places import local
-from sit_jax.precision import chosen
-from sit_jax.workdir import write_json
+from sit_jax.precision.precision import chosen
+from sit_jax.trainer import program_cache
+from sit_jax.trainer.workdir import write_json
 
 KINDS = {
     "folder": lambda a: ImageFolder(a.data, a.size, broken_share=a.broken_share),
@@ -116,7 +117,7 @@ def load(vae, precision):
     """-> the codec of --vae."""
     if vae is None:
         raise UserError("--vae is missing: a folder, a file, or sd-vae-ft-mse")
-    from sit_jax import vae_files
+    from sit_jax.convert import vae_files
 
     chosen(precision)  # or it is refused, before anything is loaded
     return vae_files.load_vae(vae, precision)

@@ -15,33 +15,31 @@ import time
 import jax
 
 from configs import published
-from sit_jax import (
+from sit_jax import checkpoint, command, hosts
+from sit_jax import config as configs
+from sit_jax.convert import (
     adapter_exchange,
-    checkpoint,
-    chips,
-    command,
     conversion,
     directions,
-    hosts,
     mdt_files,
     model_folder,
     reference,
     releases,
     tensor_files,
 )
-from sit_jax import config as configs
-from sit_jax.card import card
-from sit_jax.comparison import compare, file_sha
+from sit_jax.convert.card import card
+from sit_jax.convert.comparison import compare, file_sha
+from sit_jax.convert.exchange import Stored, open_torch
+from sit_jax.convert.given import add_untold
+from sit_jax.convert.weights import family_of
 from sit_jax.drafts import draft, drafts, require_free, require_space
 from sit_jax.errors import UserError
-from sit_jax.exchange import Stored, open_torch
-from sit_jax.given import add_untold
 from sit_jax.manifest import weights_hash
 from sit_jax.models.mdt import MDT
 from sit_jax.numerals import whole
+from sit_jax.parallel import chips
 from sit_jax.places import place
-from sit_jax.weights import family_of
-from sit_jax.workdir import read_json
+from sit_jax.trainer.workdir import read_json
 
 
 def main():

@@ -11,13 +11,16 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no accelerator is needed, so none held
 
 from configs import published
-from sit_jax import chips, command, conversion, hosts, quantizing
+from sit_jax import command, hosts
+from sit_jax.adapters import quantizing
+from sit_jax.adapters.quantized import SKIP, WORDS, storing
 from sit_jax.config import to_json
+from sit_jax.convert import conversion
+from sit_jax.convert.given import Given, add_untold
 from sit_jax.drafts import draft, require_free, require_space
 from sit_jax.errors import UserError
-from sit_jax.given import Given, add_untold
 from sit_jax.manifest import weights_hash
-from sit_jax.quantized import SKIP, WORDS, storing
+from sit_jax.parallel import chips
 
 
 def main():

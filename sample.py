@@ -12,30 +12,29 @@ from pathlib import Path
 import numpy as np
 
 from configs import published
-from sit_jax import (
-    adapters,
-    command,
+from sit_jax import command, hosts
+from sit_jax import config as configs
+from sit_jax.adapters import quantized
+from sit_jax.convert import adapters
+from sit_jax.convert.given import Given, add_untold
+from sit_jax.errors import UserError
+from sit_jax.models import rounding
+from sit_jax.numerals import COUNT, SEED
+from sit_jax.planning import planning
+from sit_jax.precision.emulation import EMULATED
+from sit_jax.sampling import (
     densities,
-    hosts,
     job,
     labels,
     outputs,
-    planning,
     presets,
-    program_cache,
-    quantized,
-    rounding,
     sampling,
     settings,
     starts,
 )
-from sit_jax import config as configs
-from sit_jax.emulation import EMULATED
-from sit_jax.errors import UserError
-from sit_jax.given import Given, add_untold
-from sit_jax.numerals import COUNT, SEED
-from sit_jax.parts import is_begun
-from sit_jax.preview import rows
+from sit_jax.sampling.parts import is_begun
+from sit_jax.trainer import program_cache
+from sit_jax.trainer.preview import rows
 
 # flags beside --from-manifest: where things are, and what runs on how many hosts
 REPEATED = set(

@@ -10,14 +10,14 @@ import sit_jax.opening
 import numpy as np
 
 from sit_jax import command
-from sit_jax.array_files import ArrayFile
 from sit_jax.data.sources import Digits
-from sit_jax.digit_features import DigitFeatures
 from sit_jax.drafts import draft, require_free
 from sit_jax.errors import UserError
-from sit_jax.metrics import Gaussian, frechet
+from sit_jax.evaluation.digit_features import DigitFeatures
+from sit_jax.evaluation.metrics import Gaussian, frechet
 from sit_jax.places import place
-from sit_jax.workdir import write_json
+from sit_jax.sampling.array_files import ArrayFile
+from sit_jax.trainer.workdir import write_json
 
 
 def main():

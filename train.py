@@ -12,42 +12,34 @@ from pathlib import Path
 import jax
 
 from configs import published
-from sit_jax import (
-    averages,
-    chips,
-    command,
-    curve,
-    heap,
-    hosts,
-    planning,
-    program,
-    program_cache,
-    rates,
-    sharding,
-)
+from sit_jax import command, hosts, rates
 from sit_jax import config as configs
-from sit_jax.adapting import begin_adapted
+from sit_jax.adapters.stored import join
 from sit_jax.checkpoint import Checkpoints, steps
+from sit_jax.convert.given import Given, add_flags
+from sit_jax.convert.vae_files import load_vae, with_vae
 from sit_jax.data.cache import about_data, check_cache
 from sit_jax.data.feed import abstract_batch, batches
 from sit_jax.data.sources import Synthetic
 from sit_jax.errors import UserError
-from sit_jax.given import Given, add_flags
-from sit_jax.history import history
-from sit_jax.introduction import introduce
-from sit_jax.keeper import Keeper
-from sit_jax.logging import RunLog
+from sit_jax.experiment import check_batch, check_data, check_training
 from sit_jax.manifest import environment
-from sit_jax.meter import Meter
 from sit_jax.models.kinds import kind_of
-from sit_jax.recipe import check_batch, check_data, check_training
-from sit_jax.replicas import Replicas
-from sit_jax.start import begin, require_room
-from sit_jax.stored import join
-from sit_jax.training import tensor_names
-from sit_jax.vae_files import load_vae, with_vae
-from sit_jax.watching import Views
-from sit_jax.workdir import advice, held, open_workdir, write_json
+from sit_jax.parallel import chips, sharding
+from sit_jax.planning import planning, program
+from sit_jax.planning.introduction import introduce
+from sit_jax.trainer import curve, heap, program_cache
+from sit_jax.trainer.adapting import begin_adapted
+from sit_jax.trainer.history import history
+from sit_jax.trainer.keeper import Keeper
+from sit_jax.trainer.logging import RunLog
+from sit_jax.trainer.meter import Meter
+from sit_jax.trainer.replicas import Replicas
+from sit_jax.trainer.start import begin, require_room
+from sit_jax.trainer.watching import Views
+from sit_jax.trainer.workdir import advice, held, open_workdir, write_json
+from sit_jax.training import averages
+from sit_jax.training.training import tensor_names
 
 
 def main():

@@ -19,14 +19,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from sit_jax.data.cache import LatentCache  # noqa: E402
-from sit_jax.data.coins import coins  # noqa: E402
-from sit_jax.data.feed import order  # noqa: E402
-from sit_jax.data.filling import finish, missing, open_plan, shard  # noqa: E402
-from sit_jax.data.folders import ImageFolder  # noqa: E402
-from sit_jax.data.reading import read  # noqa: E402
-from sit_jax.data.tags import Tags  # noqa: E402
-from sit_jax.data.workers import Workers  # noqa: E402
+from sit_jax.data.cache import LatentCache
+from sit_jax.data.coins import coins
+from sit_jax.data.feed import order
+from sit_jax.data.filling import finish, missing, open_plan, shard
+from sit_jax.data.folders import ImageFolder
+from sit_jax.data.reading import read
+from sit_jax.data.tags import Tags
+from sit_jax.data.workers import Workers
 
 DEMAND = 700  # records a second
 REPEATS = 20  # the best of which counts; short ones, between the neighbours' work
@@ -136,9 +136,9 @@ def extraction(folder, vae, out, size, batch=8):
     import jax
     from vae import codec as random
 
-    from sit_jax.extraction import Encoder, describe, extract
+    from sit_jax.convert.vae_files import load_vae
+    from sit_jax.data.extraction import Encoder, describe, extract
     from sit_jax.models.vae import AutoencoderKL
-    from sit_jax.vae_files import load_vae
 
     codec = random(AutoencoderKL(), "exact") if vae == "random" else load_vae(vae)
     source = ImageFolder(folder, size)

@@ -23,14 +23,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
-from sit_jax import chips
-from sit_jax.features import Extractor, inception_extractor
-from sit_jax.inception_weights import Weights
-from sit_jax.metrics import Gaussian, frechet
-from sit_jax.metrics.manifold import precision_recall
+from sit_jax.convert.inception_weights import Weights
+from sit_jax.evaluation.features import Extractor, inception_extractor
+from sit_jax.evaluation.metrics import Gaussian, frechet
+from sit_jax.evaluation.metrics.manifold import precision_recall
 from sit_jax.models.inception import SPATIAL
 from sit_jax.models.inception_layers import CLASSES, POOL, SHAPES
-from sit_jax.sharding import make_mesh
+from sit_jax.parallel import chips
+from sit_jax.parallel.sharding import make_mesh
 
 BATCH, ROUNDS = 16, 3
 

@@ -26,14 +26,14 @@ import numpy as np
 import optax
 
 from configs.lora_xl2 import get_config
-from sit_jax.codec import Latents
-from sit_jax.interpolant import Interpolant
-from sit_jax.models.applied import apply
+from sit_jax.adapters.applied import apply
+from sit_jax.adapters.stored import merged, quantize, replace
+from sit_jax.diffusion.interpolant import Interpolant
+from sit_jax.experiment import recipe
+from sit_jax.models.codec import Latents
 from sit_jax.models.dit import SIZES, SiT
 from sit_jax.models.layers import REMAT
-from sit_jax.recipe import recipe
-from sit_jax.stored import merged, quantize, replace
-from sit_jax.training import fresh_state, init_params, make_train_step
+from sit_jax.training.training import fresh_state, init_params, make_train_step
 
 SHAPE = (32, 32, 4)
 

@@ -23,17 +23,17 @@ import jax.numpy as jnp
 import numpy as np
 
 import score_digits
-from sit_jax import noise
-from sit_jax.adan import adan
-from sit_jax.codec import Pixels
 from sit_jax.data.sources import Digits
-from sit_jax.diffusion import Diffusion
+from sit_jax.diffusion import noise
+from sit_jax.diffusion.diffusion import Diffusion
+from sit_jax.diffusion.min_snr import min_snr
 from sit_jax.drafts import draft
-from sit_jax.min_snr import min_snr
+from sit_jax.models.codec import Pixels
 from sit_jax.models.dit import DiT
 from sit_jax.models.mdt import MDTv2
 from sit_jax.samplers.chain import Ancestral
-from sit_jax.training import init_state, make_train_step
+from sit_jax.training.adan import adan
+from sit_jax.training.training import init_state, make_train_step
 
 SHAPE = (8, 8, 1)
 

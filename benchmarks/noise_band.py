@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
-from sit_jax import paired
-from sit_jax.metrics.gaussian import Gaussian, frechet
+from sit_jax.diagnosis import paired
+from sit_jax.evaluation.metrics.gaussian import Gaussian, frechet
 
 LEVELS = (0.05, 0.01, 0.001)
 CLASSES = 10

@@ -23,19 +23,20 @@ import numpy as np
 
 import score_digits
 from configs.sit_xl2 import get_config
-from sit_jax import precision, sharding
+from sit_jax.adapters.quantized import SKIP
+from sit_jax.adapters.quantizing import quantized, size
 from sit_jax.config import spec
+from sit_jax.convert.weights import open_weights
 from sit_jax.data.sources import Digits
 from sit_jax.drafts import draft
-from sit_jax.generation import Generator
-from sit_jax.metrics.gaussian import Gaussian, frechet
+from sit_jax.evaluation.metrics.gaussian import Gaussian, frechet
+from sit_jax.experiment import recipe
 from sit_jax.models.dit import SIZES, SiT
-from sit_jax.quantized import SKIP
-from sit_jax.quantizing import quantized, size
-from sit_jax.recipe import recipe
+from sit_jax.parallel import sharding
+from sit_jax.precision import precision
 from sit_jax.samplers.ode import Ode, heun
-from sit_jax.training import init_params
-from sit_jax.weights import open_weights
+from sit_jax.sampling.generation import Generator
+from sit_jax.training.training import init_params
 
 STEPS = 25
 TIMED_STEPS, ROWS = 3, 4  # of Heun, guided: 6 evaluations of 8 rows

@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import ndtr
 
-from sit_jax import noise
 from sit_jax.config import build
-from sit_jax.diffusion import Diffusion, fixed_small
-from sit_jax.interpolant import Interpolant
-from sit_jax.paths import align
+from sit_jax.diffusion import noise
+from sit_jax.diffusion.diffusion import Diffusion, fixed_small
+from sit_jax.diffusion.interpolant import Interpolant
+from sit_jax.diffusion.paths import align
 from sit_jax.samplers.names import CONTROLS, SAMPLERS
 from sit_jax.samplers.ode import Ode, rk4
 

@@ -21,15 +21,15 @@ import numpy as np
 from absent import stand_in
 
 from configs.sit_xl2 import get_config
-from sit_jax import sharding
 from sit_jax.config import spec
-from sit_jax.generation import Generator
+from sit_jax.experiment import recipe
 from sit_jax.models.dit import SIZES, SiT
-from sit_jax.recipe import recipe
+from sit_jax.parallel import sharding
 from sit_jax.samplers.adaptive import AdaptiveOde
 from sit_jax.samplers.ode import Ode, heun
 from sit_jax.samplers.torchdiffeq import like_torchdiffeq
-from sit_jax.training import init_params
+from sit_jax.sampling.generation import Generator
+from sit_jax.training.training import init_params
 
 SAMPLERS = {
     "heun 25": lambda: spec(Ode, method=heun, steps=25),

@@ -34,12 +34,13 @@ def ours(case):
     import jax
     import numpy as np
 
-    from sit_jax import chips, heap
-    from sit_jax.codec import Pixels
     from sit_jax.models import attention
+    from sit_jax.models.codec import Pixels
     from sit_jax.models.kinds import kind_of
-    from sit_jax.program import compiler_options
-    from sit_jax.training import init_state, make_train_step
+    from sit_jax.parallel import chips
+    from sit_jax.planning.program import compiler_options
+    from sit_jax.trainer import heap
+    from sit_jax.training.training import init_state, make_train_step
 
     heap.keep()
     model, process, tx = parts(case)
@@ -82,11 +83,11 @@ def parts(case):
     """-> model, process and optimizer of the published run, at the case's size."""
     import optax
 
-    from sit_jax.adan import adan
-    from sit_jax.diffusion import Diffusion
-    from sit_jax.interpolant import Interpolant
-    from sit_jax.min_snr import min_snr
+    from sit_jax.diffusion.diffusion import Diffusion
+    from sit_jax.diffusion.interpolant import Interpolant
+    from sit_jax.diffusion.min_snr import min_snr
     from sit_jax.models import dit, mdt
+    from sit_jax.training.adan import adan
 
     names = ("dtype", "remat", "unroll", "attention")
     fields = {name: case[name] for name in names if name in case}

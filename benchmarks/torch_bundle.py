@@ -24,14 +24,17 @@ from absent import stand_in
 from torch_judge import TorchJudge
 
 import diagnose
-from sit_jax import bundle, command, inception_weights, port, probe, stages
-from sit_jax import reference as originals
+from sit_jax import command
+from sit_jax.convert import inception_weights, port
+from sit_jax.convert import reference as originals
+from sit_jax.convert.released import Released
+from sit_jax.diagnosis import bundle, stages
+from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.drafts import require_free
 from sit_jax.errors import UserError
-from sit_jax.interpolant import Interpolant
 from sit_jax.manifest import weights_hash
 from sit_jax.numerals import COUNT
-from sit_jax.released import Released
+from sit_jax.precision import probe
 from sit_jax.samplers import ode
 
 PACKAGES = ("torch", "timm", "torchdiffeq", "diffusers", "torch-fidelity", "numpy")

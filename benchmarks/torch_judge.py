@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sit_jax import port
+from sit_jax.convert import port
 from sit_jax.errors import UserError
-from sit_jax.features import pipeline
+from sit_jax.evaluation.features import pipeline
 from sit_jax.models.inception_layers import RULES
 
 PACKAGE = "torch_fidelity"
@@ -24,7 +24,7 @@ SPATIAL = 7  # channels
 
 
 class TorchJudge:
-    """weights: inception_weights.load(). Its stages are those of sit_jax/stages.py."""
+    """weights: inception_weights.load(). Stages as in diagnosis/stages.py."""
 
     def __init__(self, weights, device="cpu", folder=None):
         self.device, self.network = device, network(weights, folder).to(device)

@@ -1,6 +1,6 @@
 """What the networks and samplers of SiT, DiT and MDT, in torch, make of given inputs.
 
-Stages have the names and axes of sit_jax/stages.py.
+Stages have the names and axes of sit_jax/diagnosis/stages.py.
 """
 
 import dataclasses
@@ -10,16 +10,16 @@ import jax
 import numpy as np
 import torch
 
-from sit_jax import paths, port, predictions
-from sit_jax.codec import Latents, Pixels
-from sit_jax.diffusion import Diffusion, hybrid
+from sit_jax.convert import port, vae_weights
+from sit_jax.diffusion import paths, predictions
+from sit_jax.diffusion.diffusion import Diffusion, hybrid
+from sit_jax.diffusion.guidance import is_none
+from sit_jax.diffusion.guidance_scales import PowerCosine
+from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.errors import UserError
-from sit_jax.guidance import is_none
-from sit_jax.guidance_scales import PowerCosine
-from sit_jax.interpolant import Interpolant
-from sit_jax.models import vae_weights
+from sit_jax.models.codec import Latents, Pixels
 from sit_jax.models.mdt import MDT
-from sit_jax.rounding import to_uint8_darker
+from sit_jax.models.rounding import to_uint8_darker
 from sit_jax.samplers import ode
 
 PATHS = {paths.linear: "Linear", paths.gvp: "GVP", paths.VP(): "VP"}

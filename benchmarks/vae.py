@@ -17,11 +17,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from sit_jax import port  # noqa: E402
-from sit_jax.codec import Vae  # noqa: E402
-from sit_jax.models.vae import AutoencoderKL  # noqa: E402
-from sit_jax.models.vae_weights import rules  # noqa: E402
-from sit_jax.precision import PRECISIONS, computing  # noqa: E402
+from sit_jax.convert import port
+from sit_jax.convert.vae_weights import rules
+from sit_jax.models.codec import Vae
+from sit_jax.models.vae import AutoencoderKL
+from sit_jax.precision.precision import PRECISIONS, computing
 
 
 def main():

@@ -3,10 +3,10 @@
 import optax
 
 from configs.sit_xl2 import get_config as sit_xl2
-from sit_jax.codec import Pixels
 from sit_jax.config import spec
 from sit_jax.data.sources import Digits
-from sit_jax.digit_features import DigitFeatures
+from sit_jax.evaluation.digit_features import DigitFeatures
+from sit_jax.models.codec import Pixels
 from sit_jax.models.dit import SiT
 
 

@@ -5,7 +5,7 @@ For trying out DDPM and DDIM in minutes: --sampler ddim --steps 50.
 
 from configs.digits import get_config as digits
 from sit_jax.config import spec
-from sit_jax.diffusion import Diffusion
+from sit_jax.diffusion.diffusion import Diffusion
 from sit_jax.models.dit import DiT
 from sit_jax.samplers.chain import Ancestral
 

@@ -6,7 +6,7 @@ guidance after 400K steps (DiT's README, JAX; its PyTorch port: 2.21 and 18.1).
 
 from configs.sit_xl2 import get_config as sit_xl2
 from sit_jax.config import spec
-from sit_jax.diffusion import Diffusion
+from sit_jax.diffusion.diffusion import Diffusion
 from sit_jax.models.dit import SIZES, DiT
 from sit_jax.samplers.chain import Ancestral
 

@@ -7,10 +7,10 @@ White digits on black become black ones on white: docs/lora.md has sheets and fi
 import optax
 
 from configs.digits import get_config as digits
+from sit_jax.adapters.lora import Lora
 from sit_jax.config import spec
 from sit_jax.data.sources import Digits
 from sit_jax.data.styles import Styled, inverted
-from sit_jax.lora import Lora
 
 
 def get_config():

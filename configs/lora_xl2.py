@@ -9,8 +9,8 @@ tuned by us. QLoRA: --config.adapter.int8='.*blocks/.*'.
 import optax
 
 from configs.sit_xl2 import get_config as sit_xl2
+from sit_jax.adapters.lora import Lora
 from sit_jax.config import spec
-from sit_jax.lora import Lora
 
 
 def get_config():

@@ -3,12 +3,12 @@
 import optax
 
 from configs.mdtv2_xl2 import get_config as mdtv2_xl2
-from sit_jax.adan import adan
-from sit_jax.codec import Pixels
 from sit_jax.config import spec
 from sit_jax.data.sources import Digits
+from sit_jax.models.codec import Pixels
 from sit_jax.models.mdt import MDTv2
 from sit_jax.samplers.chain import Ancestral
+from sit_jax.training.adan import adan
 
 
 def get_config():

@@ -8,12 +8,12 @@ are from the branch mdtv1 of sail-sg/MDT; in brackets where there.
 import optax
 
 from configs.dit_xl2 import get_config as dit_xl2
-from sit_jax.codec import Latents
 from sit_jax.config import spec
-from sit_jax.guidance_scales import PowerCosine
+from sit_jax.diffusion.guidance_scales import PowerCosine
+from sit_jax.models.codec import Latents
 from sit_jax.models.dit import SIZES
 from sit_jax.models.mdt import MDT
-from sit_jax.rounding import to_uint8_darker
+from sit_jax.models.rounding import to_uint8_darker
 
 
 def get_config():

@@ -8,12 +8,12 @@ in tables, 4.6M steps elsewhere). The README said 2 decoder blocks until April 2
 """
 
 from configs.mdt_xl2 import get_config as mdt_xl2
-from sit_jax.adan import adan
 from sit_jax.config import spec
-from sit_jax.diffusion import Diffusion
-from sit_jax.min_snr import min_snr
+from sit_jax.diffusion.diffusion import Diffusion
+from sit_jax.diffusion.min_snr import min_snr
 from sit_jax.models.dit import SIZES
 from sit_jax.models.mdt import MDTv2
+from sit_jax.training.adan import adan
 
 
 def get_config():

@@ -1,7 +1,7 @@
 """SiT-B/2 that predicts the score, its error counted in units of noise."""
 
 from configs.sit_b2 import get_config as sit_b2
-from sit_jax import predictions
+from sit_jax.diffusion import predictions
 
 
 def get_config():

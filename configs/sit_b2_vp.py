@@ -2,8 +2,8 @@
 
 from configs.sit_b2 import get_config as sit_b2
 from sit_jax.config import spec
-from sit_jax.interpolant import Interpolant
-from sit_jax.paths import VP
+from sit_jax.diffusion.interpolant import Interpolant
+from sit_jax.diffusion.paths import VP
 
 
 def get_config():

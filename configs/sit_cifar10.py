@@ -7,9 +7,9 @@ run of a smaller network on a CPU, with its command.
 import optax
 
 from configs.sit_xl2 import get_config as sit_xl2
-from sit_jax.codec import Pixels
 from sit_jax.config import spec
 from sit_jax.data.cifar import CifarFolder
+from sit_jax.models.codec import Pixels
 from sit_jax.models.dit import SIZES, SiT
 from sit_jax.samplers.ode import Ode, heun
 

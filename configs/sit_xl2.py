@@ -8,13 +8,13 @@ import optax
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from sit_jax.codec import Latents
 from sit_jax.config import spec
 from sit_jax.data.sources import LatentFolder
-from sit_jax.interpolant import Interpolant
+from sit_jax.diffusion.interpolant import Interpolant
+from sit_jax.models.codec import Latents
 from sit_jax.models.dit import SIZES, SiT
+from sit_jax.parallel.sharding import groups
 from sit_jax.samplers.adaptive import AdaptiveOde
-from sit_jax.sharding import groups
 
 
 def get_config():

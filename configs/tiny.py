@@ -1,8 +1,8 @@
 """Ten seconds on a CPU: a small SiT on noise, to see a run start, save and go on."""
 
 from configs.sit_xl2 import get_config as sit_xl2
-from sit_jax.codec import Pixels
 from sit_jax.config import spec
+from sit_jax.models.codec import Pixels
 from sit_jax.samplers.ode import Ode, euler
 
 

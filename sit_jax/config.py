@@ -21,12 +21,35 @@ from sit_jax.fields import ONLY_FILE, check, plain
 
 # Of data only the sources: other modules there also write.
 OURS = (
-    "adan codec data.archives data.arrays data.cache data.cifar data.folders "
-    "data.further data.prepared data.sources data.styles digit_features diffusion "
-    "guidance guidance_scales interpolant lora min_snr models paths predictions "
-    "rounding samplers schedules time_densities timesteps"
+    "training.adan models.codec data.archives data.arrays data.cache data.cifar "
+    "data.folders data.further data.prepared data.sources data.styles "
+    "evaluation.digit_features diffusion.diffusion diffusion.guidance "
+    "diffusion.guidance_scales diffusion.interpolant adapters.lora diffusion.min_snr "
+    "models diffusion.paths diffusion.predictions models.rounding samplers "
+    "diffusion.schedules diffusion.time_densities diffusion.timesteps"
 )
 ALLOWED = (*(f"sit_jax.{name}" for name in OURS.split()), "optax", "diffrax")
+
+# Names in configs stored by sit_jax 0.1, below sit_jax -> what they are now: a module,
+# or a class of its own; and fields of a class that had another name.
+MOVED = {
+    "adan": "training.adan",
+    "codec": "models.codec",
+    "digit_features": "evaluation.digit_features",
+    "diffusion": "diffusion.diffusion",
+    "guidance": "diffusion.guidance",
+    "guidance_scales": "diffusion.guidance_scales",
+    "interpolant": "diffusion.interpolant",
+    "lora": "adapters.lora",
+    "min_snr": "diffusion.min_snr",
+    "paths": "diffusion.paths",
+    "predictions": "diffusion.predictions",
+    "rounding": "models.rounding",
+    "schedules": "diffusion.schedules",
+    "time_densities": "diffusion.time_densities",
+    "timesteps": "diffusion.timesteps",
+}
+RENAMED_FIELDS = {}  # new name of a class, below sit_jax -> {old field: new field}
 
 
 def spec(make, **fields):
@@ -141,6 +164,9 @@ def from_json(value):
     if set(value) == {"name"}:
         return _named(value["name"])
     items = {key: _settable(from_json(item)) for key, item in value.items()}
+    if callable(make := items.get("make")):
+        fields = RENAMED_FIELDS.get(_full_name(make).removeprefix("sit_jax."), {})
+        items = {fields.get(key, key): item for key, item in items.items()}
     try:
         return ConfigDict(items, convert_dict=False)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -192,7 +218,8 @@ def _value(node, name):
 
 def _named(name):
     """The object of that full name; a name that only leads to another is refused."""
-    if not str(name).startswith(tuple(f"{package}." for package in ALLOWED)):
+    name = _moved(str(name))
+    if not name.startswith(tuple(f"{package}." for package in ALLOWED)):
         raise UserError(f"a stored config names {name!r}, which is not a known object")
     module, _, attribute = name.rpartition(".")
     try:
@@ -202,6 +229,15 @@ def _named(name):
     if not callable(found) or _full_name(found) != name:
         raise UserError(f"a stored config names {name!r}, which is no constructor")
     return found
+
+
+def _moved(name):
+    """A stored name, or what has taken its place since."""
+    known = name.removeprefix("sit_jax.")
+    module, _, attribute = known.rpartition(".")
+    if known in MOVED:
+        return f"sit_jax.{MOVED[known]}"
+    return f"sit_jax.{MOVED[module]}.{attribute}" if module in MOVED else name
 
 
 def _full_name(found):

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sit_jax import cluster, greeting, locks, opening
-from sit_jax.comparison import file_sha
+from sit_jax.convert.comparison import file_sha
 from sit_jax.drafts import require_writable
 from sit_jax.errors import UserError
 from sit_jax.numbered import Numbered

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from recorded import arrays, case, weights
 
-from sit_jax import port
-from sit_jax.diffusion import Diffusion, fixed_small
+from sit_jax.convert import port
+from sit_jax.diffusion.diffusion import Diffusion, fixed_small
+from sit_jax.diffusion.noise import given
 from sit_jax.models import dit, layers
-from sit_jax.noise import given
 
 EVERY = case("dit_sampling")["runs"]
 SMALL = Diffusion(variance=fixed_small)

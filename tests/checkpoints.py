@@ -6,8 +6,8 @@ import optax
 import pytest
 
 from sit_jax.checkpoint import Checkpoints
-from sit_jax.placement import once
-from sit_jax.sharding import make_mesh, shaped
+from sit_jax.parallel.placement import once
+from sit_jax.parallel.sharding import make_mesh, shaped
 
 META = {"step": 7, "config": {"model": {"depth": 2}, "clip": None}, "skipped": [1, 0]}
 

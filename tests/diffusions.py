@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from recorded import arrays, nhwc
 
-from sit_jax import diffusion as d
-from sit_jax import predictions
-from sit_jax.diffusion import Diffusion, clipped
-from sit_jax.schedules import DdimSpacing, cosine_betas
+from sit_jax.diffusion import diffusion as d
+from sit_jax.diffusion import predictions
+from sit_jax.diffusion.diffusion import Diffusion, clipped
+from sit_jax.diffusion.schedules import DdimSpacing, cosine_betas
 
 # What create_diffusion's options are called here. The released KL loss is always
 # rescaled; the plain one differs from it by the number of steps.

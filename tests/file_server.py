@@ -7,8 +7,8 @@ import threading
 import numpy as np
 import pytest
 
-from sit_jax import releases
-from sit_jax.releases import RELEASES, Release
+from sit_jax.convert import releases
+from sit_jax.convert.releases import RELEASES, Release
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 SHA = hashlib.sha256(CONTENT).hexdigest()

@@ -11,14 +11,14 @@ import pytest
 from small import called
 
 import evaluate
-from sit_jax import evaluation
+from sit_jax.convert.inception_weights import Weights
 from sit_jax.errors import UserError
-from sit_jax.features import Extractor, pipeline
-from sit_jax.inception_weights import Weights
-from sit_jax.metrics import Gaussian, frechet
-from sit_jax.metrics.manifold import precision_recall
-from sit_jax.metrics.score import InceptionScore
-from sit_jax.sharding import make_mesh
+from sit_jax.evaluation import evaluation
+from sit_jax.evaluation.features import Extractor, pipeline
+from sit_jax.evaluation.metrics import Gaussian, frechet
+from sit_jax.evaluation.metrics.manifold import precision_recall
+from sit_jax.evaluation.metrics.score import InceptionScore
+from sit_jax.parallel.sharding import make_mesh
 
 ENOUGH = 210  # images, where a covariance is said to need 205
 LINES = ["Inception Score: ", "FID: ", "sFID: ", "Precision: ", "Recall: "]

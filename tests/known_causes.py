@@ -7,7 +7,7 @@ import small
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sit_jax.config import spec
-from sit_jax.recipe import recipe
+from sit_jax.experiment import recipe
 from sit_jax.samplers.ode import Ode, euler, heun
 
 STEPS, IMAGES = 6, 4

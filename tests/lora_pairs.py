@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sit_jax.lora_names import Pair
+from sit_jax.convert.lora_names import Pair
 
 
 def pair(rank, out=6, width=4, seed=0, **more):

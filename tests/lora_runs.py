@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import small
 
-from sit_jax.adapting import begin_adapted
-from sit_jax.base import load_base, trained_shapes
+from sit_jax.adapters.lora import Lora
 from sit_jax.config import spec, to_json
-from sit_jax.lora import Lora
-from sit_jax.recipe import recipe
-from sit_jax.sharding import make_mesh
+from sit_jax.convert.base import load_base, trained_shapes
+from sit_jax.experiment import recipe
+from sit_jax.parallel.sharding import make_mesh
+from sit_jax.trainer.adapting import begin_adapted
 
 FIELDS = dict(targets="blocks/(attn/qkv|mlp/fc2)/kernel", rank=2, alpha=3.0)
 

@@ -16,7 +16,8 @@ from mistakes import SCRIPTS
 from PIL import Image
 from toy_codec import toy
 
-from sit_jax import extraction, vae_files
+from sit_jax.convert import vae_files
+from sit_jax.data import extraction
 
 PLACES = ("folder", "garbage", "images", "cache", "weights", "secret", "closed")
 
@@ -55,7 +56,7 @@ def place():
 
 def _job(root, config):
     from sit_jax.config import to_json
-    from sit_jax.job import Job
+    from sit_jax.sampling.job import Job
 
     job = Job(str(root / "weights"), to_json(config), np.arange(3, dtype=np.int32))
     return job.to_json()

@@ -9,7 +9,7 @@ import numpy as np
 from jax.extend.core import jaxprs_in_params
 from recorded import case, weights
 
-from sit_jax import port
+from sit_jax.convert import port
 from sit_jax.models.dit import DiT, SiT
 from sit_jax.models.kinds import kind_of
 from sit_jax.models.mdt import MDT, MDTv2

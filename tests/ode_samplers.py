@@ -6,8 +6,8 @@ import numpy as np
 from recorded import arrays, case, nhwc
 from toys import PATHS, PREDICTS, assert_close, once, sampled
 
-from sit_jax.interpolant import Interpolant
-from sit_jax.paths import align
+from sit_jax.diffusion.interpolant import Interpolant
+from sit_jax.diffusion.paths import align
 from sit_jax.samplers.adams import Adams
 from sit_jax.samplers.adaptive import AdaptiveOde, Fehlberg2, per_image
 from sit_jax.samplers.ode import Ode, euler, heun, heun3, midpoint, rk4

@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 from sit_jax import config as configs
-from sit_jax import program, sharding, topology
+from sit_jax.parallel import sharding
+from sit_jax.planning import program, topology
 
 # What it prints, in this order: the next one is there when the one before is whole.
 MEMORY = "after_optimizations-buffer-assignment"

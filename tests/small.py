@@ -12,12 +12,12 @@ from conftest import ROOT
 
 from configs.sit_xl2 import get_config as sit_xl2
 from sit_jax.checkpoint import Checkpoints
-from sit_jax.codec import Pixels
 from sit_jax.config import spec, to_json
+from sit_jax.experiment import recipe
+from sit_jax.models.codec import Pixels
 from sit_jax.models.dit import SiT
-from sit_jax.recipe import recipe
 from sit_jax.samplers.ode import Ode, heun
-from sit_jax.training import init_params
+from sit_jax.training.training import init_params
 
 
 def config(**fields):

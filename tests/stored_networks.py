@@ -6,14 +6,10 @@ import jax
 import numpy as np
 import optax
 
+from sit_jax.adapters.stored import Adapted, Grown, replace
 from sit_jax.models.dit import DiT, SiT
 from sit_jax.models.mdt import MDT, MDTv2
-from sit_jax.stored import (
-    Adapted,
-    Grown,
-    replace,
-)
-from sit_jax.training import init_params
+from sit_jax.training.training import init_params
 
 SHAPE, SIZE = (4, 4, 2), dict(width=16, heads=2, classes=5)
 MODELS = [SiT(depth=2, **SIZE), DiT(depth=2, **SIZE), MDT(depth=4, **SIZE)]

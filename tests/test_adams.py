@@ -6,8 +6,8 @@ import pytest
 from ode_samplers import solved
 from toys import once
 
-from sit_jax.interpolant import Interpolant
-from sit_jax.paths import align
+from sit_jax.diffusion.interpolant import Interpolant
+from sit_jax.diffusion.paths import align
 from sit_jax.samplers.adams import Adams
 from sit_jax.samplers.ode import Ode, euler
 

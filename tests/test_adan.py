@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from sit_jax.adan import adan
 from sit_jax.errors import UserError
+from sit_jax.training.adan import adan
 
 STEPS = 20
 RNG = np.random.default_rng(0)

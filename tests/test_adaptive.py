@@ -14,9 +14,9 @@ from toys import (
     one_image,
 )
 
-from sit_jax import predictions
-from sit_jax.interpolant import Interpolant
-from sit_jax.paths import align
+from sit_jax.diffusion import predictions
+from sit_jax.diffusion.interpolant import Interpolant
+from sit_jax.diffusion.paths import align
 from sit_jax.samplers.adaptive import AdaptiveOde, per_image
 from sit_jax.samplers.ode import Ode, heun
 

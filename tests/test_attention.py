@@ -8,13 +8,13 @@ from networks import SMALL, equations, noisy, quick_jit
 from recorded import relative
 from scores import exact, inputs
 
+from sit_jax.adapters.applied import apply
+from sit_jax.adapters.quantized import eight
 from sit_jax.errors import UserError
 from sit_jax.models import attention
-from sit_jax.models.applied import apply
 from sit_jax.models.dit import SiT
 from sit_jax.models.mdt import MDT
-from sit_jax.quantized import eight
-from sit_jax.residuals import saved_bytes
+from sit_jax.planning.residuals import saved_bytes
 
 
 @pytest.mark.parametrize("n", [3, 4, 5])  # without and with a bias and a mask

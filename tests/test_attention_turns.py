@@ -10,9 +10,9 @@ from networks import equations, quick_jit
 from recorded import relative
 from scores import exact, inputs
 
-from sit_jax import sharding
 from sit_jax.models import attention
 from sit_jax.models.layers import REMAT
+from sit_jax.parallel import sharding
 
 
 @pytest.mark.parametrize("most, length", [(0.5, [6]), (1, [6]), (2, [3]), (3, [])])

@@ -10,17 +10,18 @@ import pytest
 import small
 from networks import quick_jit
 
-from sit_jax import checkpoint, start
+from sit_jax import checkpoint
 from sit_jax.config import spec, to_json
-from sit_jax.diffusion import Diffusion
+from sit_jax.convert.weights import open_weights
+from sit_jax.diffusion.diffusion import Diffusion
+from sit_jax.diffusion.timesteps import LossSecondMoment
 from sit_jax.errors import UserError
+from sit_jax.experiment import recipe
 from sit_jax.models.dit import DiT
 from sit_jax.models.mdt import MDT, MDTv2
-from sit_jax.recipe import recipe
+from sit_jax.parallel.sharding import make_mesh
 from sit_jax.samplers.chain import Ancestral
-from sit_jax.sharding import make_mesh
-from sit_jax.timesteps import LossSecondMoment
-from sit_jax.weights import open_weights
+from sit_jax.trainer import start
 
 pytestmark = pytest.mark.slow  # together they compile for a minute
 

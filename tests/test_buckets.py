@@ -14,21 +14,17 @@ import pytest
 import small
 from memory_bucket import Memory, step
 
-from sit_jax import (
-    buckets,
-    lora_files,
-    mirrors,
-    outputs,
-    places,
-)
-from sit_jax.array_files import ArrayFile
+from sit_jax import buckets, mirrors, places
+from sit_jax.convert import lora_files
+from sit_jax.convert.releases import fetch
 from sit_jax.drafts import draft, drafts, require_free
 from sit_jax.errors import UserError
-from sit_jax.logging import RunLog
-from sit_jax.parts import Parts
 from sit_jax.places import place
-from sit_jax.releases import fetch
-from sit_jax.workdir import check_workdir, held, open_workdir, read_json
+from sit_jax.sampling import outputs
+from sit_jax.sampling.array_files import ArrayFile
+from sit_jax.sampling.parts import Parts
+from sit_jax.trainer.logging import RunLog
+from sit_jax.trainer.workdir import check_workdir, held, open_workdir, read_json
 
 bucket = memory_bucket.bucket
 

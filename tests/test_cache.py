@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from caches import TAGS, changed, moments, write
 
-from sit_jax.codec import Latents
 from sit_jax.data import cache
 from sit_jax.data.cache import LatentCache, about_data
 from sit_jax.data.coins import coins
@@ -18,6 +17,7 @@ from sit_jax.data.shards import BLOCK, HEAD, ShardReader, ShardWriter, file_size
 from sit_jax.data.sources import LatentFolder
 from sit_jax.data.tags import default_shards
 from sit_jax.errors import UserError
+from sit_jax.models.codec import Latents
 
 
 def test_records_come_back_with_their_mirror_images(tmp_path):

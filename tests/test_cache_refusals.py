@@ -5,10 +5,10 @@ import pytest
 from caches import TAGS, changed, moments, write
 from toy_codec import toy
 
-from sit_jax.codec import Latents
 from sit_jax.data.cache import LatentCache, check_cache
 from sit_jax.data.filling import finish, open_plan
 from sit_jax.errors import UserError
+from sit_jax.models.codec import Latents
 
 
 @pytest.mark.parametrize(

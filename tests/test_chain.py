@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from chains import SMALL, gaussian, normal, sample, truthful, watched
 
-from sit_jax import config, predictions
-from sit_jax.diffusion import Diffusion, fixed_large, fixed_small
+from sit_jax import config
+from sit_jax.diffusion import predictions
+from sit_jax.diffusion.diffusion import Diffusion, fixed_large, fixed_small
+from sit_jax.diffusion.interpolant import Interpolant
+from sit_jax.diffusion.schedules import DdimSpacing
 from sit_jax.errors import UserError
-from sit_jax.interpolant import Interpolant
 from sit_jax.samplers.chain import Ancestral, Ddim
-from sit_jax.schedules import DdimSpacing
 
 
 def test_there_and_back_again():

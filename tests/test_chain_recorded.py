@@ -8,11 +8,11 @@ import pytest
 from chains import EVERY, sample, watched
 from recorded import arrays, nchw, nhwc
 
-from sit_jax.diffusion import Diffusion
-from sit_jax.guidance import guided
-from sit_jax.noise import given
+from sit_jax.diffusion.diffusion import Diffusion
+from sit_jax.diffusion.guidance import guided
+from sit_jax.diffusion.noise import given
+from sit_jax.diffusion.schedules import DdimSpacing
 from sit_jax.samplers.chain import Ancestral, Ddim
-from sit_jax.schedules import DdimSpacing
 
 model = chains.model
 

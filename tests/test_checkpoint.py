@@ -25,10 +25,10 @@ from sit_jax.checkpoint import (
     steps,
 )
 from sit_jax.errors import UserError
-from sit_jax.recipe import recipe
-from sit_jax.sharding import everywhere
-from sit_jax.start import pack
-from sit_jax.training import init_state
+from sit_jax.experiment import recipe
+from sit_jax.parallel.sharding import everywhere
+from sit_jax.trainer.start import pack
+from sit_jax.training.training import init_state
 
 one_step = checkpoints.one_step
 

@@ -10,13 +10,7 @@ import pytest
 import small
 from checkpoints import META, equal, mesh, saved, trees
 
-from sit_jax.checkpoint import (
-    Checkpoints,
-    find,
-    load,
-    read_meta,
-    steps,
-)
+from sit_jax.checkpoint import Checkpoints, find, load, read_meta, steps
 from sit_jax.errors import UserError
 
 one_step = checkpoints.one_step

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from sit_jax import chips
+from sit_jax.parallel import chips
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ from networks import equations
 from recorded import arrays, relative
 from test_vae import SMALL, random_params
 
-from sit_jax.codec import Latents, Pixels, Vae, data_of
 from sit_jax.config import from_json, spec, to_json
 from sit_jax.errors import UserError
+from sit_jax.models.codec import Latents, Pixels, Vae, data_of
+from sit_jax.models.rounding import ROUNDINGS, to_uint8, to_uint8_darker
 from sit_jax.models.vae import AutoencoderKL
-from sit_jax.precision import EXACT
-from sit_jax.rounding import ROUNDINGS, to_uint8, to_uint8_darker
-from sit_jax.sharding import make_mesh, split_batch
+from sit_jax.parallel.sharding import make_mesh, split_batch
+from sit_jax.precision.precision import EXACT
 
 KEY = jax.random.key(3)
 
@@ -213,7 +213,9 @@ def test_recorded_draw():
 @pytest.mark.parametrize("codec", [Pixels, Latents])
 def test_the_rule_of_rounding_is_part_of_a_config(codec):
     config = spec(codec, rounding=to_uint8_darker)
-    assert to_json(config)["rounding"] == {"name": "sit_jax.rounding.to_uint8_darker"}
+    assert to_json(config)["rounding"] == {
+        "name": "sit_jax.models.rounding.to_uint8_darker"
+    }
     assert from_json(to_json(config)).rounding is to_uint8_darker
     dark = Pixels(rounding=to_uint8_darker).decode(np.float32([[0.0]]))
     assert (

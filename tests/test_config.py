@@ -10,9 +10,10 @@ import pytest
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from sit_jax import config, paths, predictions
+from sit_jax import config
 from sit_jax.config import build, difference, from_json, override, spec, to_json
-from sit_jax.diffusion import Diffusion
+from sit_jax.diffusion import paths, predictions
+from sit_jax.diffusion.diffusion import Diffusion
 from sit_jax.errors import UserError
 from sit_jax.models.dit import SIZES, SiT
 from sit_jax.samplers.chain import Ancestral
@@ -187,9 +188,9 @@ def test_what_has_no_name_cannot_be_stored(value):
         "os.system",
         "builtins.eval",
         "sit_jax_evil.codec.f",
-        "sit_jax.codec",
-        "sit_jax.codec.jax",
-        "sit_jax.codec.UserError",  # a name in codec, but of another module
+        "sit_jax.models.codec",
+        "sit_jax.models.codec.jax",
+        "sit_jax.models.codec.UserError",  # a name in codec, but of another module
         "sit_jax.models.layers.math.sqrt",
         "sit_jax.models.dit.SIZES",
         "sit_jax.models.dit.os",
@@ -197,12 +198,12 @@ def test_what_has_no_name_cannot_be_stored(value):
         "optax._src.alias.jnp",
         "optax._src.alias.functools.partial",
         "optax.adamw.__globals__",
-        "sit_jax.codec.Pixels.__init__",
-        "sit_jax.codec.",
+        "sit_jax.models.codec.Pixels.__init__",
+        "sit_jax.models.codec.",
         ".os.system",
         "",
         3,
-        ["sit_jax.codec.Pixels"],
+        ["sit_jax.models.codec.Pixels"],
     ],
 )
 def test_stored_names_of_anything_but_known_constructors_are_refused(name):

@@ -21,7 +21,10 @@ def test_load_runs_the_file(tmp_path):
         ("x = 1\n", "{file}: it has no get_config()"),
         ("x = 1\ndef f(:\n", "{file}, line 2: SyntaxError: "),
         ("\nimport no_such_thing\n", "{file}, line 2: ModuleNotFoundError: No module"),
-        ("from sit_jax.paths import cubic\n", "{file}, line 1: ImportError: cannot"),
+        (
+            "from sit_jax.diffusion.paths import cubic\n",
+            "{file}, line 1: ImportError: cannot",
+        ),
         (
             "def get_config():\n    return 1 / 0\n",
             "{file}, line 2: ZeroDivisionError: ",

@@ -10,18 +10,18 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from sit_jax import noise, predictions
-from sit_jax.adan import adan
 from sit_jax.config import from_json, load, to_json
-from sit_jax.diffusion import hybrid, learned_range
-from sit_jax.guidance import guided
-from sit_jax.min_snr import min_snr
+from sit_jax.diffusion import noise, predictions
+from sit_jax.diffusion.diffusion import hybrid, learned_range
+from sit_jax.diffusion.guidance import guided
+from sit_jax.diffusion.min_snr import min_snr
+from sit_jax.diffusion.schedules import linear_betas
+from sit_jax.experiment import recipe
 from sit_jax.models.mdt import MDT as MDT1
 from sit_jax.models.mdt import MDTv2
-from sit_jax.recipe import recipe
-from sit_jax.rounding import to_uint8_darker
-from sit_jax.schedules import linear_betas
-from sit_jax.training import init_state, make_train_step
+from sit_jax.models.rounding import to_uint8_darker
+from sit_jax.training.adan import adan
+from sit_jax.training.training import init_state, make_train_step
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
 NAMES = [file.stem for file in FILES]

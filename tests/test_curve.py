@@ -4,16 +4,18 @@ import numpy as np
 import pytest
 import small
 
-from sit_jax import curve, evaluation, inception_weights, watching
 from sit_jax.config import spec
+from sit_jax.convert import inception_weights
 from sit_jax.data.sources import Digits
-from sit_jax.digit_features import DigitFeatures
 from sit_jax.errors import UserError
-from sit_jax.generation import Generator
-from sit_jax.metrics import Gaussian, frechet
-from sit_jax.program import training_recipe
-from sit_jax.recipe import recipe
-from sit_jax.sharding import make_mesh
+from sit_jax.evaluation import evaluation
+from sit_jax.evaluation.digit_features import DigitFeatures
+from sit_jax.evaluation.metrics import Gaussian, frechet
+from sit_jax.experiment import recipe
+from sit_jax.parallel.sharding import make_mesh
+from sit_jax.planning.program import training_recipe
+from sit_jax.sampling.generation import Generator
+from sit_jax.trainer import curve, watching
 
 
 class Toy:
@@ -92,7 +94,7 @@ def test_without_weights_there_is_one_line_and_no_curve(monkeypatch, tmp_path):
 
 
 def test_latents_have_no_curve():
-    from sit_jax.codec import Latents
+    from sit_jax.models.codec import Latents
 
     c, log = config(codec=spec(Latents)), Log()
     watching.Views(log, c, recipe(c), make_mesh(data=-1, fsdp=1))

@@ -11,7 +11,7 @@ from numbered import Numbered, Single, ids_of, mesh
 from sit_jax.data import batches
 from sit_jax.data.feed import order, rows
 from sit_jax.errors import UserError
-from sit_jax.sharding import make_mesh, split_batch
+from sit_jax.parallel.sharding import make_mesh, split_batch
 
 
 def test_every_epoch_is_another_permutation():

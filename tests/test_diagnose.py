@@ -12,14 +12,15 @@ from known_causes import CASES, IMAGES, LISTED, STEPS, config
 from networks import quick_jit
 
 import diagnose
-from sit_jax import bundle, ladder, sampling, stages
-from sit_jax.causes import causes
 from sit_jax.config import to_json
-from sit_jax.diagnosis import diagnose as judge
-from sit_jax.diagnosis import open_evidence
-from sit_jax.job import Job
+from sit_jax.diagnosis import bundle, ladder, stages
+from sit_jax.diagnosis.causes import causes
+from sit_jax.diagnosis.diagnosis import diagnose as judge
+from sit_jax.diagnosis.diagnosis import open_evidence
+from sit_jax.experiment import recipe
 from sit_jax.manifest import environment
-from sit_jax.recipe import recipe
+from sit_jax.sampling import sampling
+from sit_jax.sampling.job import Job
 
 tensors = known_causes.tensors
 

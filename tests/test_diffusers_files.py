@@ -14,12 +14,12 @@ from small import called
 
 import port_weights
 import sample
-from sit_jax import diffusers_files
 from sit_jax.config import spec
+from sit_jax.convert import diffusers_files
+from sit_jax.convert.port import to_flax
 from sit_jax.errors import UserError
 from sit_jax.models import layers
 from sit_jax.models.dit import RULES, DiT, SiT
-from sit_jax.port import to_flax
 
 DIT_A = FOLDER / "weights" / "dit_a.pt"
 MODEL = DiT(depth=2, width=40, heads=4, patch=2, classes=10)
@@ -108,7 +108,7 @@ def test_the_shifted_frequencies_are_those_of_the_formula():
 
 def test_the_difference_is_measured_and_stands_in_the_card(exported, tmp_path, port):
     params = to_flax(RULES, weights("dit_a"))[0]
-    from sit_jax.model_folder import gap
+    from sit_jax.convert.model_folder import gap
 
     found = gap(MODEL, SHAPE, params, times=(5, 999))
     assert found[5] < 0.05 < 0.1 < found[999]

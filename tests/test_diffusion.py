@@ -7,12 +7,13 @@ import pytest
 from diffusions import EVERY, FULL, batch, given, loss_of, posterior_of, some
 from recorded import arrays, nhwc
 
-from sit_jax import config, predictions
-from sit_jax import diffusion as d
-from sit_jax.diffusion import Diffusion
+from sit_jax import config
+from sit_jax.diffusion import diffusion as d
+from sit_jax.diffusion import predictions
+from sit_jax.diffusion.diffusion import Diffusion
+from sit_jax.diffusion.paths import align
+from sit_jax.diffusion.schedules import cosine_betas
 from sit_jax.errors import UserError
-from sit_jax.paths import align
-from sit_jax.schedules import cosine_betas
 
 
 def test_true_step_is_bayes_rule():

@@ -20,8 +20,8 @@ from diffusions import (
 )
 from recorded import arrays, case, nchw, nhwc
 
-from sit_jax import diffusion as d
-from sit_jax.paths import align
+from sit_jax.diffusion import diffusion as d
+from sit_jax.diffusion.paths import align
 
 model = chains.model
 

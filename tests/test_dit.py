@@ -9,9 +9,9 @@ import pytest
 from networks import SMALL, noisy, quick_jit, recorded_model, recorded_params, shapes
 from recorded import arrays, case, nchw, nhwc, relative
 
-from sit_jax import port
+from sit_jax.convert import port
+from sit_jax.diffusion.guidance import guided
 from sit_jax.errors import UserError
-from sit_jax.guidance import guided
 from sit_jax.models import layers
 from sit_jax.models.dit import RULES, DiT, SiT
 

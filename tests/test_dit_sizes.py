@@ -9,7 +9,7 @@ import pytest
 from networks import equations, quick_jit, recorded_model, shapes
 from recorded import arrays, case, relative, weights
 
-from sit_jax import port
+from sit_jax.convert import port
 from sit_jax.errors import UserError
 from sit_jax.models.dit import RULES, SIZES, DiT, SiT, constants, describe, macs
 

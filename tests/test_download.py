@@ -6,7 +6,7 @@ import file_server
 import pytest
 from file_server import CONTENT, SHA, left
 
-from sit_jax.download import download
+from sit_jax.convert.download import download
 from sit_jax.errors import UserError
 
 server = file_server.server

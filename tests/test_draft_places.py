@@ -5,7 +5,7 @@ import resource
 import numpy as np
 import pytest
 
-from sit_jax import tensor_files
+from sit_jax.convert import tensor_files
 from sit_jax.drafts import draft, require_free, require_space
 from sit_jax.errors import UserError
 

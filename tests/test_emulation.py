@@ -11,12 +11,12 @@ from networks import SMALL, equations, noisy, quick_jit
 from product_places import PLACES
 from recorded import relative
 
-from sit_jax.emulation import EMULATED, chosen, emulated
 from sit_jax.errors import UserError
-from sit_jax.generation import in_chunks
 from sit_jax.models.dit import SiT
-from sit_jax.precision import EXACT, FAST, applied
-from sit_jax.sharding import make_mesh
+from sit_jax.parallel.sharding import make_mesh
+from sit_jax.precision.emulation import EMULATED, chosen, emulated
+from sit_jax.precision.precision import EXACT, FAST, applied
+from sit_jax.sampling.generation import in_chunks
 
 RNG = np.random.default_rng(0)
 X, W = (np.float32(RNG.normal(size=shape)) for shape in ((8, 24), (24, 24)))

@@ -15,10 +15,10 @@ from PIL import Image
 from recorded import arrays, case
 
 import evaluate
-from sit_jax import evaluation, summary
 from sit_jax.errors import UserError
-from sit_jax.features import pipeline
-from sit_jax.metrics import Gaussian, frechet
+from sit_jax.evaluation import evaluation, summary
+from sit_jax.evaluation.features import pipeline
+from sit_jax.evaluation.metrics import Gaussian, frechet
 
 LABELS = np.random.default_rng(5).integers(0, 70, ENOUGH)
 network, run, sides = judged.network, judged.run, judged.sides

@@ -6,9 +6,9 @@ from judged import ENOUGH, extractor, images, npz, toy, weights
 from PIL import Image
 
 import evaluate
-from sit_jax import evaluation
-from sit_jax.features import Extractor
-from sit_jax.image_sets import FolderImages
+from sit_jax.evaluation import evaluation
+from sit_jax.evaluation.features import Extractor
+from sit_jax.evaluation.image_sets import FolderImages
 
 network, run, sides = judged.network, judged.run, judged.sides
 

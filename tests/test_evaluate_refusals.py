@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from judged import ENOUGH, images, npz, refused, weights
 
-from sit_jax import evaluation
 from sit_jax.errors import UserError
-from sit_jax.evaluated import open_side
+from sit_jax.evaluation import evaluation
+from sit_jax.evaluation.evaluated import open_side
 
 network, run, sides = judged.network, judged.run, judged.sides
 

@@ -19,21 +19,15 @@ from torch_releases import (
     stored,
 )
 
-from sit_jax import (
-    comparison,
-    moments,
-    port,
-    sharding,
-    start,
-    tensor_files,
-    torch_files,
-)
 from sit_jax.config import spec, to_json
+from sit_jax.convert import comparison, moments, port, tensor_files, torch_files
+from sit_jax.convert.exchange import Stored, open_torch
+from sit_jax.convert.released import Released
 from sit_jax.errors import UserError
-from sit_jax.exchange import Stored, open_torch
+from sit_jax.experiment import recipe
 from sit_jax.models.dit import RULES, SiT
-from sit_jax.recipe import recipe
-from sit_jax.released import Released
+from sit_jax.parallel import sharding
+from sit_jax.trainer import start
 
 
 @pytest.mark.parametrize("name", ["sit_a", "sit_b", "sit_c", "dit_a", "dit_b"])

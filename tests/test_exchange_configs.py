@@ -5,15 +5,20 @@ import pytest
 from recorded import case
 from torch_releases import base, golden, loaded, opened, renamed
 
-from sit_jax import paths, predictions, tensor_files
 from sit_jax.config import build, from_json, spec, to_json
+from sit_jax.convert import tensor_files
+from sit_jax.convert.exchange import open_torch
+from sit_jax.convert.released import Released
+from sit_jax.convert.torch_config import args_of
+from sit_jax.diffusion import paths, predictions
+from sit_jax.diffusion.guidance import Interval
+from sit_jax.diffusion.interpolant import (
+    Interpolant,
+    likelihood_weight,
+    velocity_weight,
+)
 from sit_jax.errors import UserError
-from sit_jax.exchange import open_torch
-from sit_jax.guidance import Interval
-from sit_jax.interpolant import Interpolant, likelihood_weight, velocity_weight
 from sit_jax.models.dit import SiT
-from sit_jax.released import Released
-from sit_jax.torch_config import args_of
 
 
 def test_the_network_is_read_off_the_shapes():

@@ -10,12 +10,12 @@ from toy_codec import toy
 import extract_features
 from sit_jax.data.arrays import Arrays
 from sit_jax.data.cache import LatentCache
+from sit_jax.data.extraction import Encoder, describe, encode, extract
 from sit_jax.data.feed import batches
 from sit_jax.data.folders import ImageFolder
 from sit_jax.data.shards import ShardReader
 from sit_jax.errors import UserError
-from sit_jax.extraction import Encoder, describe, encode, extract
-from sit_jax.sharding import make_mesh
+from sit_jax.parallel.sharding import make_mesh
 
 SETTINGS = {"batch_size": 8, "threads": 2}
 

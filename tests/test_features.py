@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from sit_jax.array_files import ArrayFile
+from sit_jax.convert.inception_weights import Weights
 from sit_jax.errors import UserError
-from sit_jax.features import (
+from sit_jax.evaluation.features import (
     Extractor,
     StoredFeatures,
     pipeline,
@@ -14,9 +14,9 @@ from sit_jax.features import (
     unlike,
     write_features,
 )
-from sit_jax.image_sets import starts
-from sit_jax.inception_weights import Weights
-from sit_jax.sharding import make_mesh
+from sit_jax.evaluation.image_sets import starts
+from sit_jax.parallel.sharding import make_mesh
+from sit_jax.sampling.array_files import ArrayFile
 
 
 def network(params, images):

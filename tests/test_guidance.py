@@ -7,9 +7,9 @@ import pytest
 from recorded import arrays, nchw, nhwc
 from toys import once, tiny
 
+from sit_jax.diffusion.guidance import Interval, guided, is_none, with_null_half
+from sit_jax.diffusion.guidance_scales import PowerCosine
 from sit_jax.errors import UserError
-from sit_jax.guidance import Interval, guided, is_none, with_null_half
-from sit_jax.guidance_scales import PowerCosine
 
 LABELS = jnp.array([1, 2])
 X = jax.random.normal(jax.random.key(0), (2, 2, 2, 4))

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from sit_jax import heap
+from sit_jax.trainer import heap
 
 needs_glibc = pytest.mark.skipif(heap._glibc() is None, reason="needs Linux and glibc")
 

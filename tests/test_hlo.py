@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sit_jax import hlo
-from sit_jax.hlo import Collective, Product
-from sit_jax.sharding import make_mesh, split_batch
+from sit_jax.parallel.sharding import make_mesh, split_batch
+from sit_jax.planning import hlo
+from sit_jax.planning.hlo import Collective, Product
 
 TEXT = """HloModule step, input_output_alias={ {0}: (0, {}, may-alias), \
 {1}: (1, {}, must-alias) }, entry_computation_layout={(f32[8]{0})->f32[8]{0}}

@@ -5,8 +5,10 @@ import types
 import numpy as np
 import pytest
 
-from sit_jax import hosts, lora_files, starts
+from sit_jax import hosts
+from sit_jax.convert import lora_files
 from sit_jax.errors import UserError
+from sit_jax.sampling import starts
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sit_jax.array_files import ArrayFile
 from sit_jax.errors import UserError
-from sit_jax.image_sets import FolderImages, NpzImages
+from sit_jax.evaluation.image_sets import FolderImages, NpzImages
+from sit_jax.sampling.array_files import ArrayFile
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 4, 5, 3)).astype(np.uint8)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from recorded import arrays, case, nchw, nhwc, relative
 
-from sit_jax import port
+from sit_jax.convert import port
 from sit_jax.models.inception import Inception, prepared, resized
 from sit_jax.models.inception_layers import PLACES, RULES, SHAPES, TF_RULES
 

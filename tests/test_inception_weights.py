@@ -9,10 +9,10 @@ import torch
 from flax.traverse_util import unflatten_dict
 from tensorboardX.proto.graph_pb2 import GraphDef
 
-from sit_jax import inception_weights, port
+from sit_jax.convert import inception_weights, port
+from sit_jax.convert.graph_files import constants
+from sit_jax.convert.inception_weights import CONVERTED, FILE, SIZE, load
 from sit_jax.errors import UserError
-from sit_jax.graph_files import constants
-from sit_jax.inception_weights import CONVERTED, FILE, SIZE, load
 from sit_jax.manifest import weights_hash
 from sit_jax.models import inception_layers
 

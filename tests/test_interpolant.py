@@ -10,15 +10,15 @@ import pytest
 from recorded import arrays, case, nchw, nhwc, relative
 from toys import EVERY, PATHS, PREDICTS, assert_close, tiny
 
-from sit_jax import predictions
-from sit_jax.errors import UserError
-from sit_jax.interpolant import (
+from sit_jax.diffusion import predictions
+from sit_jax.diffusion.interpolant import (
     Interpolant,
     likelihood_weight,
     unweighted,
     velocity_weight,
 )
-from sit_jax.paths import align, linear, mix
+from sit_jax.diffusion.paths import align, linear, mix
+from sit_jax.errors import UserError
 
 G = arrays("sit_transport")
 FLOORS = case("sit_transport")["f32_vs_f64"]

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from sit_jax import noise
+from sit_jax.diffusion import noise
 from sit_jax.errors import UserError
-from sit_jax.labels import labels
+from sit_jax.sampling.labels import labels
 
 
 def test_random_ones_follow_from_seed_and_number():

@@ -8,10 +8,10 @@ import pytest
 from recorded import arrays, case, nchw, nhwc
 from toys import PATHS, PREDICTS, gaussian, once, tiny
 
-from sit_jax import noise
-from sit_jax.diffusion import Diffusion
+from sit_jax.diffusion import noise
+from sit_jax.diffusion.diffusion import Diffusion
+from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.errors import UserError
-from sit_jax.interpolant import Interpolant
 from sit_jax.samplers.adaptive import AdaptiveOde
 from sit_jax.samplers.likelihood import ChainBound, FlowLikelihood, exact
 from sit_jax.samplers.ode import Ode, euler, heun, rk4

@@ -13,7 +13,7 @@ import small
 from logs import LINE, records, run, steps_of
 
 from sit_jax.errors import UserError
-from sit_jax.logging import RunLog, duration
+from sit_jax.trainer.logging import RunLog, duration
 
 
 class Terminal(io.StringIO):

@@ -16,18 +16,19 @@ from networks import quick_jit
 import port_weights
 import sample
 import train
-from sit_jax import checkpoint, quantizing
-from sit_jax.adapters import put_all
-from sit_jax.base import load_adapted, trained_shapes
+from sit_jax import checkpoint
+from sit_jax.adapters import quantizing
+from sit_jax.adapters.applied import apply
+from sit_jax.adapters.lora import TABLE, Lora
+from sit_jax.adapters.quantized import SKIP
+from sit_jax.adapters.stored import Adapted, Grown, join, read
 from sit_jax.config import to_json
+from sit_jax.convert.adapters import put_all
+from sit_jax.convert.base import load_adapted, trained_shapes
+from sit_jax.convert.given import Given
 from sit_jax.errors import UserError
-from sit_jax.given import Given
-from sit_jax.lora import TABLE, Lora
-from sit_jax.models.applied import apply
-from sit_jax.quantized import SKIP
-from sit_jax.recipe import recipe
-from sit_jax.sharding import make_mesh
-from sit_jax.stored import Adapted, Grown, join, read
+from sit_jax.experiment import recipe
+from sit_jax.parallel.sharding import make_mesh
 
 base = lora_bases.base
 called = lora_bases.called

@@ -10,19 +10,20 @@ from lora_runs import saved
 
 import port_weights
 import sample
-from sit_jax import checkpoint, quantizing
-from sit_jax.adapters import new_classes, put_all
-from sit_jax.base import load_adapted
+from sit_jax import checkpoint
+from sit_jax.adapters import quantizing
+from sit_jax.adapters.lora import TABLE
+from sit_jax.adapters.quantized import SKIP
+from sit_jax.adapters.stored import merged, read
 from sit_jax.config import to_json
+from sit_jax.convert.adapters import new_classes, put_all
+from sit_jax.convert.base import load_adapted
+from sit_jax.convert.weights import open_weights
 from sit_jax.data.further import Further
 from sit_jax.data.sources import Synthetic
 from sit_jax.errors import UserError
-from sit_jax.lora import TABLE
-from sit_jax.quantized import SKIP
-from sit_jax.recipe import recipe
-from sit_jax.sharding import make_mesh
-from sit_jax.stored import merged, read
-from sit_jax.weights import open_weights
+from sit_jax.experiment import recipe
+from sit_jax.parallel.sharding import make_mesh
 
 PARTS = recipe(small.config())
 

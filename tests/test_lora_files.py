@@ -15,18 +15,19 @@ from networks import quick_jit, recorded_model, recorded_params
 from recorded import FOLDER, nhwc, relative
 
 import port_weights
-from sit_jax import checkpoint, lora_files, lora_names
-from sit_jax.adapters import named, open_adapter, put_on
-from sit_jax.base import trained_shapes
+from sit_jax import checkpoint
+from sit_jax.adapters.applied import apply
+from sit_jax.adapters.lora import TABLE, Lora
+from sit_jax.adapters.stored import Adapted, Grown, is_stored, merged, read
 from sit_jax.config import from_json, to_json
-from sit_jax.lora import TABLE, Lora
-from sit_jax.models.applied import apply
+from sit_jax.convert import lora_files, lora_names
+from sit_jax.convert.adapters import named, open_adapter, put_on
+from sit_jax.convert.base import trained_shapes
+from sit_jax.convert.mdt_weights import RULES_V2
+from sit_jax.experiment import recipe
 from sit_jax.models.dit import RULES
 from sit_jax.models.mdt import MDTv2
-from sit_jax.models.mdt_weights import RULES_V2
-from sit_jax.recipe import recipe
-from sit_jax.stored import Adapted, Grown, is_stored, merged, read
-from sit_jax.training import init_params
+from sit_jax.training.training import init_params
 
 RECORDED = FOLDER / "lora"
 

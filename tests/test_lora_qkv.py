@@ -3,7 +3,7 @@
 import numpy as np
 from lora_pairs import pair
 
-from sit_jax import lora_names
+from sit_jax.convert import lora_names
 
 
 def whole(pair):

@@ -8,12 +8,12 @@ from lora_runs import config
 
 import train
 from configs.lora_xl2 import get_config as lora_xl2
-from sit_jax.base import base_shapes, trained_shapes
+from sit_jax.adapters.lora import TABLE
+from sit_jax.convert.base import base_shapes, trained_shapes
+from sit_jax.convert.given import Given
 from sit_jax.data.styles import inverted, slanted
 from sit_jax.errors import UserError
-from sit_jax.given import Given
-from sit_jax.lora import TABLE
-from sit_jax.recipe import recipe
+from sit_jax.experiment import recipe
 
 base = lora_bases.base
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from networks import equations, quick_jit, shapes
 
-from sit_jax import passes
-from sit_jax.diffusion import Diffusion
+from sit_jax.diffusion.diffusion import Diffusion
 from sit_jax.errors import UserError
 from sit_jax.models import masking
 from sit_jax.models.mdt import MDT, MDTv2
 from sit_jax.models.mdt_cost import step_macs
+from sit_jax.training import passes
 
 SMALL = dict(depth=3, decoder=1, width=24, heads=3, patch=1, classes=5)
 ONE, THREE = MDTv2(**SMALL), MDTv2(sizes=3, **SMALL)

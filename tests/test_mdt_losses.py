@@ -8,8 +8,8 @@ from mdt_recorded import BOTH, FREQUENCIES, mask, program
 from networks import quick_jit, recorded_params
 from recorded import arrays, case, nhwc
 
-from sit_jax.diffusion import Diffusion
-from sit_jax.min_snr import min_snr
+from sit_jax.diffusion.diffusion import Diffusion
+from sit_jax.diffusion.min_snr import min_snr
 
 
 def process(name):
@@ -61,7 +61,7 @@ def test_the_losses_of_both_passes_are_as_recorded(name):
 @pytest.mark.parametrize("which", ["fixed", "fixed_xstart"])
 def test_min_snr_weighs_the_squared_error_alone(which):
     """Values t = 0, 50, 100, 130 and the mean from the definition in float64."""
-    from sit_jax import predictions
+    from sit_jax.diffusion import predictions
 
     golden = arrays("mdt2")
     predicts = predictions.data if which == "fixed_xstart" else predictions.noise

@@ -7,9 +7,9 @@ from mdt_recorded import BOTH, FREQUENCIES, program
 from networks import quick_jit, recorded_model, recorded_params
 from recorded import arrays, case, nchw, nhwc, relative
 
-from sit_jax.diffusion import Diffusion
-from sit_jax.guidance import guided
-from sit_jax.guidance_scales import PowerCosine
+from sit_jax.diffusion.diffusion import Diffusion
+from sit_jax.diffusion.guidance import guided
+from sit_jax.diffusion.guidance_scales import PowerCosine
 from sit_jax.models import layers
 from sit_jax.samplers.chain import Ancestral
 

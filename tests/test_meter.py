@@ -5,8 +5,8 @@ import math
 import jax.numpy as jnp
 import pytest
 
-from sit_jax import meter
-from sit_jax.meter import LAG, Meter
+from sit_jax.trainer import meter
+from sit_jax.trainer.meter import LAG, Meter
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import scipy.linalg
 from recorded import arrays, case
 
 from sit_jax.errors import UserError
-from sit_jax.metrics import Gaussian, Moments, frechet, gaussian, manifold
-from sit_jax.metrics.kernel import kernel_distance
-from sit_jax.metrics.manifold import precision_recall, radii
-from sit_jax.metrics.score import InceptionScore
+from sit_jax.evaluation.metrics import Gaussian, Moments, frechet, gaussian, manifold
+from sit_jax.evaluation.metrics.kernel import kernel_distance
+from sit_jax.evaluation.metrics.manifold import precision_recall, radii
+from sit_jax.evaluation.metrics.score import InceptionScore
 
 G, ADM = arrays("adm_eval"), case("adm_eval")["results"]
 

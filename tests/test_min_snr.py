@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from networks import quick_jit
 
-from sit_jax import predictions
-from sit_jax.diffusion import Diffusion, fixed_small, previous
+from sit_jax.diffusion import predictions
+from sit_jax.diffusion.diffusion import Diffusion, fixed_small, previous
+from sit_jax.diffusion.interpolant import Interpolant
+from sit_jax.diffusion.min_snr import MinSnr, MinSnrHybrid, weight
+from sit_jax.diffusion.paths import VP, align, gvp, linear
 from sit_jax.errors import UserError
-from sit_jax.interpolant import Interpolant
-from sit_jax.min_snr import MinSnr, MinSnrHybrid, weight
-from sit_jax.paths import VP, align, gvp, linear
 
 RNG = np.random.default_rng(0)
 DATA, NOISE, OFF = RNG.standard_normal((3, 5, 4, 4, 2)).astype(np.float32)

@@ -18,8 +18,9 @@ from field_mistakes import FIELDS, LINES, OTHERS
 from mistakes import FLAGS, SCRIPTS
 from misused import Begun, clear, contents, words
 
-from sit_jax import adapting, command, config, locks
+from sit_jax import command, config, locks
 from sit_jax.errors import one_line
+from sit_jax.trainer import adapting
 
 names = misused.names
 place = misused.place

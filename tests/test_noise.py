@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sit_jax import noise
-from sit_jax.sharding import make_mesh, split_batch
+from sit_jax.diffusion import noise
+from sit_jax.parallel.sharding import make_mesh, split_batch
 
 SHAPE = (4, 4, 2)
 

@@ -18,16 +18,16 @@ from toys import (
     one_image,
 )
 
-from sit_jax import predictions
-from sit_jax.diffusion import Diffusion
+from sit_jax.diffusion import predictions
+from sit_jax.diffusion.diffusion import Diffusion
+from sit_jax.diffusion.interpolant import Interpolant
+from sit_jax.diffusion.paths import align
 from sit_jax.errors import UserError
-from sit_jax.interpolant import Interpolant
-from sit_jax.paths import align
+from sit_jax.parallel.sharding import make_mesh, split_batch
 from sit_jax.samplers.adams import Adams
 from sit_jax.samplers.adaptive import AdaptiveOde
 from sit_jax.samplers.ode import Ode, euler, heun, heun3, midpoint, rk4
 from sit_jax.samplers.torchdiffeq import like_torchdiffeq
-from sit_jax.sharding import make_mesh, split_batch
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -8,12 +8,12 @@ import small
 from PIL import Image
 
 import diagnose
-from sit_jax import paired
-from sit_jax.array_files import ArrayFile
+from sit_jax.diagnosis import paired
+from sit_jax.diagnosis.worst_pairs import worst_pairs
 from sit_jax.errors import UserError
-from sit_jax.image_sets import NpzImages
-from sit_jax.metrics.gaussian import Gaussian, frechet
-from sit_jax.worst_pairs import worst_pairs
+from sit_jax.evaluation.image_sets import NpzImages
+from sit_jax.evaluation.metrics.gaussian import Gaussian, frechet
+from sit_jax.sampling.array_files import ArrayFile
 
 WIDTH = 6
 REFERENCE = Gaussian(np.full(WIDTH, 0.3), np.eye(WIDTH))

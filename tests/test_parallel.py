@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import small
 
-from sit_jax import hlo, placement, program, sharding
 from sit_jax.config import spec
-from sit_jax.diffusion import Diffusion
-from sit_jax.interpolant import Interpolant
+from sit_jax.diffusion.diffusion import Diffusion
+from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.models import attention, layers, masking, mdt
 from sit_jax.models.dit import DiT, SiT
 from sit_jax.models.mdt import MDTv2
-from sit_jax.plan import bytes_of
-from sit_jax.training import fresh_state
+from sit_jax.parallel import placement, sharding
+from sit_jax.planning import hlo, program
+from sit_jax.planning.plan import bytes_of
+from sit_jax.training.training import fresh_state
 
 # Wide enough that most kernels have more than placement.SMALL elements.
 SIZE = dict(depth=2, width=64, heads=4, patch=2, classes=5)

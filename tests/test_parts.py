@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sit_jax.errors import UserError
-from sit_jax.parts import MARK, Parts, is_begun, parts_mark, parts_size
+from sit_jax.sampling.parts import MARK, Parts, is_begun, parts_mark, parts_size
 
 
 @pytest.fixture

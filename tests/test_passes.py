@@ -9,10 +9,10 @@ import optax
 import pytest
 from networks import quick_jit
 
-from sit_jax import averages
-from sit_jax.codec import Pixels
-from sit_jax.timesteps import LossSecondMoment
-from sit_jax.training import fresh_state, make_train_step
+from sit_jax.diffusion.timesteps import LossSecondMoment
+from sit_jax.models.codec import Pixels
+from sit_jax.training import averages
+from sit_jax.training.training import fresh_state, make_train_step
 
 pytestmark = pytest.mark.slow  # together they compile for a minute or two
 

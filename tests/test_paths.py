@@ -6,7 +6,7 @@ import pytest
 from recorded import arrays, case, nchw, nhwc
 from toys import PATHS, assert_close
 
-from sit_jax.paths import VP, align, gvp, linear, mix, noising_rate, slope
+from sit_jax.diffusion.paths import VP, align, gvp, linear, mix, noising_rate, slope
 
 G = arrays("sit_transport")
 FLOORS = case("sit_transport")["f32_vs_f64"]

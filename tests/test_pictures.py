@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sit_jax import outputs
-from sit_jax.codec import Pixels
 from sit_jax.errors import UserError
-from sit_jax.parts import Parts
-from sit_jax.pictures import DARK, LINE, captions, save_png, sheet
-from sit_jax.preview import Preview
-from sit_jax.rounding import to_uint8
+from sit_jax.models.codec import Pixels
+from sit_jax.models.rounding import to_uint8
+from sit_jax.sampling import outputs
+from sit_jax.sampling.parts import Parts
+from sit_jax.sampling.pictures import DARK, LINE, captions, save_png, sheet
+from sit_jax.trainer.preview import Preview
 
 
 def noise(*shape):

@@ -9,11 +9,12 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from sit_jax import placement, plan
 from sit_jax.models.dit import SiT
 from sit_jax.models.mdt import MDT, MDTv2
-from sit_jax.sharding import make_mesh, planned_mesh
-from sit_jax.training import init_params, init_state
+from sit_jax.parallel import placement
+from sit_jax.parallel.sharding import make_mesh, planned_mesh
+from sit_jax.planning import plan
+from sit_jax.training.training import init_params, init_state
 
 WEIGHTS, ALL = ("fsdp", "tensor"), ("fsdp", "tensor", "data")
 

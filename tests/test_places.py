@@ -5,15 +5,16 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from sit_jax import checkpoint, drafts, hosts, outputs, places
+from sit_jax import checkpoint, drafts, hosts, places
 from sit_jax.checkpoint import Checkpoints
+from sit_jax.convert.releases import fetch
 from sit_jax.data.cache import LatentCache
 from sit_jax.data.folders import ImageFolder
 from sit_jax.data.sources import LatentFolder
 from sit_jax.errors import UserError
 from sit_jax.places import appears, local
-from sit_jax.releases import fetch
-from sit_jax.workdir import check_workdir
+from sit_jax.sampling import outputs
+from sit_jax.trainer.workdir import check_workdir
 
 ASKS = {
     "latents": LatentFolder,

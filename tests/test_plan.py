@@ -9,10 +9,11 @@ import small
 
 from configs.dit_xl2 import get_config as dit_xl2
 from configs.sit_xl2 import get_config as sit_xl2
-from sit_jax import plan, pod, program, sharding
 from sit_jax.models.dit import SiT
 from sit_jax.models.mdt import MDTv2
-from sit_jax.residuals import saved_bytes
+from sit_jax.parallel import sharding
+from sit_jax.planning import plan, pod, program
+from sit_jax.planning.residuals import saved_bytes
 
 
 def made(config, count, **mesh):

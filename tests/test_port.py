@@ -9,7 +9,7 @@ import pytest
 from networks import random_state, released_entries, shapes
 from recorded import arrays, case, weights
 
-from sit_jax import port
+from sit_jax.convert import port
 from sit_jax.models.dit import RULES, SIZES, DiT, SiT, constants
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from networks import random_state, shapes
 
-from sit_jax import port
+from sit_jax.convert import port
 from sit_jax.errors import UserError
 from sit_jax.models.dit import RULES, SiT
 

@@ -15,11 +15,12 @@ from small import called, losses
 
 import port_weights
 import train
-from sit_jax import checkpoint, tensor_files, torch_files
+from sit_jax import checkpoint
 from sit_jax.config import from_json
+from sit_jax.convert import tensor_files, torch_files
+from sit_jax.convert.port import to_flax
 from sit_jax.manifest import weights_hash
 from sit_jax.models.dit import RULES
-from sit_jax.port import to_flax
 
 BARE = FOLDER / "weights" / "sit_a.pt"
 FULL = FOLDER / "weights" / "train_sit_full.pt"

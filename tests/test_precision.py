@@ -13,7 +13,7 @@ from networks import SMALL, equations, noisy, quick_jit
 
 from sit_jax.errors import UserError
 from sit_jax.models.dit import DiT, SiT
-from sit_jax.precision import (
+from sit_jax.precision.precision import (
     BF16,
     EXACT,
     FAST,

@@ -3,18 +3,18 @@
 import pytest
 
 from configs import dit_xl2, sit_xl2
-from sit_jax import presets
 from sit_jax.config import from_json, to_json
+from sit_jax.convert.releases import RELEASES
+from sit_jax.diffusion.guidance_scales import PowerCosine
 from sit_jax.errors import UserError
-from sit_jax.guidance_scales import PowerCosine
-from sit_jax.recipe import recipe
-from sit_jax.releases import RELEASES
-from sit_jax.rounding import ROUNDINGS
+from sit_jax.experiment import recipe
+from sit_jax.models.rounding import ROUNDINGS
 from sit_jax.samplers.adaptive import AdaptiveOde
 from sit_jax.samplers.chain import Ancestral
 from sit_jax.samplers.ode import Ode, heun
 from sit_jax.samplers.sde import Sde, by_sigma, mean
 from sit_jax.samplers.torchdiffeq import like_torchdiffeq
+from sit_jax.sampling import presets
 
 
 def configured(name):

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sit_jax.emulation import emulated
-from sit_jax.precision import BF16, EXACT, FAST, applied
-from sit_jax.probe import line, mismatch, probe
+from sit_jax.precision.emulation import emulated
+from sit_jax.precision.precision import BF16, EXACT, FAST, applied
+from sit_jax.precision.probe import line, mismatch, probe
 
 
 def found(default, model, convolution):

@@ -7,7 +7,7 @@ import small
 
 import train
 from sit_jax import checkpoint
-from sit_jax.recipe import recipe
+from sit_jax.experiment import recipe
 
 SIZE = {"steps": 3, "save_every": 3, "preview": 0}
 

@@ -9,10 +9,10 @@ import pytest
 from networks import SMALL, noisy, quick_jit
 from recorded import relative
 
-from sit_jax.models.applied import apply, trained
+from sit_jax.adapters.applied import apply, trained
 from sit_jax.models.dit import SiT
 from sit_jax.models.layers import REMAT
-from sit_jax.products import product
+from sit_jax.models.products import product
 
 rng = np.random.default_rng(0)
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sit_jax import program
+from sit_jax.planning import program
 
 
 @pytest.fixture(autouse=True)

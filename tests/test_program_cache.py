@@ -7,8 +7,9 @@ import jax
 import pytest
 from conftest import ROOT
 
-from sit_jax import program_cache, releases
+from sit_jax.convert import releases
 from sit_jax.errors import UserError
+from sit_jax.trainer import program_cache
 
 SCRIPT = """
 import jax, jax.numpy as jnp

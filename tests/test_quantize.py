@@ -11,12 +11,12 @@ from small import called
 import port_weights
 import quantize
 import sample
+from sit_jax.adapters.quantized import SKIP, Grouped
+from sit_jax.adapters.quantizing import quantized
 from sit_jax.checkpoint import find, read_meta
-from sit_jax.quantized import SKIP, Grouped
-from sit_jax.quantizing import quantized
-from sit_jax.recipe import recipe
-from sit_jax.weights import open_weights
-from sit_jax.workdir import read_json
+from sit_jax.convert.weights import open_weights
+from sit_jax.experiment import recipe
+from sit_jax.trainer.workdir import read_json
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_a_checkpoint_is_made_and_read_back(floats, tmp_path, run, monkeypatch, 
     assert re.search(r"blocks/mlp/fc1/kernel +8,192 +\d,\d+ +\d.\d+e-0[12]", out)
     opened = open_weights(tmp_path / "q", None)
     parts = recipe(opened.config)
-    from sit_jax.sharding import make_mesh
+    from sit_jax.parallel.sharding import make_mesh
 
     params = opened.load("ema", parts, make_mesh(data=-1, fsdp=1))
     wanted = quantized(small.random_params(parts, 10), "w4g8", SKIP)

@@ -10,12 +10,12 @@ import small
 from networks import quick_jit
 from recorded import relative
 
+from sit_jax.adapters.applied import apply
+from sit_jax.adapters.quantized import SKIP, Dynamic, eight, four
+from sit_jax.adapters.quantizing import converted, quantized, shapes, size
+from sit_jax.adapters.stored import Quantized, is_stored, read
 from sit_jax.errors import UserError
-from sit_jax.models.applied import apply
-from sit_jax.quantized import SKIP, Dynamic, eight, four
-from sit_jax.quantizing import converted, quantized, shapes, size
-from sit_jax.recipe import recipe
-from sit_jax.stored import Quantized, is_stored, read
+from sit_jax.experiment import recipe
 
 RNG = np.random.default_rng(0)
 WEIGHT = RNG.standard_normal((3, 64, 24)).astype(np.float32)
@@ -145,7 +145,7 @@ def test_shapes_of_a_saved_step_are_known_without_its_floats():
 def test_xl_takes_a_fourth():
     """In bytes, from shapes alone; only embedders, ends and biases stay floats."""
     from configs.dit_xl2 import get_config
-    from sit_jax.training import init_params
+    from sit_jax.training.training import init_params
 
     parts = recipe(get_config())
     like = jax.eval_shape(

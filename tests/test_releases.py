@@ -8,10 +8,10 @@ import small
 from conftest import ROOT
 from file_server import CONTENT, Handler, offline
 
-from sit_jax import releases
+from sit_jax.convert import releases
+from sit_jax.convert.releases import RELEASES, fetch, find
+from sit_jax.convert.weights import open_weights
 from sit_jax.errors import UserError
-from sit_jax.releases import RELEASES, fetch, find
-from sit_jax.weights import open_weights
 
 cache = file_server.cache
 server = file_server.server
@@ -125,7 +125,7 @@ def test_nothing_is_asked_of_the_network_at_import():
         "import socket\n"
         "def refuse(*words): raise SystemExit('network at import')\n"
         "socket.socket.connect = socket.getaddrinfo = refuse\n"
-        "import sit_jax.releases, sit_jax.download\n"
+        "import sit_jax.convert.releases, sit_jax.convert.download\n"
     )
     done = small.script("-c", program)
     assert done.returncode == 0, done.stderr

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from flax import struct
 
-from sit_jax import placement
 from sit_jax.errors import UserError
-from sit_jax.replicas import Replicas
-from sit_jax.sharding import everywhere, make_mesh
+from sit_jax.parallel import placement
+from sit_jax.parallel.sharding import everywhere, make_mesh
+from sit_jax.trainer.replicas import Replicas
 
 MESH = make_mesh(data=4, fsdp=2)
 

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from sit_jax import resampling
-from sit_jax.evaluation import interval
-from sit_jax.label_policy import decided
-from sit_jax.metrics import Gaussian, frechet
+from sit_jax.evaluation import resampling
+from sit_jax.evaluation.evaluation import interval
+from sit_jax.evaluation.label_policy import decided
+from sit_jax.evaluation.metrics import Gaussian, frechet
 
 # Thirty images of each of six classes, one feature: c_k + N(0, 1). From a reference
 # without variance their distance is (mean - r)^2 + variance, whose law is known.

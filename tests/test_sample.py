@@ -11,10 +11,11 @@ import small
 from recorded import FOLDER
 
 from configs import published
-from sit_jax import noise, sharding
-from sit_jax.exchange import open_torch
-from sit_jax.generation import Generator
-from sit_jax.recipe import recipe
+from sit_jax.convert.exchange import open_torch
+from sit_jax.diffusion import noise
+from sit_jax.experiment import recipe
+from sit_jax.parallel import sharding
+from sit_jax.sampling.generation import Generator
 
 weights, run = sample_runs.weights, sample_runs.run
 

@@ -7,13 +7,13 @@ import small
 
 import sample
 from configs import mdt_xl2
-from sit_jax import presets
-from sit_jax.codec import Pixels
 from sit_jax.config import spec
-from sit_jax.guidance_scales import PowerCosine
-from sit_jax.presets import Preset
-from sit_jax.rounding import to_uint8_darker
+from sit_jax.diffusion.guidance_scales import PowerCosine
+from sit_jax.models.codec import Pixels
+from sit_jax.models.rounding import to_uint8_darker
 from sit_jax.samplers.ode import Ode, euler
+from sit_jax.sampling import presets
+from sit_jax.sampling.presets import Preset
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import pytest
 from networks import equations
 
 from sit_jax.config import build
-from sit_jax.diffusion import Diffusion, fixed_small
-from sit_jax.interpolant import Interpolant
+from sit_jax.diffusion.diffusion import Diffusion, fixed_small
+from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.samplers.adaptive import AdaptiveOde
 from sit_jax.samplers.names import CONTROLS, SAMPLERS
 

@@ -8,9 +8,11 @@ import sample_runs
 import small
 from sample_runs import manifest
 
-from sit_jax import drafts, predictions, sampling
-from sit_jax.parts import Parts
-from sit_jax.recipe import recipe
+from sit_jax import drafts
+from sit_jax.diffusion import predictions
+from sit_jax.experiment import recipe
+from sit_jax.sampling import sampling
+from sit_jax.sampling.parts import Parts
 
 run = sample_runs.run
 weights = sample_runs.weights

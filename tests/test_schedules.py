@@ -4,8 +4,13 @@ import numpy as np
 import pytest
 from recorded import arrays
 
+from sit_jax.diffusion.schedules import (
+    DdimSpacing,
+    cosine_betas,
+    kept_steps,
+    linear_betas,
+)
 from sit_jax.errors import UserError
-from sit_jax.schedules import DdimSpacing, cosine_betas, kept_steps, linear_betas
 
 
 def test_linear_betas():

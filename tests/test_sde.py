@@ -19,13 +19,13 @@ from toys import (
     sampled,
 )
 
-from sit_jax.diffusion import Diffusion
+from sit_jax.diffusion.diffusion import Diffusion
+from sit_jax.diffusion.interpolant import Interpolant
+from sit_jax.diffusion.noise import given
 from sit_jax.errors import UserError
-from sit_jax.interpolant import Interpolant
-from sit_jax.noise import given
+from sit_jax.parallel.sharding import make_mesh, split_batch
 from sit_jax.samplers import sde
 from sit_jax.samplers.sde import Sde
-from sit_jax.sharding import make_mesh, split_batch
 
 G = arrays("sit_sde")
 RUNS = {run["id"]: run for run in case("sit_sde")["runs"]}

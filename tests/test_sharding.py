@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from sit_jax import sharding
 from sit_jax.errors import UserError
-from sit_jax.sharding import (
+from sit_jax.parallel import sharding
+from sit_jax.parallel.sharding import (
     by_rows,
     everywhere,
     gathered,

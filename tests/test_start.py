@@ -9,10 +9,10 @@ import pytest
 import small
 
 from sit_jax import checkpoint
-from sit_jax.recipe import recipe
-from sit_jax.sharding import make_mesh
-from sit_jax.start import begin, pack
-from sit_jax.training import fresh_state
+from sit_jax.experiment import recipe
+from sit_jax.parallel.sharding import make_mesh
+from sit_jax.trainer.start import begin, pack
+from sit_jax.training.training import fresh_state
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,17 @@ from stored_networks import (
     weights,
 )
 
+from sit_jax.adapters.applied import apply
+from sit_jax.adapters.stored import (
+    Grown,
+    Quantized,
+    matched,
+    merged,
+    quantize,
+    read,
+    replace,
+)
 from sit_jax.errors import UserError
-from sit_jax.models.applied import apply
-from sit_jax.stored import Grown, Quantized, matched, merged, quantize, read, replace
 
 EACH = [(model, dora) for model in MODELS for dora in (False, True)]
 KEPT = [EACH[1]]  # a SiT with lengths; all when slow

@@ -22,14 +22,14 @@ from stored_networks import (
     weights,
 )
 
-from sit_jax.codec import Pixels
-from sit_jax.diffusion import Diffusion
-from sit_jax.interpolant import Interpolant
-from sit_jax.models.applied import apply
+from sit_jax.adapters.applied import apply
+from sit_jax.adapters.stored import Adapted, dropping, join, quantize, replace, split
+from sit_jax.diffusion.diffusion import Diffusion
+from sit_jax.diffusion.interpolant import Interpolant
+from sit_jax.models.codec import Pixels
 from sit_jax.models.dit import SiT
 from sit_jax.models.mdt import MDT
-from sit_jax.stored import Adapted, dropping, join, quantize, replace, split
-from sit_jax.training import fresh_state, make_train_step
+from sit_jax.training.training import fresh_state, make_train_step
 
 
 def test_split_and_join_are_inverse():

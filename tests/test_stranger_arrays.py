@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from hostile import Runs, npy
 
-from sit_jax import array_files, config
-from sit_jax.array_files import ArrayFile, load
+from sit_jax import config
 from sit_jax.errors import UserError
-from sit_jax.job import of_manifest
+from sit_jax.sampling import array_files
+from sit_jax.sampling.array_files import ArrayFile, load
+from sit_jax.sampling.job import of_manifest
 
 ARRAYS = {
     "objects": (np.array([Runs("x")], object), "holds Python objects"),
@@ -76,7 +77,7 @@ def test_json_that_is_none_is_one_line(tmp_path, text):
         "sit_jax.data.filling.open_plan",
         "sit_jax.data.pairs.to_pairs",
         "sit_jax.data.sources.os.mkdir",
-        "sit_jax.codec.jax.jit",
+        "sit_jax.models.codec.jax.jit",
         "optax.__builtins__.eval",
         "sit_jax.data",
         3,

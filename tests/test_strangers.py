@@ -13,10 +13,10 @@ import torch
 from conftest import ROOT
 from hostile import FORMS, code, laughs, npy
 
-from sit_jax import torch_files
-from sit_jax.array_files import ArrayFile, load
+from sit_jax.convert import torch_files
 from sit_jax.data.images import BrokenImage, rgb
 from sit_jax.errors import UserError
+from sit_jax.sampling.array_files import ArrayFile, load
 
 MEMORY = 3 * 2**30  # bytes of address space; importing torch alone takes 1.5
 

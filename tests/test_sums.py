@@ -10,14 +10,7 @@ import pytest
 import small
 from conftest import ROOT
 
-from sit_jax.checkpoint import (
-    Damaged,
-    has_sums,
-    leaves,
-    load,
-    read_meta,
-    require_whole,
-)
+from sit_jax.checkpoint import Damaged, has_sums, leaves, load, read_meta, require_whole
 from sit_jax.checkpoint.__main__ import main
 from sit_jax.checkpoint.sums import SUMS, damages
 

@@ -9,9 +9,9 @@ from flax import struct
 
 import diagnose
 from sit_jax.config import to_json
-from sit_jax.job import Job
-from sit_jax.rounding import to_uint8, to_uint8_darker
-from sit_jax.swapping import Decoded, exchanged
+from sit_jax.diagnosis.swapping import Decoded, exchanged
+from sit_jax.models.rounding import to_uint8, to_uint8_darker
+from sit_jax.sampling.job import Job
 
 
 class Scaled(struct.PyTreeNode):

@@ -10,8 +10,8 @@ from networks import quick_jit
 from recorded import relative
 from test_vae import random_params
 
-from sit_jax.codec import whole
 from sit_jax.errors import UserError
+from sit_jax.models.codec import whole
 from sit_jax.models.tiles import Tiles, Windows, margin
 from sit_jax.models.vae import AutoencoderKL
 from sit_jax.models.vae_layers import Norm

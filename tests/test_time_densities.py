@@ -9,14 +9,14 @@ import pytest
 import small
 from networks import quick_jit
 
-from sit_jax import predictions
 from sit_jax.config import from_json, spec, to_json
-from sit_jax.diffusion import Diffusion
+from sit_jax.diffusion import predictions
+from sit_jax.diffusion.diffusion import Diffusion
+from sit_jax.diffusion.interpolant import Interpolant
+from sit_jax.diffusion.time_densities import LogitNormal, Mode, Times, cosmap, uniform
 from sit_jax.errors import UserError
-from sit_jax.interpolant import Interpolant
-from sit_jax.recipe import recipe
-from sit_jax.time_densities import LogitNormal, Mode, Times, cosmap, uniform
-from sit_jax.training import init_state, make_train_step
+from sit_jax.experiment import recipe
+from sit_jax.training.training import init_state, make_train_step
 
 PROCESS = Interpolant(predicts=predictions.noise)  # 0.001 .. 0.999
 N = 40_000

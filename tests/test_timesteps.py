@@ -8,10 +8,10 @@ import small
 from networks import quick_jit
 
 from sit_jax.config import spec
-from sit_jax.diffusion import Diffusion
+from sit_jax.diffusion.diffusion import Diffusion
+from sit_jax.diffusion.timesteps import LossSecondMoment, quartiles
 from sit_jax.errors import UserError
-from sit_jax.recipe import recipe
-from sit_jax.timesteps import LossSecondMoment, quartiles
+from sit_jax.experiment import recipe
 
 STEPS = 6
 PROCESS = Diffusion().respaced(STEPS)

@@ -11,15 +11,16 @@ from conftest import ROOT
 from networks import quick_jit
 
 import diagnose
-from sit_jax import ladder, reference, stages
 from sit_jax.config import to_json
-from sit_jax.diffusion import Diffusion, hybrid
+from sit_jax.convert import reference
+from sit_jax.diagnosis import ladder, stages
+from sit_jax.diffusion.diffusion import Diffusion, hybrid
+from sit_jax.diffusion.guidance_scales import PowerCosine
+from sit_jax.diffusion.min_snr import min_snr
 from sit_jax.errors import UserError
-from sit_jax.guidance_scales import PowerCosine
-from sit_jax.job import Job
-from sit_jax.min_snr import min_snr
 from sit_jax.models.dit import DiT
 from sit_jax.models.mdt import MDTv2
+from sit_jax.sampling.job import Job
 
 PLAIN = ROOT / "tests" / "plain_torch"
 

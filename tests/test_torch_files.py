@@ -11,7 +11,7 @@ import torch
 from recorded import FOLDER, weights
 from torch_states import RNG, same, saved, state
 
-from sit_jax import tensor_files, torch_files
+from sit_jax.convert import tensor_files, torch_files
 from sit_jax.errors import UserError
 
 

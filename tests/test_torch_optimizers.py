@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch_states import saved
 
-from sit_jax import tensor_files, torch_files
+from sit_jax.convert import tensor_files, torch_files
 from sit_jax.errors import UserError
 
 

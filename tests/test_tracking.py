@@ -9,7 +9,7 @@ import pytest
 from logs import events, run, steps_of
 
 from sit_jax.errors import UserError
-from sit_jax.logging import RunLog
+from sit_jax.trainer.logging import RunLog
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import small
 
 import train
 from sit_jax import checkpoint
-from sit_jax.keeper import Keeper
+from sit_jax.trainer.keeper import Keeper
 
 
 def interrupted(monkeypatch, owner, name, at):

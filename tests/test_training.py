@@ -9,11 +9,16 @@ import optax
 import pytest
 from train_steps import MODEL, TX, batch, equal, fresh, relative, step, toy, weights
 
-from sit_jax.codec import Pixels
-from sit_jax.interpolant import Interpolant
-from sit_jax.placement import of_state
-from sit_jax.sharding import make_mesh, on, split_batch
-from sit_jax.training import fresh_state, in_parts, make_train_step, tensor_names
+from sit_jax.diffusion.interpolant import Interpolant
+from sit_jax.models.codec import Pixels
+from sit_jax.parallel.placement import of_state
+from sit_jax.parallel.sharding import make_mesh, on, split_batch
+from sit_jax.training.training import (
+    fresh_state,
+    in_parts,
+    make_train_step,
+    tensor_names,
+)
 
 
 def test_the_average_starts_as_a_copy_with_memory_of_its_own():

@@ -15,13 +15,13 @@ import optax
 import pytest
 from recorded import FOLDER, arrays, case, nhwc, relative, weights
 
-from sit_jax.codec import Pixels
 from sit_jax.config import build, spec
-from sit_jax.diffusion import Diffusion
-from sit_jax.interpolant import Interpolant
+from sit_jax.convert.port import to_flax, to_torch
+from sit_jax.diffusion.diffusion import Diffusion
+from sit_jax.diffusion.interpolant import Interpolant
+from sit_jax.models.codec import Pixels
 from sit_jax.models.dit import RULES, DiT, SiT
-from sit_jax.port import to_flax, to_torch
-from sit_jax.training import fresh_state, make_train_step
+from sit_jax.training.training import fresh_state, make_train_step
 
 FAMILIES = {"sit": (SiT, Interpolant()), "dit": (DiT, Diffusion())}
 STEPS, LR = 20, 1e-4

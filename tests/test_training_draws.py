@@ -10,14 +10,11 @@ import pytest
 import small
 from train_steps import TX, equal
 
-from sit_jax.codec import Latents
 from sit_jax.config import spec
-from sit_jax.interpolant import Interpolant
-from sit_jax.recipe import recipe
-from sit_jax.training import (
-    fresh_state,
-    make_train_step,
-)
+from sit_jax.diffusion.interpolant import Interpolant
+from sit_jax.experiment import recipe
+from sit_jax.models.codec import Latents
+from sit_jax.training.training import fresh_state, make_train_step
 
 
 def drawn(at=0, drop=0.1, seed=1, n=4096):

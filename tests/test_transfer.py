@@ -14,17 +14,18 @@ from recorded import FOLDER
 
 import sample
 import train
-from sit_jax import checkpoint, start
+from sit_jax import checkpoint
 from sit_jax.config import load, spec, to_json
+from sit_jax.convert.exchange import open_torch
 from sit_jax.data.folders import ImageFolder
-from sit_jax.diffusion import Diffusion
+from sit_jax.diffusion.diffusion import Diffusion
 from sit_jax.errors import UserError
-from sit_jax.exchange import open_torch
+from sit_jax.experiment import recipe
 from sit_jax.models.dit import DiT
-from sit_jax.recipe import recipe
+from sit_jax.parallel.sharding import make_mesh
 from sit_jax.samplers.chain import Ddim
-from sit_jax.sharding import make_mesh
-from sit_jax.training import fresh_state, init_params
+from sit_jax.trainer import start
+from sit_jax.training.training import fresh_state, init_params
 
 TABLE = "cond/label/embedding"
 

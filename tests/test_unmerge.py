@@ -9,10 +9,10 @@ from recorded import relative
 
 import port_weights
 from sit_jax import checkpoint
-from sit_jax.lora import TABLE
-from sit_jax.recipe import recipe
-from sit_jax.sharding import make_mesh
-from sit_jax.weights import open_weights
+from sit_jax.adapters.lora import TABLE
+from sit_jax.convert.weights import open_weights
+from sit_jax.experiment import recipe
+from sit_jax.parallel.sharding import make_mesh
 
 
 @pytest.fixture(scope="module")

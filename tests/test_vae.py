@@ -12,14 +12,14 @@ from networks import equations, quick_jit
 from recorded import FOLDER, arrays, case, nhwc, relative
 from safetensors.numpy import load_file
 
-from sit_jax import port
-from sit_jax.codec import Vae
+from sit_jax.convert import port
+from sit_jax.convert.vae_weights import as_linear, rules, translated
 from sit_jax.errors import UserError
 from sit_jax.models import vae_layers
+from sit_jax.models.codec import Vae
+from sit_jax.models.rounding import to_uint8
 from sit_jax.models.vae import AutoencoderKL
 from sit_jax.models.vae_layers import Double, Norm, PixelAttention, Residual
-from sit_jax.models.vae_weights import as_linear, rules, translated
-from sit_jax.rounding import to_uint8
 
 G = arrays("vae")
 TINY = AutoencoderKL(channels=(4, 8, 8, 8), groups=4)

@@ -10,11 +10,11 @@ from recorded import case
 from test_vae import compvis, recorded_state
 from vae_folders import BIN, CONFIG, GOLDEN, SAFE, folder, same
 
-from sit_jax import releases
+from sit_jax.convert import releases
+from sit_jax.convert.vae_files import described, load_vae
 from sit_jax.errors import UserError
+from sit_jax.models.rounding import to_uint8, to_uint8_darker
 from sit_jax.models.vae import AutoencoderKL
-from sit_jax.rounding import to_uint8, to_uint8_darker
-from sit_jax.vae_files import described, load_vae
 
 
 def test_the_recorded_folder_becomes_a_codec():

@@ -9,13 +9,13 @@ import small
 from test_vae import recorded_params
 from vae_folders import GOLDEN
 
-from sit_jax.codec import Latents
 from sit_jax.config import spec
+from sit_jax.convert.vae_files import load_vae, strange, with_vae
 from sit_jax.errors import UserError
+from sit_jax.experiment import recipe
 from sit_jax.manifest import weights_hash
-from sit_jax.recipe import recipe
-from sit_jax.rounding import to_uint8_darker
-from sit_jax.vae_files import load_vae, strange, with_vae
+from sit_jax.models.codec import Latents
+from sit_jax.models.rounding import to_uint8_darker
 
 
 def test_encoder_and_decoder_are_hashed_apart():
@@ -59,7 +59,7 @@ def test_a_vae_of_other_latents_is_refused():
         with_vae(parts(scale=1.0), vae)
     with pytest.raises(UserError, match="the network's 2 and 0.18215: take another"):
         with_vae(parts(channels=2), vae)
-    from sit_jax.codec import Pixels
+    from sit_jax.models.codec import Pixels
 
     with pytest.raises(UserError, match="works on Pixels, not on latents; leave out"):
         with_vae(parts(Pixels, 3), vae)

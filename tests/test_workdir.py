@@ -8,7 +8,7 @@ import pytest
 
 from sit_jax import hosts, locks
 from sit_jax.errors import UserError
-from sit_jax.workdir import (
+from sit_jax.trainer.workdir import (
     MAY_CHANGE,
     check_same,
     held,

@@ -7,11 +7,9 @@ import small
 import torch
 from recorded import FOLDER, case, weights
 
-from sit_jax import (
-    checkpoint,
-    tensor_files,
-)
-from sit_jax.exchange import Stored, open_torch
+from sit_jax import checkpoint
+from sit_jax.convert import tensor_files
+from sit_jax.convert.exchange import Stored, open_torch
 
 
 def base(family):

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from recorded import nchw, weights
 
-from sit_jax import predictions
-from sit_jax.guidance import guided, with_null_half
+from sit_jax.convert.port import to_flax
+from sit_jax.diffusion import predictions
+from sit_jax.diffusion.guidance import guided, with_null_half
+from sit_jax.diffusion.paths import VP, align, gvp, linear
 from sit_jax.models.dit import RULES, SiT
-from sit_jax.paths import VP, align, gvp, linear
-from sit_jax.port import to_flax
 
 PATHS = {"Linear": linear, "GVP": gvp, "VP": VP()}
 PREDICTS = {

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sit_jax.codec import Pixels
-from sit_jax.interpolant import Interpolant
+from sit_jax.diffusion.interpolant import Interpolant
+from sit_jax.models.codec import Pixels
 from sit_jax.models.dit import SiT
-from sit_jax.training import (
+from sit_jax.training.training import (
     fresh_state,
     init_params,
     make_train_step,

@@ -7,8 +7,8 @@ import numpy as np
 from recorded import FOLDER
 from test_vae import recorded_params, recorded_state
 
-from sit_jax import tensor_files
-from sit_jax.vae_files import FILES
+from sit_jax.convert import tensor_files
+from sit_jax.convert.vae_files import FILES
 
 GOLDEN = FOLDER / "vae"
 CONFIG = json.loads((GOLDEN / "config.json").read_text())

@@ -39,7 +39,7 @@ def batches(
     helps where images are decoded on many cores. say(line) hears of broken images.
     skip: records taken beyond first_step * batch_size, by steps of another size.
     """
-    from sit_jax.sharding import BATCH, split_batch
+    from sit_jax.parallel.sharding import BATCH, split_batch
 
     if len(source) == 0:
         raise UserError("the data source is empty; give it at least one record")
@@ -63,7 +63,7 @@ def abstract_batch(source, batch_size, mesh):
     """Shapes of what batches() yields, to compile for before the first one is read."""
     import jax
 
-    from sit_jax.sharding import split_batch
+    from sit_jax.parallel.sharding import split_batch
 
     def shaped(value):
         value, where = np.asarray(value), split_batch(mesh)

@@ -16,7 +16,7 @@ from sit_jax.errors import UserError
 from sit_jax.models import by_head
 from sit_jax.models.by_head import KEPT, LEAST
 from sit_jax.models.turns import in_turns
-from sit_jax.sharding import BATCH, HEADS, by_heads, by_rows
+from sit_jax.parallel.sharding import BATCH, HEADS, by_heads, by_rows
 
 CACHE = 2**22  # bytes of scores from which a CPU takes one head at a time
 # bytes of scores of the heads that a TPU takes at once; a v4 has more fast memory

@@ -25,7 +25,7 @@ from sit_jax.models.layers import (
     norm,
     stack,
 )
-from sit_jax.sharding import by_rows
+from sit_jax.parallel.sharding import by_rows
 
 SIZES = {
     "S": dict(depth=12, width=384, heads=6),
@@ -200,7 +200,7 @@ def check(model, shape):
         )
 
 
-# How the released PyTorch weights are named and laid out; see sit_jax/port.py.
+# How the released PyTorch weights are named and laid out; see sit_jax/convert/port.py.
 
 
 def dense(torch, flax):

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from sit_jax.models import dit, mdt, mdt_cost, mdt_weights
+from sit_jax.convert import mdt_weights
+from sit_jax.models import dit, mdt, mdt_cost
 
 
 class Kind(NamedTuple):
-    rules: list  # of sit_jax/port.py
+    rules: list  # of sit_jax/convert/port.py
     constants: Callable  # (model, side) -> what torch files hold and ours do not
     macs: Callable  # (model, shape) -> multiply-adds of a forward pass over an image
     step_macs: Callable  # those of the passes of a training step

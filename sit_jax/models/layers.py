@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from sit_jax.errors import UserError
 from sit_jax.models.attention import attend_packed, chosen, turns
 from sit_jax.models.by_head import KEPT
-from sit_jax.sharding import HEADS, by_heads, by_rows, gathered
+from sit_jax.parallel.sharding import HEADS, by_heads, by_rows, gathered
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 

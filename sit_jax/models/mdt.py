@@ -28,7 +28,7 @@ from sit_jax.models.layers import (
     norm,
     stack,
 )
-from sit_jax.sharding import HEADS, by_rows, gathered
+from sit_jax.parallel.sharding import HEADS, by_rows, gathered
 
 
 class Attention(nn.Module):

@@ -11,11 +11,11 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from sit_jax.diffusion import clipped
+from sit_jax.diffusion.diffusion import clipped
+from sit_jax.diffusion.paths import align
+from sit_jax.diffusion.schedules import check_spacing
 from sit_jax.errors import UserError
-from sit_jax.paths import align
 from sit_jax.samplers.walk import check_frames, walk
-from sit_jax.schedules import check_spacing
 
 
 @dataclasses.dataclass(frozen=True)

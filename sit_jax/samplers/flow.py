@@ -6,8 +6,8 @@ A slope is a function (t, x) -> dx/dt, t a number or [B], x a tree of arrays [B,
 import jax
 import jax.numpy as jnp
 
-from sit_jax import predictions
-from sit_jax.interpolant import require_path
+from sit_jax.diffusion import predictions
+from sit_jax.diffusion.interpolant import require_path
 
 
 def flow(sampler, process, net, noise):

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sit_jax import predictions
-from sit_jax.diffusion import Noised, clipped
+from sit_jax.diffusion import predictions
+from sit_jax.diffusion.diffusion import Noised, clipped
+from sit_jax.diffusion.interpolant import require_path
+from sit_jax.diffusion.paths import align, mix
 from sit_jax.errors import UserError
-from sit_jax.interpolant import require_path
-from sit_jax.paths import align, mix
 from sit_jax.samplers.adaptive import AdaptiveOde
 from sit_jax.samplers.chain import short
 

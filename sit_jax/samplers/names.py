@@ -9,6 +9,7 @@ import difflib
 import diffrax
 
 from sit_jax.config import spec
+from sit_jax.diffusion.schedules import DdimSpacing
 from sit_jax.errors import UserError
 from sit_jax.samplers import ode, sde
 from sit_jax.samplers.adams import Adams
@@ -17,7 +18,6 @@ from sit_jax.samplers.chain import Ancestral, Ddim
 from sit_jax.samplers.ode import Ode
 from sit_jax.samplers.sde import Sde
 from sit_jax.samplers.torchdiffeq import like_torchdiffeq
-from sit_jax.schedules import DdimSpacing
 
 SAMPLERS = {
     "euler": lambda: spec(Ode, method=ode.euler),

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sit_jax import predictions
+from sit_jax.diffusion import predictions
+from sit_jax.diffusion.interpolant import require_path
+from sit_jax.diffusion.paths import align, noising_rate
 from sit_jax.errors import UserError
-from sit_jax.interpolant import require_path
-from sit_jax.paths import align, noising_rate
 from sit_jax.samplers.walk import check_steps, walk
 
 

@@ -15,16 +15,19 @@ import safetensors.numpy
 import torch
 from PIL import Image
 
-from sit_jax import bundle, job, lora_files, torch_files, vae_files, workdir
-from sit_jax.array_files import ArrayFile, load
 from sit_jax.config import from_json
+from sit_jax.convert import lora_files, torch_files, vae_files
+from sit_jax.convert.graph_files import constants
 from sit_jax.data.images import rgb
 from sit_jax.data.shards import ShardReader, ShardWriter, unpack
 from sit_jax.data.tags import Tags, read_tags
 from sit_jax.data.tars import Members, read_members
+from sit_jax.diagnosis import bundle
 from sit_jax.errors import UserError, one_line
-from sit_jax.evaluated import open_side
-from sit_jax.graph_files import constants
+from sit_jax.evaluation.evaluated import open_side
+from sit_jax.sampling import job
+from sit_jax.sampling.array_files import ArrayFile, load
+from sit_jax.trainer import workdir
 
 SPACE = Path("/dev/shm") if Path("/dev/shm").is_dir() else None  # no disk is worn
 
@@ -166,7 +169,9 @@ def shards():
 
 
 def manifests():
-    made = job.Job("x", {"make": {"name": "sit_jax.paths.linear"}}, np.arange(3))
+    made = job.Job(
+        "x", {"make": {"name": "sit_jax.diffusion.paths.linear"}}, np.arange(3)
+    )
     return as_json({"job": made.to_json(), "weights_sha256": "ab"})
 
 

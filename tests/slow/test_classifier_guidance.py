@@ -12,9 +12,9 @@ import optax
 import pytest
 
 from score_digits import score
-from sit_jax import noise
 from sit_jax.data.sources import Digits
-from sit_jax.diffusion import Diffusion, fixed_small
+from sit_jax.diffusion import noise
+from sit_jax.diffusion.diffusion import Diffusion, fixed_small
 from sit_jax.samplers.chain import Ancestral, Ddim
 
 PROCESS = Diffusion(variance=fixed_small)

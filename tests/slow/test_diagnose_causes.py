@@ -14,21 +14,22 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 from test_evaluate_network import random_params
 
-from sit_jax import bundle, sampling, stages
-from sit_jax.codec import Latents
 from sit_jax.config import spec, to_json
-from sit_jax.diagnosis import diagnose as judge
-from sit_jax.diagnosis import open_evidence
-from sit_jax.features import inception_extractor
-from sit_jax.inception_weights import Weights
-from sit_jax.job import Job
-from sit_jax.ladder import EQUAL
+from sit_jax.convert.inception_weights import Weights
+from sit_jax.diagnosis import bundle, stages
+from sit_jax.diagnosis.diagnosis import diagnose as judge
+from sit_jax.diagnosis.diagnosis import open_evidence
+from sit_jax.diagnosis.ladder import EQUAL
+from sit_jax.evaluation.features import inception_extractor
+from sit_jax.evaluation.metrics import Gaussian
+from sit_jax.experiment import recipe
 from sit_jax.manifest import environment
-from sit_jax.metrics import Gaussian
 from sit_jax.models import inception
-from sit_jax.recipe import recipe
+from sit_jax.models.codec import Latents
+from sit_jax.parallel.sharding import make_mesh
 from sit_jax.samplers.ode import Ode, euler, heun
-from sit_jax.sharding import make_mesh
+from sit_jax.sampling import sampling
+from sit_jax.sampling.job import Job
 
 VAE = ROOT / "tests" / "golden" / "vae"
 LISTED = np.repeat(np.arange(4, dtype=np.int32), 2)

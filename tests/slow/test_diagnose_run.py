@@ -9,18 +9,19 @@ import small
 
 import diagnose
 import sample
-from sit_jax import bundle, sampling, stages
-from sit_jax.codec import Latents
 from sit_jax.config import spec, to_json
-from sit_jax.diagnosis import diagnose as judge
-from sit_jax.diagnosis import open_evidence
-from sit_jax.diffusion import Diffusion
-from sit_jax.job import Job
+from sit_jax.diagnosis import bundle, stages
+from sit_jax.diagnosis.diagnosis import diagnose as judge
+from sit_jax.diagnosis.diagnosis import open_evidence
+from sit_jax.diffusion.diffusion import Diffusion
+from sit_jax.experiment import recipe
 from sit_jax.manifest import environment
+from sit_jax.models.codec import Latents
 from sit_jax.models.dit import DiT
 from sit_jax.models.mdt import MDT, MDTv2
-from sit_jax.recipe import recipe
 from sit_jax.samplers.chain import Ancestral
+from sit_jax.sampling import sampling
+from sit_jax.sampling.job import Job
 
 
 def test_from_samples_to_a_report(tmp_path, monkeypatch, capsys):

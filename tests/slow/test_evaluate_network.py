@@ -8,8 +8,8 @@ import torch
 from flax.traverse_util import unflatten_dict
 from small import script
 
-from sit_jax import port
-from sit_jax.metrics import Gaussian, frechet
+from sit_jax.convert import port
+from sit_jax.evaluation.metrics import Gaussian, frechet
 from sit_jax.models.inception import Inception, prepared
 from sit_jax.models.inception_layers import RULES, SHAPES
 

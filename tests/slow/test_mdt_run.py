@@ -6,16 +6,17 @@ import optax
 import small
 
 import train
-from sit_jax import checkpoint, start
-from sit_jax.adan import adan
+from sit_jax import checkpoint
 from sit_jax.config import from_json, spec
-from sit_jax.diffusion import Diffusion
-from sit_jax.min_snr import min_snr
+from sit_jax.diffusion.diffusion import Diffusion
+from sit_jax.diffusion.min_snr import min_snr
+from sit_jax.diffusion.timesteps import LossSecondMoment
+from sit_jax.experiment import recipe
 from sit_jax.models.mdt import MDTv2
-from sit_jax.recipe import recipe
+from sit_jax.parallel.sharding import make_mesh
 from sit_jax.samplers.chain import Ancestral
-from sit_jax.sharding import make_mesh
-from sit_jax.timesteps import LossSecondMoment
+from sit_jax.trainer import start
+from sit_jax.training.adan import adan
 
 
 def config(**fields):

@@ -6,13 +6,13 @@ import pytest
 from record_peft import CASES, adapted, base, inputs
 from recorded import nchw, nhwc, relative
 
-from sit_jax import lora_files, lora_names
-from sit_jax.adapters import flattened, open_adapter, put_on
-from sit_jax.lora import Lora
-from sit_jax.models.applied import apply
+from sit_jax.adapters.applied import apply
+from sit_jax.adapters.lora import Lora
+from sit_jax.adapters.stored import Adapted, is_stored, merged
+from sit_jax.convert import lora_files, lora_names
+from sit_jax.convert.adapters import flattened, open_adapter, put_on
+from sit_jax.convert.port import to_flax
 from sit_jax.models.dit import RULES, SiT
-from sit_jax.port import to_flax
-from sit_jax.stored import Adapted, is_stored, merged
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

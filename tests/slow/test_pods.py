@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import pod_program
 import pytest
 
-from sit_jax import hlo, placement, pod, precision, program, sharding, topology
 from sit_jax.models import layers
+from sit_jax.parallel import placement, sharding
+from sit_jax.planning import hlo, pod, program, topology
+from sit_jax.precision import precision
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"

@@ -11,12 +11,12 @@ import torch
 from recorded import arrays, nchw, nhwc, relative, weights
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-from sit_jax import diffusers_files, tensor_files  # noqa: E402
-from sit_jax.exchange import open_torch  # noqa: E402
-from sit_jax.models import layers  # noqa: E402
-from sit_jax.models.dit import RULES, DiT  # noqa: E402
-from sit_jax.port import to_flax  # noqa: E402
-from sit_jax.released import Released  # noqa: E402
+from sit_jax.convert import diffusers_files, tensor_files
+from sit_jax.convert.exchange import open_torch
+from sit_jax.convert.port import to_flax
+from sit_jax.convert.released import Released
+from sit_jax.models import layers
+from sit_jax.models.dit import RULES, DiT
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other people's packages
 diffusers = pytest.importorskip("diffusers", reason="of requirements-slow.txt")

@@ -10,9 +10,9 @@ from recorded import FOLDER, arrays, nchw, nhwc, relative
 from safetensors.numpy import load_file
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-from sit_jax import port  # noqa: E402
-from sit_jax.models.vae import AutoencoderKL  # noqa: E402
-from sit_jax.models.vae_weights import rules  # noqa: E402
+from sit_jax.convert import port
+from sit_jax.convert.vae_weights import rules
+from sit_jax.models.vae import AutoencoderKL
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other people's packages
 diffusers = pytest.importorskip("diffusers", reason="of requirements-slow.txt")

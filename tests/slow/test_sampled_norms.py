@@ -5,7 +5,7 @@ import numpy as np
 from recorded import relative
 from test_vae import TINY, recorded_params
 
-from sit_jax.codec import whole
+from sit_jax.models.codec import whole
 from sit_jax.models.tiles import Tiles
 
 

@@ -17,9 +17,9 @@ from test_evaluate_network import random_params
 
 import diagnose
 import sample
-from sit_jax import port
-from sit_jax.codec import Latents
 from sit_jax.config import spec
+from sit_jax.convert import port
+from sit_jax.models.codec import Latents
 from sit_jax.models.inception_layers import RULES
 
 VAE = ROOT / "tests" / "golden" / "vae"

@@ -15,11 +15,12 @@ from conftest import ROOT
 from test_evaluate_network import random_params
 
 import diagnose
-from sit_jax import ladder, port
-from sit_jax.codec import Latents
 from sit_jax.config import spec, to_json
-from sit_jax.job import Job
+from sit_jax.convert import port
+from sit_jax.diagnosis import ladder
+from sit_jax.models.codec import Latents
 from sit_jax.models.inception_layers import RULES
+from sit_jax.sampling.job import Job
 
 PLAIN = ROOT / "tests" / "plain_torch"
 VAE = ROOT / "tests" / "golden" / "vae"

@@ -17,7 +17,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from networks import SMALL, shapes
 
 from sit_jax.models.dit import DiT
-from sit_jax.precision import BF16, EXACT, FAST, applied, computing
+from sit_jax.precision.precision import BF16, EXACT, FAST, applied, computing
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import pytest
 from networks import shapes
 
-from sit_jax import hlo, quantizing, topology
-from sit_jax.models.applied import apply
+from sit_jax.adapters import quantizing
+from sit_jax.adapters.applied import apply
+from sit_jax.adapters.quantized import SKIP
 from sit_jax.models.dit import SiT
-from sit_jax.quantized import SKIP
+from sit_jax.planning import hlo, topology
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"

@@ -1,0 +1,180 @@
+"""Stable Diffusion's autoencoder from diffusers' or CompVis' files, by path or name."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from sit_jax import hosts, json_text
+from sit_jax.convert import port, releases, torch_files
+from sit_jax.convert.vae_weights import as_linear, rules, translated
+from sit_jax.errors import UserError
+from sit_jax.models.codec import Latents, Vae
+from sit_jax.models.vae import AutoencoderKL
+from sit_jax.parallel.sharding import put
+from sit_jax.precision import precision
+
+FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+FIELDS = {  # of a config.json -> ours
+    "block_out_channels": "channels",
+    "layers_per_block": "layers",
+    "latent_channels": "latent",
+    "norm_num_groups": "groups",
+}
+# What a config.json must say if it says it: the rest of what makes an AutoencoderKL.
+ALWAYS = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "in_channels": 3,
+    "out_channels": 3,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+}
+SCALE = 0.18215  # of a config.json that has none, as ft-mse's and ft-ema's
+TRAINING = "loss."  # begins the names of what CompVis' files hold besides
+
+
+def load_vae(source, word="exact", place=None, **fields):
+    """-> codec.Vae of a folder, a file, a name of releases.py or hf:owner/repo/file.
+
+    word: see precision.py. place: a device or sharding for the weights. fields: others
+    of Vae's, as rounding=to_uint8_darker, decoding=Tiles(). A folder is diffusers', or
+    a pipeline's that has one named vae. config.json is read where it is beside.
+    """
+    path, config = _files(source)
+    model, scale = described(config) if config else (AutoencoderKL(), SCALE)
+    params = _params(path, model, config)
+    hosts.require_same_files(path, *filter(None, [config]))
+    chosen = precision.chosen(word)
+    return Vae(
+        params=put(params, place),
+        model=precision.computing(chosen, model),
+        precision=chosen,
+        **{"scale": scale, **fields},
+    )
+
+
+def with_vae(parts, vae):
+    """A Recipe of a network on latents -> the same with a Vae to make images of them.
+
+    It rounds as the recipe's codec says. Refuses a VAE of other latents.
+    """
+    codec = parts.codec
+    if not isinstance(codec, Latents):
+        raise UserError(
+            f"the network works on {type(codec).__name__}, not on latents; "
+            "leave out --vae"
+        )
+    if vae.scale != codec.scale or vae.model.latent != parts.shape[-1]:
+        raise UserError(
+            f"the VAE's latents have {vae.model.latent} channels, scaled by "
+            f"{vae.scale}, the network's {parts.shape[-1]} and {codec.scale}: "
+            "take another VAE"
+        )
+    return dataclasses.replace(parts, codec=vae.replace(rounding=codec.rounding))
+
+
+def strange(vae, record, weights, meta):
+    """A sentence if a run's latents are not of this VAE's encoder, else None.
+
+    record: the VAE's; meta: of the run's checkpoint, which says whose latents it saw.
+    """
+    made, here = meta.get("encoder_sha256"), record.get("encoder_sha256")
+    if None in (made, here) or made == here:
+        return None
+    return (
+        f"WARNING: {weights} was trained on latents of another encoder than {vae} has "
+        f"({made[:12]}, not {here[:12]}): its pictures will not be right"
+    )
+
+
+def described(path):
+    """config.json -> AutoencoderKL and the scale; refuses that of anything else."""
+    given = _read(path)
+    blocks = given["block_out_channels"]
+    kinds = {
+        "down_block_types": ["DownEncoderBlock2D"] * len(blocks),
+        "up_block_types": ["UpDecoderBlock2D"] * len(blocks),
+    }
+    wanted = ALWAYS | kinds
+    odd = [k for k in wanted if given.get(k, wanted[k]) != wanted[k]]
+    if odd:
+        raise UserError(
+            f"{path} has {odd[0]} {given[odd[0]]!r}, not {wanted[odd[0]]!r}: there is "
+            "code for Stable Diffusion's AutoencoderKL only"
+        )
+    fields = {ours: given[name] for name, ours in FIELDS.items() if name in given}
+    model = AutoencoderKL(**fields | {"channels": tuple(blocks)})
+    return model, float(given.get("scaling_factor", SCALE))
+
+
+def _read(path):
+    """-> the dict of a config.json whose numbers are numbers."""
+    try:
+        given = json_text.parse(path.read_text())
+        sizes = [given[name] for name in FIELDS if name in given]
+        numbers = [*given["block_out_channels"], *sizes[1:]]
+        if all(isinstance(number, int) for number in numbers):
+            float(given.get("scaling_factor", SCALE))
+            return given
+        error = "sizes must be whole numbers"
+    except KeyError as missing:
+        error = f"no {missing}"
+    except (ValueError, TypeError) as wrong:
+        error = wrong
+    raise UserError(f"{path} is no config.json of a VAE ({error})")
+
+
+def _files(source):
+    """-> Path of the weights, and of their config.json or None."""
+    release = releases.find(source)
+    path = releases.fetch(source)
+    if path.is_dir():
+        path = _inside(path)
+    elif not path.is_file():
+        names = (n for n, r in releases.RELEASES.items() if r.family == "vae")
+        raise UserError(f"no VAE at {path}; names are {', '.join(names)}")
+    if release is not None and str(source) not in releases.RELEASES:
+        beside = str(source).rpartition("/")[0]
+        return path, releases.fetch(f"{beside}/config.json")
+    config = path.with_name("config.json")
+    return path, config if config.is_file() else None
+
+
+def _inside(folder):
+    for place in (folder, folder / "vae"):
+        for name in FILES:
+            if (place / name).is_file():
+                return place / name
+    raise UserError(f"{folder} has no {' or '.join(FILES)}, nor has a folder vae in it")
+
+
+def _params(path, model, config):
+    tensors = torch_files.read(path).ema
+    names = [name for name in tensors if not name.startswith(TRAINING)]
+    names = translated(names, len(model.channels))
+    state = {name: as_linear(name, tensors[given]) for name, given in names.items()}
+    try:
+        params, spare = port.to_flax(rules(model), state, consume=True)
+        if spare:
+            raise UserError(f"weights have in addition {port.listed(sorted(spare))}")
+        port.require_match(_shapes(model), params)
+    except UserError as error:
+        told = (
+            f"described by {config}"
+            if config
+            else "of sd-vae-ft-mse's size, for lack of a config.json beside the file"
+        )
+        raise UserError(f"{path} does not hold a VAE {told}: {error}") from error
+    return params
+
+
+@functools.cache
+def _shapes(model):
+    image = jax.ShapeDtypeStruct((1, model.factor, model.factor, 3), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), image)["params"]

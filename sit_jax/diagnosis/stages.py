@@ -1,0 +1,208 @@
+"""What a network computes on the way from noise to a picture, stage by stage.
+
+All on one device, so that the shapes, and with them the code that XLA chooses, are the
+same whatever else a machine has. Programs are made once for each Line.
+"""
+
+import dataclasses
+import hashlib
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sit_jax.adapters.applied import apply
+from sit_jax.diagnosis.activations import Line, activations, named
+from sit_jax.diagnosis.bundle import INPUTS, Bundle
+from sit_jax.diffusion import noise, predictions
+from sit_jax.diffusion.guidance import guided, is_none
+from sit_jax.errors import UserError
+from sit_jax.manifest import environment
+from sit_jax.models import inception
+from sit_jax.samplers.chain import Ddim
+from sit_jax.samplers.ode import Ode, heun
+from sit_jax.sampling import starts
+
+
+def collect(room, manifest, path, images=8, steps=50, given=None, judge=None):
+    """A sampling.Studio and its manifest -> Bundle of its first `images` images.
+
+    given: a Bundle whose noise, times and labels are taken instead. judge: an Extractor
+    for the features of the pictures, if there are any.
+    """
+    line, begin = line_of(room, steps), inputs(room, images, given)
+    here = lambda tree: jax.device_put(tree, jax.local_devices()[0])
+    params = here(room.params)
+    weak = None if room.weak is None else here(room.weak[1])
+    x, t, y = (jnp.asarray(begin[name]) for name in INPUTS)
+    stages = named(activations(line, params, x, t, y), params)
+    found, count = _latents(line, params, weak, x, t, y)
+    last = f"{steps} steps"
+    later = ("guidance", "one Euler step", "one Ddim step", last)
+    stages |= {name: found[name] for name in later if name in found}
+    stages |= _pictures(here(room.parts.codec), stages[last])
+    judged = {} if judge is None else _judged(judge, stages.get("uint8"))
+    stages |= judged
+    record = {
+        "manifest": manifest,
+        "architecture": architecture(room),
+        "weights": hashes(room.params),
+        "precision": room.record["precision"],
+        "environment": environment(),
+        "solver": {
+            "method": getattr(line.method, "__name__", str(line.method)),
+            "steps": steps,
+            "evaluations": int(count),
+        },
+        "stages": list(stages),
+        **({"evaluation": judge.pipeline} if judged else {}),
+    }
+    return Bundle(path, record, begin, {n: np.asarray(s) for n, s in stages.items()})
+
+
+def hashes(params):
+    """{name: sha256} of tensors, of stacked blocks one for each layer."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        array = np.asarray(leaf)
+        if not names[0].endswith("blocks"):
+            found["/".join(names)] = _sha(array)
+            continue
+        for i, layer in enumerate(array):
+            found["/".join([names[0], str(i), *names[1:]])] = _sha(layer)
+    return found
+
+
+def line_of(room, steps):
+    """A sampling.Studio -> Line; the sampler's own method, where its grid is fixed."""
+    parts, words = room.parts, room.record["precision"]
+    if steps < 1:
+        raise UserError(f"--steps {steps}: at least 1")
+    method = Ddim
+    if hasattr(parts.process, "field"):
+        method = getattr(parts.sampler, "method", None)
+        method = method if isinstance(parts.sampler, Ode) else heun
+    return Line(
+        model=dataclasses.replace(parts.model, remat="none"),
+        weak=None if room.weak is None else room.weak[0],
+        process=parts.process,
+        guidance=parts.guidance,
+        channels=parts.guidance_channels,
+        steps=steps,
+        method=method,
+        word=words["words"]["model"],
+        emulate=words["emulate"],
+    )
+
+
+def inputs(room, images, given=None):
+    """-> {name: array} of INPUTS: a Bundle's, or the job's own."""
+    found = _own_inputs(room, images) if given is None else given.inputs
+    found = {name: np.asarray(found[name]) for name in INPUTS}
+    _check_inputs(room, found, given)
+    return found
+
+
+def _own_inputs(room, images):
+    """Starting noise, labels, and times spread over the way, of the first images."""
+    job, process = room.job, room.parts.process
+    count = min(images, len(job.labels))
+    if job.noise is None:
+        keys = noise.image_keys(job.seed, np.arange(count))
+        start = noise.start(keys, room.parts.shape)
+    else:
+        start = starts.starts(room)[:count]
+    share = (np.arange(count) + 0.5) / count
+    if hasattr(process, "field"):
+        t0, t1 = process.span()
+        t = t0 + share * (t1 - t0)
+    else:
+        told = np.asarray(process.told)
+        t = told[(share * len(told)).astype(int)]
+    labels = job.labels[:count].astype(np.int32)
+    return {"noise": start, "t": t.astype(np.float32), "labels": labels}
+
+
+def _check_inputs(room, inputs, given):
+    shape, classes = room.parts.shape, room.parts.model.classes
+    if given is None:
+        return
+    if inputs["noise"].shape[1:] != shape:
+        raise UserError(
+            f"--inputs {given.path} is of noise {inputs['noise'].shape[1:]}, the "
+            f"network takes {shape}: another architecture"
+        )
+    if inputs["labels"].max() >= classes or inputs["labels"].min() < 0:
+        raise UserError(f"--inputs {given.path} has labels beyond {classes} classes")
+
+
+def architecture(room):
+    """What must be the same on two sides for their stages to be compared."""
+    model = room.parts.model
+    fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
+    leave = ("parent", "name", "dtype", "remat", "unroll")  # how, and not what
+    kept = {n: v for n, v in fields.items() if n not in leave}
+    return {"network": type(model).__name__, "shape": list(room.parts.shape), **kept}
+
+
+@partial(jax.jit, static_argnums=0)
+def _latents(line, params, weak, x, t, y):
+    """-> {stage: the guided output, one step, all of them}, and evaluations."""
+
+    def network(model, weights):
+        return partial(line.around(partial(apply, model)), weights)
+
+    settings = (line.model.classes, line.guidance, line.channels)
+    other = None if line.weak is None else network(line.weak, weak)
+    progress = line.process.progress
+    net = guided(
+        network(line.model, params), y, *settings, weak=other, progress=progress
+    )
+    out = {"guidance": net(x, t)} if not is_none(line.guidance) else {}
+    if hasattr(line.process, "field"):
+        t0, t1 = line.process.span()
+        velocity = line.process.field(net, predictions.velocity)
+        slope = velocity(x, jnp.full(len(x), t0, jnp.float32))
+        out["one Euler step"] = x + (t1 - t0) / line.steps * slope
+        sampler = Ode(method=line.method, steps=line.steps)
+        end, stats = sampler(None, line.process, net, x)
+    else:
+        sampler = Ddim(steps=line.steps, frames=line.steps)
+        end, stats = sampler(None, line.process, net, x)
+        out["one Ddim step"] = stats["trajectory"][0]
+    return out | {f"{line.steps} steps": end}, stats["evaluations"]
+
+
+def _pictures(codec, latents):
+    """-> decoded floats and bytes, if the codec has a way to pictures."""
+    try:
+        images = codec.decode(latents)
+    except UserError:  # latents without a VAE
+        return {}
+    return {
+        "decoded": codec.replace(rounding=_as_it_is).decode(latents),
+        "uint8": images,
+    }
+
+
+def _judged(judge, images):
+    """uint8 [n, H, W, 1 or 3] or None -> what a network for figures makes of them."""
+    if images is None or images.shape[-1] not in (1, 3):
+        return {}
+    images = np.broadcast_to(images, (*images.shape[:3], 3))
+    found = next(judge([images]))
+    stages = {"features": found["pool"]}
+    if "spatial" in found:  # Inception, which looks at enlarged pictures
+        resized = {"resized": np.asarray(inception.prepared(images))}
+        stages = resized | stages | {"spatial features": found["spatial"]}
+    return stages
+
+
+def _as_it_is(x):
+    return x.astype(jnp.float32)
+
+
+def _sha(array):
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()

@@ -1,0 +1,103 @@
+"""--plan: what a run would hold, compute and send, printed instead of running it."""
+
+import jax
+
+from sit_jax.errors import UserError
+from sit_jax.experiment import check_batch
+from sit_jax.numerals import COUNT, real
+from sit_jax.parallel import chips, sharding
+from sit_jax.planning import plan, pod, program, topology
+
+FLAGS = ("devices", "chip", "mfu", "topology", "once")
+
+
+def add_flags(parser):
+    group = parser.add_argument_group("a plan, for devices that need not exist")
+    add = group.add_argument
+    add("--plan", action="store_true", help="print it instead of running")
+    add("--topology", metavar="v5p:4x4x8", help="compile for this TPU slice (libtpu)")
+    add("--once", action="store_true", help="do not look for the largest batch")
+    add("--devices", type=COUNT, metavar="N", help="how many; default: those here")
+    add("--chip", metavar="NAME", help=", ".join(chips.NAMES))
+    add(
+        "--mfu",
+        type=real(above=0, most=1),
+        metavar="X",
+        help="of the peak; else 0.5",
+    )
+
+
+def check(args):
+    """Refuses flags of a plan without one, and values that none can have."""
+    given = [flag for flag in FLAGS if getattr(args, flag) not in (None, False)]
+    if given and not args.plan:
+        raise UserError(f"--{given[0]} goes with --plan")
+    if args.topology and (args.devices or args.chip):
+        raise UserError("--topology says which chips and how many; give it alone")
+
+
+def training(args, config):
+    """Prints the plan of a training run; -> exit code."""
+    # first, for libtpu is not to look for a TPU here when JAX finds its devices
+    devices = topology.devices(args.topology) if args.topology else None
+    parts = program.training_recipe(config)
+    if devices:
+        mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    else:
+        count = args.devices or jax.device_count()
+        mesh = sharding.planned_mesh(count, **config.mesh)
+    check_batch(config, sharding.rows(mesh))
+    kind = _kind(args, devices)
+    memory = topology.available(devices[0]) if devices else chips.memory_of(kind)
+    made, share = plan.plan(config, parts, mesh), args.mfu or 0.5
+    _print(*plan.lines(made, share, chips.peak_of(kind), memory, "TPU" in kind))
+    if devices:
+        lower = lambda batch: program.lowered_step(config, parts, mesh, batch, "tpu")
+        step = sharding.rows(mesh) * config.accumulate
+        flops = made.flops / mesh.size
+        _compile(args, devices[0], lower, config.batch_size, step, flops)
+    return 0
+
+
+def sampling(args, config):
+    """Prints the plan of drawing one batch of samples; -> exit code."""
+    if not args.topology:
+        raise UserError("--plan needs --topology here: samples are planned for TPUs")
+    # each host draws batches of its own, see sampling.studio
+    devices, hosts = topology.host(args.topology)
+    mesh = sharding.make_mesh(data=-1, fsdp=1, devices=devices)
+    parts, around = program.sampling_recipe(config, "tpu")
+    lower = lambda batch: program.lowered_sampling(parts, mesh, batch, around)
+    size = -(-args.batch_size // mesh.size) * mesh.size
+    name = type(parts.model).__name__
+    _print(
+        f"{name}, {parts.sampler}, guidance {parts.guidance}, "
+        f"precision {config.precision.model}",
+        f"{hosts} hosts of {mesh.size} chips, each with batches of its own of {size}",
+    )
+    _compile(args, devices[0], lower, size, mesh.size)
+    return 0
+
+
+def _kind(args, devices):
+    if devices:
+        return devices[0].device_kind
+    return chips.kind_named(args.chip) if args.chip else jax.devices()[0].device_kind
+
+
+def _compile(args, device, lower, batch, step, flops=None):
+    name, made = args.topology, pod.compile_for(lower(batch), device)
+    if made is None:
+        _print(f"{name}, batch {batch}: DOES NOT FIT")
+    else:
+        _print(f"{name}, batch {batch}:", *pod.lines(made, flops, device.device_kind))
+        _print(pod.HEADER, pod.row(name, batch, made))
+    if args.once:
+        return
+    _print("looking for the largest batch that fits ...")
+    most = pod.largest_batch(lower, device, {batch: made}, step, say=_print)
+    _print(f"largest batch seen to fit: {most or f'none; less than {batch}'}")
+
+
+def _print(*lines):
+    print(*lines, sep="\n", flush=True)
