@@ -22,8 +22,8 @@ from sit_jax.evaluation.digit_features import WIDTHS
 from sit_jax.evaluation.evaluated import OfFeatures, of_images, open_side
 from sit_jax.evaluation.features import StoredFeatures
 from sit_jax.evaluation.judges import Evaluator
-from sit_jax.numerals import COUNT, whole
 from sit_jax.places import local, place
+from sit_jax.ranges import COUNT, AtLeast
 from sit_jax.sampling import job, sampling
 from sit_jax.sampling.array_files import ArrayFile
 from sit_jax.trainer import program_cache
@@ -137,7 +137,7 @@ def _parser():
     add("--paired", action="store_true", help="image i of both has one noise and label")
     add(
         "--resamples",
-        type=whole(10),
+        type=AtLeast(10),
         default=0,
         metavar="N",
         help="of pairs: their interval by bootstrap",

@@ -20,8 +20,8 @@ from sit_jax.evaluation.evaluated import open_side
 from sit_jax.evaluation.features import inception_extractor
 from sit_jax.evaluation.unfinished import unfinished
 from sit_jax.manifest import environment
-from sit_jax.numerals import COUNT, whole
 from sit_jax.parallel.sharding import make_mesh
+from sit_jax.ranges import COUNT, AtLeast
 from sit_jax.sampling import outputs
 from sit_jax.trainer import program_cache
 from sit_jax.trainer.workdir import read_json, write_json
@@ -96,7 +96,7 @@ def _parser():
     add("--kid", action="store_true", help="the kernel distance too")
     add(
         "--bootstrap",
-        type=whole(10),
+        type=AtLeast(10),
         metavar="N",
         help="resamples for an interval of FID",
     )

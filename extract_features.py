@@ -21,9 +21,9 @@ from sit_jax.data.sources import LatentFolder
 from sit_jax.drafts import require_writable
 from sit_jax.errors import UserError, one_line
 from sit_jax.manifest import environment
-from sit_jax.numerals import COUNT, SEED, real, whole
 from sit_jax.places import local
 from sit_jax.precision.precision import chosen
+from sit_jax.ranges import COUNT, SEED, AtLeast, Between
 from sit_jax.trainer import program_cache
 from sit_jax.trainer.workdir import write_json
 
@@ -130,19 +130,16 @@ def _parser():
     add("--kind", default="folder", choices=(*KINDS, *PAIRS), help=_kinds())
     add("--vae", metavar="PATH", help="the VAE's folder, file or name")
     add("--precision", default="exact", metavar="WORD", help="exact, fast or bf16")
-    add("--size", type=whole(8), default=256, metavar="PIXELS")
+    add("--size", type=AtLeast(8), default=256, metavar="PIXELS")
     add("--out", required=True, metavar="DIR", help="the same one goes on after a kill")
     add("--batch-size", type=COUNT, default=64, metavar="N", help="on this process")
     add("--dtype", choices=DTYPES, default="float32", help="of what is stored")
     add("--no-flip", action="store_true", help="only one view of each image: half size")
     add("--shards", type=COUNT, metavar="N", help="files; default: up to 256")
     add("--threads", type=COUNT, default=4, metavar="N", help="that read ahead")
-    add(
-        "--workers", type=whole(0), default=0, metavar="N", help="processes that decode"
-    )
-    add(
-        "--broken-share", type=real(0, 1), default=0.001, help="of images; more stop it"
-    )
+    add("--workers", type=AtLeast(0), default=0, metavar="N", help="that decode")
+    share = Between(0.0, 1.0)
+    add("--broken-share", type=share, default=0.001, help="of images; more stop it")
     add("--classes", type=COUNT, default=1000, help="for webdataset and fast-dit")
     add("--split", default="train", help="for tfds")
     add("--tfds-dir", metavar="DIR", help="for tfds; default: its own")

@@ -36,9 +36,9 @@ from sit_jax.drafts import draft, drafts, require_free, require_space
 from sit_jax.errors import UserError
 from sit_jax.manifest import weights_hash
 from sit_jax.models.mdt import MDT
-from sit_jax.numerals import whole
 from sit_jax.parallel import chips
 from sit_jax.places import place
+from sit_jax.ranges import AtLeast
 from sit_jax.trainer.workdir import read_json
 
 
@@ -77,7 +77,7 @@ def _parser():
     add("--config", metavar="FILE", help="of the run; refused if the weights differ")
     add(
         "--step",
-        type=whole(0),
+        type=AtLeast(0),
         metavar="N",
         help="of a checkpoint; default: the newest",
     )

@@ -19,9 +19,9 @@ from sit_jax.convert import adapters
 from sit_jax.convert.given import Given, add_untold
 from sit_jax.errors import UserError
 from sit_jax.models import rounding
-from sit_jax.numerals import COUNT, SEED
 from sit_jax.planning import planning
 from sit_jax.precision.emulation import EMULATED
+from sit_jax.ranges import COUNT, SEED
 from sit_jax.sampling import (
     densities,
     job,

@@ -33,8 +33,8 @@ from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.drafts import require_free
 from sit_jax.errors import UserError
 from sit_jax.manifest import weights_hash
-from sit_jax.numerals import COUNT
 from sit_jax.precision import probe
+from sit_jax.ranges import COUNT
 from sit_jax.samplers import ode
 
 PACKAGES = ("torch", "timm", "torchdiffeq", "diffusers", "torch-fidelity", "numpy")

@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 
 from sit_jax.errors import UserError
-from sit_jax.fields import ONLY_FILE, check, plain
+from sit_jax.ranges import ONLY_FILE, check_fields
 
 # Of data only the sources: other modules there also write.
 OURS = (
@@ -28,6 +28,11 @@ OURS = (
     "models diffusion.paths diffusion.predictions models.rounding samplers "
     "diffusion.schedules diffusion.time_densities diffusion.timesteps"
 )
+REASONS = {  # how absl's words begin: what they mean
+    "('Non-boolean argument": "it must be True or False",
+    "invalid literal for int()": "it must be a whole number, in digits",
+    "could not convert string to float": "it must be a number",
+}
 ALLOWED = (*(f"sit_jax.{name}" for name in OURS.split()), "optax", "diffrax")
 
 # Names in configs stored by sit_jax 0.1, below sit_jax -> what they are now: a module,
@@ -78,9 +83,11 @@ def build(node):
     if not callable(make):
         raise UserError(f"make is {make!r}; only a config file can name a constructor")
     fields = {name: _value(node, name) for name in node if name != "make"}
-    check(make, fields)
+    check_fields(make, fields)
     try:
         return make(**fields)
+    except UserError:
+        raise
     except (TypeError, ValueError) as error:
         raise UserError(f"{make.__name__}: {_first_line(error)}") from error
 
@@ -129,7 +136,7 @@ def override(config, arguments):
     except (flags.Error, TypeError, ValueError, AttributeError) as error:
         reason = _first_line(error).removeprefix("flag ")  # then it names its argument
         where = "" if reason.startswith("--") else f"{' '.join(arguments)}: "
-        raise UserError(where + plain(reason)) from error
+        raise UserError(where + _plain(reason)) from error
 
 
 def to_json(node):
@@ -264,6 +271,13 @@ def _check_path(config, path):
         raise UserError(
             f"--config.{path} stands for several fields; set one of {fields}"
         )
+
+
+def _plain(reason):
+    """absl's sentence about an argument, in plainer words where there are any."""
+    argument, _, why = reason.partition(": ")
+    plain = (words for start, words in REASONS.items() if why.startswith(start))
+    return next((f"{argument}: {words}" for words in plain), reason)
 
 
 def _near(name, known):

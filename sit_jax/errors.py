@@ -45,5 +45,5 @@ def one_line(message):
     return f"{said[: LONGEST // 2]} ... {said[-LONGEST // 2 :]}"
 
 
-class UserError(Exception):
-    """Something the user can mend: one line with the value and the remedy."""
+class UserError(ValueError):
+    """A mistake that the user can correct: one line with the value and the remedy."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from sit_jax.convert.torch_config import FAMILIES
 from sit_jax.convert.weights import family_of, open_weights, require_torch
-from sit_jax.numerals import COUNT
+from sit_jax.ranges import COUNT
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,6 +65,8 @@ def config_of(file, base, family=None, heads=None, config=None):
             config.process = _process(args)
         if not given:
             _fill_run(config, args, file)
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file.path}: args not understood ({error!r})") from error
     after = to_json({name: config[name] for name in NETWORK})
@@ -133,11 +135,11 @@ def _described(file):
     is_mdt = mdt_weights.family(shapes) is not None
     try:
         return mdt_weights.describe(like) if is_mdt else describe(like)
+    except UserError as error:
+        raise UserError(f"{file.path}: {error}") from error
     except (ValueError, IndexError, ZeroDivisionError) as error:
         kind = "an MDT" if is_mdt else "a DiT or SiT"
         raise UserError(f"{file.path}: not the weights of {kind}") from error
-    except UserError as error:
-        raise UserError(f"{file.path}: {error}") from error
 
 
 def _family(file, args, flag, config):

@@ -89,6 +89,8 @@ class ShardReader:
         """The JSON at the end."""
         try:
             return json_text.parse(self.read(-1))
+        except UserError:
+            raise
         except ValueError as error:
             self._refuse(error)
 

@@ -4,9 +4,9 @@ import jax
 
 from sit_jax.errors import UserError
 from sit_jax.experiment import check_batch
-from sit_jax.numerals import COUNT, real
 from sit_jax.parallel import chips, sharding
 from sit_jax.planning import plan, pod, program, topology
+from sit_jax.ranges import COUNT, Above
 
 FLAGS = ("devices", "chip", "mfu", "topology", "once")
 
@@ -21,7 +21,7 @@ def add_flags(parser):
     add("--chip", metavar="NAME", help=", ".join(chips.NAMES))
     add(
         "--mfu",
-        type=real(above=0, most=1),
+        type=Above(0.0, 1.0),
         metavar="X",
         help="of the peak; else 0.5",
     )

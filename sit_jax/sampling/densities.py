@@ -22,9 +22,9 @@ from sit_jax.drafts import draft, require_free
 from sit_jax.errors import UserError
 from sit_jax.experiment import check_data, recipe
 from sit_jax.manifest import environment, weights_hash
-from sit_jax.numerals import COUNT
 from sit_jax.parallel import sharding
 from sit_jax.precision import precision
+from sit_jax.ranges import COUNT
 from sit_jax.samplers.adaptive import AdaptiveOde
 from sit_jax.samplers.likelihood import ChainBound, FlowLikelihood, estimated, exact
 from sit_jax.sampling.generation import in_chunks

@@ -3,8 +3,8 @@
 from sit_jax import config as configs
 from sit_jax.diffusion.guidance import Interval
 from sit_jax.errors import UserError
-from sit_jax.numerals import COUNT, real
 from sit_jax.precision.precision import PRECISIONS
+from sit_jax.ranges import COUNT, FINITE, Above, AtLeast, Between
 from sit_jax.samplers.names import (
     CHOICES,
     CONTROLS,
@@ -31,22 +31,26 @@ def add_flags(parser):
         help="as the originals count",
     )
     add("--respacing", metavar="N|A,B,..|ddimN", help="steps of a diffusion to keep")
-    add("--eta", type=real(0, 1), help="of ddim: 0 no fresh noise, 1 as much as ddpm")
-    add("--atol", type=real(above=0), metavar="TOLERANCE")
-    add("--rtol", type=real(above=0), metavar="TOLERANCE")
+    add(
+        "--eta",
+        type=Between(0.0, 1.0),
+        help="of ddim: fresh noise, 1 as ddpm",
+    )
+    add("--atol", type=Above(0.0), metavar="TOLERANCE")
+    add("--rtol", type=Above(0.0), metavar="TOLERANCE")
     add("--step-control", metavar="WORD", help=", ".join(CONTROLS))
     add("--reverse", action="store_true", help="from images (--noise) to noise")
     add("--diffusion-form", metavar="NAME", help=", ".join(FORMS))
-    add("--diffusion-norm", type=real(0), metavar="FACTOR")
+    add("--diffusion-norm", type=AtLeast(0.0), metavar="FACTOR")
     add("--last-step", metavar="NAME", help=", ".join(LAST_STEPS))
-    add("--last-step-size", type=real(0, 1), metavar="TIME")
+    add("--last-step-size", type=Between(0.0, 1.0), metavar="TIME")
     add(
         "--trajectory",
         type=COUNT,
         metavar="N",
         help="N states on the way, as a strip",
     )
-    add("--guidance", "--cfg-scale", type=real(), metavar="SCALE", help=_SCALE)
+    add("--guidance", "--cfg-scale", type=FINITE, metavar="SCALE", help=_SCALE)
     add("--guidance-interval", metavar="LO,HI", help="0 noise, 1 data; none outside")
     add("--guidance-channels", metavar="3|all", help="those that are extrapolated")
     add("--precision", metavar="WORD", help=", ".join(PRECISIONS))

@@ -1,0 +1,104 @@
+"""Ranges, as types of the command line and as annotations of a constructor."""
+
+import argparse
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sit_jax.config import build, spec
+from sit_jax.errors import UserError
+from sit_jax.ranges import COUNT, FINITE, SEED, Above, AtLeast, Between, check_fields
+
+
+def make(
+    rule: Callable | None = None,
+    kept: tuple[int, ...] | None = None,
+    kind: Literal["a", "b"] | None = None,
+    share: Annotated[float, Between(0.0, 1.0)] = 0.5,
+    rate: Annotated[float, Above(0.0)] | Callable = 0.5,
+    steps: Annotated[int, AtLeast(1)] | None = 3,
+    sides: Annotated[tuple[int, ...], AtLeast(1)] = (1, 2),
+    text: str = "",
+    anything: Any = None,
+    bare=None,
+):
+    return rule
+
+
+@pytest.mark.parametrize(
+    "name, value, wanted",
+    [
+        ("rule", "x", r"make: rule is 'x'; it takes a function \(only .*\) or None"),
+        ("kept", "x", "kept is 'x'; it takes a tuple of numbers or None"),
+        ("kept", ("x",), "kept is .'x',.; it takes a tuple"),
+        ("kept", (0.5,), "kept is"),
+        ("kind", "c", "kind is 'c'; it takes 'a' or 'b' or None"),
+        ("share", "x", "share is 'x'; it takes a number from 0 to 1"),
+        ("share", 1.1, "share is 1.1; it takes a number from 0 to 1"),
+        ("rate", 0.0, "rate is 0.0; it takes a number above 0 or a function"),
+        ("rate", float("inf"), "rate is inf"),
+        ("steps", 0, "steps is 0; it takes a whole number of at least 1 or None"),
+        ("steps", 1.5, "steps is 1.5"),
+        ("steps", float("nan"), "steps is nan"),
+        ("sides", (2, 0), "sides is .2, 0.; it takes a whole number of at least 1"),
+        ("text", 3, "text is 3; it takes text"),
+    ],
+)
+def test_check_fields_refuses(name, value, wanted):
+    with pytest.raises(UserError, match=wanted):
+        check_fields(make, {name: value})
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("rule", (make, None)),
+        ("kept", ((1, 2), [3], (), None)),
+        ("kind", ("a", None)),
+        ("share", (1, 0.5, np.float32(1), jnp.ones(()))),
+        ("rate", (1, optax.constant_schedule(1))),
+        ("steps", (1, np.int64(2), 4.0)),
+        ("anything", ("x", 3)),
+        ("bare", ("x", 3)),
+        ("absent", (3,)),
+    ],
+)
+def test_check_fields_accepts(name, values):
+    for value in values:
+        check_fields(make, {name: value})
+
+
+def test_annotation_may_be_any_text():
+    def own(count: "a number of things" = 1):  # noqa: F722
+        return count
+
+    assert build(spec(own, count=3)) == 3
+
+
+def test_build_checks_annotations():
+    rate = {"init_value": 1.0, "end_value": 0.0}
+    with pytest.raises(UserError, match="linear_schedule: transition_steps is 'x'"):
+        build(spec(optax.linear_schedule, **rate, transition_steps="x"))
+
+
+@pytest.mark.parametrize(
+    "bounds, good, bad, words",
+    [
+        (COUNT, "7", ("x", "1.5", "0", "", "1e99"), "a whole number of at least 1"),
+        (SEED, "0", ("-1", str(2**32)), "a whole number from 0 to 4294967295"),
+        (FINITE, "-1e3", ("x", "nan", "inf", ""), "a number"),
+        (Above(0.0), "0.1", ("0", "-1", "inf"), "a number above 0"),
+        (Above(0.0, 1.0), "1", ("0", "1.1"), "a number above 0 to 1"),
+        (Between(0.0, 1.0), "0", ("-0.1", "1.1"), "a number from 0 to 1"),
+    ],
+)
+def test_ranges_read_words_of_the_command_line(bounds, good, bad, words):
+    assert bounds(good) == float(good)
+    for word in bad:
+        with pytest.raises(argparse.ArgumentTypeError) as error:
+            bounds(word)
+        assert str(error.value) == f"{word!r}: {words}"
