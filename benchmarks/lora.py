@@ -33,7 +33,8 @@ from sit_jax.experiment import recipe
 from sit_jax.models.codec import Latents
 from sit_jax.models.dit import SIZES, SiT
 from sit_jax.models.layers import REMAT
-from sit_jax.training.training import fresh_state, init_params, make_train_step
+from sit_jax.training.state import create_train_state, init_params
+from sit_jax.training.step import make_train_step
 
 SHAPE = (32, 32, 4)
 
@@ -86,7 +87,7 @@ def batch(args):
 def step(model, params, args):
     """-> seconds and memory of a compiled training step."""
     tx = optax.adamw(1e-4)
-    state = fresh_state(tx, params)
+    state = create_train_state(tx, params)
     trained = sum(x.size for x in jax.tree.leaves(state.params))
     run = jax.jit(make_train_step(model, Interpolant(), tx))
     key, data = jax.random.key(0), batch(args)

@@ -33,10 +33,10 @@ from sit_jax.evaluation.metrics.gaussian import Gaussian, frechet
 from sit_jax.experiment import recipe
 from sit_jax.models.dit import SIZES, SiT
 from sit_jax.parallel import sharding
-from sit_jax.precision import precision
-from sit_jax.samplers.ode import Ode, heun
+from sit_jax.precision import policy
+from sit_jax.samplers.fixed_ode import FixedStepODE, heun
 from sit_jax.sampling.generation import Generator
-from sit_jax.training.training import init_params
+from sit_jax.training.state import init_params
 
 STEPS = 25
 TIMED_STEPS, ROWS = 3, 4  # of Heun, guided: 6 evaluations of 8 rows
@@ -63,7 +63,7 @@ def main():
 def likeness(args, words):
     """-> {word: {figure: value}} on the digits."""
     opened = open_weights(args.weights, None)
-    sampler = Ode(method=heun, steps=STEPS, frames=6)
+    sampler = FixedStepODE(method=heun, steps=STEPS, frames=6)
     parts = dataclasses.replace(recipe(opened.config), sampler=sampler)
     mesh = sharding.make_mesh(data=-1, fsdp=1)
     params = opened.load("ema", parts, mesh)
@@ -84,7 +84,7 @@ def stored(parts, params, word):
     if word == "float32":
         return _exact(parts), params
     if word == "bfloat16":
-        model = precision.computing(precision.chosen("bf16"), parts.model)
+        model = policy.with_compute_dtype(policy.get_precision("bf16"), parts.model)
         half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
         return dataclasses.replace(parts, model=model), half
     return _exact(parts), quantized(params, word, SKIP)
@@ -101,8 +101,8 @@ def draw(parts, params, mesh, labels):
 
 
 def generator(parts, params, mesh, batch):
-    word = precision.chosen("bf16" if parts.model.dtype == "bfloat16" else "exact")
-    around = lambda fn: precision.applied(word, fn)
+    word = policy.get_precision("bf16" if parts.model.dtype == "bfloat16" else "exact")
+    around = lambda fn: policy.with_precision(word, fn)
     return Generator(parts, params, mesh, batch, around=around)
 
 
@@ -125,7 +125,7 @@ def speed(words, rounds):
     """-> {word: {figure: value}} of sampling ROWS images by SiT-S/2, in turn."""
     config = get_config()
     config.model = spec(SiT, patch=2, **SIZES["S"])
-    config.sampler = spec(Ode, method=heun, steps=TIMED_STEPS)
+    config.sampler = spec(FixedStepODE, method=heun, steps=TIMED_STEPS)
     config.guidance = 1.5
     parts, mesh = recipe(config), sharding.make_mesh(data=-1, fsdp=1)
     params = jax.jit(partial(init_params, parts.model, parts.shape))(jax.random.key(0))

@@ -21,7 +21,7 @@ from sit_jax.convert import port
 from sit_jax.convert.vae_weights import rules
 from sit_jax.models.codec import Vae
 from sit_jax.models.vae import AutoencoderKL
-from sit_jax.precision.precision import PRECISIONS, computing
+from sit_jax.precision.policy import PRECISIONS, with_compute_dtype
 
 
 def main():
@@ -65,7 +65,7 @@ def codec(model, word, seed=0):
 
     precision = PRECISIONS[word]
     params = jax.device_put(jax.tree.map(draw, like))
-    return Vae(params, computing(precision, model), precision=precision)
+    return Vae(params, with_compute_dtype(precision, model), precision=precision)
 
 
 def diffusers(channels, groups, vae):

@@ -8,12 +8,12 @@ import pytest
 from recorded import arrays, case, weights
 
 from sit_jax.convert import port
-from sit_jax.diffusion.diffusion import Diffusion, fixed_small
-from sit_jax.diffusion.noise import given
+from sit_jax.diffusion.gaussian import GaussianDiffusion, fixed_small
+from sit_jax.diffusion.rng import recorded_noise
 from sit_jax.models import dit, layers
 
 EVERY = case("dit_sampling")["runs"]
-SMALL = Diffusion(variance=fixed_small)
+SMALL = GaussianDiffusion(variance=fixed_small)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def normal(seed, *shape):
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def sample(sampler, process, net, noise, kicks):
-    return sampler(given(kicks), process, net, noise)[0]
+    return sampler(recorded_noise(kicks), process, net, noise)[0]
 
 
 def truthful(data, process=SMALL):

@@ -9,7 +9,7 @@ import optax
 from sit_jax.adapters.stored import Adapted, Grown, replace
 from sit_jax.models.dit import DiT, SiT
 from sit_jax.models.mdt import MDT, MDTv2
-from sit_jax.training.training import init_params
+from sit_jax.training.state import init_params
 
 SHAPE, SIZE = (4, 4, 2), dict(width=16, heads=2, classes=5)
 MODELS = [SiT(depth=2, **SIZE), DiT(depth=2, **SIZE), MDT(depth=4, **SIZE)]

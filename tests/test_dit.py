@@ -10,7 +10,7 @@ from networks import SMALL, noisy, quick_jit, recorded_model, recorded_params, s
 from recorded import arrays, case, nchw, nhwc, relative
 
 from sit_jax.convert import port
-from sit_jax.diffusion.guidance import guided
+from sit_jax.diffusion.guidance import classifier_free_guidance
 from sit_jax.errors import UserError
 from sit_jax.models import layers
 from sit_jax.models.dit import RULES, DiT, SiT
@@ -86,7 +86,7 @@ def test_guided_outputs_are_as_recorded(name, monkeypatch):
     def run(params, scale, x, t, y):
         net = lambda x, t, y: model.apply({"params": params}, x, t, y)
         strength = lambda t: jnp.full(t.shape, scale)
-        return guided(net, y, model.classes, strength)(x, t)
+        return classifier_free_guidance(net, y, model.classes, strength)(x, t)
 
     n = len(golden["cfg.x"]) // 2  # the second half is x again with the null label
     x, t, y = (golden[f"cfg.{k}"][:n] for k in "xty")

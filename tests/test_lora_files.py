@@ -27,7 +27,7 @@ from sit_jax.convert.mdt_weights import RULES_V2
 from sit_jax.experiment import recipe
 from sit_jax.models.dit import RULES
 from sit_jax.models.mdt import MDTv2
-from sit_jax.training.training import init_params
+from sit_jax.training.state import init_params
 
 RECORDED = FOLDER / "lora"
 

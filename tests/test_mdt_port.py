@@ -19,7 +19,7 @@ from sit_jax.convert.port import to_torch
 from sit_jax.errors import UserError
 from sit_jax.experiment import recipe
 from sit_jax.models.mdt import MDT, MDTv2
-from sit_jax.training.adan import AdanState
+from sit_jax.training.optimizers import AdanState
 
 pytestmark = pytest.mark.slow  # together they compile for a minute or two
 

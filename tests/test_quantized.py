@@ -145,7 +145,7 @@ def test_shapes_of_a_saved_step_are_known_without_its_floats():
 def test_xl_takes_a_fourth():
     """In bytes, from shapes alone; only embedders, ends and biases stay floats."""
     from configs.dit_xl2 import get_config
-    from sit_jax.training.training import init_params
+    from sit_jax.training.state import init_params
 
     parts = recipe(get_config())
     like = jax.eval_shape(

@@ -24,12 +24,13 @@ from stored_networks import (
 
 from sit_jax.adapters.applied import apply
 from sit_jax.adapters.stored import Adapted, dropping, join, quantize, replace, split
-from sit_jax.diffusion.diffusion import Diffusion
+from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.models.codec import Pixels
 from sit_jax.models.dit import SiT
 from sit_jax.models.mdt import MDT
-from sit_jax.training.training import fresh_state, make_train_step
+from sit_jax.training.state import create_train_state
+from sit_jax.training.step import make_train_step
 
 
 def test_split_and_join_are_inverse():
@@ -74,7 +75,7 @@ def test_a_step_moves_the_adapters_alone(kind):
             else quantize(path, w)
         )
         tree = replace(tree, pattern, bases)
-    state = fresh_state(TX, jax.tree.map(jnp.asarray, tree))
+    state = create_train_state(TX, jax.tree.map(jnp.asarray, tree))
     rng = np.random.default_rng(0)
     latent = rng.standard_normal((8, *SHAPE)).astype(np.float32)
     batch = {"latent": latent, "label": np.arange(8, dtype=np.int32) % 7}
@@ -101,8 +102,8 @@ SLOWER = [pytest.param(MODELS[i], marks=pytest.mark.slow) for i in (0, 2, 3)]
 def test_every_network_takes_a_step_of_adapters(model):
     """Traced, not run: MDT's second pass has fewer tokens and other keys."""
     tree = replace(weights(model), EVERY, partial(adapter, dropout=0.1))
-    state = fresh_state(TX, jax.tree.map(jnp.asarray, tree))
-    process = Interpolant() if isinstance(model, SiT) else Diffusion()
+    state = create_train_state(TX, jax.tree.map(jnp.asarray, tree))
+    process = Interpolant() if isinstance(model, SiT) else GaussianDiffusion()
     step = make_train_step(model, process, TX, accumulate=2)
     batch = {"latent": np.zeros((4, *SHAPE), np.float32), "label": np.zeros(4, int)}
     new, metrics = jax.eval_shape(step, state, Pixels(), batch, jax.random.key(0))

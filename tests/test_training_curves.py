@@ -17,13 +17,14 @@ from recorded import FOLDER, arrays, case, nhwc, relative, weights
 
 from sit_jax.config import build, spec
 from sit_jax.convert.port import to_flax, to_torch
-from sit_jax.diffusion.diffusion import Diffusion
+from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.models.codec import Pixels
 from sit_jax.models.dit import RULES, DiT, SiT
-from sit_jax.training.training import fresh_state, make_train_step
+from sit_jax.training.state import create_train_state
+from sit_jax.training.step import make_train_step
 
-FAMILIES = {"sit": (SiT, Interpolant()), "dit": (DiT, Diffusion())}
+FAMILIES = {"sit": (SiT, Interpolant()), "dit": (DiT, GaussianDiffusion())}
 STEPS, LR = 20, 1e-4
 
 
@@ -63,7 +64,7 @@ def curve(request):
 
     params, spare = to_flax(RULES, weights(f"train_{name}_init"))
     assert spare == {"pos_embed"}
-    state, first, metrics = fresh_state(tx, params), None, []
+    state, first, metrics = create_train_state(tx, params), None, []
     for i in range(STEPS):
         batch = {
             "latent": nhwc(recorded["x1"][i]),

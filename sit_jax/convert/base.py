@@ -18,7 +18,7 @@ from sit_jax.errors import UserError
 from sit_jax.manifest import weights_hash
 from sit_jax.parallel import placement, sharding
 from sit_jax.places import local
-from sit_jax.training.training import init_params
+from sit_jax.training.state import init_params
 
 # Fields of a network that adapters may be trained with at other values.
 FREE = ("remat", "unroll", "dtype", "hide", "spread", "classes")

@@ -19,7 +19,7 @@ from sit_jax.convert.torch_config import args_of, config_of, group_of
 from sit_jax.errors import UserError
 from sit_jax.experiment import recipe
 from sit_jax.parallel.sharding import everywhere, put
-from sit_jax.training import averages
+from sit_jax.training.state import ema_item_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Stored:
         torch's names, and step with the one entry "step".
         """
         shapes = nest(self.released.params)
-        items = averages.item_names(self._recipe.ema_decay)
+        items = ema_item_names(self._recipe.ema_decay)
         for part, item in (("model", "params"), *zip(items, items, strict=True)):
             if part in parts:
                 yield from ((part, *each) for each in self._constants(part).items())
@@ -185,7 +185,7 @@ class Stored:
     def run_of_mdt(self):
         """-> {name: content} of what MDT's train script saves, and the parts."""
         decay, group = self._recipe.ema_decay, None
-        wanted = ["model", *averages.item_names(decay)]
+        wanted = ["model", *ema_item_names(decay)]
         if self.no_moments is None:
             wanted += [*self._kinds(), "step"]
         found = self._gathered(*wanted)

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from sit_jax.convert import port
 from sit_jax.errors import UserError
 from sit_jax.models.kinds import kind_of
-from sit_jax.training.training import init_params
+from sit_jax.training.state import init_params
 
 # An average of the table, taken 7M times in float32, was up to 5e-4 off the table.
 DRIFT = 1e-3

@@ -13,15 +13,15 @@ import optax
 from sit_jax.config import build, difference, spec, to_json
 from sit_jax.convert import mdt_weights
 from sit_jax.diffusion import paths, predictions
-from sit_jax.diffusion.interpolant import (
-    Interpolant,
+from sit_jax.diffusion.interpolant import Interpolant
+from sit_jax.diffusion.loss_weights import (
     likelihood_weight,
     unweighted,
     velocity_weight,
 )
 from sit_jax.errors import UserError
 from sit_jax.models.dit import SIZES, describe
-from sit_jax.training.adan import adan
+from sit_jax.training.optimizers import adan
 
 FAMILIES = ("sit", "dit")  # not to be told apart by their weights
 

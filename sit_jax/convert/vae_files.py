@@ -13,7 +13,7 @@ from sit_jax.errors import UserError
 from sit_jax.models.codec import Latents, Vae
 from sit_jax.models.vae import AutoencoderKL
 from sit_jax.parallel.sharding import put
-from sit_jax.precision import precision
+from sit_jax.precision import policy
 
 FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 FIELDS = {  # of a config.json -> ours
@@ -50,10 +50,10 @@ def load_vae(source, word="exact", place=None, **fields):
     model, scale = described(config) if config else (AutoencoderKL(), SCALE)
     params = _params(path, model, config)
     hosts.require_same_files(path, *filter(None, [config]))
-    chosen = precision.chosen(word)
+    chosen = policy.get_precision(word)
     return Vae(
         params=put(params, place),
-        model=precision.computing(chosen, model),
+        model=policy.with_compute_dtype(chosen, model),
         precision=chosen,
         **{"scale": scale, **fields},
     )

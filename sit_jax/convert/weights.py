@@ -20,7 +20,7 @@ from sit_jax.errors import UserError
 from sit_jax.experiment import recipe
 from sit_jax.parallel.sharding import everywhere, shaped
 from sit_jax.places import place
-from sit_jax.training.training import init_params
+from sit_jax.training.state import init_params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from sit_jax.errors import UserError
 from sit_jax.parallel import placement
 from sit_jax.parallel.sharding import shaped
 from sit_jax.trainer.start import items_of, restored
-from sit_jax.training.training import fresh_state
+from sit_jax.training.state import create_train_state
 
 
 def begin_adapted(parts, mesh, seed, directory, given=None):
@@ -40,7 +40,7 @@ def begin_adapted(parts, mesh, seed, directory, given=None):
 
 def _state(parts, key, base):
     adapted = parts.adapter(base, key)
-    return fresh_state(parts.tx, adapted, parts.ema_decay, parts.losses)
+    return create_train_state(parts.tx, adapted, parts.ema_decay, parts.losses)
 
 
 def _base(parts, mesh, directory, given):

@@ -15,8 +15,7 @@ from sit_jax.checkpoint import compare
 from sit_jax.errors import UserError
 from sit_jax.models.dit import SiT
 from sit_jax.models.kinds import kind_of
-from sit_jax.training import averages
-from sit_jax.training.training import fresh_state, init_params
+from sit_jax.training.state import create_train_state, init_ema, init_params
 
 LABELS = "y_embedder.embedding_table.weight"  # as torch files call it
 ITEMS = ("params", "ema")
@@ -68,8 +67,10 @@ def transferred(parts, theirs, load, key, where, given):
             for flat in old.values():
                 flat[path] = _with_null(parts, theirs, fresh[path], flat[path])
         new = {item: unflatten_dict(flat, sep="/") for item, flat in old.items()}
-        state = fresh_state(parts.tx, new["params"], parts.ema_decay, parts.losses)
-        return state.replace(ema=averages.begin(new["ema"], parts.ema_decay))
+        state = create_train_state(
+            parts.tx, new["params"], parts.ema_decay, parts.losses
+        )
+        return state.replace(ema=init_ema(new["ema"], parts.ema_decay))
 
     state = jax.jit(begun, out_shardings=where)(key, *map(load, ITEMS))
     return state, _words(parts, theirs, path if anew else None, wanted)

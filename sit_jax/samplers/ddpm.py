@@ -11,15 +11,15 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from sit_jax.diffusion.diffusion import clipped
-from sit_jax.diffusion.paths import align
+from sit_jax.diffusion.gaussian import clip_denoised
+from sit_jax.diffusion.paths import expand_dims_like
 from sit_jax.diffusion.schedules import check_spacing
 from sit_jax.errors import UserError
-from sit_jax.samplers.walk import check_frames, walk
+from sit_jax.samplers.base import check_trajectory_length, run_steps
 
 
 @dataclasses.dataclass(frozen=True)
-class Ancestral:
+class DDPM:
     """DDPM's reverse chain with the process's own variance.
 
     steps: a number, or any spacing of schedules.kept_steps. mend: a function of the
@@ -37,10 +37,10 @@ class Ancestral:
 
     def __post_init__(self):
         check_spacing(self.steps)
-        check_frames(self.frames)
+        check_trajectory_length(self.frames)
 
     def __call__(self, draw, process, net, noise):
-        process = short(self, process)
+        process = respaced_process(self, process)
         told = jnp.asarray(process.told)
 
         def step(x, i, t):
@@ -54,11 +54,11 @@ class Ancestral:
 
     def kicks(self, process):
         """How many draws of noise a run takes."""
-        return len(short(self, process).betas)
+        return len(respaced_process(self, process).betas)
 
 
 @dataclasses.dataclass(frozen=True)
-class Ddim:
+class DDIM:
     """Song et al. 2021, eq. 12: deterministic at eta = 0, DDPM's variance at eta = 1.
 
     steps: a number, or any spacing of schedules.kept_steps; DdimSpacing is the paper's.
@@ -75,14 +75,14 @@ class Ddim:
 
     def __post_init__(self):
         check_spacing(self.steps)
-        check_frames(self.frames)
+        check_trajectory_length(self.frames)
         if not 0 <= self.eta <= 1:
             raise UserError(f"eta={self.eta}: from 0, no fresh noise, to 1, DDPM's")
         if self.reverse and self.eta:
             raise UserError(f"eta={self.eta}: the way back to the noise needs eta=0")
 
     def __call__(self, draw, process, net, noise):
-        process = short(self, process)
+        process = respaced_process(self, process)
         tables = self.weights_back(process) if self.reverse else self.weights(process)
         on_data, on_x, std = (jnp.asarray(table, jnp.float32) for table in tables)
 
@@ -95,7 +95,7 @@ class Ddim:
 
     def kicks(self, process):
         """How many draws of noise a run takes, as the released loops draw them."""
-        return len(short(self, process).betas)
+        return len(respaced_process(self, process).betas)
 
     def _guess(self, process, net, x, at):
         """The data that the network guesses, moved where the classifier leads."""
@@ -104,7 +104,7 @@ class Ddim:
             return data
         alpha, sigma = (jnp.asarray(w, jnp.float32)[at] for w in _levels(process))
         told = jnp.asarray(process.told)[at]
-        return data + align(sigma**2 / alpha, x) * self.lead(x, told)
+        return data + expand_dims_like(sigma**2 / alpha, x) * self.lead(x, told)
 
     def weights(self, process):
         """-> weights of data, x and fresh noise in the next x; float64, by index.
@@ -128,7 +128,7 @@ class Ddim:
 
 def _mended(sampler):
     """-> what happens to the guess at the data."""
-    steps = [f for f in (sampler.mend, clipped if sampler.clip else None) if f]
+    steps = [f for f in (sampler.mend, clip_denoised if sampler.clip else None) if f]
     return lambda data: functools.reduce(lambda x, f: f(x), steps, data)
 
 
@@ -136,7 +136,7 @@ def _levels(process):
     return process.levels(np.arange(len(process.betas)))
 
 
-def short(sampler, process):
+def respaced_process(sampler, process):
     """The process with the sampler's steps; one that is no chain is refused."""
     if not hasattr(process, "posterior"):
         raise UserError(
@@ -152,5 +152,5 @@ def _descend(sampler, process, step, noise, reverse=False):
     n = len(process.betas)
     index = (lambda i: i) if reverse else (lambda i: n - 1 - i)
     walked = lambda x, i: step(x, i, index(i))
-    data, stats = walk(walked, noise, n, sampler.frames)
+    data, stats = run_steps(walked, noise, n, sampler.frames)
     return data, {"evaluations": jnp.int32(n), **stats}

@@ -16,8 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from sit_jax.errors import UserError
-from sit_jax.samplers.flow import first_step, flow, size
-from sit_jax.samplers.walk import check_frames
+from sit_jax.samplers.base import (
+    check_trajectory_length,
+    initial_step,
+    integrate_probability_flow,
+    rms_norm,
+)
 
 
 class Fehlberg2(diffrax.AbstractERK):
@@ -35,10 +39,10 @@ class Fehlberg2(diffrax.AbstractERK):
         return 2
 
 
-def over_batch(sampler, slope, start, t0, t1):
+def batch_error_control(sampler, slope, start, t0, t1):
     """One error and one step size for the whole batch, on all devices."""
     solver, tableau = sampler.solver, sampler.solver.tableau
-    first, dt = first_step(
+    first, dt = initial_step(
         slope,
         start,
         *(t0, t1, sampler.rtol, sampler.atol),
@@ -58,7 +62,7 @@ def over_batch(sampler, slope, start, t0, t1):
         # a solver that keeps its last slope for the next step is given the first
         solver_state=(jnp.array(False), first) if tableau.fsal else None,
         stepsize_controller=diffrax.PIDController(
-            sampler.rtol, sampler.atol, size, dtmin=1e-7, force_dtmin=False
+            sampler.rtol, sampler.atol, rms_norm, dtmin=1e-7, force_dtmin=False
         ),
         saveat=diffrax.SaveAt(subs=save),
         max_steps=sampler.max_steps,
@@ -85,7 +89,7 @@ def _solved(slope, *problem, **how):
         return diffrax.diffeqsolve(diffrax.ODETerm(term), *problem, **how)
 
 
-def per_image(sampler, slope, start, t0, t1):
+def per_sample_control(sampler, slope, start, t0, t1):
     """Each image in steps of its own, so that it does not depend on the others.
 
     The network still sees the whole batch at once, with a time for each image.
@@ -106,7 +110,7 @@ def per_image(sampler, slope, start, t0, t1):
         return jax.tree.unflatten(form, out), jax.tree.map(lambda _: True, x)
 
     def solve(x):
-        return over_batch(
+        return batch_error_control(
             sampler, lambda t, x: one(jnp.float32(t), x, traced.consts), x, t0, t1
         )
 
@@ -118,7 +122,7 @@ def per_image(sampler, slope, start, t0, t1):
 
 
 @dataclasses.dataclass(frozen=True)
-class AdaptiveOde:
+class AdaptiveODE:
     """Steps as long as the estimated error allows, by any explicit diffrax solver.
 
     reverse goes from data to noise; frames: see Ode, here at evenly spaced times.
@@ -127,7 +131,7 @@ class AdaptiveOde:
     solver: diffrax.AbstractERK = diffrax.Dopri5()
     rtol: float = 1e-3
     atol: float = 1e-6
-    control: Callable = over_batch
+    control: Callable = batch_error_control
     max_steps: int = 4096
     reverse: bool = False
     frames: int = 0
@@ -145,10 +149,10 @@ class AdaptiveOde:
             raise UserError("rtol=0 and atol=0: one of them must be positive")
         if self.max_steps < 1:
             raise UserError(f"max_steps={self.max_steps}: give at least 1")
-        check_frames(self.frames)
+        check_trajectory_length(self.frames)
 
     def __call__(self, draw, process, net, noise):
-        return flow(self, process, net, noise)
+        return integrate_probability_flow(self, process, net, noise)
 
     def solve(self, slope, start, t0, t1):
         """start: tree of arrays at t0 -> (the tree at t1, stats)."""

@@ -14,19 +14,19 @@ def image_keys(seed, indices):
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
 
 
-def labels(keys, classes):
+def sample_labels(keys, classes):
     """keys [B] -> labels int32 [B], uniform over the classes."""
     draw = lambda key: jax.random.randint(jax.random.fold_in(key, 0), (), 0, classes)
     return jax.vmap(draw)(keys)
 
 
-def start(keys, shape):
+def initial_noise(keys, shape):
     """keys [B] -> starting noise [B, *shape]."""
     draw = lambda key: jax.random.normal(jax.random.fold_in(key, 1), shape)
     return jax.vmap(draw)(keys)
 
 
-def steps(keys, shape):
+def step_noise(keys, shape):
     """keys [B] -> draw(i), the noise [B, *shape] of a sampler's step i."""
 
     def draw(i):
@@ -36,7 +36,7 @@ def steps(keys, shape):
     return draw
 
 
-def signs(keys, shape):
+def rademacher_probes(keys, shape):
     """keys [B] -> draw(i), the directions [B, *shape] of +-1 number i."""
 
     def draw(i):
@@ -48,6 +48,6 @@ def signs(keys, shape):
     return draw
 
 
-def given(recorded):
+def recorded_noise(recorded):
     """recorded [steps, B, ...] -> draw(i), for noise that comes from elsewhere."""
     return lambda i: jnp.asarray(recorded)[i]

@@ -25,7 +25,7 @@ import jax
 from sit_jax.errors import UserError
 
 
-class Products(NamedTuple):
+class MatmulPrecision(NamedTuple):
     """Of one platform: JAX's name, and how many mantissa bits of an operand they keep.
 
     The implicit bit counts. TF32 is allowed and not forced: a GPU without it, or whose
@@ -38,13 +38,13 @@ class Products(NamedTuple):
 
 
 # HIGHEST; on a TPU that is six bfloat16 passes, which keep all bits
-FLOAT32 = Products("highest", 24, 24)
+FLOAT32 = MatmulPrecision("highest", 24, 24)
 # HIGH; XLA lets cuBLAS and cuDNN use TF32 up to it. On a TPU it would be three passes.
-TF32 = Products("tensorfloat32", 11, 24)
+TF32 = MatmulPrecision("tensorfloat32", 11, 24)
 # for dots by name, for convolutions as the TPU's default; the same to its compiler
-ONE_PASS = Products("BF16_BF16_F32", 8, 8)
+ONE_PASS = MatmulPrecision("BF16_BF16_F32", 8, 8)
 # bfloat16 operands are exact in one pass; HIGHEST is for the float32 ones beside them
-HALF = Products("highest", 8, 8)
+HALF = MatmulPrecision("highest", 8, 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Precision:
 
     word: str
     dtype: str
-    cpu: Products
-    gpu: Products
-    tpu: Products
+    cpu: MatmulPrecision
+    gpu: MatmulPrecision
+    tpu: MatmulPrecision
 
     def products(self, platform=None):
         """-> Products on a platform: cpu, gpu, cuda or tpu; by default this one's."""
@@ -75,14 +75,14 @@ BF16 = Precision("bf16", "bfloat16", cpu=HALF, gpu=HALF, tpu=HALF)
 PRECISIONS = {each.word: each for each in (EXACT, FAST, BF16)}
 
 
-def chosen(word):
+def get_precision(word):
     """-> Precision of a word."""
     if word not in PRECISIONS:
         raise UserError(f"no precision {word!r}; there are {', '.join(PRECISIONS)}")
     return PRECISIONS[word]
 
 
-def applied(precision, fn, platform=None):
+def with_precision(precision, fn, platform=None):
     """fn, whose dots and convolutions say how exact they are; for eager use and in jit.
 
     They are marked when they are traced and hand it on to their derivatives, except to
@@ -99,7 +99,7 @@ def applied(precision, fn, platform=None):
     return run
 
 
-def computing(precision, model, device=None):
+def with_compute_dtype(precision, model, device=None):
     """The model with its field `dtype` as the word says; without one, as it is.
 
     bf16 is refused for a model that has no choice, and on a GPU that cannot multiply

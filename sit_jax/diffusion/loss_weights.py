@@ -17,14 +17,36 @@ import dataclasses
 import jax.numpy as jnp
 
 from sit_jax.diffusion import predictions
-from sit_jax.diffusion.diffusion import hybrid
-from sit_jax.diffusion.gaussians import gather
+from sit_jax.diffusion.gaussian import hybrid_loss, lookup
+from sit_jax.diffusion.paths import sde_diffusion_rate
 from sit_jax.errors import UserError
 
 MOST = 5.0  # the paper's gamma
 
 
-def weight(alpha, sigma, p, q, most=MOST):
+# A weight is a function (path, predicts, t) -> what multiplies the squared error. Those
+# of the releases leave the velocity alone.
+
+
+def unweighted(path, predicts, t):
+    return 1.0
+
+
+def velocity_weight(path, predicts, t):
+    """Makes the error of the noise the error of the velocity it implies."""
+    if predicts is predictions.velocity:
+        return 1.0
+    return (sde_diffusion_rate(path, t) / path(t)[1]) ** 2
+
+
+def likelihood_weight(path, predicts, t):
+    """Makes the loss a bound of the likelihood (Song et al., arXiv:2101.09258)."""
+    if predicts is predictions.velocity:
+        return 1.0
+    return sde_diffusion_rate(path, t) / path(t)[1] ** 2
+
+
+def min_snr_weight(alpha, sigma, p, q, most=MOST):
     """Of the squared error of p * data + q * noise, which the network predicts."""
     return jnp.minimum(alpha**2, most * sigma**2) / (p * sigma - q * alpha) ** 2
 
@@ -43,11 +65,11 @@ class MinSnr:
         p, q = predicts(path, t)
         if predicts is predictions.score:  # its error counts in units of the noise
             p, q = p * sigma, q * sigma
-        return weight(alpha, sigma, p, q, self.most)
+        return min_snr_weight(alpha, sigma, p, q, self.most)
 
 
 @dataclasses.dataclass(frozen=True)
-class MinSnrHybrid:
+class MinSnrHybridLoss:
     """A Diffusion's `objective`: hybrid with its squared error weighted, not its bound.
 
     Holds for whatever the process predicts; min_snr is what MDTv2 has in its place.
@@ -60,18 +82,18 @@ class MinSnrHybrid:
 
     def __call__(self, process, batch, out):
         at = batch.t[:, 0, 0, 0]
-        each = weight(*process.path(at), *process.target(at), self.most)
-        return _weighted(hybrid(process, batch, out), each)
+        each = min_snr_weight(*process.path(at), *process.target(at), self.most)
+        return _weighted(hybrid_loss(process, batch, out), each)
 
 
-def min_snr(process, batch, out):
+def mdt_min_snr_loss(process, batch, out):
     """The objective of MDTv2, which gives all but the data the weight of the noise."""
     alpha_bar = process.alpha_bar[1:]
     snr = alpha_bar / (1 - alpha_bar)
     most = snr.clip(max=MOST)
     each = most if process.predicts is predictions.data else most / snr
-    each = gather(each, batch.t[:, 0, 0, 0])
-    return _weighted(hybrid(process, batch, out), each)
+    each = lookup(each, batch.t[:, 0, 0, 0])
+    return _weighted(hybrid_loss(process, batch, out), each)
 
 
 def _weighted(terms, each):

@@ -1,46 +1,15 @@
 """One training step. Everything random in it follows from (key, step)."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 
-from sit_jax.adapters.stored import split
-from sit_jax.diffusion.timesteps import quartiles
+from sit_jax.diffusion.timesteps import quartile_means
 from sit_jax.models.codec import data_of
-from sit_jax.training import averages, passes
-
-
-class TrainState(struct.PyTreeNode):
-    step: jax.Array  # int [], batches seen
-    params: dict
-    ema: dict  # their moving averages, of which the first is sampled; see averages.py
-    opt_state: optax.OptState
-    skipped: jax.Array  # int [2]: steps without effect, all and in a row
-    losses: Any = ()  # what the choice of times remembers, if it does; timesteps.py
-    frozen: dict = struct.field(default_factory=dict)  # weights that are not trained
-
-
-def init_params(model, shape, key):
-    """shape (H, W, C) -> the model's freshly drawn parameters."""
-    x, t, y = jnp.zeros((1, *shape)), jnp.zeros(1), jnp.zeros(1, int)
-    return model.init(key, x, t, y)["params"]
-
-
-def init_state(model, tx, shape, key, decay=0.9999, losses=()):
-    """shape (H, W, C) -> TrainState; the average starts as a copy of the weights."""
-    return fresh_state(tx, init_params(model, shape, key), decay, losses)
-
-
-def fresh_state(tx, params, decay=0.9999, losses=()):
-    """TrainState of step 0 around given parameters, of which adapters may be part."""
-    zero, skipped = jnp.zeros((), jnp.int32), jnp.zeros(2, jnp.int32)
-    params, frozen = split(params)
-    ema = averages.begin(params, decay)
-    return TrainState(zero, params, ema, tx.init(params), skipped, losses, frozen)
+from sit_jax.training import objectives
+from sit_jax.training.state import TrainState, update_ema
 
 
 def make_train_step(
@@ -65,35 +34,35 @@ def make_train_step(
 
     A model with several passes is trained on the sum of their losses: see passes.py.
     """
-    gradient = passes.gradient(model, process, by_quartile or timesteps is not None)
+    gradient = objectives.gradient(model, process, by_quartile or timesteps is not None)
 
     def train_step(state, codec, batch, key):
         key = jax.random.fold_in(key, state.step)
         keys = jax.random.split(key, 4)
         data = data_of(codec, keys[0], batch)
         t, weights = _times(timesteps, process, keys[2], state.losses, len(data))
-        each = passes.drawn(model, key, keys, data.shape, batch["label"], drop)
-        grad = in_parts(partial(gradient, state.frozen), accumulate)
+        each = objectives.drawn(model, key, keys, data.shape, batch["label"], drop)
+        grad = accumulate_gradients(partial(gradient, state.frozen), accumulate)
         grads, metrics = grad(state.params, data, t, weights, each)
         rows = metrics.pop("rows", {})
         grads = place(grads)
         norm = optax.tree.norm(grads)
-        good = jnp.isfinite(passes.total(each, metrics)) & jnp.isfinite(norm)
+        good = jnp.isfinite(objectives.total(each, metrics)) & jnp.isfinite(norm)
         losses = state.losses
         if timesteps is not None:
-            losses = timesteps.add(losses, t, passes.total(each, rows))
+            losses = timesteps.add(losses, t, objectives.total(each, rows))
         new = _updated(state, tx, grads, decay, good, losses)
         tensors = (data, state.params, grads)
         bad = jax.lax.cond(good, lambda _: -1, _first_bad, tensors)
         metrics |= {"grad_norm": norm, "bad": bad, "skipped": new.skipped}
         if by_quartile:
-            metrics |= quartiles(rows, t, process.end)
+            metrics |= quartile_means(rows, t, process.end)
         return new, metrics
 
     return train_step
 
 
-def in_parts(grad, parts):
+def accumulate_gradients(grad, parts):
     """Averages grad(params, *batch) over `parts` equal parts of the batch.
 
     Part j takes every parts-th row from row j on, so that each device keeps its rows.
@@ -148,7 +117,7 @@ def _times(timesteps, process, key, losses, n):
 def _updated(state, tx, grads, decay, good, losses):
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = averages.update(state.ema, params, decay)
+    ema = update_ema(state.ema, params, decay)
     keep = lambda new, old: jnp.where(good, new, old)
     params, ema, opt_state, losses = jax.tree.map(
         keep,

@@ -19,17 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from sit_jax.diffusion import predictions, schedules
-from sit_jax.diffusion.gaussians import gather, log_bin_mass, true_step
-from sit_jax.diffusion.paths import align, mix
+from sit_jax.diffusion.paths import expand_dims_like, interpolate
+from sit_jax.diffusion.schedules import posterior_coefficients
 from sit_jax.errors import UserError
 
 
-def clipped(data):
+def clip_denoised(data):
     """To [-1, 1], where pixels are; latents do not want it."""
     return jnp.clip(data, -1, 1)
 
 
-class Noised(NamedTuple):
+class NoisedBatch(NamedTuple):
     """data, noise and their mixture x [B, H, W, C] at steps t int [B, 1, 1, 1]."""
 
     data: jax.Array
@@ -38,40 +38,32 @@ class Noised(NamedTuple):
     t: jax.Array
 
 
-def previous(path, t):
-    """Predicts the mean of q(x_{t-1} | x_t, data); linear in data and noise too."""
-    (alpha_, _), (alpha, sigma) = path(t - 1), path(t)
-    beta = 1 - (alpha / alpha_) ** 2
-    on_data, on_x, _ = true_step(beta, alpha_**2, alpha**2)
-    return on_data + on_x * alpha, on_x * sigma
-
-
 def learned_range(process, out, x, t):
     """out [B, H, W, 2C]: its upper half places the log variance between two bounds."""
     _expect_channels(out, 2 * x.shape[-1], "learned_range", "learn_sigma=True")
     guess, v = jnp.split(out, 2, axis=-1)
     share = (v + 1) / 2  # not clamped, as released
     low, high = process.log_variances
-    return guess, share * gather(high, t) + (1 - share) * gather(low, t)
+    return guess, share * lookup(high, t) + (1 - share) * lookup(low, t)
 
 
 def fixed_small(process, out, x, t):
     """The true posterior's variance: right if all data were one point."""
     _expect_channels(out, x.shape[-1], "fixed_small", "learn_sigma=False")
-    return out, gather(process.log_variances[0], t)
+    return out, lookup(process.log_variances[0], t)
 
 
 def fixed_large(process, out, x, t):
     """beta, right if data were white noise; at step 0 the posterior's variance."""
     _expect_channels(out, x.shape[-1], "fixed_large", "learn_sigma=False")
     low, high = process.log_variances
-    return out, gather(np.append(low[:1], high[1:]), t)
+    return out, lookup(np.append(low[:1], high[1:]), t)
 
 
-def hybrid(process, batch, out, weight=1.0):
+def hybrid_loss(process, batch, out, weight=1.0):
     """Squared error for the mean, the bound for the variance alone, if learned."""
     guess, log_var = process.variance(process, out, batch.x, batch.t)
-    target = mix(process.target, batch.data, batch.noise, batch.t)
+    target = interpolate(process.target, batch.data, batch.noise, batch.t)
     mse = jnp.mean((target - guess) ** 2, axis=(1, 2, 3))
     if guess.shape == out.shape:
         return {"loss": mse, "mse": mse}
@@ -79,12 +71,12 @@ def hybrid(process, batch, out, weight=1.0):
     return {"loss": mse + vb, "mse": mse, "vb": vb}
 
 
-def rescaled_hybrid(process, batch, out):
+def rescaled_hybrid_loss(process, batch, out):
     """hybrid with a bound that weighs the same whatever the number of steps."""
-    return hybrid(process, batch, out, weight=len(process.betas) / 1000)
+    return hybrid_loss(process, batch, out, weight=len(process.betas) / 1000)
 
 
-def bound(process, batch, out, weight=1.0):
+def kl_loss(process, batch, out, weight=1.0):
     """The variational bound of one step, bits per dimension; trains mean and variance.
 
     The KL objective of the releases, without their unconditional rescaling.
@@ -94,13 +86,13 @@ def bound(process, batch, out, weight=1.0):
     return {"loss": vb, "vb": vb}
 
 
-def rescaled_bound(process, batch, out):
+def rescaled_kl_loss(process, batch, out):
     """bound times the number of steps: its mean over t estimates the whole bound."""
-    return bound(process, batch, out, weight=len(process.betas))
+    return kl_loss(process, batch, out, weight=len(process.betas))
 
 
 @dataclasses.dataclass(frozen=True)
-class Diffusion:
+class GaussianDiffusion:
     """A process with integer times; the defaults are the published DiT.
 
     predicts is predictions.noise, .data, .score or previous. kept: indices of the
@@ -111,7 +103,7 @@ class Diffusion:
     steps: int = 1000
     predicts: Callable = predictions.noise
     variance: Callable = learned_range
-    objective: Callable = hybrid
+    objective: Callable = hybrid_loss
     kept: tuple[int, ...] | None = None
 
     def __post_init__(self):
@@ -120,21 +112,21 @@ class Diffusion:
             raise UserError(f"{why}; use predictions.noise or an Interpolant")
         schedules.check_spacing(self.steps)
         schedules.check_betas(self.schedule(self.steps))
-        schedules.check_kept(self.kept, self.steps)
+        schedules.check_use_timesteps(self.kept, self.steps)
 
     def times(self, key, n):
         return jax.random.randint(key, (n,), 0, len(self.betas))
 
     def loss(self, net, data, noise, t):
         """data, noise [B, H, W, C], t int [B] -> {"loss", "mse", "vb": [B]}."""
-        at = align(t, data)
-        batch = Noised(data, noise, mix(self.path, data, noise, at), at)
+        at = expand_dims_like(t, data)
+        batch = NoisedBatch(data, noise, interpolate(self.path, data, noise, at), at)
         return self.objective(self, batch, self._ask(net, batch.x, t))
 
     def posterior(self, net, x, t, mend=None):
         """x [B, H, W, C] at t int [B] -> mean and log variance of the x one step less
         noisy, and the guess at the data, after mend(data) if given."""
-        at = align(t, x)
+        at = expand_dims_like(t, x)
         guess, log_var = self.variance(self, self._ask(net, x, t), x, at)
         mean, data = self._step_back(guess, x, at, mend)
         return mean, log_var, data
@@ -148,17 +140,21 @@ class Diffusion:
 
         See schedules.kept_steps. The network is told the original step numbers.
         """
-        here = schedules.kept_steps(len(self.betas), steps)
+        here = schedules.space_timesteps(len(self.betas), steps)
         return dataclasses.replace(self, kept=tuple(self.told[i] for i in here))
 
     def bits(self, batch, guess, log_var, mend=None):
         """KL(true step || ours), at step 0 -log p(data); bits per dimension, [B]."""
         mean, _ = self._step_back(guess, batch.x, batch.t, mend)
-        on_data, on_x, _ = (gather(table, batch.t) for table in self.true_step)
-        gap = gather(self.log_variances[0], batch.t) - log_var
+        on_data, on_x, _ = (lookup(table, batch.t) for table in self.true_step)
+        gap = lookup(self.log_variances[0], batch.t) - log_var
         miss = on_data * batch.data + on_x * batch.x - mean
         kl = (jnp.expm1(gap) - gap + miss**2 * jnp.exp(-log_var)) / 2
-        nats = jnp.where(batch.t == 0, -log_bin_mass(batch.data, mean, log_var), kl)
+        nats = jnp.where(
+            batch.t == 0,
+            -discretized_gaussian_log_likelihood(batch.data, mean, log_var),
+            kl,
+        )
         return jnp.mean(nats, axis=(1, 2, 3)) / np.log(2.0)
 
     def bound_at(self, net, batch, t, mend=None):
@@ -178,12 +174,12 @@ class Diffusion:
     def path(self, t):
         """t int -> (alpha, sigma), float32; t = -1 is clean data."""
         levels = self.levels(np.arange(-1, len(self.betas)))
-        return tuple(gather(level, t + 1) for level in levels)
+        return tuple(lookup(level, t + 1) for level in levels)
 
     def target(self, t):
         """t int -> (p, q) of what the network predicts: p * data + q * noise."""
         p, q = self.predicts(self.levels, np.arange(len(self.betas)))
-        return gather(p, t), gather(q, t)
+        return lookup(p, t), lookup(q, t)
 
     def levels(self, t):
         """t int array -> (alpha, sigma), numpy float64; t = -1 is clean data."""
@@ -214,7 +210,9 @@ class Diffusion:
     @functools.cached_property
     def true_step(self):
         """Weight of data, weight of x_t and variance of q(x_{t-1} | x_t, data)."""
-        return true_step(self.betas, self.alpha_bar[:-1], self.alpha_bar[1:])
+        return posterior_coefficients(
+            self.betas, self.alpha_bar[:-1], self.alpha_bar[1:]
+        )
 
     @functools.cached_property
     def log_variances(self):
@@ -225,7 +223,7 @@ class Diffusion:
         return np.log(np.append(first, var[1:])), np.log(self.betas)
 
     def _ask(self, net, x, t):
-        out = net(x, gather(self.told, t, jnp.int32))
+        out = net(x, lookup(self.told, t, jnp.int32))
         return out.astype(x.dtype)  # the network may use fewer bits, the process not
 
     def _step_back(self, guess, x, t, mend=None):
@@ -233,9 +231,9 @@ class Diffusion:
         alpha, sigma = self.levels(np.arange(len(self.betas)))
         p, q = self.predicts(self.levels, np.arange(len(self.betas)))
         det = alpha * q - sigma * p  # solved in float64: alpha is small at the end
-        data = gather(q / det, t) * x - gather(sigma / det, t) * guess
+        data = lookup(q / det, t) * x - lookup(sigma / det, t) * guess
         data = mend(data) if mend else data
-        on_data, on_x, _ = (gather(table, t) for table in self.true_step)
+        on_data, on_x, _ = (lookup(table, t) for table in self.true_step)
         return on_data * data + on_x * x, data
 
 
@@ -245,3 +243,24 @@ def _expect_channels(out, wanted, variance, remedy):
             f"variance={variance} needs {wanted} output channels, the network has "
             f"{out.shape[-1]}; use a model with {remedy} or another variance"
         )
+
+
+def lookup(table, t, dtype=jnp.float32):
+    """A float64 table, or one number, at steps t; rounded after all else is done."""
+    table = np.asarray(table, dtype)
+    return jnp.asarray(table)[t] if table.ndim else table
+
+
+def discretized_gaussian_log_likelihood(x, mean, log_var, half=1 / 255):
+    """Log mass a Gaussian puts on the bin, an 8-bit step wide, around x in [-1, 1].
+
+    Latents have no such bins, but the published variances were trained with them. The
+    normal distribution function is Page's of 1977, 1/2 + tanh/2. Written as a sigmoid,
+    and on the lower side of the mean, it keeps its digits where the bin is far away.
+    """
+    cdf = lambda z: jax.nn.sigmoid(np.sqrt(8 / np.pi) * (z + 0.044715 * z**3))
+    far, std = jnp.abs(x - mean), jnp.exp(log_var / 2)
+    inner = cdf((half - far) / std) - cdf((-half - far) / std)
+    first, last = cdf((x - mean + half) / std), cdf((mean - x + half) / std)
+    mass = jnp.where(x < -0.999, first, jnp.where(x > 0.999, last, inner))
+    return jnp.log(jnp.maximum(mass, 1e-12))

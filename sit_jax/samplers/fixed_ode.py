@@ -1,11 +1,15 @@
-"""Adams' methods on a fixed grid: a step reuses the slopes of the steps before it.
+"""The probability-flow ODE on a fixed grid.
 
-As torchdiffeq's explicit_adams and implicit_adams: the order rises with the slopes
-known, up to 12, after two steps of the 3/8 rule. So high an order has a small region
-of stability; with few or rough steps a Runge-Kutta method is the safer choice.
+A sampler is sampler(draw, process, net, noise) -> (data, stats), all [B, H, W, C];
+these are deterministic and never call draw. `solve` takes any tree of arrays, so that
+one sampler's settings serve whatever follows the flow.
+
+A method is one step, (slope, t, dt, x) -> x; to add one, write a function like heun.
+The names are torchdiffeq's, so heun is its heun2 and rk4 the 3/8 rule.
 """
 
 import dataclasses
+from collections.abc import Callable
 from fractions import Fraction
 
 import jax
@@ -13,9 +17,81 @@ import jax.numpy as jnp
 import numpy as np
 
 from sit_jax.errors import UserError
-from sit_jax.samplers.flow import add, flow, weighted
-from sit_jax.samplers.ode import rk4
-from sit_jax.samplers.walk import check_steps, walk
+from sit_jax.samplers.base import (
+    add_scaled,
+    check_steps,
+    integrate_probability_flow,
+    run_steps,
+    weighted_sum,
+)
+
+
+def euler(slope, t, dt, x):
+    return add_scaled(x, (dt, slope(t, x)))
+
+
+def midpoint(slope, t, dt, x):
+    return add_scaled(x, (dt, slope(t + dt / 2, add_scaled(x, (dt / 2, slope(t, x))))))
+
+
+def heun(slope, t, dt, x):
+    """The trapezoidal rule, with Euler's guess at the far end."""
+    first = slope(t, x)
+    second = slope(t + dt, add_scaled(x, (dt, first)))
+    return add_scaled(x, (dt / 2, first), (dt / 2, second))
+
+
+def heun3(slope, t, dt, x):
+    """Heun's method of third order: stages at 0, 1/3 and 2/3."""
+    first = slope(t, x)
+    second = slope(t + dt / 3, add_scaled(x, (dt / 3, first)))
+    third = slope(t + 2 * dt / 3, add_scaled(x, (2 * dt / 3, second)))
+    return add_scaled(x, (dt / 4, first), (3 * dt / 4, third))
+
+
+def rk4(slope, t, dt, x):
+    """Kutta's 3/8 rule, which errs less than his better known method."""
+    k1 = slope(t, x)
+    k2 = slope(t + dt / 3, add_scaled(x, (dt / 3, k1)))
+    k3 = slope(t + 2 * dt / 3, add_scaled(x, (dt, k2), (-dt / 3, k1)))
+    k4 = slope(t + dt, add_scaled(x, (dt, k1), (-dt, k2), (dt, k3)))
+    return add_scaled(x, (dt / 8, k1), (3 * dt / 8, k2), (3 * dt / 8, k3), (dt / 8, k4))
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedStepODE:
+    """`steps` equal steps of a method; reverse goes from data to noise.
+
+    frames: states kept on the way, in stats["trajectory"] [frames, B, H, W, C].
+    """
+
+    method: Callable = heun
+    steps: int = 50
+    reverse: bool = False
+    frames: int = 0
+
+    def __post_init__(self):
+        check_steps(self, self.steps)
+
+    def __call__(self, draw, process, net, noise):
+        return integrate_probability_flow(self, process, net, noise)
+
+    def solve(self, slope, start, t0, t1):
+        """start: tree of arrays at t0 -> (the tree at t1, stats)."""
+        grid = np.linspace(t0, t1, self.steps + 1).astype(np.float32)
+        at, dt = jnp.asarray(grid[:-1]), jnp.asarray(np.diff(grid))
+        step = lambda x, i: self.method(slope, at[i], dt[i], x)
+        end, stats = run_steps(step, start, self.steps, self.frames)
+        count = self.steps * evaluations(self.method)
+        return end, {"evaluations": jnp.int32(count), **stats}
+
+
+def evaluations(method):
+    """Evaluations in one step of a method: counted, so they need no declaring."""
+    calls = []
+    method(lambda t, x: calls.append(t) or x, 0.0, 1.0, 0.0)
+    return len(calls)
+
 
 RISING = 2  # steps before there are slopes enough
 MOST = 11  # slopes kept
@@ -46,7 +122,7 @@ class Adams:
                 raise UserError(f"{name}={getattr(self, name)}: give 0 or more")
 
     def __call__(self, draw, process, net, noise):
-        return flow(self, process, net, noise)
+        return integrate_probability_flow(self, process, net, noise)
 
     def solve(self, slope, start, t0, t1):
         """start: tree of arrays at t0 -> (the tree at t1, stats)."""
@@ -61,16 +137,16 @@ class Adams:
             return rk4(stage, begin, dt[i], x), jnp.int32(3), known
 
         def later(slopes, known, x, i):
-            move = weighted(dt[i] * guess[known - 1], slopes)
+            move = weighted_sum(dt[i] * guess[known - 1], slopes)
             if not self.implicit:
-                return add(x, (1.0, move)), jnp.int32(0), known
-            fixed = weighted(dt[i] * correct[known - 1, 1:], slopes)
+                return add_scaled(x, (1.0, move)), jnp.int32(0), known
+            fixed = weighted_sum(dt[i] * correct[known - 1, 1:], slopes)
             share = dt[i] * correct[known - 1, 0]
-            ahead = lambda move: slope(at[i] + dt[i], add(x, (1.0, move)))
-            again = lambda move: add(fixed, (share, ahead(move)))
+            ahead = lambda move: slope(at[i] + dt[i], add_scaled(x, (1.0, move)))
+            again = lambda move: add_scaled(fixed, (share, ahead(move)))
             move, made, agreed = self._corrected(again, move)
             # as torchdiffeq: the order does not rise where corrections disagree
-            return add(x, (1.0, move)), made, jnp.where(agreed, known, known - 1)
+            return add_scaled(x, (1.0, move)), made, jnp.where(agreed, known, known - 1)
 
         def step(state, i):
             x, slopes, known, count = state
@@ -84,7 +160,7 @@ class Adams:
 
         none = jax.tree.map(lambda x: jnp.zeros((MOST, *x.shape), x.dtype), start)
         begin = (start, none, jnp.int32(0), jnp.int32(0))
-        (end, _, _, count), stats = walk(step, begin, self.steps, self.frames)
+        (end, _, _, count), stats = run_steps(step, begin, self.steps, self.frames)
         if self.frames:
             stats = {"trajectory": stats["trajectory"][0]}
         return end, {"evaluations": count, **stats}
