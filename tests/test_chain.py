@@ -196,7 +196,7 @@ def test_impossible_eta(eta):
 @pytest.mark.parametrize("sampler", [DDPM(5), DDIM(5)])
 def test_a_process_without_a_chain(sampler):
     words = f"{type(sampler).__name__} samples a Diffusion; Interpolant has no chain"
-    with pytest.raises(UserError, match=f"{words} of steps: use Ode or Sde"):
+    with pytest.raises(UserError, match=f"{words} of steps: use FixedStepODE or SDE"):
         sampler(None, Interpolant(), None, jnp.ones((1, 1, 1, 4)))
 
 

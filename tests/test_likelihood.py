@@ -179,7 +179,7 @@ def test_recorded_bounds(name, model):
     "make, message",
     [
         (lambda: FlowLikelihood(probes=0), "probes=0"),
-        (lambda: FlowLikelihood(SDE()), "Sde follows no flow"),
+        (lambda: FlowLikelihood(SDE()), "SDE follows no flow"),
         (
             lambda: FlowLikelihood()(None, GaussianDiffusion(), None, None),
             "FlowLikelihood samples an Interpolant",

@@ -196,5 +196,5 @@ def test_impossible_settings_are_refused(make, message):
     ids=["fixed", "adaptive", "adams"],
 )
 def test_a_diffusion_is_refused(sampler):
-    with pytest.raises(UserError, match="Diffusion .* use Ancestral or Ddim"):
+    with pytest.raises(UserError, match="Diffusion .* use DDPM or DDIM"):
         sampler(None, GaussianDiffusion(), None, None)

@@ -138,7 +138,7 @@ BAD = {
         ["--sampler", "hein"],
         "'hein' is unknown (did you mean heun?); there are euler",
     ),
-    "misfit": (["--sampler", "ddpm"], "Ancestral"),
+    "misfit": (["--sampler", "ddpm"], "DDPM"),
     "steps": (
         ["--sampler", "dopri5", "--steps", "9"],
         "--steps 9: --sampler dopri5 has no such setting; --sampler euler",

@@ -224,5 +224,5 @@ def test_impossible_settings_are_refused(fields, message):
 
 
 def test_a_diffusion_is_refused():
-    with pytest.raises(UserError, match="Diffusion .* use Ancestral or Ddim"):
+    with pytest.raises(UserError, match="Diffusion .* use DDPM or DDIM"):
         SDE()(None, GaussianDiffusion(), None, None)

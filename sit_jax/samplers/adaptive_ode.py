@@ -125,7 +125,8 @@ def per_sample_control(sampler, slope, start, t0, t1):
 class AdaptiveODE:
     """Steps as long as the estimated error allows, by any explicit diffrax solver.
 
-    reverse goes from data to noise; frames: see Ode, here at evenly spaced times.
+    reverse goes from data to noise; frames: see FixedStepODE, at evenly spaced
+    times.
     """
 
     solver: diffrax.AbstractERK = diffrax.Dopri5()
@@ -139,7 +140,7 @@ class AdaptiveODE:
     def __post_init__(self):
         if not isinstance(self.solver, diffrax.AbstractERK):
             raise UserError(
-                f"solver={self.solver}: AdaptiveOde needs an explicit Runge-Kutta "
+                f"solver={self.solver}: AdaptiveODE needs an explicit Runge-Kutta "
                 "solver that estimates its error, such as diffrax.Dopri5()"
             )
         for name in ("rtol", "atol"):

@@ -12,8 +12,8 @@ def require_continuous(sampler, process):
     if not hasattr(process, "field"):
         raise UserError(
             f"{type(sampler).__name__} samples an Interpolant; "
-            f"{type(process).__name__} has no continuous path: use Ancestral "
-            "or Ddim (--sampler ddpm, ddim)"
+            f"{type(process).__name__} has no continuous path: use DDPM "
+            "or DDIM (--sampler ddpm, ddim)"
         )
 
 

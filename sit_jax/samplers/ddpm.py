@@ -62,7 +62,7 @@ class DDIM:
     """Song et al. 2021, eq. 12: deterministic at eta = 0, DDPM's variance at eta = 1.
 
     steps: a number, or any spacing of schedules.kept_steps; DdimSpacing is the paper's.
-    reverse goes from data to noise, with eta = 0. The others: see Ancestral.
+    reverse goes from data to noise, with eta = 0. The others: see DDPM.
     """
 
     steps: int | tuple | Callable = 50
@@ -141,7 +141,7 @@ def respaced_process(sampler, process):
     if not hasattr(process, "posterior"):
         raise UserError(
             f"{type(sampler).__name__} samples a Diffusion; "
-            f"{type(process).__name__} has no chain of steps: use Ode or Sde "
+            f"{type(process).__name__} has no chain of steps: use FixedStepODE or SDE "
             "(--sampler heun, euler-maruyama)"
         )
     return process.respaced(sampler.steps)

@@ -102,7 +102,7 @@ class Adams:
     """`steps` equal steps; reverse goes from data to noise.
 
     implicit: the explicit step is only a guess, corrected up to `corrections` times
-    until two in a row agree to the tolerances everywhere. frames: see Ode.
+    until two in a row agree to the tolerances everywhere. frames: see FixedStepODE.
     """
 
     steps: int = 50

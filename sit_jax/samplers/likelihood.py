@@ -52,7 +52,7 @@ def exact_trace(probes, vjp):
 class FlowLikelihood:
     """Log density under the flow, in nats.
 
-    ode: an Ode, Adams or AdaptiveOde, whose direction is ignored. trace: estimated or
+    ode: a FixedStepODE, Adams or AdaptiveODE, whose direction is ignored. trace: e.g.
     exact. probes: directions averaged over, the same all along the way; fresh: new ones
     at every time, as released, which an adaptive solver can hardly follow.
     """
@@ -67,8 +67,8 @@ class FlowLikelihood:
             raise UserError(f"probes={self.probes}: give at least 1")
         if not hasattr(self.ode, "solve"):
             raise UserError(
-                f"{type(self.ode).__name__} follows no flow: likelihoods need Ode, "
-                "Adams or AdaptiveOde"
+                f"{type(self.ode).__name__} follows no flow: likelihoods need "
+                "FixedStepODE, Adams or AdaptiveODE"
             )
 
     def __call__(self, draw, process, net, data):
