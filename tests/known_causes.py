@@ -70,7 +70,7 @@ CASES = {
     "noise": (dict(seed=7), ("noise", None, "job.seed: 0 and 7")),
     "solver": (
         dict(settings=dict(method=euler)),
-        ("solver", f"{STEPS} steps", "ode.heun and samplers.ode.euler"),
+        ("solver", f"{STEPS} steps", "fixed_ode.heun and samplers.fixed_ode.euler"),
     ),
     "raw": (
         dict(item="params"),
