@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import torch
 
-from sit_jax.convert import port, vae_weights
+from sit_jax.convert.rules import to_torch, vae_rules
 from sit_jax.diffusion import paths, predictions
 from sit_jax.diffusion.gaussian import GaussianDiffusion, hybrid_loss
 from sit_jax.diffusion.guidance import PowerCosine, is_unguided
@@ -189,7 +189,7 @@ def autoencoder(codec):
         norm_num_groups=model.groups,
     )
     params = jax.tree.map(np.asarray, codec.params)
-    state = port.to_torch(vae_weights.rules(model), params)
+    state = to_torch(vae_rules(model), params)
     made.load_state_dict({n: torch.from_numpy(np.array(a)) for n, a in state.items()})
     return made.eval()
 

@@ -8,8 +8,8 @@ from torch_releases import base, golden, loaded, opened, renamed
 from sit_jax.config import build, from_json, spec, to_json
 from sit_jax.convert import tensor_files
 from sit_jax.convert.exchange import open_torch
+from sit_jax.convert.infer_config import args_of
 from sit_jax.convert.released import Released
-from sit_jax.convert.torch_config import args_of
 from sit_jax.diffusion import paths, predictions
 from sit_jax.diffusion.guidance import GuidanceInterval
 from sit_jax.diffusion.interpolant import Interpolant

@@ -23,9 +23,8 @@ from sit_jax.config import from_json, to_json
 from sit_jax.convert import lora_files, lora_names
 from sit_jax.convert.adapters import named, open_adapter, put_on
 from sit_jax.convert.base import trained_shapes
-from sit_jax.convert.mdt_weights import RULES_V2
+from sit_jax.convert.rules import DIT_RULES, MDTV2_RULES
 from sit_jax.experiment import recipe
-from sit_jax.models.dit import RULES
 from sit_jax.models.mdt import MDTv2
 from sit_jax.training.state import init_params
 
@@ -129,7 +128,7 @@ def test_diffusers_files_go_out_and_in(tmp_path, port, base):
     assert code == 2 and "diffusers' files hold no label table" in err
     del (flat := opened(RECORDED / "lora").flat)[TABLE]
     (tmp_path / "d").mkdir()
-    lora_files.write_diffusers(tmp_path / "d", lora_names.pairs(RULES, flat))
+    lora_files.write_diffusers(tmp_path / "d", lora_names.pairs(DIT_RULES, flat))
     state = safetensors.numpy.load_file(tmp_path / "d" / lora_files.DIFFUSERS)
     assert "transformer.transformer_blocks.1.attn1.to_k.lora_B.weight" in state
     again = opened(tmp_path / "d")
@@ -232,11 +231,11 @@ def test_adapters_of_mdt_have_its_names():
     targets = ".*(decoder_blocks/attn/qkv|out_blocks/skip)/kernel"
     tree = Lora(rank=2, targets=targets)(zeros, jax.random.key(0))
     flat = flatten_dict(tree, is_leaf=lambda _, node: is_stored(node), sep="/")
-    found = lora_names.pairs(RULES_V2, flat)
+    found = lora_names.pairs(MDTV2_RULES, flat)
     assert list(found) == [
         "en_outblocks.0.skip_linear",
         "de_blocks.0.attn.qkv",
         "de_blocks.1.attn.qkv",
     ]
-    back = lora_names.adapters(RULES_V2, flatten_dict(shapes, sep="/"), found, "x")
+    back = lora_names.adapters(MDTV2_RULES, flatten_dict(shapes, sep="/"), found, "x")
     assert back["out_blocks/skip/kernel"].down.shape == (1, 32, 2)

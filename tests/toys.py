@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from recorded import nchw, weights
 
-from sit_jax.convert.port import to_flax
+from sit_jax.convert.rules import DIT_RULES, to_flax
 from sit_jax.diffusion import predictions
 from sit_jax.diffusion.guidance import classifier_free_guidance, guide_both_halves
 from sit_jax.diffusion.paths import VP, expand_dims_like, gvp, linear
-from sit_jax.models.dit import RULES, SiT
+from sit_jax.models.dit import SiT
 
 PATHS = {"Linear": linear, "GVP": gvp, "VP": VP()}
 PREDICTS = {
@@ -52,7 +52,7 @@ def gaussian(process, mean, std):
 @cache
 def tiny():
     """-> (model, params) with the recorded weights sit_a."""
-    params, _ = to_flax(RULES, weights("sit_a"))
+    params, _ = to_flax(DIT_RULES, weights("sit_a"))
     return SiT(depth=2, width=40, heads=4, patch=2, classes=10), params
 
 

@@ -18,12 +18,12 @@ from sit_jax.convert.adapters import (
 )
 from sit_jax.convert.base import base_shapes, load_adapted, load_base, trained_shapes
 from sit_jax.convert.released import nest
+from sit_jax.convert.rules import rules_for
 from sit_jax.convert.weights import Directory
 from sit_jax.drafts import draft, require_free
 from sit_jax.errors import UserError
 from sit_jax.experiment import recipe
 from sit_jax.manifest import weights_hash
-from sit_jax.models.kinds import kind_of
 from sit_jax.parallel.sharding import make_mesh
 
 
@@ -68,7 +68,7 @@ def write_files(source, step, folder, kind):
     config = from_json(meta["config"])
     parts = recipe(config)
     adapter = open_adapter(f"{directory}/{step}", parts.model, base_shapes(parts))
-    pairs = lora_names.pairs(kind_of(type(parts.model)).rules, adapter.flat)
+    pairs = lora_names.pairs(rules_for(parts.model), adapter.flat)
     if kind == "diffusers":
         if TABLE in adapter.flat:
             raise UserError(

@@ -14,10 +14,10 @@ from sit_jax.adapters.stored import Adapted, Grown, is_stored, merged, read
 from sit_jax.config import build, from_json
 from sit_jax.convert import lora_files, lora_names
 from sit_jax.convert.base import trained_shapes
+from sit_jax.convert.rules import rules_for
 from sit_jax.errors import UserError
 from sit_jax.experiment import recipe
 from sit_jax.manifest import weights_hash
-from sit_jax.models.kinds import kind_of
 from sit_jax.parallel.sharding import everywhere
 
 
@@ -60,7 +60,7 @@ def open_adapter(path, model, shapes, item="ema"):
     if not lora_files.is_adapter(path):
         return _of_checkpoint(path, item)
     pairs, dropout, table = lora_files.read(path)
-    rules = kind_of(type(model)).rules
+    rules = rules_for(model)
     found = lora_names.adapters(rules, flat, pairs, path) if pairs else {}
     if table is not None:
         found[TABLE] = _new_rows(path, table, flat)

@@ -13,9 +13,10 @@ import numpy as np
 
 from sit_jax import checkpoint
 from sit_jax.config import build, from_json, to_json
-from sit_jax.convert import diffusers_files, mdt_files, moments, port, torch_files
+from sit_jax.convert import diffusers_files, mdt_files, moments, torch_files
+from sit_jax.convert.infer_config import args_of, config_of, group_of
 from sit_jax.convert.released import Released, nest
-from sit_jax.convert.torch_config import args_of, config_of, group_of
+from sit_jax.convert.rules import to_torch
 from sit_jax.errors import UserError
 from sit_jax.experiment import recipe
 from sit_jax.parallel.sharding import everywhere, put
@@ -214,7 +215,7 @@ class Stored:
                 parts = tuple(p for p in parts if p != "step")
                 yield part, path, leaf
                 continue
-            state = port.to_torch([rules[path]], nest({path: leaf}))
+            state = to_torch([rules[path]], nest({path: leaf}))
             del leaf  # before the next one is read
             yield from ((part, name, array) for name, array in state.items())
 

@@ -11,7 +11,7 @@ import re
 import numpy as np
 
 from sit_jax.adapters.stored import Adapted, is_matrix
-from sit_jax.convert import port
+from sit_jax.convert.rules import join_names
 from sit_jax.errors import UserError
 
 DIFFUSERS = {  # the originals' names -> those of diffusers' DiTTransformer2DModel
@@ -96,7 +96,7 @@ def adapters(rules, shapes, found, where):
         flat[path] = _stacked(where, module, own, rank, scale, stacked, shapes[path])
     if left:
         raise UserError(
-            f"{where} is for another network: this one has no {port.listed([*left], 3)}"
+            f"{where} is for another network: this one has no {join_names([*left], 3)}"
         )
     return flat
 

@@ -14,8 +14,8 @@ from sit_jax.adapters.stored import merged
 from sit_jax.config import from_json
 from sit_jax.convert import diffusers_files, releases
 from sit_jax.convert.base import load_adapted
+from sit_jax.convert.infer_config import FAMILIES
 from sit_jax.convert.tensor_files import KINDS
-from sit_jax.convert.torch_config import FAMILIES
 from sit_jax.errors import UserError
 from sit_jax.experiment import recipe
 from sit_jax.parallel.sharding import everywhere, shaped

@@ -11,8 +11,8 @@ from sit_jax.adapters.lora import Lora
 from sit_jax.adapters.stored import Adapted, is_stored, merged
 from sit_jax.convert import lora_files, lora_names
 from sit_jax.convert.adapters import flattened, open_adapter, put_on
-from sit_jax.convert.port import to_flax
-from sit_jax.models.dit import RULES, SiT
+from sit_jax.convert.rules import DIT_RULES, to_flax
+from sit_jax.models.dit import SiT
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -27,7 +27,7 @@ TARGETS = {
 
 def params():
     state = {name: value.numpy() for name, value in base().state_dict().items()}
-    return to_flax(RULES, state)[0]
+    return to_flax(DIT_RULES, state)[0]
 
 
 def ours(params):
@@ -57,7 +57,7 @@ def random_adapters(**settings):
 
 
 def written(tree, folder):
-    pairs = lora_names.pairs(RULES, flattened(tree))
+    pairs = lora_names.pairs(DIT_RULES, flattened(tree))
     lora_files.write_peft(folder, pairs, "base")
     return pairs
 
@@ -153,7 +153,7 @@ class Masked(torch.nn.Module):
 def test_diffusers_names_on_a_network_with_split_qkv(tmp_path):
     """peft itself puts what we wrote for diffusers on three modules for q, k and v."""
     tree = random_adapters(targets=".*blocks/attn/qkv/kernel", rank=3, alpha=4.0)
-    pairs = lora_names.to_diffusers(lora_names.pairs(RULES, flattened(tree)))
+    pairs = lora_names.to_diffusers(lora_names.pairs(DIT_RULES, flattened(tree)))
     network = split(base())
     config = peft.LoraConfig(r=3, lora_alpha=3, target_modules=r".*\.to_[qkv]")
     network = peft.inject_adapter_in_model(config, network)

@@ -4,14 +4,13 @@ Shapes tell the network but for its family and heads; the args that the original
 train.py saves beside the weights tell the process and the settings of the run.
 """
 
+import math
 import re
 
-import jax
-import numpy as np
 import optax
 
 from sit_jax.config import build, difference, spec, to_json
-from sit_jax.convert import mdt_weights
+from sit_jax.convert.rules import BIAS_TABLE
 from sit_jax.diffusion import paths, predictions
 from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.diffusion.loss_weights import (
@@ -20,7 +19,7 @@ from sit_jax.diffusion.loss_weights import (
     velocity_weight,
 )
 from sit_jax.errors import UserError
-from sit_jax.models.dit import SIZES, describe
+from sit_jax.models.dit import SIZES
 from sit_jax.training.optimizers import adan
 
 FAMILIES = ("sit", "dit")  # not to be told apart by their weights
@@ -46,6 +45,10 @@ SETTINGS = {  # of the originals' args -> ours
     "cfg_scale": "guidance",
 }
 NETWORK = ("model", "process", "shape")
+X_EMBEDDER = "x_embedder.proj.weight"
+LABELS = "y_embedder.embedding_table.weight"
+FINAL_LAYER = "final_layer.linear.weight"
+PUBLISHED_HEADS = {(s["depth"], s["width"]): s["heads"] for s in SIZES.values()}
 
 
 def config_of(file, base, family=None, heads=None, config=None):
@@ -129,16 +132,66 @@ def group_of(config, step):
     return group | clip | {"foreach": True, "fused": True}
 
 
+def mdt_family(names):
+    """Returns mdt or mdtv2 by the names in a torch state dict, None for others."""
+    if any(name.startswith("en_inblocks.") for name in names):
+        return "mdtv2"
+    return "mdt" if f"blocks.0.{BIAS_TABLE}" in names else None
+
+
+def describe_network(shapes):
+    """Returns the fields and sizes of the network that a torch state dict belongs to.
+
+    Args:
+        shapes: torch names to shapes.
+
+    Returns:
+        Fields of the network, with `channels` and `side` of its data. heads is None
+        where neither a bias table (MDT) nor a published size (DiT, SiT) gives it. A row
+        for the null label is assumed, for shapes cannot tell it from one more class.
+    """
+    family = mdt_family(shapes)
+    runs = ["blocks"]
+    if family == "mdtv2":
+        runs = ["en_inblocks", "en_outblocks", "de_blocks"]
+    fc1 = f"{runs[0]}.0.mlp.fc1.weight"
+    needed = ("pos_embed", X_EMBEDDER, LABELS, fc1, FINAL_LAYER)
+    if missing := [name for name in needed if name not in shapes]:
+        kind = "an MDT" if family else "a DiT or SiT"
+        raise UserError(f"not the weights of {kind}: no {', '.join(missing)}")
+    width, channels, patch, _ = shapes[X_EMBEDDER]
+    layers = [
+        len({name.split(".")[1] for name in shapes if name.startswith(f"{run}.")})
+        for run in runs
+    ]
+    out = shapes[FINAL_LAYER][0] // patch**2
+    if out not in (channels, 2 * channels):
+        raise UserError(f"final layer gives {out} channels for {channels} of the input")
+    fields = dict(
+        depth=sum(layers),
+        width=width,
+        heads=PUBLISHED_HEADS.get((sum(layers), width)),
+        patch=patch,
+        mlp_ratio=shapes[fc1][0] / width,
+        classes=shapes[LABELS][0] - 1,
+        learn_sigma=out == 2 * channels,
+        channels=channels,
+        side=math.isqrt(shapes["pos_embed"][1]) * patch,
+    )
+    if family:
+        fields["heads"] = shapes[f"{runs[0]}.0.{BIAS_TABLE}"][1]
+    if family == "mdtv2":
+        fields["decoder"] = layers[2]
+    return fields
+
+
 def _described(file):
-    shapes = file.ema.shapes
-    like = {n: jax.ShapeDtypeStruct(s, np.float32) for n, s in shapes.items()}
-    is_mdt = mdt_weights.family(shapes) is not None
     try:
-        return mdt_weights.describe(like) if is_mdt else describe(like)
+        return describe_network(file.ema.shapes)
     except UserError as error:
         raise UserError(f"{file.path}: {error}") from error
     except (ValueError, IndexError, ZeroDivisionError) as error:
-        kind = "an MDT" if is_mdt else "a DiT or SiT"
+        kind = "an MDT" if mdt_family(file.ema) else "a DiT or SiT"
         raise UserError(f"{file.path}: not the weights of {kind}") from error
 
 
@@ -147,7 +200,7 @@ def _family(file, args, flag, config):
     says = {
         "--family": flag,
         "the file's args.model": named and named[1].lower(),
-        f"{file.path}, by its tensors' names,": mdt_weights.family(file.ema),
+        f"{file.path}, by its tensors' names,": mdt_family(file.ema),
         f"{file.path}, by its config.json,": file.family,
         "--config": config and config.model.make.__name__.lower(),
     }
