@@ -22,7 +22,7 @@ from sit_jax.drafts import require_writable
 from sit_jax.errors import UserError, one_line
 from sit_jax.manifest import environment
 from sit_jax.places import local
-from sit_jax.precision.precision import chosen
+from sit_jax.precision.policy import get_precision
 from sit_jax.ranges import COUNT, SEED, AtLeast, Between
 from sit_jax.trainer import program_cache
 from sit_jax.trainer.workdir import write_json
@@ -119,7 +119,7 @@ def load(vae, precision):
         raise UserError("--vae is missing: a folder, a file, or sd-vae-ft-mse")
     from sit_jax.convert import vae_files
 
-    chosen(precision)  # or it is refused, before anything is loaded
+    get_precision(precision)  # or it is refused, before anything is loaded
     return vae_files.load_vae(vae, precision)
 
 

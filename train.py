@@ -14,7 +14,7 @@ import jax
 from configs import published
 from sit_jax import command, hosts, rates
 from sit_jax import config as configs
-from sit_jax.adapters.weights import join
+from sit_jax.adapters.stored import join
 from sit_jax.checkpoint import Checkpoints, steps
 from sit_jax.convert.given import Given, add_flags
 from sit_jax.convert.vae_files import load_vae, with_vae
@@ -38,8 +38,8 @@ from sit_jax.trainer.replicas import Replicas
 from sit_jax.trainer.start import begin, require_room
 from sit_jax.trainer.watching import Views
 from sit_jax.trainer.workdir import advice, held, open_workdir, write_json
-from sit_jax.training import averages
-from sit_jax.training.training import tensor_names
+from sit_jax.training.state import ema_item_names, sampled_ema
+from sit_jax.training.step import tensor_names
 
 
 def main():
@@ -86,7 +86,7 @@ def train(config, workdir, given=NOTHING, wandb=None):
         watch = Replicas(config.get("check_replicas", 0), state)
         workdir = open_workdir(workdir, stored)  # from here on it is this run's
         hosts.on_loss(partial(advice, folder))
-        items = averages.item_names(parts.ema_decay)
+        items = ema_item_names(parts.ema_decay)
         saved = Checkpoints(folder, config.keep_last, config.keep_every, items)
         stack.callback(saved.close)
         log = RunLog(workdir, config.steps, first, wandb and {"project": wandb})
@@ -182,7 +182,7 @@ def _loop(config, parts, mesh, source, state, feed, log, saved, keeper, look, st
 
 def _average(state, parts):
     """What is sampled: the whole network's weights, also where few are trained."""
-    return join(averages.first(state.ema, parts.ema_decay), state.frozen)
+    return join(sampled_ema(state.ema, parts.ema_decay), state.frozen)
 
 
 def _compiled(log, config, parts, mesh, state, batch, key):

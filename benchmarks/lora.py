@@ -26,14 +26,15 @@ import numpy as np
 import optax
 
 from configs.lora_xl2 import get_config
-from sit_jax.adapters.apply import apply_model
-from sit_jax.adapters.weights import merge_adapters, quantize_int8, replace_weights
+from sit_jax.adapters.applied import apply
+from sit_jax.adapters.stored import merged, quantize, replace
 from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.experiment import recipe
 from sit_jax.models.codec import Latents
 from sit_jax.models.dit import SIZES, SiT
 from sit_jax.models.layers import REMAT
-from sit_jax.training.training import fresh_state, init_params, make_train_step
+from sit_jax.training.state import create_train_state, init_params
+from sit_jax.training.step import make_train_step
 
 SHAPE = (32, 32, 4)
 
@@ -55,14 +56,12 @@ def main():
     )
     draw = lambda x: jnp.asarray(0.05 * rng.standard_normal(x.shape), jnp.float32)
     params = jax.tree.map(draw, shapes)
-    adapted = adapter.add_adapters(params, jax.random.key(0))
-    int8 = adapter(
-        replace_weights(params, ".*blocks/.*", quantize_int8), jax.random.key(0)
-    )
+    adapted = adapter(params, jax.random.key(0))
+    int8 = adapter(replace(params, ".*blocks/.*", quantize), jax.random.key(0))
     runs = {
         "full step": lambda: step(model, params, args),
         "LoRA step": lambda: step(model, adapted, args),
-        "forward, merged": lambda: forward(model, merge_adapters(adapted), args),
+        "forward, merged": lambda: forward(model, merged(adapted), args),
         "forward, not merged": lambda: forward(model, adapted, args),
     }
     if args.reference:
@@ -88,7 +87,7 @@ def batch(args):
 def step(model, params, args):
     """-> seconds and memory of a compiled training step."""
     tx = optax.adamw(1e-4)
-    state = fresh_state(tx, params)
+    state = create_train_state(tx, params)
     trained = sum(x.size for x in jax.tree.leaves(state.params))
     run = jax.jit(make_train_step(model, Interpolant(), tx))
     key, data = jax.random.key(0), batch(args)
@@ -102,7 +101,7 @@ def step(model, params, args):
 def forward(model, params, args):
     x = jnp.asarray(batch(args)["moments"][..., :4])
     t, y = jnp.full(args.batch, 0.5), jnp.arange(args.batch)
-    run = jax.jit(lambda params, *at: apply_model(model, params, *at))
+    run = jax.jit(lambda params, *at: apply(model, params, *at))
     return timed(lambda: run(params, x, t, y), args.repeats)
 
 

@@ -24,16 +24,17 @@ import numpy as np
 
 import score_digits
 from sit_jax.data.sources import Digits
-from sit_jax.diffusion import noise
-from sit_jax.diffusion.diffusion import Diffusion
-from sit_jax.diffusion.min_snr import min_snr
+from sit_jax.diffusion import rng
+from sit_jax.diffusion.gaussian import GaussianDiffusion
+from sit_jax.diffusion.loss_weights import mdt_min_snr_loss
 from sit_jax.drafts import draft
 from sit_jax.models.codec import Pixels
 from sit_jax.models.dit import DiT
 from sit_jax.models.mdt import MDTv2
-from sit_jax.samplers.chain import Ancestral
-from sit_jax.training.adan import adan
-from sit_jax.training.training import init_state, make_train_step
+from sit_jax.samplers.ddpm import DDPM
+from sit_jax.training.optimizers import adan
+from sit_jax.training.state import init_state
+from sit_jax.training.step import make_train_step
 
 SHAPE = (8, 8, 1)
 
@@ -80,7 +81,7 @@ def main():
 
 def runner(model, args):
     """-> run(seed), which gives a list of measurements."""
-    tx, process = adan(2e-3), Diffusion(objective=min_snr)
+    tx, process = adan(2e-3), GaussianDiffusion(objective=mdt_min_snr_loss)
     init = jax.jit(partial(init_state, model, tx, SHAPE))
     step = make_train_step(model, process, tx, decay=0.99)
     step = jax.jit(step, donate_argnums=0)
@@ -128,7 +129,7 @@ def error_of(model, process, data, held_out):
     @jax.jit
     def error(params):
         net = lambda x, t: model.apply({"params": params}, x, t, held_out.labels)
-        return Diffusion().loss(net, data, start, t)["mse"].mean()
+        return GaussianDiffusion().loss(net, data, start, t)["mse"].mean()
 
     return error
 
@@ -138,10 +139,10 @@ def sampler(model, process, labels):
 
     @jax.jit
     def drawn(params, seed):
-        keys = noise.image_keys(seed, jnp.arange(len(labels)))
+        keys = rng.image_keys(seed, jnp.arange(len(labels)))
         net = lambda x, t: model.apply({"params": params}, x, t, jnp.asarray(labels))
-        draw, start = noise.steps(keys, SHAPE), noise.start(keys, SHAPE)
-        return Ancestral(steps=25)(draw, process, net, start)[0]
+        draw, start = rng.step_noise(keys, SHAPE), rng.initial_noise(keys, SHAPE)
+        return DDPM(steps=25)(draw, process, net, start)[0]
 
     return drawn
 

@@ -23,7 +23,8 @@ import numpy as np
 
 import score_digits
 from configs.sit_xl2 import get_config
-from sit_jax.adapters.quantize import SKIP, quantize_params, tree_bytes
+from sit_jax.adapters.quantized import SKIP
+from sit_jax.adapters.quantizing import quantized, size
 from sit_jax.config import spec
 from sit_jax.convert.weights import open_weights
 from sit_jax.data.sources import Digits
@@ -32,10 +33,10 @@ from sit_jax.evaluation.metrics.gaussian import Gaussian, frechet
 from sit_jax.experiment import recipe
 from sit_jax.models.dit import SIZES, SiT
 from sit_jax.parallel import sharding
-from sit_jax.precision import precision
-from sit_jax.samplers.ode import Ode, heun
+from sit_jax.precision import policy
+from sit_jax.samplers.fixed_ode import FixedStepODE, heun
 from sit_jax.sampling.generation import Generator
-from sit_jax.training.training import init_params
+from sit_jax.training.state import init_params
 
 STEPS = 25
 TIMED_STEPS, ROWS = 3, 4  # of Heun, guided: 6 evaluations of 8 rows
@@ -62,7 +63,7 @@ def main():
 def likeness(args, words):
     """-> {word: {figure: value}} on the digits."""
     opened = open_weights(args.weights, None)
-    sampler = Ode(method=heun, steps=STEPS, frames=6)
+    sampler = FixedStepODE(method=heun, steps=STEPS, frames=6)
     parts = dataclasses.replace(recipe(opened.config), sampler=sampler)
     mesh = sharding.make_mesh(data=-1, fsdp=1)
     params = opened.load("ema", parts, mesh)
@@ -73,7 +74,7 @@ def likeness(args, words):
         states, images = draw(form, tree, mesh, labels)
         figures = score_digits.score(images, labels)
         reference = reference or (states, images)
-        rows[word] = {"bytes": tree_bytes(tree)} | against(*reference, states, images)
+        rows[word] = {"bytes": size(tree)} | against(*reference, states, images)
         rows[word] |= {k: figures[k] for k in ("samples_recognised", "frechet_samples")}
     return rows
 
@@ -83,10 +84,10 @@ def stored(parts, params, word):
     if word == "float32":
         return _exact(parts), params
     if word == "bfloat16":
-        model = precision.computing(precision.chosen("bf16"), parts.model)
+        model = policy.with_compute_dtype(policy.get_precision("bf16"), parts.model)
         half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
         return dataclasses.replace(parts, model=model), half
-    return _exact(parts), quantize_params(params, word, SKIP)
+    return _exact(parts), quantized(params, word, SKIP)
 
 
 def draw(parts, params, mesh, labels):
@@ -100,8 +101,8 @@ def draw(parts, params, mesh, labels):
 
 
 def generator(parts, params, mesh, batch):
-    word = precision.chosen("bf16" if parts.model.dtype == "bfloat16" else "exact")
-    around = lambda fn: precision.applied(word, fn)
+    word = policy.get_precision("bf16" if parts.model.dtype == "bfloat16" else "exact")
+    around = lambda fn: policy.with_precision(word, fn)
     return Generator(parts, params, mesh, batch, around=around)
 
 
@@ -124,7 +125,7 @@ def speed(words, rounds):
     """-> {word: {figure: value}} of sampling ROWS images by SiT-S/2, in turn."""
     config = get_config()
     config.model = spec(SiT, patch=2, **SIZES["S"])
-    config.sampler = spec(Ode, method=heun, steps=TIMED_STEPS)
+    config.sampler = spec(FixedStepODE, method=heun, steps=TIMED_STEPS)
     config.guidance = 1.5
     parts, mesh = recipe(config), sharding.make_mesh(data=-1, fsdp=1)
     params = jax.jit(partial(init_params, parts.model, parts.shape))(jax.random.key(0))
@@ -148,7 +149,7 @@ def speed(words, rounds):
             "s2_images_per_second": float(ROWS / np.median(each)),
             "s2_seconds": [min(each), float(np.median(each)), max(each)],
             "s2_times_float32": float(base / np.median(each)),
-            "s2_bytes": tree_bytes(stored(parts, params, word)[1]),
+            "s2_bytes": size(stored(parts, params, word)[1]),
         }
         for word, each in times.items()
     }

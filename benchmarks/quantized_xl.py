@@ -27,7 +27,7 @@ from configs.sit_xl2 import get_config
 from sit_jax import checkpoint
 from sit_jax.config import to_json
 from sit_jax.recipe import recipe
-from sit_jax.training import init_params
+from sit_jax.training.state import init_params
 parts, rng = recipe(get_config()), np.random.default_rng(0)
 like = jax.eval_shape(partial(init_params, parts.model, parts.shape), jax.random.key(0))
 def draw(path, leaf):

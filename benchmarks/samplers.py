@@ -20,12 +20,12 @@ import numpy as np
 from jax.scipy.special import ndtr
 
 from sit_jax.config import build
-from sit_jax.diffusion import noise
-from sit_jax.diffusion.diffusion import Diffusion, fixed_small
+from sit_jax.diffusion import rng
+from sit_jax.diffusion.gaussian import GaussianDiffusion, fixed_small
 from sit_jax.diffusion.interpolant import Interpolant
-from sit_jax.diffusion.paths import align
-from sit_jax.samplers.names import CONTROLS, SAMPLERS
-from sit_jax.samplers.ode import Ode, rk4
+from sit_jax.diffusion.paths import expand_dims_like
+from sit_jax.samplers.fixed_ode import FixedStepODE, rk4
+from sit_jax.samplers.registry import CONTROLS, SAMPLERS
 
 AT, SPREAD, COUNT = 1.0, 0.2, 20_000
 SHAPE = (10, 10, 2)
@@ -43,7 +43,7 @@ def guess(x, alpha, sigma):
 
 def flowing(process):
     def net(x, t):
-        at = align(t, x)
+        at = expand_dims_like(t, x)
         alpha, sigma = process.path(at)
         # the noise expected at its end, where x no longer tells of any, has mean 0
         data, eps = guess(x, alpha, jnp.maximum(sigma, 1e-4))
@@ -54,7 +54,7 @@ def flowing(process):
 
 def diffusing(process):
     def net(x, t):
-        alpha, sigma = process.path(align(t, x))
+        alpha, sigma = process.path(expand_dims_like(t, x))
         return guess(x, alpha, sigma)[1]
 
     return net
@@ -85,11 +85,11 @@ def rows():
 
 def main():
     rows_of = COUNT // int(np.prod(SHAPE))
-    keys = noise.image_keys(0, jnp.arange(rows_of))
-    start, draw = noise.start(keys, SHAPE), noise.steps(keys, SHAPE)
-    flow, chain = Interpolant(), Diffusion(variance=fixed_small)
+    keys = rng.image_keys(0, jnp.arange(rows_of))
+    start, draw = rng.initial_noise(keys, SHAPE), rng.step_noise(keys, SHAPE)
+    flow, chain = Interpolant(), GaussianDiffusion(variance=fixed_small)
     run = lambda s, p, net: jax.jit(lambda z: s(draw, p, net, z))(start)
-    exact, _ = run(Ode(rk4, 2_000), flow, flowing(flow))
+    exact, _ = run(FixedStepODE(rk4, 2_000), flow, flowing(flow))
     print("| sampler | settings | network evaluations | error of the path | distance |")
     print("|---|---|---|---|---|")
     for name, sampler in rows():

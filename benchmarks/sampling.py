@@ -25,15 +25,15 @@ from sit_jax.config import spec
 from sit_jax.experiment import recipe
 from sit_jax.models.dit import SIZES, SiT
 from sit_jax.parallel import sharding
-from sit_jax.samplers.adaptive import AdaptiveOde
-from sit_jax.samplers.ode import Ode, heun
-from sit_jax.samplers.torchdiffeq import like_torchdiffeq
+from sit_jax.samplers.adaptive_ode import AdaptiveODE
+from sit_jax.samplers.fixed_ode import FixedStepODE, heun
+from sit_jax.samplers.torchdiffeq import torchdiffeq_control
 from sit_jax.sampling.generation import Generator
-from sit_jax.training.training import init_params
+from sit_jax.training.state import init_params
 
 SAMPLERS = {
-    "heun 25": lambda: spec(Ode, method=heun, steps=25),
-    "dopri5": lambda: spec(AdaptiveOde, control=like_torchdiffeq),
+    "heun 25": lambda: spec(FixedStepODE, method=heun, steps=25),
+    "dopri5": lambda: spec(AdaptiveODE, control=torchdiffeq_control),
 }
 
 

@@ -40,7 +40,8 @@ def ours(case):
     from sit_jax.parallel import chips
     from sit_jax.planning.program import compiler_options
     from sit_jax.trainer import heap
-    from sit_jax.training.training import init_state, make_train_step
+    from sit_jax.training.state import init_state
+    from sit_jax.training.step import make_train_step
 
     heap.keep()
     model, process, tx = parts(case)
@@ -83,11 +84,11 @@ def parts(case):
     """-> model, process and optimizer of the published run, at the case's size."""
     import optax
 
-    from sit_jax.diffusion.diffusion import Diffusion
+    from sit_jax.diffusion.gaussian import GaussianDiffusion
     from sit_jax.diffusion.interpolant import Interpolant
-    from sit_jax.diffusion.min_snr import min_snr
+    from sit_jax.diffusion.loss_weights import mdt_min_snr_loss
     from sit_jax.models import dit, mdt
-    from sit_jax.training.adan import adan
+    from sit_jax.training.optimizers import adan
 
     names = ("dtype", "remat", "unroll", "attention")
     fields = {name: case[name] for name in names if name in case}
@@ -95,9 +96,9 @@ def parts(case):
     adamw = optax.adamw(1e-4, weight_decay=0.0)
     if case["kind"] == "mdtv2":
         tx = optax.chain(optax.clip_by_global_norm(1.0), adan(1e-4))
-        return mdt.MDTv2(**fields), Diffusion(objective=min_snr), tx
+        return mdt.MDTv2(**fields), GaussianDiffusion(objective=mdt_min_snr_loss), tx
     if case["kind"] == "dit":
-        return dit.DiT(**fields), Diffusion(), adamw
+        return dit.DiT(**fields), GaussianDiffusion(), adamw
     return dit.SiT(**fields), Interpolant(), adamw
 
 

@@ -25,9 +25,10 @@ from torch_judge import TorchJudge
 
 import diagnose
 from sit_jax import command
-from sit_jax.convert import inception_weights, port
+from sit_jax.convert import inception_weights
 from sit_jax.convert import reference as originals
 from sit_jax.convert.released import Released
+from sit_jax.convert.rules import to_torch
 from sit_jax.diagnosis import bundle, stages
 from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.drafts import require_free
@@ -35,7 +36,7 @@ from sit_jax.errors import UserError
 from sit_jax.manifest import weights_hash
 from sit_jax.precision import probe
 from sit_jax.ranges import COUNT
-from sit_jax.samplers import ode
+from sit_jax.samplers import fixed_ode
 
 PACKAGES = ("torch", "timm", "torchdiffeq", "diffusers", "torch-fidelity", "numpy")
 WIDTHS = ((1,), (3,))  # of pictures
@@ -116,7 +117,7 @@ def collect(room, manifest, out, args, given=None, judge=None):
         "precision": measured,
         **where,
     }
-    count = args.steps * (1 if chain else ode.evaluations(line.method))
+    count = args.steps * (1 if chain else fixed_ode.evaluations(line.method))
     name = "Ddim" if chain else line.method.__name__
     record = {
         "manifest": manifest,
@@ -142,7 +143,7 @@ def _network(room, args):
     parts = room.parts
     released = Released(parts.model, parts.shape)
     ours = jax.tree.map(np.asarray, room.params)
-    state = port.to_torch(released.rules, ours) | released.constants
+    state = to_torch(released.rules, ours) | released.constants
     sys.path.insert(0, str(Path(args.reference).expanduser()))
     stand_in("torchvision")  # timm imports it for its data, and wants none here
     module = originals.original(args.reference)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sit_jax.convert import port
+from sit_jax.convert.rules import to_torch
 from sit_jax.errors import UserError
 from sit_jax.evaluation.features import pipeline
 from sit_jax.models.inception_layers import RULES
@@ -64,7 +64,7 @@ def network(weights, folder=None):
     _reachable(folder)
     from torch_fidelity import feature_extractor_inceptionv3 as module
 
-    state = port.to_torch(RULES, weights.params)
+    state = to_torch(RULES, weights.params)
     state = {name: torch.from_numpy(np.array(a)) for name, a in state.items()}
     made = type("Extractor", (module.FeatureExtractorInceptionV3,), {})
     module.load_state_dict_from_url = lambda *args, **options: state

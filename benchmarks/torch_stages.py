@@ -10,17 +10,16 @@ import jax
 import numpy as np
 import torch
 
-from sit_jax.convert import port, vae_weights
+from sit_jax.convert.rules import to_torch, vae_rules
 from sit_jax.diffusion import paths, predictions
-from sit_jax.diffusion.diffusion import Diffusion, hybrid
-from sit_jax.diffusion.guidance import is_none
-from sit_jax.diffusion.guidance_scales import PowerCosine
+from sit_jax.diffusion.gaussian import GaussianDiffusion, hybrid_loss
+from sit_jax.diffusion.guidance import PowerCosine, is_unguided
 from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.errors import UserError
 from sit_jax.models.codec import Latents, Pixels
 from sit_jax.models.mdt import MDT
 from sit_jax.models.rounding import to_uint8_darker
-from sit_jax.samplers import ode
+from sit_jax.samplers import fixed_ode
 
 PATHS = {paths.linear: "Linear", paths.gvp: "GVP", paths.VP(): "VP"}
 PREDICTIONS = {
@@ -29,11 +28,11 @@ PREDICTIONS = {
     predictions.score: "score",
 }
 METHODS = {  # torchdiffeq's names
-    ode.euler: "euler",
-    ode.midpoint: "midpoint",
-    ode.heun: "heun2",
-    ode.heun3: "heun3",
-    ode.rk4: "rk4",
+    fixed_ode.euler: "euler",
+    fixed_ode.midpoint: "midpoint",
+    fixed_ode.heun: "heun2",
+    fixed_ode.heun3: "heun3",
+    fixed_ode.rk4: "rk4",
 }
 
 
@@ -46,7 +45,7 @@ def check(room):
         raise UserError(
             "the originals' guidance is one number for the whole way, or MDT's rise"
         )
-    if not is_none(parts.guidance) and parts.guidance_channels != 3:
+    if not is_unguided(parts.guidance) and parts.guidance_channels != 3:
         raise UserError(
             f"the originals guide 3 channels, the manifest {parts.guidance_channels}"
         )
@@ -54,7 +53,9 @@ def check(room):
         known = process.path in PATHS and process.predicts in PREDICTIONS
         known = known and process.sample_margin is None
     else:  # whatever its loss
-        known = dataclasses.replace(process, objective=hybrid) == Diffusion()
+        known = (
+            dataclasses.replace(process, objective=hybrid_loss) == GaussianDiffusion()
+        )
     if not known:
         raise UserError(f"the originals have no {process}")
 
@@ -101,7 +102,7 @@ def _blocks(network):
 
 def guided(parts, network, y):
     """-> net(x, t), what doubles its batch, and whether there is guidance."""
-    if is_none(parts.guidance):
+    if is_unguided(parts.guidance):
         return lambda x, t: network(x, t, y), lambda a: a, False
     labels = torch.cat([y, torch.full_like(y, parts.model.classes)])
     strength = {"cfg_scale": parts.guidance}
@@ -188,7 +189,7 @@ def autoencoder(codec):
         norm_num_groups=model.groups,
     )
     params = jax.tree.map(np.asarray, codec.params)
-    state = port.to_torch(vae_weights.rules(model), params)
+    state = to_torch(vae_rules(model), params)
     made.load_state_dict({n: torch.from_numpy(np.array(a)) for n, a in state.items()})
     return made.eval()
 

@@ -17,11 +17,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from sit_jax.convert import port
-from sit_jax.convert.vae_weights import rules
+from sit_jax.convert.rules import to_torch, vae_rules
 from sit_jax.models.codec import Vae
 from sit_jax.models.vae import AutoencoderKL
-from sit_jax.precision.precision import PRECISIONS, computing
+from sit_jax.precision.policy import PRECISIONS, with_compute_dtype
 
 
 def main():
@@ -65,7 +64,7 @@ def codec(model, word, seed=0):
 
     precision = PRECISIONS[word]
     params = jax.device_put(jax.tree.map(draw, like))
-    return Vae(params, computing(precision, model), precision=precision)
+    return Vae(params, with_compute_dtype(precision, model), precision=precision)
 
 
 def diffusers(channels, groups, vae):
@@ -83,7 +82,7 @@ def diffusers(channels, groups, vae):
         layers_per_block=2,
         norm_num_groups=groups,
     ).eval()
-    state = port.to_torch(rules(vae.model), jax.tree.map(np.asarray, vae.params))
+    state = to_torch(vae_rules(vae.model), jax.tree.map(np.asarray, vae.params))
     model.load_state_dict({name: torch.from_numpy(x) for name, x in state.items()})
     nchw = lambda x: torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1)))
 

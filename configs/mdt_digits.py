@@ -7,8 +7,8 @@ from sit_jax.config import spec
 from sit_jax.data.sources import Digits
 from sit_jax.models.codec import Pixels
 from sit_jax.models.mdt import MDTv2
-from sit_jax.samplers.chain import Ancestral
-from sit_jax.training.adan import adan
+from sit_jax.samplers.ddpm import DDPM
+from sit_jax.training.optimizers import adan
 
 
 def get_config():
@@ -27,6 +27,6 @@ def get_config():
     c.save_every = 500
     c.sample_every = 500
     c.preview = 100
-    c.sampler = spec(Ancestral, steps=50)
+    c.sampler = spec(DDPM, steps=50)
     c.guidance.scale = 1.5
     return c

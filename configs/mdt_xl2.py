@@ -9,7 +9,7 @@ import optax
 
 from configs.dit_xl2 import get_config as dit_xl2
 from sit_jax.config import spec
-from sit_jax.diffusion.guidance_scales import PowerCosine
+from sit_jax.diffusion.guidance import PowerCosine
 from sit_jax.models.codec import Latents
 from sit_jax.models.dit import SIZES
 from sit_jax.models.mdt import MDT

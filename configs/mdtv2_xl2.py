@@ -9,11 +9,11 @@ in tables, 4.6M steps elsewhere). The README said 2 decoder blocks until April 2
 
 from configs.mdt_xl2 import get_config as mdt_xl2
 from sit_jax.config import spec
-from sit_jax.diffusion.diffusion import Diffusion
-from sit_jax.diffusion.min_snr import min_snr
+from sit_jax.diffusion.gaussian import GaussianDiffusion
+from sit_jax.diffusion.loss_weights import mdt_min_snr_loss
 from sit_jax.models.dit import SIZES
 from sit_jax.models.mdt import MDTv2
-from sit_jax.training.adan import adan
+from sit_jax.training.optimizers import adan
 
 
 def get_config():
@@ -21,7 +21,9 @@ def get_config():
     c.model = spec(MDTv2, patch=2, remat="dots", **SIZES["XL"])
     c.model.decoder = 4  # [run_sample.sh, infer_mdt.py and the weights]
     c.model.update(hide=0.3, spread=0.2)  # [--mask_ratio 0.30; models.py: + 0.2 U(0,1)]
-    c.process = spec(Diffusion, objective=min_snr)  # [gaussian_diffusion.py]
+    c.process = spec(
+        GaussianDiffusion, objective=mdt_min_snr_loss
+    )  # [gaussian_diffusion.py]
     # [train_util.py: betas 0.98, 0.92, 0.99, max_grad_norm 1; image_train.py: lr 3e-4]
     c.optimizer = spec(adan, learning_rate=3e-4)
     c.clip = 1.0

@@ -11,7 +11,7 @@ from sit_jax.config import spec
 from sit_jax.data.cifar import CifarFolder
 from sit_jax.models.codec import Pixels
 from sit_jax.models.dit import SIZES, SiT
-from sit_jax.samplers.ode import Ode, heun
+from sit_jax.samplers.fixed_ode import FixedStepODE, heun
 
 
 def get_config():
@@ -32,6 +32,6 @@ def get_config():
     c.steps = 60_000
     c.sample_every = 10_000
     c.preview = 100
-    c.sampler = spec(Ode, method=heun, steps=25)
+    c.sampler = spec(FixedStepODE, method=heun, steps=25)
     c.guidance = 1.5
     return c

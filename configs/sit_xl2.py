@@ -14,7 +14,7 @@ from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.models.codec import Latents
 from sit_jax.models.dit import SIZES, SiT
 from sit_jax.parallel.sharding import groups
-from sit_jax.samplers.adaptive import AdaptiveOde
+from sit_jax.samplers.adaptive_ode import AdaptiveODE
 
 
 def get_config():
@@ -48,7 +48,7 @@ def get_config():
     c.evaluate_images = 10_000  # drawn for a point
     c.reference = placeholder(object)  # what they are held against: a file, a source
     c.features = placeholder(object)  # of what network; None: Inception
-    c.sampler = spec(AdaptiveOde, rtol=1e-3, atol=1e-6)
+    c.sampler = spec(AdaptiveODE, rtol=1e-3, atol=1e-6)
     c.guidance = 4.0
     c.guidance_channels = 3
     c.precision = ConfigDict({"training": "fast", "model": "exact", "vae": "exact"})

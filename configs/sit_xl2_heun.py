@@ -6,11 +6,11 @@ author's word in SiT's issue 18.
 
 from configs.sit_xl2 import get_config as sit_xl2
 from sit_jax.config import spec
-from sit_jax.samplers.ode import Ode, heun
+from sit_jax.samplers.fixed_ode import FixedStepODE, heun
 
 
 def get_config():
     c = sit_xl2()
-    c.sampler = spec(Ode, method=heun, steps=125)
+    c.sampler = spec(FixedStepODE, method=heun, steps=125)
     c.guidance = 1.5
     return c

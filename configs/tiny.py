@@ -3,7 +3,7 @@
 from configs.sit_xl2 import get_config as sit_xl2
 from sit_jax.config import spec
 from sit_jax.models.codec import Pixels
-from sit_jax.samplers.ode import Ode, euler
+from sit_jax.samplers.fixed_ode import FixedStepODE, euler
 
 
 def get_config():
@@ -19,5 +19,5 @@ def get_config():
     c.save_every = 20
     c.sample_every = 50
     c.preview = 10
-    c.sampler = spec(Ode, method=euler, steps=8)
+    c.sampler = spec(FixedStepODE, method=euler, steps=8)
     return c

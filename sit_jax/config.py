@@ -21,12 +21,9 @@ from sit_jax.ranges import ONLY_FILE, check_fields
 
 # Of data only the sources: other modules there also write.
 OURS = (
-    "training.adan models.codec data.archives data.arrays data.cache data.cifar "
+    "training.optimizers models.codec data.archives data.arrays data.cache data.cifar "
     "data.folders data.further data.prepared data.sources data.styles "
-    "evaluation.digit_features diffusion.diffusion diffusion.guidance "
-    "diffusion.guidance_scales diffusion.interpolant adapters.lora diffusion.min_snr "
-    "models diffusion.paths diffusion.predictions models.rounding samplers "
-    "diffusion.schedules diffusion.time_densities diffusion.timesteps"
+    "evaluation.digit_features diffusion adapters.lora models models.rounding samplers"
 )
 REASONS = {  # how absl's words begin: what they mean
     "('Non-boolean argument": "it must be True or False",
@@ -38,22 +35,59 @@ ALLOWED = (*(f"sit_jax.{name}" for name in OURS.split()), "optax", "diffrax")
 # Names in configs stored by sit_jax 0.1, below sit_jax -> what they are now: a module,
 # or a class of its own; and fields of a class that had another name.
 MOVED = {
-    "adan": "training.adan",
+    "adan": "training.optimizers",
     "codec": "models.codec",
+    "diffusion": "diffusion.gaussian",
     "digit_features": "evaluation.digit_features",
-    "diffusion": "diffusion.diffusion",
     "guidance": "diffusion.guidance",
-    "guidance_scales": "diffusion.guidance_scales",
+    "guidance_scales": "diffusion.guidance",
     "interpolant": "diffusion.interpolant",
     "lora": "adapters.lora",
-    "lora.Lora": "adapters.lora.LoRA",
-    "min_snr": "diffusion.min_snr",
+    "min_snr": "diffusion.loss_weights",
     "paths": "diffusion.paths",
     "predictions": "diffusion.predictions",
     "rounding": "models.rounding",
+    "samplers.adams": "samplers.fixed_ode",
+    "samplers.adaptive": "samplers.adaptive_ode",
+    "samplers.chain": "samplers.ddpm",
+    "samplers.ode": "samplers.fixed_ode",
     "schedules": "diffusion.schedules",
-    "time_densities": "diffusion.time_densities",
+    "time_densities": "diffusion.timesteps",
     "timesteps": "diffusion.timesteps",
+    "diffusion.Diffusion": "diffusion.gaussian.GaussianDiffusion",
+    "diffusion.bound": "diffusion.gaussian.kl_loss",
+    "diffusion.hybrid": "diffusion.gaussian.hybrid_loss",
+    "diffusion.previous": "diffusion.predictions.previous_x",
+    "diffusion.rescaled_bound": "diffusion.gaussian.rescaled_kl_loss",
+    "diffusion.rescaled_hybrid": "diffusion.gaussian.rescaled_hybrid_loss",
+    "guidance.Interval": "diffusion.guidance.GuidanceInterval",
+    "interpolant.likelihood_weight": "diffusion.loss_weights.likelihood_weight",
+    "interpolant.unweighted": "diffusion.loss_weights.unweighted",
+    "interpolant.velocity_weight": "diffusion.loss_weights.velocity_weight",
+    "min_snr.MinSnrHybrid": "diffusion.loss_weights.MinSnrHybridLoss",
+    "min_snr.min_snr": "diffusion.loss_weights.mdt_min_snr_loss",
+    "samplers.adaptive.AdaptiveOde": "samplers.adaptive_ode.AdaptiveODE",
+    "samplers.adaptive.over_batch": "samplers.adaptive_ode.batch_error_control",
+    "samplers.adaptive.per_image": "samplers.adaptive_ode.per_sample_control",
+    "samplers.chain.Ancestral": "samplers.ddpm.DDPM",
+    "samplers.chain.Ddim": "samplers.ddpm.DDIM",
+    "samplers.ode.Ode": "samplers.fixed_ode.FixedStepODE",
+    "samplers.sde.Sde": "samplers.sde.SDE",
+    "samplers.sde.by_score": "samplers.sde.diffusion_sbdm",
+    "samplers.sde.by_sigma": "samplers.sde.diffusion_sigma",
+    "samplers.sde.constant": "samplers.sde.diffusion_constant",
+    "samplers.sde.decreasing": "samplers.sde.diffusion_decreasing",
+    "samplers.sde.euler": "samplers.sde.last_step_euler",
+    "samplers.sde.falling": "samplers.sde.diffusion_linear",
+    "samplers.sde.increasing_decreasing": (
+        "samplers.sde.diffusion_increasing_decreasing"
+    ),
+    "samplers.sde.mean": "samplers.sde.last_step_mean",
+    "samplers.sde.none": "samplers.sde.last_step_none",
+    "samplers.sde.tweedie": "samplers.sde.last_step_tweedie",
+    "samplers.torchdiffeq.like_torchdiffeq": "samplers.torchdiffeq.torchdiffeq_control",
+    "schedules.DdimSpacing": "diffusion.schedules.DDIMSpacing",
+    "time_densities.Times": "diffusion.timesteps.DensityTimesteps",
 }
 RENAMED_FIELDS = {}  # new name of a class, below sit_jax -> {old field: new field}
 

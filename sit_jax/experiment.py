@@ -11,8 +11,8 @@ import optax
 from sit_jax.config import build
 from sit_jax.errors import UserError
 from sit_jax.models.codec import data_of
-from sit_jax.precision.precision import PRECISIONS
-from sit_jax.training import averages
+from sit_jax.precision.policy import PRECISIONS
+from sit_jax.training.state import check_ema_decay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,7 @@ def check_data(parts, source):
 
 
 def _check(parts):
-    averages.check(parts.ema_decay)
+    check_ema_decay(parts.ema_decay)
     _ = parts.losses  # refuses a process without steps to choose among
     if len(parts.shape) != 3 or min(parts.shape) < 1:
         raise UserError(f"shape {parts.shape} is not (height, width, channels)")

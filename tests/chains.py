@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from recorded import arrays, case, weights
 
-from sit_jax.convert import port
-from sit_jax.diffusion.diffusion import Diffusion, fixed_small
-from sit_jax.diffusion.noise import given
+from sit_jax.convert.rules import DIT_RULES, to_flax
+from sit_jax.diffusion.gaussian import GaussianDiffusion, fixed_small
+from sit_jax.diffusion.rng import recorded_noise
 from sit_jax.models import dit, layers
 
 EVERY = case("dit_sampling")["runs"]
-SMALL = Diffusion(variance=fixed_small)
+SMALL = GaussianDiffusion(variance=fixed_small)
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def model(monkeypatch):
     """net(x, t, y) with the recorded weights and frequency table."""
     table = arrays("dit_forward_a")["freqs_f32"]
     monkeypatch.setattr(layers, "frequencies", lambda half, shift: table)
-    params, _ = port.to_flax(dit.RULES, weights("dit_a"))
+    params, _ = to_flax(DIT_RULES, weights("dit_a"))
     made = dit.DiT(depth=2, width=40, heads=4, classes=10)
     return partial(made.apply, {"params": params})
 
@@ -42,7 +42,7 @@ def normal(seed, *shape):
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def sample(sampler, process, net, noise, kicks):
-    return sampler(given(kicks), process, net, noise)[0]
+    return sampler(recorded_noise(kicks), process, net, noise)[0]
 
 
 def truthful(data, process=SMALL):

@@ -7,24 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 from recorded import arrays, nhwc
 
-from sit_jax.diffusion import diffusion as d
+from sit_jax.diffusion import gaussian as d
 from sit_jax.diffusion import predictions
-from sit_jax.diffusion.diffusion import Diffusion, clipped
-from sit_jax.diffusion.schedules import DdimSpacing, cosine_betas
+from sit_jax.diffusion.gaussian import GaussianDiffusion, clip_denoised
+from sit_jax.diffusion.schedules import DDIMSpacing, cosine_betas
 
 # What create_diffusion's options are called here. The released KL loss is always
 # rescaled; the plain one differs from it by the number of steps.
-FULL = Diffusion()
+FULL = GaussianDiffusion()
 VARIANTS = {
     "v0": FULL,
-    "v1": Diffusion(objective=d.rescaled_hybrid),
-    "v2": Diffusion(objective=d.rescaled_bound),
-    "v3": Diffusion(predicts=predictions.data),
-    "v4": Diffusion(variance=d.fixed_large),
-    "v5": Diffusion(variance=d.fixed_small),
-    "v6": Diffusion(schedule=cosine_betas),
+    "v1": GaussianDiffusion(objective=d.rescaled_hybrid_loss),
+    "v2": GaussianDiffusion(objective=d.rescaled_kl_loss),
+    "v3": GaussianDiffusion(predicts=predictions.data),
+    "v4": GaussianDiffusion(variance=d.fixed_large),
+    "v5": GaussianDiffusion(variance=d.fixed_small),
+    "v6": GaussianDiffusion(schedule=cosine_betas),
 }
-SPACINGS = {"full": 1000, "10": 10, "50": 50, "ddim25": DdimSpacing(25)}
+SPACINGS = {"full": 1000, "10": 10, "50": 50, "ddim25": DDIMSpacing(25)}
 EVERY = jnp.arange(1000)
 
 
@@ -35,7 +35,7 @@ def loss_of(process, out, data, noise, t):
 
 @partial(jax.jit, static_argnums=(0, 4))
 def posterior_of(process, out, x, t, clip=False):
-    return process.posterior(given(out), x, t, clipped if clip else None)
+    return process.posterior(given(out), x, t, clip_denoised if clip else None)
 
 
 def given(out):

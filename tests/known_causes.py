@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sit_jax.config import spec
 from sit_jax.experiment import recipe
-from sit_jax.samplers.ode import Ode, euler, heun
+from sit_jax.samplers.fixed_ode import FixedStepODE, euler, heun
 
 STEPS, IMAGES = 6, 4
 LISTED = np.repeat(np.arange(4, dtype=np.int32), 3)
@@ -16,7 +16,7 @@ LISTED = np.repeat(np.arange(4, dtype=np.int32), 3)
 
 def config(method=heun, channels=3, word="exact"):
     c = small.config(shape=(4, 4, 4), guidance=4.0, guidance_channels=channels)
-    c.sampler = spec(Ode, method=method, steps=4)
+    c.sampler = spec(FixedStepODE, method=method, steps=4)
     c.precision.model = word
     return c
 
@@ -70,7 +70,7 @@ CASES = {
     "noise": (dict(seed=7), ("noise", None, "job.seed: 0 and 7")),
     "solver": (
         dict(settings=dict(method=euler)),
-        ("solver", f"{STEPS} steps", "ode.heun and samplers.ode.euler"),
+        ("solver", f"{STEPS} steps", "fixed_ode.heun and samplers.fixed_ode.euler"),
     ),
     "raw": (
         dict(item="params"),

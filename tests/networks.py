@@ -9,9 +9,8 @@ import numpy as np
 from jax.extend.core import jaxprs_in_params
 from recorded import case, weights
 
-from sit_jax.convert import port
+from sit_jax.convert.rules import rules_for, to_flax, torch_constants
 from sit_jax.models.dit import DiT, SiT
-from sit_jax.models.kinds import kind_of
 from sit_jax.models.mdt import MDT, MDTv2
 
 # Compiling is what takes the time here; unoptimized it takes half.
@@ -46,9 +45,9 @@ def recorded_model(name, **changes):
 def recorded_params(name):
     """Of any kind; what torch keeps beside the weights is ours to the bit."""
     told, model = case(name), recorded_model(name)
-    state, kind = weights(Path(told["checkpoint"]).stem), kind_of(type(model))
-    params, spare = port.to_flax(kind.rules, state)
-    constants = kind.constants(model, told["model"]["input_size"])
+    state = weights(Path(told["checkpoint"]).stem)
+    params, spare = to_flax(rules_for(model), state)
+    constants = torch_constants(model, told["model"]["input_size"])
     assert set(constants) == spare
     for key, ours in constants.items():
         np.testing.assert_array_equal(ours, state[key])

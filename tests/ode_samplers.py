@@ -7,11 +7,18 @@ from recorded import arrays, case, nhwc
 from toys import PATHS, PREDICTS, assert_close, once, sampled
 
 from sit_jax.diffusion.interpolant import Interpolant
-from sit_jax.diffusion.paths import align
-from sit_jax.samplers.adams import Adams
-from sit_jax.samplers.adaptive import AdaptiveOde, Fehlberg2, per_image
-from sit_jax.samplers.ode import Ode, euler, heun, heun3, midpoint, rk4
-from sit_jax.samplers.torchdiffeq import like_torchdiffeq
+from sit_jax.diffusion.paths import expand_dims_like
+from sit_jax.samplers.adaptive_ode import AdaptiveODE, Fehlberg2, per_sample_control
+from sit_jax.samplers.fixed_ode import (
+    Adams,
+    FixedStepODE,
+    euler,
+    heun,
+    heun3,
+    midpoint,
+    rk4,
+)
+from sit_jax.samplers.torchdiffeq import torchdiffeq_control
 
 G = arrays("sit_ode")
 RUNS = {run["id"]: run for run in case("sit_ode")["runs"]}
@@ -30,11 +37,11 @@ SOLVERS = {
     "fehlberg2": Fehlberg2(),
 }
 SAMPLERS = {
-    "fixed": Ode(heun, 3),
+    "fixed": FixedStepODE(heun, 3),
     "adams": Adams(4),
-    "global": AdaptiveOde(rtol=1e-4, atol=1e-4),
-    "sample": AdaptiveOde(rtol=1e-4, atol=1e-4, control=per_image),
-    "torchdiffeq": AdaptiveOde(rtol=1e-4, atol=1e-4, control=like_torchdiffeq),
+    "global": AdaptiveODE(rtol=1e-4, atol=1e-4),
+    "sample": AdaptiveODE(rtol=1e-4, atol=1e-4, control=per_sample_control),
+    "torchdiffeq": AdaptiveODE(rtol=1e-4, atol=1e-4, control=torchdiffeq_control),
 }
 
 
@@ -47,7 +54,7 @@ def replayed(run, sampler):
 def compare_fixed(name):
     run = RUNS[name]
     # their number of steps counts the points of the grid
-    sampler = Ode(METHODS[run["method"]], run["num_steps"] - 1, run["reverse"])
+    sampler = FixedStepODE(METHODS[run["method"]], run["num_steps"] - 1, run["reverse"])
     data, stats = replayed(run, sampler)
     assert_close(data, G[f"{name}.final"][:2], run["f32_vs_f64"])
     assert stats == {"evaluations": run["nfe"]}
@@ -56,11 +63,11 @@ def compare_fixed(name):
 def compare_adaptive(name):
     """By the same steps, to the same numbers."""
     run = RUNS[name]
-    sampler = AdaptiveOde(
+    sampler = AdaptiveODE(
         SOLVERS[run["method"]],
         rtol=run["rtol"],
         atol=run["atol"],
-        control=like_torchdiffeq,
+        control=torchdiffeq_control,
         reverse=run["reverse"],
     )
     data, stats = replayed(run, sampler)
@@ -77,7 +84,7 @@ def compare_adaptive(name):
 def solved(sampler, x=1.0):
     """dx/dt = x + t from 0 to 1, forwards or backwards: -> relative error, stats."""
     start = jnp.full((2, 2, 2, 1), x)
-    net = lambda x, t: x + align(t, x)
+    net = lambda x, t: x + expand_dims_like(t, x)
     run = once(lambda start: sampler(None, Interpolant(), net, start))
     data, stats = run(start)
     exact = (x + 2) / np.e - 1 if sampler.reverse else (x + 1) * np.e - 2

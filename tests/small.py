@@ -16,8 +16,8 @@ from sit_jax.config import spec, to_json
 from sit_jax.experiment import recipe
 from sit_jax.models.codec import Pixels
 from sit_jax.models.dit import SiT
-from sit_jax.samplers.ode import Ode, heun
-from sit_jax.training.training import init_params
+from sit_jax.samplers.fixed_ode import FixedStepODE, heun
+from sit_jax.training.state import init_params
 
 
 def config(**fields):
@@ -31,7 +31,7 @@ def config(**fields):
     c.batch_size = 8
     c.steps, c.log_every, c.save_every, c.sample_every = 8, 1, 4, 100
     c.preview = 5
-    c.sampler = spec(Ode, method=heun, steps=2)
+    c.sampler = spec(FixedStepODE, method=heun, steps=2)
     c.update(fields)
     return c
 

@@ -7,9 +7,8 @@ from ode_samplers import solved
 from toys import once
 
 from sit_jax.diffusion.interpolant import Interpolant
-from sit_jax.diffusion.paths import align
-from sit_jax.samplers.adams import Adams
-from sit_jax.samplers.ode import Ode, euler
+from sit_jax.diffusion.paths import expand_dims_like
+from sit_jax.samplers.fixed_ode import Adams, FixedStepODE, euler
 
 # torchdiffeq 0.2.5 on dx/dt = x + t from x(0) = 1, ten steps to 1: x(1), evaluations
 ADAMS = {
@@ -31,9 +30,9 @@ def test_adams_is_torchdiffeqs(name):
 @pytest.mark.parametrize("implicit", [False, True], ids=["explicit", "implicit"])
 def test_adams_rises_in_order(implicit):
     """Eleven known slopes are exact for polynomials that four are not exact for."""
-    net = lambda x, t: jnp.broadcast_to(8 * align(t, x) ** 7, x.shape)
+    net = lambda x, t: jnp.broadcast_to(8 * expand_dims_like(t, x) ** 7, x.shape)
     start = jnp.zeros((1, 1, 1, 1))
     run = once(lambda z: Adams(24, implicit)(None, Interpolant(), net, z)[0])
     assert abs(float(run(start)[0, 0, 0, 0]) - 1) < 1e-5
-    one = once(lambda z: Ode(euler, 24)(None, Interpolant(), net, z)[0])
+    one = once(lambda z: FixedStepODE(euler, 24)(None, Interpolant(), net, z)[0])
     assert abs(float(one(start)[0, 0, 0, 0]) - 1) > 0.1

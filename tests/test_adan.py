@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from sit_jax.errors import UserError
-from sit_jax.training.adan import adan
+from sit_jax.training.optimizers import adan
 
 STEPS = 20
 RNG = np.random.default_rng(0)

@@ -16,15 +16,15 @@ from toys import (
 
 from sit_jax.diffusion import predictions
 from sit_jax.diffusion.interpolant import Interpolant
-from sit_jax.diffusion.paths import align
-from sit_jax.samplers.adaptive import AdaptiveOde, per_image
-from sit_jax.samplers.ode import Ode, heun
+from sit_jax.diffusion.paths import expand_dims_like
+from sit_jax.samplers.adaptive_ode import AdaptiveODE, per_sample_control
+from sit_jax.samplers.fixed_ode import FixedStepODE, heun
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_dopri5_keeps_its_tolerance(reverse):
     loose, tight = (
-        solved(AdaptiveOde(rtol=tol, atol=tol, reverse=reverse)) for tol in (1e-2, 1e-5)
+        solved(AdaptiveODE(rtol=tol, atol=tol, reverse=reverse)) for tol in (1e-2, 1e-5)
     )
     assert loose[0] < 1e-2 and tight[0] < 3e-5 and 5 * tight[0] < loose[0]
     assert tight[1]["accepted"] > loose[1]["accepted"]
@@ -36,8 +36,8 @@ def test_gaussian_data_adaptively():
     start = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
     net = gaussian(process, 1.5, 0.5)
     run = lambda s: once(lambda z: s(None, process, net, z))(start)
-    data, stats = run(AdaptiveOde(rtol=1e-5, atol=1e-5))
-    fixed, _ = run(Ode(heun, 400))
+    data, stats = run(AdaptiveODE(rtol=1e-5, atol=1e-5))
+    fixed, _ = run(FixedStepODE(heun, 400))
     assert stats["finished"]
     np.testing.assert_allclose(data, fixed, atol=1e-3)  # the fixed grid's own error
 
@@ -48,7 +48,7 @@ def test_one_image_is_found_adaptively():
     image = jnp.linspace(-1, 1, 16).reshape(1, 4, 4, 1)
     noise = jax.random.normal(jax.random.key(1), (3, 4, 4, 1))
     net = one_image(process, image)
-    data, stats = once(lambda z: AdaptiveOde()(None, process, net, z))(noise)
+    data, stats = once(lambda z: AdaptiveODE()(None, process, net, z))(noise)
     assert stats["finished"]
     np.testing.assert_allclose(data, jnp.broadcast_to(image, data.shape), atol=0.02)
 
@@ -57,7 +57,7 @@ def test_first_step_follows_the_slope():
     """diffrax by itself would start with 0.01, whatever the slope."""
     at = []
     net = lambda x, t: jax.debug.callback(at.append, t[0]) or jnp.zeros_like(x) + 1e-3
-    sampler = AdaptiveOde(rtol=1e-3, atol=1e-3)
+    sampler = AdaptiveODE(rtol=1e-3, atol=1e-3)
     _, stats = once(lambda z: sampler(None, Interpolant(), net, z))(
         jnp.ones((1, 2, 2, 1))
     )
@@ -71,7 +71,7 @@ ADAPTIVE_ONES = [name for name in SAMPLERS if name not in ("fixed", "adams")]
 
 @pytest.mark.parametrize("name", ADAPTIVE_ONES)
 def test_too_few_steps_allowed_is_reported(name):
-    net = lambda x, t: jnp.cos(30 * align(t, x)) * x
+    net = lambda x, t: jnp.cos(30 * expand_dims_like(t, x)) * x
     sampler = dataclasses.replace(SAMPLERS[name], max_steps=3)
     start = jnp.ones((1, 2, 2, 1))
     data, stats = once(lambda z: sampler(None, Interpolant(), net, z))(start)
@@ -84,7 +84,7 @@ def test_too_few_steps_allowed_is_reported(name):
     [("global", 0.0), ("global", 0.5), ("sample", 0.5), ("torchdiffeq", 0.5)],
 )
 def test_a_network_that_is_not_finite_ends_soon(name, begins):
-    net = lambda x, t: jnp.where(align(t, x) < begins, x, jnp.nan)
+    net = lambda x, t: jnp.where(expand_dims_like(t, x) < begins, x, jnp.nan)
     start = jnp.ones((1, 2, 2, 1))
     run = once(lambda z: SAMPLERS[name](None, Interpolant(), net, z))
     data, stats = run(start)
@@ -93,13 +93,13 @@ def test_a_network_that_is_not_finite_ends_soon(name, begins):
 
 def jumping(x, t):
     """Images of different wildness, which need different steps."""
-    return jnp.sin(3 * x * (1 + align(t, x))) * jnp.abs(x).max(
+    return jnp.sin(3 * x * (1 + expand_dims_like(t, x))) * jnp.abs(x).max(
         axis=(1, 2, 3), keepdims=True
     )
 
 
 def test_an_image_of_its_own_steps_does_not_see_its_neighbours():
-    sampler = AdaptiveOde(rtol=1e-4, atol=1e-4, control=per_image)
+    sampler = AdaptiveODE(rtol=1e-4, atol=1e-4, control=per_sample_control)
     noise = jax.random.normal(jax.random.key(0), (5, 4, 4, 2))
     noise *= jnp.arange(1, 6)[:, None, None, None] / 2
     run = jax.jit(lambda z: sampler(None, Interpolant(), jumping, z))

@@ -13,14 +13,14 @@ from networks import quick_jit
 from sit_jax import checkpoint
 from sit_jax.config import spec, to_json
 from sit_jax.convert.weights import open_weights
-from sit_jax.diffusion.diffusion import Diffusion
+from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.diffusion.timesteps import LossSecondMoment
 from sit_jax.errors import UserError
 from sit_jax.experiment import recipe
 from sit_jax.models.dit import DiT
 from sit_jax.models.mdt import MDT, MDTv2
 from sit_jax.parallel.sharding import make_mesh
-from sit_jax.samplers.chain import Ancestral
+from sit_jax.samplers.ddpm import DDPM
 from sit_jax.trainer import start
 
 pytestmark = pytest.mark.slow  # together they compile for a minute
@@ -42,9 +42,9 @@ def test_impossible_rates_are_named(decay, told):
 def config(*rates):
     c = small.config()
     c.model = spec(DiT, depth=1, width=8, heads=1, classes=5)
-    c.process = spec(Diffusion)
+    c.process = spec(GaussianDiffusion)
     c.optimizer = spec(optax.sgd, learning_rate=0.1)
-    c.sampler = spec(Ancestral, steps=2)
+    c.sampler = spec(DDPM, steps=2)
     c.timesteps = spec(LossSecondMoment, history=1)
     with c.ignore_type():
         c.ema_decay = rates if len(rates) > 1 else rates[0]

@@ -8,11 +8,11 @@ from chains import SMALL, gaussian, normal, sample, truthful, watched
 
 from sit_jax import config
 from sit_jax.diffusion import predictions
-from sit_jax.diffusion.diffusion import Diffusion, fixed_large, fixed_small
+from sit_jax.diffusion.gaussian import GaussianDiffusion, fixed_large, fixed_small
 from sit_jax.diffusion.interpolant import Interpolant
-from sit_jax.diffusion.schedules import DdimSpacing
+from sit_jax.diffusion.schedules import DDIMSpacing
 from sit_jax.errors import UserError
-from sit_jax.samplers.chain import Ancestral, Ddim
+from sit_jax.samplers.ddpm import DDIM, DDPM
 
 
 def test_there_and_back_again():
@@ -23,9 +23,9 @@ def test_there_and_back_again():
         alpha, sigma = SMALL.path(t[:, None, None, None])
         return sigma * x / (0.25 * alpha**2 + sigma**2)
 
-    noise = Ddim(500, reverse=True)(None, SMALL, net, data)[0]
+    noise = DDIM(500, reverse=True)(None, SMALL, net, data)[0]
     assert abs(float(jnp.std(noise)) / float(jnp.std(data)) - 2) < 0.05
-    again = Ddim(500)(None, SMALL, net, noise)[0]
+    again = DDIM(500)(None, SMALL, net, noise)[0]
     # a step errs by its size; the last one ends at data
     np.testing.assert_allclose(again, data, atol=0.05)
 
@@ -43,7 +43,7 @@ def test_a_classifier_leads(name):
 
     net = lambda x, t: 0.3 * x
     still = lambda i: jnp.zeros_like(x)
-    make = {"ddpm": Ancestral, "ddim": Ddim}[name]
+    make = {"ddpm": DDPM, "ddim": DDIM}[name]
     with jax.disable_jit():
         moved, _ = make(2, lead=lead)(still, SMALL, net, x)
         told_steps = told[0][0], told[1][0]
@@ -63,7 +63,7 @@ def test_a_classifier_leads(name):
     assert np.abs(moved - plain).max() > 1e-3
 
 
-@pytest.mark.parametrize("make", [Ancestral, Ddim])
+@pytest.mark.parametrize("make", [DDPM, DDIM])
 def test_guesses_are_mended_before_they_are_clipped(make):
     net = lambda x, t: 0.3 * x
     start, still = 3 * jnp.ones((1, 2, 2, 1)), lambda i: 0.0
@@ -76,13 +76,13 @@ def test_guesses_are_mended_before_they_are_clipped(make):
 def test_states_kept_on_the_way():
     net = lambda x, t: 0.3 * x
     start = jnp.ones((2, 2, 2, 1))
-    data, stats = Ddim(9, frames=3)(None, SMALL, net, start)
+    data, stats = DDIM(9, frames=3)(None, SMALL, net, start)
     assert stats["trajectory"].shape == (3, 2, 2, 2, 1)
     np.testing.assert_array_equal(stats["trajectory"][-1], data)
 
 
 @pytest.mark.parametrize(
-    "sampler", [Ancestral(20), Ancestral(1000), Ddim(20), Ddim(20, eta=1.0), Ddim(1)]
+    "sampler", [DDPM(20), DDPM(1000), DDIM(20), DDIM(20, eta=1.0), DDIM(1)]
 )
 def test_truth_leads_to_the_data(sampler):
     data, noise = normal(0, 2, 3, 2, 2, 4)
@@ -98,7 +98,7 @@ def test_ddim_keeps_the_noise_it_started_with():
     states = []
     net = watched(truthful(data), states)
     start = alpha[-1] * data + sigma[-1] * noise
-    jax.jit(lambda x: Ddim(10)(None, SMALL, net, x))(start)
+    jax.jit(lambda x: DDIM(10)(None, SMALL, net, x))(start)
     jax.effects_barrier()
     for x, a, s in zip(states, alpha[::-1], sigma[::-1], strict=True):
         np.testing.assert_allclose(x, a * data + s * noise, atol=2e-5)
@@ -110,7 +110,7 @@ def test_ddim_weights_keep_the_levels(eta):
     for process in (SMALL, SMALL.respaced(10)):
         t = np.arange(len(process.betas))
         (alpha_, sigma_), (alpha, sigma) = process.levels(t - 1), process.levels(t)
-        on_data, on_x, std = Ddim(eta=eta).weights(process)
+        on_data, on_x, std = DDIM(eta=eta).weights(process)
         np.testing.assert_allclose(on_data + on_x * alpha, alpha_, rtol=1e-12)
         held = (on_x * sigma) ** 2 + std**2
         np.testing.assert_allclose(held, sigma_**2, rtol=1e-12)
@@ -120,15 +120,15 @@ def test_ddim_weights_keep_the_levels(eta):
 def test_ddim_with_eta_one_is_ddpm():
     """Same variance and same mean as the chain with the true step's variance."""
     process = SMALL.respaced(10)
-    on_data, on_x, std = Ddim(eta=1.0).weights(process)
+    on_data, on_x, std = DDIM(eta=1.0).weights(process)
     np.testing.assert_allclose(std**2, process.true_step[2], rtol=1e-12)
     np.testing.assert_allclose(on_data, process.true_step[0], rtol=1e-12)
     np.testing.assert_allclose(on_x, process.true_step[1], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("sampler", [Ancestral(250), Ddim(250), Ddim(250, eta=1.0)])
+@pytest.mark.parametrize("sampler", [DDPM(250), DDIM(250), DDIM(250, eta=1.0)])
 def test_samples_of_a_gaussian(sampler):
-    process = Diffusion(variance=fixed_large)
+    process = GaussianDiffusion(variance=fixed_large)
     net = gaussian(0.7, 0.4, process)
     kicks, noise = normal(2, 250, 2000, 1, 1, 4), normal(3, 2000, 1, 1, 4)
     data = sample(sampler, process, net, noise, kicks)
@@ -142,7 +142,7 @@ def test_noise_is_drawn_in_the_order_of_the_steps():
     process, silent = SMALL.respaced(3), lambda x, t: jnp.zeros_like(x)
     zero = jnp.zeros((1, 1, 1, 1))
     ends = [
-        Ancestral(3)(lambda i, k=k: zero + (i == k), SMALL, silent, zero)[0]
+        DDPM(3)(lambda i, k=k: zero + (i == k), SMALL, silent, zero)[0]
         for k in range(3)
     ]
     # each step is linear in x; with no noise seen, the data guess is x / alpha
@@ -157,7 +157,7 @@ def test_ddim_without_eta_draws_nothing():
         raise AssertionError("drawn")
 
     noise = jnp.ones((2, 2, 2, 4))
-    data, stats = Ddim(5)(draw, SMALL, truthful(noise), noise)
+    data, stats = DDIM(5)(draw, SMALL, truthful(noise), noise)
     assert data.shape == noise.shape
     assert stats["evaluations"] == 5 and stats["evaluations"].dtype == jnp.int32
 
@@ -169,19 +169,19 @@ def test_network_sees_original_steps():
         jax.debug.callback(lambda t: told.append(t.tolist()), t, ordered=True)
         return jnp.zeros_like(x)
 
-    Ddim((2, 1))(None, SMALL, net, jnp.ones((2, 1, 1, 4)))
+    DDIM((2, 1))(None, SMALL, net, jnp.ones((2, 1, 1, 4)))
     jax.effects_barrier()
     assert told == [[500, 500], [499, 499], [0, 0]]
 
 
-@pytest.mark.parametrize("sampler", [Ancestral, Ddim])
+@pytest.mark.parametrize("sampler", [DDPM, DDIM])
 @pytest.mark.parametrize("steps", [0, -3, 2.5, "50", (0, 0)])
 def test_impossible_steps(sampler, steps):
     with pytest.raises(UserError, match="steps="):
         sampler(steps)
 
 
-@pytest.mark.parametrize("sampler", [Ancestral(1001), Ddim(1001)])
+@pytest.mark.parametrize("sampler", [DDPM(1001), DDIM(1001)])
 def test_more_steps_than_the_schedule(sampler):
     with pytest.raises(UserError, match="1001 steps of a diffusion of 1000"):
         sampler(None, SMALL, None, jnp.ones((1, 1, 1, 4)))
@@ -190,35 +190,35 @@ def test_more_steps_than_the_schedule(sampler):
 @pytest.mark.parametrize("eta", [-0.1, 1.5, float("nan")])
 def test_impossible_eta(eta):
     with pytest.raises(UserError, match="eta=.*: from 0, no fresh noise"):
-        Ddim(eta=eta)
+        DDIM(eta=eta)
 
 
-@pytest.mark.parametrize("sampler", [Ancestral(5), Ddim(5)])
+@pytest.mark.parametrize("sampler", [DDPM(5), DDIM(5)])
 def test_a_process_without_a_chain(sampler):
     words = f"{type(sampler).__name__} samples a Diffusion; Interpolant has no chain"
-    with pytest.raises(UserError, match=f"{words} of steps: use Ode or Sde"):
+    with pytest.raises(UserError, match=f"{words} of steps: use FixedStepODE or SDE"):
         sampler(None, Interpolant(), None, jnp.ones((1, 1, 1, 4)))
 
 
 def test_prediction_of_data_samples_alike():
     """The same knowledge told as data instead of noise makes the same samples."""
     noise, kicks = normal(3, 3, 2, 2, 4), normal(4, 10, 3, 2, 2, 4)
-    by_data = Diffusion(predicts=predictions.data, variance=fixed_small)
+    by_data = GaussianDiffusion(predicts=predictions.data, variance=fixed_small)
     told_noise = lambda x, t: gaussian(0.0, 1.0, SMALL)(x, t)
 
     def told_data(x, t):
         alpha, sigma = SMALL.path(t[:, None, None, None])
         return (x - sigma * told_noise(x, t)) / alpha
 
-    ours = sample(Ancestral(10), SMALL, told_noise, noise, kicks)
-    theirs = sample(Ancestral(10), by_data, told_data, noise, kicks)
+    ours = sample(DDPM(10), SMALL, told_noise, noise, kicks)
+    theirs = sample(DDPM(10), by_data, told_data, noise, kicks)
     np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
 
 def test_as_a_config():
-    for sampler in (Ancestral(10, clip=True), Ddim((5, 5), eta=0.5)):
+    for sampler in (DDPM(10, clip=True), DDIM((5, 5), eta=0.5)):
         fields = {k: getattr(sampler, k) for k in sampler.__dataclass_fields__}
         node = config.spec(type(sampler), **fields)
         assert config.build(config.from_json(config.to_json(node))) == sampler
-    node = config.spec(Ddim, steps=config.spec(DdimSpacing, steps=25))
-    assert config.build(config.from_json(config.to_json(node))) == Ddim(DdimSpacing(25))
+    node = config.spec(DDIM, steps=config.spec(DDIMSpacing, steps=25))
+    assert config.build(config.from_json(config.to_json(node))) == DDIM(DDIMSpacing(25))

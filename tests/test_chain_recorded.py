@@ -8,11 +8,11 @@ import pytest
 from chains import EVERY, sample, watched
 from recorded import arrays, nchw, nhwc
 
-from sit_jax.diffusion.diffusion import Diffusion
-from sit_jax.diffusion.guidance import guided
-from sit_jax.diffusion.noise import given
-from sit_jax.diffusion.schedules import DdimSpacing
-from sit_jax.samplers.chain import Ancestral, Ddim
+from sit_jax.diffusion.gaussian import GaussianDiffusion
+from sit_jax.diffusion.guidance import classifier_free_guidance
+from sit_jax.diffusion.rng import recorded_noise
+from sit_jax.diffusion.schedules import DDIMSpacing
+from sit_jax.samplers.ddpm import DDIM, DDPM
 
 model = chains.model
 
@@ -21,10 +21,10 @@ BACK = {r["id"]: r for r in EVERY if r["loop"] == "ddim_reverse"}
 
 
 def sampler_of(run):
-    steps = DdimSpacing(25) if run["respacing"] == "ddim25" else int(run["respacing"])
+    steps = DDIMSpacing(25) if run["respacing"] == "ddim25" else int(run["respacing"])
     if run["loop"] == "p_sample_loop":
-        return Ancestral(steps, clip=run["clip_denoised"])
-    return Ddim(steps, eta=run["eta"], clip=run["clip_denoised"])
+        return DDPM(steps, clip=run["clip_denoised"])
+    return DDIM(steps, eta=run["eta"], clip=run["clip_denoised"])
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -33,10 +33,10 @@ def test_recorded_runs(name, model):
     labels, sampler = jnp.asarray(g["y"]), sampler_of(run)
     # torch runs both halves of the guidance as one batch, each with noise of its own;
     # the labelled half is the result, the other half's state never reaches it
-    draw = given(nhwc(g[run["noise"]])[:, :2])
+    draw = recorded_noise(nhwc(g[run["noise"]])[:, :2])
     states = []
-    net = watched(guided(model, labels, 10, run["cfg"] or 1), states)
-    chain = jax.jit(lambda z: sampler(draw, Diffusion(), net, z))
+    net = watched(classifier_free_guidance(model, labels, 10, run["cfg"] or 1), states)
+    chain = jax.jit(lambda z: sampler(draw, GaussianDiffusion(), net, z))
     data, stats = chain(nhwc(g["z"]))
     jax.effects_barrier()
     assert stats["evaluations"] == len(states) == run["num_timesteps"]
@@ -59,9 +59,9 @@ def test_recorded_runs(name, model):
 def test_recorded_ways_back(name, model):
     """From data to noise; the original has the step, and no loop of it."""
     g, run = arrays("dit_sampling"), BACK[name]
-    net = guided(model, jnp.asarray(g["y"]), 10, run["cfg"] or 1)
-    sampler = Ddim(DdimSpacing(25), clip=run["clip_denoised"], reverse=True)
-    chain = jax.jit(lambda x: sampler(None, Diffusion(), net, x)[0])
+    net = classifier_free_guidance(model, jnp.asarray(g["y"]), 10, run["cfg"] or 1)
+    sampler = DDIM(DDIMSpacing(25), clip=run["clip_denoised"], reverse=True)
+    chain = jax.jit(lambda x: sampler(None, GaussianDiffusion(), net, x)[0])
     end = nchw(chain(nhwc(g["x_data"])))
     rounding, scale = run["f32_vs_f64"]
     theirs = g[f"{name}.final"][:2]
@@ -79,21 +79,21 @@ def formula(name, steps, eta=0.0, clip=False):
         guess = 0.5 * x + 1e-4 * t[:, None, None, None]
         return jnp.concatenate([guess, 0.3 * jnp.sin(x)], axis=-1)
 
-    sampler = name(steps, clip=clip) if name is Ancestral else name(steps, eta, clip)
+    sampler = name(steps, clip=clip) if name is DDPM else name(steps, eta, clip)
     kicks = np.stack([wave(1.7 * count + k) for k in range(steps)])
     z = wave(0.9 * count)
-    return nchw(sample(sampler, Diffusion(), net, z, kicks)).ravel()[:3]
+    return nchw(sample(sampler, GaussianDiffusion(), net, z, kicks)).ravel()[:3]
 
 
 @pytest.mark.parametrize(
     "arguments, recorded",
     [
-        ((Ancestral, 250), [0.2461303, -0.1848996, -0.5418665]),
-        ((Ancestral, 250, 0, True), [-0.0825307, -0.1264677, -0.1607517]),
-        ((Ddim, 250, 0.0), [7.6520476, 4.2394667, -3.4156756]),
-        ((Ddim, 250, 0.5, True), [0.6620407, 0.3660417, -0.4498788]),
-        ((Ddim, 250, 1.0), [0.2500244, -0.1797140, -0.5445823]),
-        ((Ddim, 10, 1.0), [4.5661392, -0.5709831, -3.7925200]),
+        ((DDPM, 250), [0.2461303, -0.1848996, -0.5418665]),
+        ((DDPM, 250, 0, True), [-0.0825307, -0.1264677, -0.1607517]),
+        ((DDIM, 250, 0.0), [7.6520476, 4.2394667, -3.4156756]),
+        ((DDIM, 250, 0.5, True), [0.6620407, 0.3660417, -0.4498788]),
+        ((DDIM, 250, 1.0), [0.2500244, -0.1797140, -0.5445823]),
+        ((DDIM, 10, 1.0), [4.5661392, -0.5709831, -3.7925200]),
     ],
 )
 def test_released_chains_of_a_formula(arguments, recorded):

@@ -28,7 +28,7 @@ from sit_jax.errors import UserError
 from sit_jax.experiment import recipe
 from sit_jax.parallel.sharding import everywhere
 from sit_jax.trainer.start import pack
-from sit_jax.training.training import init_state
+from sit_jax.training.state import init_state
 
 one_step = checkpoints.one_step
 

@@ -16,7 +16,7 @@ from sit_jax.models.codec import Latents, Pixels, Vae, data_of
 from sit_jax.models.rounding import ROUNDINGS, to_uint8, to_uint8_darker
 from sit_jax.models.vae import AutoencoderKL
 from sit_jax.parallel.sharding import make_mesh, split_batch
-from sit_jax.precision.precision import EXACT
+from sit_jax.precision.policy import EXACT
 
 KEY = jax.random.key(3)
 

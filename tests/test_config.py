@@ -13,10 +13,10 @@ from ml_collections.config_dict import placeholder
 from sit_jax import config
 from sit_jax.config import build, difference, from_json, override, spec, to_json
 from sit_jax.diffusion import paths, predictions
-from sit_jax.diffusion.diffusion import Diffusion
+from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.errors import UserError
 from sit_jax.models.dit import SIZES, SiT
-from sit_jax.samplers.chain import Ancestral
+from sit_jax.samplers.ddpm import DDPM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +36,8 @@ def example():
     c = ConfigDict()
     c.shape = (8, 8, 1)
     c.model = spec(SiT, patch=2, **SIZES["S"])
-    c.process = spec(Diffusion)
-    c.sampler = spec(Ancestral)
+    c.process = spec(GaussianDiffusion)
+    c.sampler = spec(DDPM)
     c.optimizer = spec(optax.adamw, learning_rate=1e-4, weight_decay=0.0)
     c.clip = placeholder(float)
     c.synthetic = False
@@ -160,7 +160,7 @@ def test_a_wrong_argument_is_one_line_with_its_name(argument, said):
 
 def test_json_and_back_keeps_everything():
     c = example()
-    c.process = spec(Diffusion, kept=(0, 5, 9), predicts=predictions.data)
+    c.process = spec(GaussianDiffusion, kept=(0, 5, 9), predicts=predictions.data)
     again = from_json(stored(c))
     assert stored(again) == stored(c)
     for name in ("model", "process", "sampler", "mesh", "shape", "clip"):
@@ -212,14 +212,21 @@ def test_stored_names_of_anything_but_known_constructors_are_refused(name):
 
 
 def test_every_allowed_package_has_a_name_that_is_read_back():
-    for found in (SiT, Diffusion, Ancestral, optax.adamw, diffrax.Dopri5, paths.linear):
+    for found in (
+        SiT,
+        GaussianDiffusion,
+        DDPM,
+        optax.adamw,
+        diffrax.Dopri5,
+        paths.linear,
+    ):
         assert from_json(to_json({"f": found})).f is found
 
 
 def test_difference_names_what_differs():
     one, other = example(), example()
     other.model.depth, other.shape = 4, (4, 4, 1)
-    other.process = spec(Diffusion, predicts=predictions.data)
+    other.process = spec(GaussianDiffusion, predicts=predictions.data)
     del other.clip
     found = difference(to_json(one), to_json(other))
     names = [name for name, _, _ in found]

@@ -11,17 +11,18 @@ import optax
 import pytest
 
 from sit_jax.config import from_json, load, to_json
-from sit_jax.diffusion import noise, predictions
-from sit_jax.diffusion.diffusion import hybrid, learned_range
-from sit_jax.diffusion.guidance import guided
-from sit_jax.diffusion.min_snr import min_snr
+from sit_jax.diffusion import predictions, rng
+from sit_jax.diffusion.gaussian import hybrid_loss, learned_range
+from sit_jax.diffusion.guidance import classifier_free_guidance
+from sit_jax.diffusion.loss_weights import mdt_min_snr_loss
 from sit_jax.diffusion.schedules import linear_betas
 from sit_jax.experiment import recipe
 from sit_jax.models.mdt import MDT as MDT1
 from sit_jax.models.mdt import MDTv2
 from sit_jax.models.rounding import to_uint8_darker
-from sit_jax.training.adan import adan
-from sit_jax.training.training import init_state, make_train_step
+from sit_jax.training.optimizers import adan
+from sit_jax.training.state import init_state
+from sit_jax.training.step import make_train_step
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
 NAMES = [file.stem for file in FILES]
@@ -63,7 +64,7 @@ V1 = {
     "optimizer": {"learning_rate": 3e-4, "b1": 0.9, "b2": 0.999, "weight_decay": 0.0},
     "process": {
         **{"steps": 1000, "schedule": linear_betas, "variance": learned_range},
-        **{"objective": hybrid, "predicts": predictions.noise},
+        **{"objective": hybrid_loss, "predicts": predictions.noise},
     },
     "codec": {"scale": 0.18215, "rounding": to_uint8_darker},
     "guidance": {"scale": 3.8, "power": 4.0, "steps": 1000},
@@ -77,7 +78,7 @@ V2 = {
     **V1,
     "model": {**V1["model"], "spread": 0.2, "decoder": 4},
     "optimizer": {**ADAN, "weight_decay": 0.0},
-    "process": {**V1["process"], "objective": min_snr},
+    "process": {**V1["process"], "objective": mdt_min_snr_loss},
     **{"clip": 1.0, "log_every": 500},
 }
 V2_S2 = {
@@ -193,6 +194,8 @@ def test_a_sample_traces_for_every_way_of_sampling():
 def sampled(p, params, start):
     labels = jnp.arange(2)
     net = partial(p.model.apply, {"params": params})
-    net = guided(net, labels, p.model.classes, p.guidance, p.guidance_channels)
-    draw = noise.steps(noise.image_keys(0, labels), p.shape)
+    net = classifier_free_guidance(
+        net, labels, p.model.classes, p.guidance, p.guidance_channels
+    )
+    draw = rng.step_noise(rng.image_keys(0, labels), p.shape)
     return p.sampler(draw, p.process, net, start)

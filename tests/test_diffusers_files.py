@@ -16,10 +16,10 @@ import port_weights
 import sample
 from sit_jax.config import spec
 from sit_jax.convert import diffusers_files
-from sit_jax.convert.port import to_flax
+from sit_jax.convert.rules import DIT_RULES, to_flax
 from sit_jax.errors import UserError
 from sit_jax.models import layers
-from sit_jax.models.dit import RULES, DiT, SiT
+from sit_jax.models.dit import DiT, SiT
 
 DIT_A = FOLDER / "weights" / "dit_a.pt"
 MODEL = DiT(depth=2, width=40, heads=4, patch=2, classes=10)
@@ -90,7 +90,7 @@ def test_there_and_back_is_the_same(exported, tmp_path, port):
 
 def test_both_ways_to_compute_agree_with_what_was_recorded():
     """The released network, and diffusers' with the same weights."""
-    golden, params = arrays("dit_forward_a"), to_flax(RULES, weights("dit_a"))[0]
+    golden, params = arrays("dit_forward_a"), to_flax(DIT_RULES, weights("dit_a"))[0]
     theirs = arrays("dit_diffusers")["out"]
     as_diffusers = dataclasses.replace(MODEL, frequency_shift=1.0, norm2_epsilon=1e-5)
     inputs = (nhwc(golden["x"]), golden["t"], golden["y"])
@@ -107,7 +107,7 @@ def test_the_shifted_frequencies_are_those_of_the_formula():
 
 
 def test_the_difference_is_measured_and_stands_in_the_card(exported, tmp_path, port):
-    params = to_flax(RULES, weights("dit_a"))[0]
+    params = to_flax(DIT_RULES, weights("dit_a"))[0]
     from sit_jax.convert.model_folder import gap
 
     found = gap(MODEL, SHAPE, params, times=(5, 999))

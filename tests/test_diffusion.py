@@ -8,10 +8,10 @@ from diffusions import EVERY, FULL, batch, given, loss_of, posterior_of, some
 from recorded import arrays, nhwc
 
 from sit_jax import config
-from sit_jax.diffusion import diffusion as d
+from sit_jax.diffusion import gaussian as d
 from sit_jax.diffusion import predictions
-from sit_jax.diffusion.diffusion import Diffusion
-from sit_jax.diffusion.paths import align
+from sit_jax.diffusion.gaussian import GaussianDiffusion
+from sit_jax.diffusion.paths import expand_dims_like
 from sit_jax.diffusion.schedules import cosine_betas
 from sit_jax.errors import UserError
 
@@ -28,13 +28,16 @@ def test_true_step_is_bayes_rule():
 
 
 @pytest.mark.parametrize(
-    "predicts", [predictions.noise, predictions.data, predictions.score, d.previous]
+    "predicts",
+    [predictions.noise, predictions.data, predictions.score, predictions.previous_x],
 )
 def test_telling_the_truth(predicts):
     """Whatever is predicted: the right answer costs nothing and gives the data."""
-    process = Diffusion(predicts=predicts, variance=d.fixed_small, objective=d.bound)
+    process = GaussianDiffusion(
+        predicts=predicts, variance=d.fixed_small, objective=d.kl_loss
+    )
     data, noise = some(0, 1000, 2, 2, 4), some(1, 1000, 2, 2, 4)
-    t = align(EVERY, data)
+    t = expand_dims_like(EVERY, data)
     (alpha, sigma), (p, q) = process.path(t), process.target(t)
     x, out = alpha * data + sigma * noise, p * data + q * noise
     mean, _, found = posterior_of(process, out, x, EVERY)
@@ -44,13 +47,13 @@ def test_telling_the_truth(predicts):
     np.testing.assert_allclose(mean, on_data * data + on_x * x, atol=2e-6)
     loss = loss_of(process, out, data, noise, EVERY)["loss"]
     np.testing.assert_allclose(loss[1:], 0, atol=1e-6)
-    squared = Diffusion(predicts=predicts, variance=d.fixed_small)
+    squared = GaussianDiffusion(predicts=predicts, variance=d.fixed_small)
     assert not np.any(loss_of(squared, out, data, noise, EVERY)["loss"] > 1e-10)
 
 
 def test_previous_is_not_read_as_noise():
     """The released sampler reads it as noise; here the answer is the mean itself."""
-    process = Diffusion(predicts=d.previous, variance=d.fixed_large)
+    process = GaussianDiffusion(predicts=predictions.previous_x, variance=d.fixed_large)
     x, out, t = some(0, 3, 2, 2, 4), some(1, 3, 2, 2, 4), jnp.array([0, 400, 999])
     mean, _, data = posterior_of(process, out, x, t)
     np.testing.assert_allclose(mean, out, atol=1e-5)
@@ -67,7 +70,9 @@ def test_bound_leaves_the_mean_alone():
         return jax.tree.map(jnp.sum, process.loss(net, data, noise, t))
 
     slopes = jax.jit(jax.jacrev(parts, (0, 1)), static_argnums=2)
-    both, alone = (slopes(0.5, 0.2, p) for p in (FULL, Diffusion(objective=d.bound)))
+    both, alone = (
+        slopes(0.5, 0.2, p) for p in (FULL, GaussianDiffusion(objective=d.kl_loss))
+    )
     assert both["vb"][0] == 0 and both["loss"][0] == both["mse"][0] != 0
     assert both["mse"][1] == 0 and both["loss"][1] == both["vb"][1] != 0
     assert alone["loss"][0] != 0
@@ -78,20 +83,20 @@ def test_rescaling_counts_the_visited_steps():
     data, noise, out = some(0, 4, 2, 2, 4), some(1, 4, 2, 2, 4), some(2, 4, 2, 2, 8)
 
     def loss(objective):
-        process = Diffusion(objective=objective).respaced(50)
+        process = GaussianDiffusion(objective=objective).respaced(50)
         return loss_of(process, out, data, noise, jnp.array([1, 2, 30, 49]))
 
-    plain, hybrid = loss(d.bound), loss(d.hybrid)
-    np.testing.assert_allclose(loss(d.rescaled_bound)["loss"], 50 * plain["loss"])
-    vb = loss(d.rescaled_hybrid)["vb"]
+    plain, hybrid = loss(d.kl_loss), loss(d.hybrid_loss)
+    np.testing.assert_allclose(loss(d.rescaled_kl_loss)["loss"], 50 * plain["loss"])
+    vb = loss(d.rescaled_hybrid_loss)["vb"]
     np.testing.assert_allclose(vb, hybrid["vb"] * 50 / 1000, rtol=1e-6)
     np.testing.assert_allclose(plain["vb"], hybrid["vb"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("objective", [d.hybrid, d.rescaled_bound])
+@pytest.mark.parametrize("objective", [d.hybrid_loss, d.rescaled_kl_loss])
 def test_finite_at_every_step(objective):
     """Loss and gradient, at all 1000 steps, data outside [-1, 1] included."""
-    process = Diffusion(objective=objective)
+    process = GaussianDiffusion(objective=objective)
     data, noise = 3 * some(0, 1000, 2, 2, 4), some(1, 1000, 2, 2, 4)
 
     def loss(out):
@@ -108,7 +113,7 @@ def test_bins_share_all_of_the_mass():
     data = jnp.linspace(-1, 1, 256).reshape(256, 1, 1, 1)
     same = lambda value: jnp.full_like(data, value)
     # a mean near the edge, so that the open outermost bin matters
-    step0 = d.Noised(data, data, same(0.97), jnp.zeros((256, 1, 1, 1), jnp.int32))
+    step0 = d.NoisedBatch(data, data, same(0.97), jnp.zeros((256, 1, 1, 1), jnp.int32))
     bits = jax.jit(FULL.bits)(step0, same(0.0), same(-6.0))
     np.testing.assert_allclose(jnp.sum(2.0**-bits), 1, atol=1e-5)
     # the middle of the range by hand: bin width times density, std exp(-3)
@@ -164,7 +169,7 @@ def test_respacing_keeps_the_levels():
 @pytest.mark.parametrize("variance", [d.learned_range, d.fixed_large, d.fixed_small])
 def test_a_chain_of_one_step(variance):
     """The released code fails here; beta stands in for the missing variance."""
-    process = Diffusion(variance=variance).respaced(1)
+    process = GaussianDiffusion(variance=variance).respaced(1)
     out = some(0, 2, 2, 2, 8 if variance is d.learned_range else 4)
     x, t = some(1, 2, 2, 2, 4), jnp.zeros(2, jnp.int32)
     mean, log_var, data = posterior_of(process, out, x, t)
@@ -194,11 +199,11 @@ def test_half_precision_network():
         ),
         ({"variance": d.fixed_large}, 8, "fixed_large needs 4 .* has 8.*=False"),
         ({"variance": d.fixed_small}, 8, "fixed_small needs 4 .* has 8.*=False"),
-        ({"objective": d.bound}, 4, "needs 8 output channels, the network has 4"),
+        ({"objective": d.kl_loss}, 4, "needs 8 output channels, the network has 4"),
     ],
 )
 def test_wrong_number_of_channels(fields, channels, words):
-    process, x, t = Diffusion(**fields), some(0, 2, 2, 2, 4), jnp.array([1, 2])
+    process, x, t = GaussianDiffusion(**fields), some(0, 2, 2, 2, 4), jnp.array([1, 2])
     out = jnp.ones((2, 2, 2, channels))
     with pytest.raises(UserError, match=words):
         process.loss(given(out), x, x, t)
@@ -220,7 +225,7 @@ def test_wrong_number_of_channels(fields, channels, words):
 )
 def test_impossible_settings(fields, words):
     with pytest.raises(UserError, match=words):
-        Diffusion(**fields)
+        GaussianDiffusion(**fields)
 
 
 def test_more_steps_than_there_are():
@@ -231,9 +236,13 @@ def test_more_steps_than_there_are():
 
 
 def test_as_a_config():
-    settings = dict(schedule=cosine_betas, predicts=d.previous, variance=d.fixed_small)
-    process = Diffusion(objective=d.rescaled_bound, kept=(0, 10, 999), **settings)
-    node = config.spec(Diffusion, objective=d.rescaled_bound, **settings)
+    settings = dict(
+        schedule=cosine_betas, predicts=predictions.previous_x, variance=d.fixed_small
+    )
+    process = GaussianDiffusion(
+        objective=d.rescaled_kl_loss, kept=(0, 10, 999), **settings
+    )
+    node = config.spec(GaussianDiffusion, objective=d.rescaled_kl_loss, **settings)
     node.kept = (0, 10, 999)
     assert config.build(config.from_json(config.to_json(node))) == process
-    assert config.build(config.spec(Diffusion)) == FULL != process
+    assert config.build(config.spec(GaussianDiffusion)) == FULL != process

@@ -20,8 +20,8 @@ from diffusions import (
 )
 from recorded import arrays, case, nchw, nhwc
 
-from sit_jax.diffusion import diffusion as d
-from sit_jax.diffusion.paths import align
+from sit_jax.diffusion import gaussian as d
+from sit_jax.diffusion.paths import expand_dims_like
 
 model = chains.model
 
@@ -132,7 +132,9 @@ def test_recorded_mixture_and_true_step():
     FULL.loss(net, data, noise, t)
     close(nchw(seen[0][0]), g["v0.x_t"])
     np.testing.assert_array_equal(seen[0][1], t)
-    on_data, on_x, _ = (d.gather(table, align(t, data)) for table in FULL.true_step)
+    on_data, on_x, _ = (
+        d.gather(table, expand_dims_like(t, data)) for table in FULL.true_step
+    )
     close(nchw(on_data * data + on_x * seen[0][0]), g["v0.q_posterior_mean"])
     log_var = d.gather(FULL.log_variances[0], t)
     close(log_var, g["v0.q_posterior_log_variance"])

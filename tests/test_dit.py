@@ -9,11 +9,11 @@ import pytest
 from networks import SMALL, noisy, quick_jit, recorded_model, recorded_params, shapes
 from recorded import arrays, case, nchw, nhwc, relative
 
-from sit_jax.convert import port
-from sit_jax.diffusion.guidance import guided
+from sit_jax.convert.rules import DIT_RULES, to_flax, to_torch
+from sit_jax.diffusion.guidance import classifier_free_guidance
 from sit_jax.errors import UserError
 from sit_jax.models import layers
-from sit_jax.models.dit import RULES, DiT, SiT
+from sit_jax.models.dit import DiT, SiT
 
 SIT = ["sit_forward_a", "sit_forward_b", "sit_forward_c"]
 DIT = ["dit_forward_a", "dit_forward_b"]
@@ -86,7 +86,7 @@ def test_guided_outputs_are_as_recorded(name, monkeypatch):
     def run(params, scale, x, t, y):
         net = lambda x, t, y: model.apply({"params": params}, x, t, y)
         strength = lambda t: jnp.full(t.shape, scale)
-        return guided(net, y, model.classes, strength)(x, t)
+        return classifier_free_guidance(net, y, model.classes, strength)(x, t)
 
     n = len(golden["cfg.x"]) // 2  # the second half is x again with the null label
     x, t, y = (golden[f"cfg.{k}"][:n] for k in "xty")
@@ -122,13 +122,13 @@ def test_without_null_label_the_table_has_one_row_per_class():
 def wave_params(model, side=8):
     """The closed-form weights that the released code was run with: entry k of the
     state dict, counted from 0 = pos_embed, is 0.05 sin(0.37 j + 1.3 k)."""
-    state = port.to_torch(
-        RULES, jax.tree.map(lambda s: np.zeros(s.shape), shapes(model))
+    state = to_torch(
+        DIT_RULES, jax.tree.map(lambda s: np.zeros(s.shape), shapes(model))
     )
     for k, (name, zeros) in enumerate(state.items(), start=1):
         wave = 0.05 * np.sin(0.37 * np.arange(zeros.size) + 1.3 * k)
         state[name] = wave.astype(np.float32).reshape(zeros.shape)
-    return port.to_flax(RULES, state)[0]
+    return to_flax(DIT_RULES, state)[0]
 
 
 CLOSED_FORM = [

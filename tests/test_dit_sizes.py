@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import equations, quick_jit, recorded_model, shapes
-from recorded import arrays, case, relative, weights
+from networks import equations, quick_jit, shapes
+from recorded import arrays, case, relative
 
-from sit_jax.convert import port
-from sit_jax.errors import UserError
-from sit_jax.models.dit import RULES, SIZES, DiT, SiT, constants, describe, macs
+from sit_jax.convert.rules import DIT_RULES, to_torch, torch_constants
+from sit_jax.models.dit import SIZES, DiT, SiT, macs
 
 # Parameters as train.py logs them (with the position table): at 256 pixels, of these
 # trainable, at 256 without sigma, at 512; then 1e9 multiply-adds at 256 and 512.
@@ -38,7 +37,7 @@ def test_published_sizes(kind, name):
     logged, trainable, plain, large, gmacs, large_gmacs = PUBLISHED[name]
     model = kind(**SIZES[size], patch=int(patch))
     count = lambda m: sum(s.size for s in jax.tree.leaves(shapes(m)))
-    fixed = lambda side: constants(model, side)["pos_embed"].size
+    fixed = lambda side: torch_constants(model, side)["pos_embed"].size
     assert count(model) == trainable == logged - fixed(32) == large - fixed(64)
     assert count(model.clone(learn_sigma=False)) + fixed(32) == plain
     for side, published in ((32, gmacs), (64, large_gmacs)):
@@ -86,7 +85,9 @@ def test_initial_weights_are_distributed_as_recorded(index):
         patch=k["patch_size"],
         classes=k["num_classes"],
     )
-    state = constants(model, k["input_size"]) | initial_state(model, k["input_size"])
+    state = torch_constants(model, k["input_size"]) | initial_state(
+        model, k["input_size"]
+    )
     assert list(state) == golden["names"]
     assert [list(a.shape) for a in state.values()] == golden["shapes"]
     for (name, ours), (n, mean, std, largest, _) in zip(
@@ -115,53 +116,4 @@ def initial_state(model, side):
     x = jnp.zeros((1, side, side, 4))
     init = quick_jit(model.init)
     params = init(jax.random.key(7), x, jnp.zeros(1), jnp.zeros(1, int))["params"]
-    return port.to_torch(RULES, params)
-
-
-@pytest.mark.parametrize("name", ["sit_forward_b", "dit_forward_a"])
-def test_network_is_read_off_its_torch_weights(name):
-    told, m = describe(weights(name.replace("_forward", ""))), recorded_model(name)
-    for field in ("depth", "width", "patch", "mlp_ratio", "classes", "learn_sigma"):
-        assert told[field] == getattr(m, field), field
-    assert told["side"] == case(name)["model"]["input_size"]
-    assert told["channels"] == 4 and told["heads"] is None
-
-
-def test_heads_are_known_for_published_widths_with_their_depth():
-    for size in SIZES.values():
-        for depth, heads in ((size["depth"], size["heads"]), (size["depth"] + 1, None)):
-            model = SiT(
-                **size | dict(depth=depth), patch=8, classes=3, learn_sigma=False
-            )
-            told = describe(torch_shapes(model, 16))
-            assert told["heads"] == heads and told["depth"] == depth
-            assert told["side"] == 16 and told["learn_sigma"] is False
-
-
-def torch_shapes(model, side):
-    """Shapes under torch names without the memory: every array is one broadcast 0."""
-    hollow = lambda s: np.broadcast_to(np.float32(0), s.shape)
-    flat = port.flatten_dict(jax.tree.map(hollow, shapes(model, side)), sep="/")
-    state = constants(model, side)
-    for torch_name, flax_name, layout in RULES:
-        there, here = layout.split("->")
-        for i in range(model.depth if "*" in torch_name else 1):
-            array = flat[flax_name][i] if "*" in torch_name else flat[flax_name]
-            state[torch_name.replace("*", str(i))] = np.einsum(
-                f"{here}->{there}", array
-            )
-    return state
-
-
-def test_null_row_is_assumed():
-    """Five classes without a null label look like four with one."""
-    assert describe(weights("sit_c"))["classes"] == 4
-
-
-def test_weights_of_something_else_are_refused():
-    state = dict(weights("sit_a"))
-    state["final_layer.linear.weight"] = np.zeros((12, 40))
-    with pytest.raises(UserError, match="3 channels for 4"):
-        describe(state)
-    with pytest.raises(UserError, match="not the weights.*pos_embed"):
-        describe({"conv1.weight": np.zeros((64, 3, 7, 7))})
+    return to_torch(DIT_RULES, params)

@@ -14,8 +14,8 @@ from recorded import relative
 from sit_jax.errors import UserError
 from sit_jax.models.dit import SiT
 from sit_jax.parallel.sharding import make_mesh
-from sit_jax.precision.emulation import EMULATED, chosen, emulated
-from sit_jax.precision.precision import EXACT, FAST, applied
+from sit_jax.precision.emulation import EMULATED, emulate, emulated_bits
+from sit_jax.precision.policy import EXACT, FAST, with_precision
 from sit_jax.sampling.generation import in_chunks
 
 RNG = np.random.default_rng(0)
@@ -38,12 +38,12 @@ ROUND = {"tpu-default": to_bfloat16, "gpu-tf32": to_tf32}
 @pytest.mark.parametrize("name", EMULATED)
 def test_a_dot_is_that_of_rounded_operands(name):
     rounded = ROUND[name]
-    ours = jax.jit(emulated(jnp.dot, chosen(name)))(X, W)
+    ours = jax.jit(emulate(jnp.dot, emulated_bits(name)))(X, W)
     # float32 sums of 24 products: some 2^-24 of their size
     assert relative(ours, rounded(X) @ rounded(W)) < 3e-7
     assert relative(ours, np.float64(X) @ W) > 1e-4
     ties = np.float32([[1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-11, 1 + 3 * 2**-11]])
-    ours = emulated(jnp.dot, chosen(name))(ties, np.eye(4, dtype=np.float32))
+    ours = emulate(jnp.dot, emulated_bits(name))(ties, np.eye(4, dtype=np.float32))
     np.testing.assert_array_equal(ours, rounded(ties))
 
 
@@ -60,7 +60,7 @@ def test_a_convolution_is_that_of_rounded_operands(name):
     conv = lambda a, b: jax.lax.conv_general_dilated(
         a, b, (2, 2), "VALID", dimension_numbers=layout
     )
-    ours = jax.jit(emulated(conv, chosen(name)))(image, kernel)
+    ours = jax.jit(emulate(conv, emulated_bits(name)))(image, kernel)
     assert relative(ours[0], want) < 3e-7
 
 
@@ -89,7 +89,7 @@ def _roundings(jaxpr, bits):
 
 @pytest.mark.parametrize("place", PLACES)
 def test_every_place_of_a_product_is_reached(place):
-    fn = emulated(PLACES[place], 8)
+    fn = emulate(PLACES[place], 8)
     program = jax.make_jaxpr(fn)(X, W)
     assert set(roundings(program.jaxpr, 8)) == {True}
     ours, want = quick_jit(fn)(X, W), to_bfloat16(X) @ to_bfloat16(W)
@@ -99,14 +99,12 @@ def test_every_place_of_a_product_is_reached(place):
 @pytest.mark.parametrize("place", ["custom_jvp", "custom_vjp", "remat", "scan"])
 def test_derivatives_are_those_of_rounded_operands(place):
     loss = lambda x, w: PLACES[place](x, w).sum()
-    ours = quick_jit(emulated(jax.grad(loss, (0, 1)), 8))(X, W)
+    ours = quick_jit(emulate(jax.grad(loss, (0, 1)), 8))(X, W)
     ones = np.ones((8, 24))
     want = ones @ to_bfloat16(W).T, to_bfloat16(X).T @ ones
     assert max(map(relative, ours, want)) < 3e-7
     # the other way round, what comes out is rounded once more
-    ours = quick_jit(jax.grad(lambda x, w: emulated(PLACES[place], 8)(x, w).sum()))(
-        X, W
-    )
+    ours = quick_jit(jax.grad(lambda x, w: emulate(PLACES[place], 8)(x, w).sum()))(X, W)
     assert relative(ours, want[0]) < 2**-8
     np.testing.assert_array_equal(ours, to_bfloat16(ours))
 
@@ -118,7 +116,7 @@ def apply(params, *inputs):
 @functools.cache
 def outputs(bits=None):
     params, *inputs = noisy()
-    net = apply if bits is None else emulated(apply, bits)
+    net = apply if bits is None else emulate(apply, bits)
     return quick_jit(net)(params, *inputs)
 
 
@@ -132,11 +130,11 @@ def test_a_network_changes_as_measured_on_large_ones():
 
 def test_every_product_of_a_network_and_of_its_gradient_is_rounded():
     params, *inputs = noisy()
-    program = jax.make_jaxpr(emulated(apply, 11))(params, *inputs)
+    program = jax.make_jaxpr(emulate(apply, 11))(params, *inputs)
     # eleven dots and the patches' convolution, two operands each
     assert roundings(program.jaxpr, 11) == [True] * 24
     gradient = jax.grad(lambda p: jnp.square(apply(p, *inputs)).mean())
-    program = jax.make_jaxpr(emulated(gradient, 11))(params)
+    program = jax.make_jaxpr(emulate(gradient, 11))(params)
     done = roundings(program.jaxpr, 11)
     assert all(done) and len(done) > 48
 
@@ -145,7 +143,7 @@ def test_every_product_of_a_network_and_of_its_gradient_is_rounded():
 def test_sampling_in_chunks_is_reached(inside):
     params, *inputs = noisy()
     inputs = [np.resize(x, (8, *x.shape[1:])) for x in inputs]
-    low = functools.partial(emulated, mantissa_bits=8)
+    low = functools.partial(emulate, mantissa_bits=8)
     mesh = make_mesh()
     net = in_chunks(low(apply), mesh) if inside else low(in_chunks(apply, mesh))
     ours = jax.jit(net)(params, *inputs)
@@ -157,8 +155,8 @@ def test_what_is_around_a_network_is_what_it_was():
 
     @quick_jit
     def around(x, w):
-        net = emulated(lambda x: jnp.sin(x @ w), 8)  # w belongs to the jit
-        one = lambda row: emulated(lambda zero: jnp.sin(row @ w) + zero, 8)(0.0)
+        net = emulate(lambda x: jnp.sin(x @ w), 8)  # w belongs to the jit
+        one = lambda row: emulate(lambda zero: jnp.sin(row @ w) + zero, 8)(0.0)
         out, pull = jax.vjp(net, x)
         return out, jax.vmap(one)(x), pull(out)[0], jax.jvp(net, (x,), (x,))[1]
 
@@ -173,23 +171,23 @@ def test_what_is_around_a_network_is_what_it_was():
 
 
 def test_arguments_and_results_are_trees():
-    net = emulated(lambda pair, *, scale: {"out": pair["x"] @ pair["w"] * scale}, 8)
+    net = emulate(lambda pair, *, scale: {"out": pair["x"] @ pair["w"] * scale}, 8)
     ours = net({"x": X, "w": W}, scale=2.0)
     assert relative(ours["out"], 2 * to_bfloat16(X) @ to_bfloat16(W)) < 3e-7
 
 
 def test_only_float32_is_rounded():
     x, w = jnp.asarray(X, jnp.bfloat16), jnp.arange(9).reshape(3, 3)
-    program = jax.make_jaxpr(emulated(lambda x, w: (x @ x.T, w @ w), 4))(x, w)
+    program = jax.make_jaxpr(emulate(lambda x, w: (x @ x.T, w @ w), 4))(x, w)
     assert not any(roundings(program.jaxpr, 4))
-    np.testing.assert_array_equal(emulated(jnp.dot, 4)(w, w), w @ w)
+    np.testing.assert_array_equal(emulate(jnp.dot, 4)(w, w), w @ w)
 
 
 @pytest.mark.parametrize("precision", [EXACT, FAST], ids=["exact", "fast"])
 def test_no_precision_undoes_it(precision):
     for net in (
-        applied(precision, emulated(jnp.dot, 11), "tpu"),
-        emulated(applied(precision, jnp.dot, "tpu"), 11),
+        with_precision(precision, emulate(jnp.dot, 11), "tpu"),
+        emulate(with_precision(precision, jnp.dot, "tpu"), 11),
     ):
         assert roundings(jax.make_jaxpr(net)(X, W).jaxpr, 11) == [True, True]
 
@@ -197,9 +195,9 @@ def test_no_precision_undoes_it(precision):
 @pytest.mark.parametrize("bits", [1, 25, 7.5])
 def test_impossible_bits_are_refused(bits):
     with pytest.raises(UserError, match=f"mantissa_bits={bits}: .* 2 to 24"):
-        emulated(jnp.dot, bits)
+        emulate(jnp.dot, bits)
 
 
 def test_unknown_platforms_are_refused():
     with pytest.raises(UserError, match="'tpu'; there are tpu-default, gpu-tf32"):
-        chosen("tpu")
+        emulated_bits("tpu")

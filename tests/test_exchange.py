@@ -20,12 +20,13 @@ from torch_releases import (
 )
 
 from sit_jax.config import spec, to_json
-from sit_jax.convert import comparison, moments, port, tensor_files, torch_files
+from sit_jax.convert import comparison, moments, tensor_files, torch_files
 from sit_jax.convert.exchange import Stored, open_torch
 from sit_jax.convert.released import Released
+from sit_jax.convert.rules import DIT_RULES, to_torch
 from sit_jax.errors import UserError
 from sit_jax.experiment import recipe
-from sit_jax.models.dit import RULES, SiT
+from sit_jax.models.dit import SiT
 from sit_jax.parallel import sharding
 from sit_jax.trainer import start
 
@@ -129,13 +130,13 @@ def test_an_own_run_goes_on_in_torch_as_here(tmp_path):
     assert list(network.state_dict()) == list(file["model"])
     optimizer = torch.optim.AdamW(network.parameters())
     optimizer.load_state_dict(file["opt"])
-    gradient = port.to_torch(RULES, grads)
+    gradient = to_torch(DIT_RULES, grads)
     for name, tensor in network.named_parameters():
         if tensor.requires_grad:
             tensor.grad = torch.from_numpy(gradient[name])
     optimizer.step()
     updates, _ = jax.jit(parts.tx.update)(grads, state, params)
-    ours = port.to_torch(RULES, optax.apply_updates(params, updates))
+    ours = to_torch(DIT_RULES, optax.apply_updates(params, updates))
     for name, tensor in network.named_parameters():
         if name in ours:
             # a few roundings of a step of 0.006; another step count moves it by 10 %

@@ -8,15 +8,12 @@ from torch_releases import base, golden, loaded, opened, renamed
 from sit_jax.config import build, from_json, spec, to_json
 from sit_jax.convert import tensor_files
 from sit_jax.convert.exchange import open_torch
+from sit_jax.convert.infer_config import args_of
 from sit_jax.convert.released import Released
-from sit_jax.convert.torch_config import args_of
 from sit_jax.diffusion import paths, predictions
-from sit_jax.diffusion.guidance import Interval
-from sit_jax.diffusion.interpolant import (
-    Interpolant,
-    likelihood_weight,
-    velocity_weight,
-)
+from sit_jax.diffusion.guidance import GuidanceInterval
+from sit_jax.diffusion.interpolant import Interpolant
+from sit_jax.diffusion.loss_weights import likelihood_weight, velocity_weight
 from sit_jax.errors import UserError
 from sit_jax.models.dit import SiT
 
@@ -80,7 +77,7 @@ def test_the_process_is_read_off_the_args_and_back(tmp_path, args, process):
 def test_args_know_no_schedule_of_guidance():
     config = base("sit")
     with config.ignore_type():
-        config.guidance = spec(Interval, scale=2.5, low=0.2, high=0.8)
+        config.guidance = spec(GuidanceInterval, scale=2.5, low=0.2, high=0.8)
     assert args_of(config)["cfg_scale"] == 2.5
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from recorded import arrays, case, nchw, nhwc, relative
 
-from sit_jax.convert import port
+from sit_jax.convert.rules import to_flax, to_torch
 from sit_jax.models.inception import Inception, prepared, resized
 from sit_jax.models.inception_layers import PLACES, RULES, SHAPES, TF_RULES
 
@@ -52,7 +52,7 @@ network = jax.jit(lambda params, x: Inception().apply({"params": params}, x))
 
 @cache
 def flax():
-    params, spare = port.to_flax(RULES, weights())
+    params, spare = to_flax(RULES, weights())
     assert not spare
     return params
 
@@ -120,7 +120,7 @@ def test_rules_name_every_tensor_once():
 
 def test_torch_to_flax_to_torch_is_bit_equal():
     state = weights()
-    back = port.to_torch(RULES, flax())
+    back = to_torch(RULES, flax())
     assert list(back) == list(state)
     for name, array in state.items():
         np.testing.assert_array_equal(back[name], array)

@@ -9,9 +9,10 @@ import torch
 from flax.traverse_util import unflatten_dict
 from tensorboardX.proto.graph_pb2 import GraphDef
 
-from sit_jax.convert import inception_weights, port
+from sit_jax.convert import inception_weights
 from sit_jax.convert.graph_files import constants
 from sit_jax.convert.inception_weights import CONVERTED, FILE, SIZE, load
+from sit_jax.convert.rules import to_torch
 from sit_jax.errors import UserError
 from sit_jax.manifest import weights_hash
 from sit_jax.models import inception_layers
@@ -53,7 +54,7 @@ def tree():
 
 def torch_file(path, **more):
     """A state dict with the counters that pytorch-fid's file has."""
-    state = port.to_torch(RULES, tree())
+    state = to_torch(RULES, tree())
     state = {name: torch.from_numpy(array) for name, array in state.items()} | more
     state["Conv2d_1a_3x3.bn.num_batches_tracked"] = torch.tensor(7)
     path.parent.mkdir(parents=True, exist_ok=True)

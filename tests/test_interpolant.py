@@ -11,13 +11,13 @@ from recorded import arrays, case, nchw, nhwc, relative
 from toys import EVERY, PATHS, PREDICTS, assert_close, tiny
 
 from sit_jax.diffusion import predictions
-from sit_jax.diffusion.interpolant import (
-    Interpolant,
+from sit_jax.diffusion.interpolant import Interpolant
+from sit_jax.diffusion.loss_weights import (
     likelihood_weight,
     unweighted,
     velocity_weight,
 )
-from sit_jax.diffusion.paths import align, linear, mix
+from sit_jax.diffusion.paths import expand_dims_like, interpolate, linear
 from sit_jax.errors import UserError
 
 G = arrays("sit_transport")
@@ -72,7 +72,7 @@ def test_recorded_drift_and_score(path, predicts):
 )
 def test_recorded_conversions(path, source, target):
     out = jnp.asarray(nhwc(G["fixed_model_output"]))
-    x, at = jnp.asarray(nhwc(G[f"path.{path}.xt"])), align(T, out)
+    x, at = jnp.asarray(nhwc(G[f"path.{path}.xt"])), expand_dims_like(T, out)
     ours = predictions.convert(
         out, x, at, PATHS[path], PREDICTS[source], PREDICTS[target]
     )
@@ -82,7 +82,10 @@ def test_recorded_conversions(path, source, target):
 @pytest.mark.parametrize("path", PATHS)
 def test_every_conversion_of_the_truth_is_the_truth(path):
     t = jnp.array([0.1, 0.5, 0.9]).reshape(3, 1, 1, 1)
-    x, every = mix(PATHS[path], DATA, NOISE, t), [*PREDICTS.values(), predictions.data]
+    x, every = (
+        interpolate(PATHS[path], DATA, NOISE, t),
+        [*PREDICTS.values(), predictions.data],
+    )
     truth = {}
     for predicts in every:
         p, q = predicts(PATHS[path], t)
@@ -97,7 +100,7 @@ def test_every_conversion_of_the_truth_is_the_truth(path):
 def test_the_truth_has_no_loss_and_swapped_roles_do(path, predicts):
     predicts = PREDICTS.get(predicts, predictions.data)
     process = Interpolant(PATHS[path], predicts)
-    p, q = predicts(PATHS[path], align(T, DATA))
+    p, q = predicts(PATHS[path], expand_dims_like(T, DATA))
     truth = lambda x, t: p * DATA + q * NOISE
     scale = np.mean(np.asarray(truth(None, None)) ** 2)
     assert process.loss(truth, DATA, NOISE, T)["loss"].max() < 1e-10 * max(scale, 1)

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from sit_jax.diffusion import noise
+from sit_jax.diffusion import rng
 from sit_jax.errors import UserError
 from sit_jax.sampling.labels import labels
 
 
 def test_random_ones_follow_from_seed_and_number():
-    expected = noise.labels(noise.image_keys(3, np.arange(20)), 10)
+    expected = rng.sample_labels(rng.image_keys(3, np.arange(20)), 10)
     np.testing.assert_array_equal(labels("random", 20, 10, 3), expected)
     np.testing.assert_array_equal(labels(None, 20, 10, 3)[:5], labels(None, 5, 10, 3))
 

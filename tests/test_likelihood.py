@@ -8,15 +8,15 @@ import pytest
 from recorded import arrays, case, nchw, nhwc
 from toys import PATHS, PREDICTS, gaussian, once, tiny
 
-from sit_jax.diffusion import noise
-from sit_jax.diffusion.diffusion import Diffusion
+from sit_jax.diffusion import rng
+from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.errors import UserError
-from sit_jax.samplers.adaptive import AdaptiveOde
-from sit_jax.samplers.likelihood import ChainBound, FlowLikelihood, exact
-from sit_jax.samplers.ode import Ode, euler, heun, rk4
-from sit_jax.samplers.sde import Sde
-from sit_jax.samplers.torchdiffeq import like_torchdiffeq
+from sit_jax.samplers.adaptive_ode import AdaptiveODE
+from sit_jax.samplers.fixed_ode import FixedStepODE, euler, heun, rk4
+from sit_jax.samplers.likelihood import FlowLikelihood, VariationalBound, exact_trace
+from sit_jax.samplers.sde import SDE
+from sit_jax.samplers.torchdiffeq import torchdiffeq_control
 
 model = chains.model
 G = arrays("sit_likelihood")
@@ -43,9 +43,9 @@ def draws(name):
 def measured(name):
     run, (network, params) = RUNS[name], tiny()
     process = Interpolant(PATHS[run["path"]], PREDICTS[run["prediction"]])
-    ode = AdaptiveOde(rtol=run["rtol"], atol=run["atol"], control=like_torchdiffeq)
+    ode = AdaptiveODE(rtol=run["rtol"], atol=run["atol"], control=torchdiffeq_control)
     if run["method"] in METHODS:
-        ode = Ode(METHODS[run["method"]], run["num_steps"] - 1)
+        ode = FixedStepODE(METHODS[run["method"]], run["num_steps"] - 1)
     likelihood = FlowLikelihood(ode, fresh=run["eps"] == "fresh")
     draw = draws(name)
 
@@ -92,9 +92,9 @@ def test_gaussian_data(path, predicts, trace):
     """Its divergence is the same in all directions, so one probe is exact too."""
     process = Interpolant(PATHS[path], PREDICTS[predicts])
     data = 0.7 + 0.4 * jax.random.normal(jax.random.key(0), (3, 2, 2, 1))
-    how = {"trace": exact} if trace == "exact" else {}
-    likelihood = FlowLikelihood(AdaptiveOde(rtol=1e-6, atol=1e-6), **how)
-    draw = noise.signs(noise.image_keys(0, jnp.arange(3)), (2, 2, 1))
+    how = {"trace": exact_trace} if trace == "exact" else {}
+    likelihood = FlowLikelihood(AdaptiveODE(rtol=1e-6, atol=1e-6), **how)
+    draw = rng.rademacher_probes(rng.image_keys(0, jnp.arange(3)), (2, 2, 1))
     net = gaussian(process, 0.7, 0.4)
     stats, end = once(lambda x: likelihood(draw, process, net, x))(data)
     np.testing.assert_allclose(
@@ -108,9 +108,9 @@ def test_vp_stops_where_its_noise_does():
     """The original begins at time 1 and divides by zero; nothing here is not finite."""
     process = Interpolant(PATHS["VP"], PREDICTS["noise"])
     data = 0.7 + 0.4 * jax.random.normal(jax.random.key(0), (3, 2, 2, 1))
-    draw = noise.signs(noise.image_keys(0, jnp.arange(3)), (2, 2, 1))
+    draw = rng.rademacher_probes(rng.image_keys(0, jnp.arange(3)), (2, 2, 1))
     net = gaussian(process, 0.7, 0.4)
-    run = once(lambda x: FlowLikelihood(Ode(rk4, 100))(draw, process, net, x))
+    run = once(lambda x: FlowLikelihood(FixedStepODE(rk4, 100))(draw, process, net, x))
     stats, _ = run(data)
     # what is measured is the data with the noise of time 0.999, 0.011 of it
     np.testing.assert_allclose(
@@ -125,13 +125,13 @@ def mixing(x, t):
 
 def test_probes_average_to_the_trace():
     data = jax.random.normal(jax.random.key(1), (2, 3, 3, 1))
-    keys = noise.image_keys(5, jnp.arange(2))
-    draw = noise.signs(keys, (3, 3, 1))
-    ode = Ode(heun, 4)
+    keys = rng.image_keys(5, jnp.arange(2))
+    draw = rng.rademacher_probes(keys, (3, 3, 1))
+    ode = FixedStepODE(heun, 4)
     run = lambda **how: once(
         lambda x: FlowLikelihood(ode, **how)(draw, Interpolant(), mixing, x)[0]["nats"]
     )(data)
-    whole, one, many = run(trace=exact), run(), run(probes=400)
+    whole, one, many = run(trace=exact_trace), run(), run(probes=400)
     assert np.abs(one - whole).max() > 0.1
     # the spread of one probe is about 1, of 400 a twentieth
     np.testing.assert_allclose(many, whole, atol=0.2)
@@ -139,12 +139,12 @@ def test_probes_average_to_the_trace():
 
 def test_a_record_does_not_see_its_neighbours():
     data = jax.random.normal(jax.random.key(1), (4, 3, 3, 1))
-    draw = noise.signs(noise.image_keys(5, jnp.arange(4)), (3, 3, 1))
-    two = noise.signs(noise.image_keys(5, jnp.arange(2)), (3, 3, 1))
+    draw = rng.rademacher_probes(rng.image_keys(5, jnp.arange(4)), (3, 3, 1))
+    two = rng.rademacher_probes(rng.image_keys(5, jnp.arange(2)), (3, 3, 1))
     go = lambda draw: (
-        lambda x: FlowLikelihood(Ode(heun, 4))(draw, Interpolant(), mixing, x)[0][
-            "nats"
-        ]
+        lambda x: FlowLikelihood(FixedStepODE(heun, 4))(draw, Interpolant(), mixing, x)[
+            0
+        ]["nats"]
     )
     alone, together = once(go(two))(data[:2]), once(go(draw))(data)
     np.testing.assert_allclose(alone, together[:2], rtol=1e-6)
@@ -157,9 +157,11 @@ def test_recorded_bounds(name, model):
     kicks = nhwc(g[run["noise"]])
     labels = jnp.asarray(g["y"])
     net = lambda x, t: model(x, t, labels)
-    bound = ChainBound(int(run["respacing"]), clip=run["clip_denoised"])
-    draw = noise.given(kicks)
-    stats, _ = once(lambda x: bound(draw, Diffusion(), net, x))(nhwc(g["x_data"]))
+    bound = VariationalBound(int(run["respacing"]), clip=run["clip_denoised"])
+    draw = rng.recorded_noise(kicks)
+    stats, _ = once(lambda x: bound(draw, GaussianDiffusion(), net, x))(
+        nhwc(g["x_data"])
+    )
     size = np.prod(g["x_data"].shape[1:])
     ours = {
         "total_bpd": -stats["nats"] / (size * np.log(2)),
@@ -177,13 +179,13 @@ def test_recorded_bounds(name, model):
     "make, message",
     [
         (lambda: FlowLikelihood(probes=0), "probes=0"),
-        (lambda: FlowLikelihood(Sde()), "Sde follows no flow"),
+        (lambda: FlowLikelihood(SDE()), "SDE follows no flow"),
         (
-            lambda: FlowLikelihood()(None, Diffusion(), None, None),
+            lambda: FlowLikelihood()(None, GaussianDiffusion(), None, None),
             "FlowLikelihood samples an Interpolant",
         ),
         (
-            lambda: ChainBound()(None, Interpolant(), None, None),
+            lambda: VariationalBound()(None, Interpolant(), None, None),
             "ChainBound samples a Diffusion",
         ),
     ],
@@ -195,7 +197,7 @@ def test_what_makes_no_sense_is_refused(make, message):
 
 
 def test_an_exact_trace_of_much_is_refused():
-    likelihood = FlowLikelihood(Ode(euler, 1), trace=exact)
-    draw = noise.signs(noise.image_keys(0, jnp.arange(1)), (32, 32, 5))
+    likelihood = FlowLikelihood(FixedStepODE(euler, 1), trace=exact_trace)
+    draw = rng.rademacher_probes(rng.image_keys(0, jnp.arange(1)), (32, 32, 5))
     with pytest.raises(UserError, match="exact trace of 5120 dimensions"):
         likelihood(draw, Interpolant(), lambda x, t: x, jnp.ones((1, 32, 32, 5)))

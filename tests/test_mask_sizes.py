@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from networks import equations, quick_jit, shapes
 
-from sit_jax.diffusion.diffusion import Diffusion
+from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.errors import UserError
 from sit_jax.models import masking
 from sit_jax.models.mdt import MDT, MDTv2
 from sit_jax.models.mdt_cost import step_macs
-from sit_jax.training import passes
+from sit_jax.training import objectives
 
 SMALL = dict(depth=3, decoder=1, width=24, heads=3, patch=1, classes=5)
 ONE, THREE = MDTv2(**SMALL), MDTv2(sizes=3, **SMALL)
@@ -30,8 +30,8 @@ def gradient(model, key):
     """-> the gradient of both passes, their terms, and how many tokens are seen."""
     keys = jax.random.split(key, 4)
     data = jax.random.normal(keys[0], SHAPE)
-    drawn = passes.drawn(model, key, keys, SHAPE, jnp.array([1, 4]), 0.1)
-    grad = passes.gradient(model, Diffusion(), False)
+    drawn = objectives.drawn(model, key, keys, SHAPE, jnp.array([1, 4]), 0.1)
+    grad = objectives.gradient(model, GaussianDiffusion(), False)
     found = grad({}, weights(), data, jnp.array([20, 700]), None, drawn)
     return found, drawn["m_"][0]["kept"][0]
 

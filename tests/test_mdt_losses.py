@@ -8,12 +8,16 @@ from mdt_recorded import BOTH, FREQUENCIES, mask, program
 from networks import quick_jit, recorded_params
 from recorded import arrays, case, nhwc
 
-from sit_jax.diffusion.diffusion import Diffusion
-from sit_jax.diffusion.min_snr import min_snr
+from sit_jax.diffusion.gaussian import GaussianDiffusion
+from sit_jax.diffusion.loss_weights import mdt_min_snr_loss
 
 
 def process(name):
-    return Diffusion(objective=min_snr) if name == "mdt2" else Diffusion()
+    return (
+        GaussianDiffusion(objective=mdt_min_snr_loss)
+        if name == "mdt2"
+        else GaussianDiffusion()
+    )
 
 
 def recorded_masks(name):
@@ -65,14 +69,14 @@ def test_min_snr_weighs_the_squared_error_alone(which):
 
     golden = arrays("mdt2")
     predicts = predictions.data if which == "fixed_xstart" else predictions.noise
-    process = Diffusion(predicts=predicts, objective=min_snr)
+    process = GaussianDiffusion(predicts=predicts, objective=mdt_min_snr_loss)
     out = nhwc(golden["loss.fixed_model_output"])
     data, noise = nhwc(golden["loss.x_start"]), nhwc(golden["loss.noise"])
     t = jnp.asarray(golden["loss.t"], jnp.int32)
     net = lambda x, t: jnp.asarray(out)
     both = lambda: (
         process.loss(net, data, noise, t),
-        Diffusion(predicts=predicts).loss(net, data, noise, t),
+        GaussianDiffusion(predicts=predicts).loss(net, data, noise, t),
     )
     terms, plain = quick_jit(both)()
     np.testing.assert_allclose(
@@ -87,7 +91,7 @@ def test_min_snr_weighs_the_squared_error_alone(which):
 def test_min_snr_is_that_of_the_schedule():
     n = 1000
     ones = jnp.ones((n, 1, 1, 1))
-    process = Diffusion(objective=min_snr)
+    process = GaussianDiffusion(objective=mdt_min_snr_loss)
     out = lambda x, t: jnp.concatenate([0 * ones, 0 * ones], -1)
     terms = quick_jit(lambda: process.loss(out, 0 * ones, ones, jnp.arange(n)))()
     weight = np.asarray(terms["mse"])

@@ -15,11 +15,11 @@ from sit_jax import checkpoint
 from sit_jax.config import build
 from sit_jax.convert import mdt_files, tensor_files
 from sit_jax.convert.exchange import Stored, open_torch
-from sit_jax.convert.port import to_torch
+from sit_jax.convert.rules import to_torch
 from sit_jax.errors import UserError
 from sit_jax.experiment import recipe
 from sit_jax.models.mdt import MDT, MDTv2
-from sit_jax.training.adan import AdanState
+from sit_jax.training.optimizers import AdanState
 
 pytestmark = pytest.mark.slow  # together they compile for a minute or two
 

@@ -7,11 +7,10 @@ from mdt_recorded import BOTH, FREQUENCIES, program
 from networks import quick_jit, recorded_model, recorded_params
 from recorded import arrays, case, nchw, nhwc, relative
 
-from sit_jax.diffusion.diffusion import Diffusion
-from sit_jax.diffusion.guidance import guided
-from sit_jax.diffusion.guidance_scales import PowerCosine
+from sit_jax.diffusion.gaussian import GaussianDiffusion
+from sit_jax.diffusion.guidance import PowerCosine, classifier_free_guidance
 from sit_jax.models import layers
-from sit_jax.samplers.chain import Ancestral
+from sit_jax.samplers.ddpm import DDPM
 
 STRENGTHS = [(1.5, 4.0), (4.0, 4.0), (4.0, 0.01), (3.8, 1.0)]
 
@@ -37,7 +36,9 @@ def test_guided_outputs_are_as_recorded(name):
     )[0]
     x, t, y = (golden[f"cfg.{k}"][:1] for k in "xty")
     for scale, power in STRENGTHS:
-        net = guided(run, jnp.asarray(y), model.classes, PowerCosine(scale, power))
+        net = classifier_free_guidance(
+            run, jnp.asarray(y), model.classes, PowerCosine(scale, power)
+        )
         theirs = golden[f"cfg.out_{scale}_pow{power}"][:1]
         # guidance multiplies the rounding of two outputs by the scale and some
         assert relative(nchw(net(nhwc(x), jnp.asarray(t))), theirs) < 1e-5, scale
@@ -54,9 +55,11 @@ def test_a_chain_of_eight_steps_ends_as_recorded(name, run, cfg):
     @quick_jit
     def sample(params, start, noise):
         net = lambda x, t, y: model.apply({"params": params}, x, t, y)
-        net = guided(net, jnp.asarray(golden["sample.y"]), model.classes, scale)
-        chain = Ancestral(steps=8, clip=told["clip_denoised"])
-        return chain(lambda i: noise[i], Diffusion(), net, start)[0]
+        net = classifier_free_guidance(
+            net, jnp.asarray(golden["sample.y"]), model.classes, scale
+        )
+        chain = DDPM(steps=8, clip=told["clip_denoised"])
+        return chain(lambda i: noise[i], GaussianDiffusion(), net, start)[0]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layers, "frequencies", lambda half, shift: FREQUENCIES)

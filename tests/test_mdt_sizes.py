@@ -9,7 +9,7 @@ import pytest
 from mdt_recorded import TINY
 from networks import equations, quick_jit, shapes
 
-from sit_jax.diffusion.guidance_scales import PowerCosine
+from sit_jax.diffusion.guidance import PowerCosine
 from sit_jax.errors import UserError
 from sit_jax.models import dit, layers, mdt_cost
 from sit_jax.models.mdt import MDT, MDTv2

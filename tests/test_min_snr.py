@@ -6,10 +6,11 @@ import pytest
 from networks import quick_jit
 
 from sit_jax.diffusion import predictions
-from sit_jax.diffusion.diffusion import Diffusion, fixed_small, previous
+from sit_jax.diffusion.gaussian import GaussianDiffusion, fixed_small
 from sit_jax.diffusion.interpolant import Interpolant
-from sit_jax.diffusion.min_snr import MinSnr, MinSnrHybrid, weight
-from sit_jax.diffusion.paths import VP, align, gvp, linear
+from sit_jax.diffusion.loss_weights import MinSnr, MinSnrHybridLoss, min_snr_weight
+from sit_jax.diffusion.paths import VP, expand_dims_like, gvp, linear
+from sit_jax.diffusion.predictions import previous_x
 from sit_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -34,7 +35,7 @@ def outputs(path, predicts, x, t):
 @pytest.mark.parametrize("path", [linear, gvp, VP()], ids=["linear", "gvp", "vp"])
 def test_all_predictions_of_an_interpolant_have_one_loss(path):
     t = jnp.array([0.1, 0.3, 0.5, 0.7, 0.9])
-    at = align(t, DATA)
+    at = expand_dims_like(t, DATA)
     wanted = data_loss(*path(t))
     for name in PREDICTS:
         predicts = getattr(predictions, name)
@@ -47,12 +48,12 @@ def test_all_predictions_of_an_interpolant_have_one_loss(path):
 
 @pytest.mark.parametrize("predicts", ["noise", "data", "score", "previous"])
 def test_and_all_of_a_diffusion(predicts):
-    predicts = previous if predicts == "previous" else getattr(predictions, predicts)
-    process = Diffusion(
-        predicts=predicts, variance=fixed_small, objective=MinSnrHybrid(3.0)
+    predicts = previous_x if predicts == "previous" else getattr(predictions, predicts)
+    process = GaussianDiffusion(
+        predicts=predicts, variance=fixed_small, objective=MinSnrHybridLoss(3.0)
     )
     t = jnp.array([5, 100, 200, 400, 700])
-    at = align(t, DATA)
+    at = expand_dims_like(t, DATA)
 
     def net(x, t):
         alpha, sigma = process.path(at)
@@ -68,13 +69,13 @@ def test_and_all_of_a_diffusion(predicts):
 
 def test_the_published_forms():
     """min / snr for the noise, min for the data, min / (snr + 1) for v."""
-    alpha_bar = Diffusion().alpha_bar[1:]
+    alpha_bar = GaussianDiffusion().alpha_bar[1:]
     alpha, sigma = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
-    noise = weight(alpha, sigma, 0.0, 1.0)
+    noise = min_snr_weight(alpha, sigma, 0.0, 1.0)
     np.testing.assert_allclose(
         noise[np.array([0, 50, 100, 130])], [5.0e-4, 0.155, 0.586, 1], rtol=2e-3
     )
-    v = weight(alpha, sigma, -sigma, alpha)
+    v = min_snr_weight(alpha, sigma, -sigma, alpha)
     np.testing.assert_allclose(
         v[np.array([200, 300, 500])], [0.656, 0.394, 0.078], rtol=5e-3
     )
@@ -92,7 +93,7 @@ def test_weights_are_finite_over_the_times_that_are_trained_on():
             assert np.isfinite(process.weight(path, process.predicts, t)).all()
 
 
-@pytest.mark.parametrize("make", [MinSnr, MinSnrHybrid])
+@pytest.mark.parametrize("make", [MinSnr, MinSnrHybridLoss])
 def test_a_limit_that_is_not_positive_is_refused(make):
     with pytest.raises(UserError, match="most=0"):
         make(most=0)

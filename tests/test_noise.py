@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sit_jax.diffusion import noise
+from sit_jax.diffusion import rng
 from sit_jax.parallel.sharding import make_mesh, split_batch
 
 SHAPE = (4, 4, 2)
@@ -14,9 +14,9 @@ SHAPE = (4, 4, 2)
 @jax.jit
 def drawn(seed, indices):
     """Everything random about some images; the last are the draws of steps 0 and 7."""
-    keys = noise.image_keys(seed, indices)
-    steps = jax.lax.map(noise.steps(keys, SHAPE), jnp.array([0, 7]))
-    return noise.labels(keys, 10), noise.start(keys, SHAPE), *steps
+    keys = rng.image_keys(seed, indices)
+    steps = jax.lax.map(rng.step_noise(keys, SHAPE), jnp.array([0, 7]))
+    return rng.sample_labels(keys, 10), rng.initial_noise(keys, SHAPE), *steps
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_nor_do_devices(whole):
 
 
 def test_a_step_s_noise_is_that_of_its_number_traced_or_not(whole):
-    draw = noise.steps(noise.image_keys(3, jnp.arange(32)), SHAPE)
+    draw = rng.step_noise(rng.image_keys(3, jnp.arange(32)), SHAPE)
     np.testing.assert_array_equal(draw(7), whole[3])
 
 
@@ -57,9 +57,9 @@ def test_seeds_images_and_uses_are_independent_normal_draws():
 
     @jax.jit
     def of_seed(seed):
-        keys = noise.image_keys(seed, jnp.arange(100))
-        step = noise.steps(keys, shape)
-        return [noise.start(keys, shape), *jax.lax.map(step, jnp.arange(3))]
+        keys = rng.image_keys(seed, jnp.arange(100))
+        step = rng.step_noise(keys, shape)
+        return [rng.initial_noise(keys, shape), *jax.lax.map(step, jnp.arange(3))]
 
     draws = of_seed(0) + of_seed(1)
     draws += [jnp.roll(draws[0], 1, axis=0)]  # image i beside image i + 1
@@ -71,17 +71,17 @@ def test_seeds_images_and_uses_are_independent_normal_draws():
 
 
 def test_labels_are_uniform_and_tell_nothing_of_the_noise():
-    keys = noise.image_keys(0, jnp.arange(4000))
-    labels = noise.labels(keys, 4)
+    keys = rng.image_keys(0, jnp.arange(4000))
+    labels = rng.sample_labels(keys, 4)
     counts = np.bincount(labels, minlength=4)
     assert labels.dtype == jnp.int32 and len(counts) == 4
     np.testing.assert_allclose(counts, 1000, atol=140)  # 5 standard deviations
-    start = noise.start(keys, (1,))[:, 0]
+    start = rng.initial_noise(keys, (1,))[:, 0]
     assert abs(np.corrcoef(labels, start)[0, 1]) < 0.08
 
 
 def test_given_noise_is_handed_out_step_by_step():
     recorded = np.arange(24.0, dtype=np.float32).reshape(3, 2, 4)
-    draw = noise.given(recorded)
+    draw = rng.recorded_noise(recorded)
     np.testing.assert_array_equal(draw(1), recorded[1])
     np.testing.assert_array_equal(jax.jit(draw)(2), recorded[2])

@@ -19,15 +19,22 @@ from toys import (
 )
 
 from sit_jax.diffusion import predictions
-from sit_jax.diffusion.diffusion import Diffusion
+from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.diffusion.interpolant import Interpolant
-from sit_jax.diffusion.paths import align
+from sit_jax.diffusion.paths import expand_dims_like
 from sit_jax.errors import UserError
 from sit_jax.parallel.sharding import make_mesh, split_batch
-from sit_jax.samplers.adams import Adams
-from sit_jax.samplers.adaptive import AdaptiveOde
-from sit_jax.samplers.ode import Ode, euler, heun, heun3, midpoint, rk4
-from sit_jax.samplers.torchdiffeq import like_torchdiffeq
+from sit_jax.samplers.adaptive_ode import AdaptiveODE
+from sit_jax.samplers.fixed_ode import (
+    Adams,
+    FixedStepODE,
+    euler,
+    heun,
+    heun3,
+    midpoint,
+    rk4,
+)
+from sit_jax.samplers.torchdiffeq import torchdiffeq_control
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -43,7 +50,7 @@ from sit_jax.samplers.torchdiffeq import like_torchdiffeq
     ids=["euler", "midpoint", "heun", "heun3", "rk4"],
 )
 def test_order_of_fixed_methods(method, order, steps, reverse):
-    coarse, fine = (solved(Ode(method, n, reverse))[0] for n in steps)
+    coarse, fine = (solved(FixedStepODE(method, n, reverse))[0] for n in steps)
     # 0.3: the terms of higher order
     assert abs(np.log(coarse / fine) / np.log(steps[1] / steps[0]) - order) < 0.3
 
@@ -56,7 +63,7 @@ def test_gaussian_data_exactly(path, predicts):
     process, mean, std = Interpolant(PATHS[path], predicts), 1.5, 0.5
     start = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
     net = gaussian(process, mean, std)
-    data, _ = once(lambda z: Ode(heun, 200)(None, process, net, z))(start)
+    data, _ = once(lambda z: FixedStepODE(heun, 200)(None, process, net, z))(start)
     (at_0, left_0), (at_1, left_1) = (
         map(float, process.path(jnp.float32(t))) for t in process.span()
     )
@@ -74,7 +81,7 @@ def test_one_image_is_found(path, predicts, method):
     image = jnp.linspace(-1, 1, 16).reshape(1, 4, 4, 1)
     noise = jax.random.normal(jax.random.key(1), (3, 4, 4, 1))
     net = one_image(process, image)
-    data, _ = once(lambda z: Ode(method, 200)(None, process, net, z))(noise)
+    data, _ = once(lambda z: FixedStepODE(method, 200)(None, process, net, z))(noise)
     # what is left of the noise at the end, up to 0.011 of it, and the grid's error
     np.testing.assert_allclose(data, jnp.broadcast_to(image, data.shape), atol=0.05)
 
@@ -82,12 +89,12 @@ def test_one_image_is_found(path, predicts, method):
 @pytest.mark.parametrize(
     "sampler",
     [
-        Ode(euler, 7),
-        Ode(heun, 7),
-        AdaptiveOde(rtol=1e-5, atol=1e-5),
-        AdaptiveOde(reverse=True),
-        AdaptiveOde(diffrax.Heun()),  # keeps no slope for the next step
-        AdaptiveOde(control=like_torchdiffeq),
+        FixedStepODE(euler, 7),
+        FixedStepODE(heun, 7),
+        AdaptiveODE(rtol=1e-5, atol=1e-5),
+        AdaptiveODE(reverse=True),
+        AdaptiveODE(diffrax.Heun()),  # keeps no slope for the next step
+        AdaptiveODE(control=torchdiffeq_control),
         Adams(6),
         Adams(6, implicit=True),
     ],
@@ -98,20 +105,22 @@ def test_one_image_is_found(path, predicts, method):
 )
 def test_evaluations_are_those_made(sampler):
     # the jump makes adaptive solvers reject steps
-    bumpy = lambda x, t: jnp.where(align(t, x) < 0.4, -x, 9 * jnp.cos(9 * x))
+    bumpy = lambda x, t: jnp.where(expand_dims_like(t, x) < 0.4, -x, 9 * jnp.cos(9 * x))
     net, calls = counted(bumpy)
     run = once(lambda z: sampler(None, Interpolant(), net, z))
     _, stats = run(jnp.linspace(-1, 1, 16).reshape(2, 2, 2, 2))
     jax.effects_barrier()
     assert len(calls) == stats["evaluations"] and stats["evaluations"].dtype == np.int32
-    if isinstance(sampler, AdaptiveOde):
+    if isinstance(sampler, AdaptiveODE):
         assert stats["rejected"] > 0 and stats["finished"]
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_four_devices_equal_one(name):
     sampler = SAMPLERS[name]
-    net = lambda x, t: jnp.tanh(3 * x) * (1 + align(t, x)) + jnp.roll(x, 1, axis=1)
+    net = lambda x, t: (
+        jnp.tanh(3 * x) * (1 + expand_dims_like(t, x)) + jnp.roll(x, 1, axis=1)
+    )
     noise = jax.random.normal(jax.random.key(0), (8, 4, 4, 2))
     run = lambda z: sampler(None, Interpolant(), net, z)
     alone, stats = once(run)(noise)
@@ -152,7 +161,7 @@ def test_states_kept_on_the_way(name):
 
 def test_more_states_than_steps_are_refused():
     with pytest.raises(UserError, match="frames=5.*3 steps"):
-        Ode(heun, 3, frames=5)(
+        FixedStepODE(heun, 3, frames=5)(
             None, Interpolant(), lambda x, t: x, jnp.ones((1, 1, 1, 1))
         )
 
@@ -160,20 +169,20 @@ def test_more_states_than_steps_are_refused():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: Ode(steps=0), "steps=0"),
-        (lambda: Ode(steps=-3), "steps=-3"),
-        (lambda: Ode(steps=2.5), "steps=2.5"),
-        (lambda: Ode(frames=-1), "frames=-1"),
+        (lambda: FixedStepODE(steps=0), "steps=0"),
+        (lambda: FixedStepODE(steps=-3), "steps=-3"),
+        (lambda: FixedStepODE(steps=2.5), "steps=2.5"),
+        (lambda: FixedStepODE(frames=-1), "frames=-1"),
         (lambda: Adams(0), "steps=0: a whole number, at least 1"),
         (lambda: Adams(corrections=0), "corrections=0"),
         (lambda: Adams(rtol=-1.0), "rtol=-1"),
-        (lambda: AdaptiveOde(frames=1.5), "frames=1.5"),
-        (lambda: AdaptiveOde(rtol=-1e-3), "rtol=-0.001"),
-        (lambda: AdaptiveOde(atol=float("nan")), "atol=nan"),
-        (lambda: AdaptiveOde(rtol=0, atol=0), "rtol=0"),
-        (lambda: AdaptiveOde(max_steps=0), "max_steps=0"),
-        (lambda: AdaptiveOde(diffrax.Euler()), "Euler.*Dopri5"),
-        (lambda: AdaptiveOde(diffrax.Kvaerno3()), "Kvaerno3.*Dopri5"),
+        (lambda: AdaptiveODE(frames=1.5), "frames=1.5"),
+        (lambda: AdaptiveODE(rtol=-1e-3), "rtol=-0.001"),
+        (lambda: AdaptiveODE(atol=float("nan")), "atol=nan"),
+        (lambda: AdaptiveODE(rtol=0, atol=0), "rtol=0"),
+        (lambda: AdaptiveODE(max_steps=0), "max_steps=0"),
+        (lambda: AdaptiveODE(diffrax.Euler()), "Euler.*Dopri5"),
+        (lambda: AdaptiveODE(diffrax.Kvaerno3()), "Kvaerno3.*Dopri5"),
     ],
 )
 def test_impossible_settings_are_refused(make, message):
@@ -182,8 +191,10 @@ def test_impossible_settings_are_refused(make, message):
 
 
 @pytest.mark.parametrize(
-    "sampler", [Ode(), AdaptiveOde(), Adams()], ids=["fixed", "adaptive", "adams"]
+    "sampler",
+    [FixedStepODE(), AdaptiveODE(), Adams()],
+    ids=["fixed", "adaptive", "adams"],
 )
 def test_a_diffusion_is_refused(sampler):
-    with pytest.raises(UserError, match="Diffusion .* use Ancestral or Ddim"):
-        sampler(None, Diffusion(), None, None)
+    with pytest.raises(UserError, match="Diffusion .* use DDPM or DDIM"):
+        sampler(None, GaussianDiffusion(), None, None)

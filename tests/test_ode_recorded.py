@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from ode_samplers import RUNS, G, compare_adaptive, compare_fixed, replayed
 
-from sit_jax.samplers.adaptive import AdaptiveOde
+from sit_jax.samplers.adaptive_ode import AdaptiveODE
 
 # The rest of the recorded runs is in tests/slow. Here are every path, prediction and
 # method, guidance, the way back, and a rejected step.
@@ -26,7 +26,7 @@ def test_recorded_adaptive_steps(name):
 def test_recorded_dopri5_is_not_further_from_the_solution(name):
     """Not equal: torchdiffeq runs past the end and interpolates back, we end there."""
     run = RUNS[name]
-    sampler = AdaptiveOde(rtol=run["rtol"], atol=run["atol"], max_steps=100)
+    sampler = AdaptiveODE(rtol=run["rtol"], atol=run["atol"], max_steps=100)
     data, stats = replayed(run, sampler)
     error = np.abs(data - G[run["exact"]][:2]).max()
     assert error < 1.5 * run["solver_error_vs_exact"][0]
@@ -37,5 +37,5 @@ def test_recorded_dopri5_is_not_further_from_the_solution(name):
 def test_dopri5_where_the_original_breaks_off():
     """A stage beyond time 1, where VP has no sigma, stops torchdiffeq."""
     assert "underflow" in RUNS["r42"]["error"]
-    data, stats = replayed(RUNS["r42"], AdaptiveOde())
+    data, stats = replayed(RUNS["r42"], AdaptiveODE())
     assert stats["finished"] and np.isfinite(data).all()

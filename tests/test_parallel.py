@@ -10,7 +10,7 @@ import pytest
 import small
 
 from sit_jax.config import spec
-from sit_jax.diffusion.diffusion import Diffusion
+from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.models import attention, layers, masking, mdt
 from sit_jax.models.dit import DiT, SiT
@@ -18,14 +18,14 @@ from sit_jax.models.mdt import MDTv2
 from sit_jax.parallel import placement, sharding
 from sit_jax.planning import hlo, program
 from sit_jax.planning.plan import bytes_of
-from sit_jax.training.training import fresh_state
+from sit_jax.training.state import create_train_state
 
 # Wide enough that most kernels have more than placement.SMALL elements.
 SIZE = dict(depth=2, width=64, heads=4, patch=2, classes=5)
 FAMILIES = {
     "SiT": (spec(SiT, **SIZE), spec(Interpolant)),
-    "DiT": (spec(DiT, **SIZE), spec(Diffusion)),
-    "MDTv2": (spec(MDTv2, **SIZE | {"depth": 3}, decoder=1), spec(Diffusion)),
+    "DiT": (spec(DiT, **SIZE), spec(GaussianDiffusion)),
+    "MDTv2": (spec(MDTv2, **SIZE | {"depth": 3}, decoder=1), spec(GaussianDiffusion)),
 }
 PRESETS = {
     "data parallel": sharding.data_parallel(),
@@ -55,7 +55,7 @@ def run(family, mesh, steps=5):
     """-> losses of a few steps as train.py takes them, and the state after them."""
     c = config(family)
     parts = program.training_recipe(c)
-    begin = partial(fresh_state, parts.tx, decay=parts.ema_decay)
+    begin = partial(create_train_state, parts.tx, decay=parts.ema_decay)
     _, where = program.state_shapes(parts, mesh)
     params = small.random_params(parts, 0)
     state = jax.jit(begin, out_shardings=where, compiler_options=QUICK)(params)

@@ -11,8 +11,8 @@ from networks import quick_jit
 
 from sit_jax.diffusion.timesteps import LossSecondMoment
 from sit_jax.models.codec import Pixels
-from sit_jax.training import averages
-from sit_jax.training.training import fresh_state, make_train_step
+from sit_jax.training.state import create_train_state, sampled_ema
+from sit_jax.training.step import make_train_step
 
 pytestmark = pytest.mark.slow  # together they compile for a minute or two
 
@@ -59,7 +59,7 @@ def stepped(passes=masked, data=None, decay=0.9, **options):
     params = {"plain": jnp.float32(0.3), "masked": jnp.float32(0.7)}
     timesteps = options.get("timesteps")
     losses = timesteps.begin(process) if timesteps else ()
-    state = fresh_state(TX, params, decay, losses)
+    state = create_train_state(TX, params, decay, losses)
     made = make_train_step(model, process, TX, decay, **options)
     arguments = (state, Pixels(), data or batch(), jax.random.key(0))
     return made, arguments, seen
@@ -170,4 +170,4 @@ def test_several_averages_after_one_step_are_their_closed_forms():
         for name, start_ in (("plain", 0.3), ("masked", 0.7)):
             exact = rate * start_ + (1 - rate) * float(new.params[name])
             assert float(tree[name]) == pytest.approx(exact, rel=1e-6)
-    assert averages.first(new.ema, (0.9, 0.5)) is new.ema["0.9"]
+    assert sampled_ema(new.ema, (0.9, 0.5)) is new.ema["0.9"]

@@ -14,7 +14,7 @@ from sit_jax.models.mdt import MDT, MDTv2
 from sit_jax.parallel import placement
 from sit_jax.parallel.sharding import make_mesh, planned_mesh
 from sit_jax.planning import plan
-from sit_jax.training.training import init_params, init_state
+from sit_jax.training.state import init_params, init_state
 
 WEIGHTS, ALL = ("fsdp", "tensor"), ("fsdp", "tensor", "data")
 

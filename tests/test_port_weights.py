@@ -18,9 +18,8 @@ import train
 from sit_jax import checkpoint
 from sit_jax.config import from_json
 from sit_jax.convert import tensor_files, torch_files
-from sit_jax.convert.port import to_flax
+from sit_jax.convert.rules import DIT_RULES, to_flax
 from sit_jax.manifest import weights_hash
-from sit_jax.models.dit import RULES
 
 BARE = FOLDER / "weights" / "sit_a.pt"
 FULL = FOLDER / "weights" / "train_sit_full.pt"
@@ -75,7 +74,7 @@ def test_a_released_file_goes_in_and_out(tmp_path, port):
 def test_the_report_names_both_sides_by_their_hashes(tmp_path, port):
     code, out, _ = port(BARE, tmp_path / "ck", *SIT_A)
     assert f"{hashlib.sha256(BARE.read_bytes()).hexdigest()}  {BARE}" in out
-    params, _ = to_flax(RULES, weights("sit_a"))
+    params, _ = to_flax(DIT_RULES, weights("sit_a"))
     assert f"{weights_hash(params)}  ema, as sample.py's" in out
 
 

@@ -13,14 +13,14 @@ from networks import SMALL, equations, noisy, quick_jit
 
 from sit_jax.errors import UserError
 from sit_jax.models.dit import DiT, SiT
-from sit_jax.precision.precision import (
+from sit_jax.precision.policy import (
     BF16,
     EXACT,
     FAST,
     PRECISIONS,
-    applied,
-    chosen,
-    computing,
+    get_precision,
+    with_compute_dtype,
+    with_precision,
 )
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -71,7 +71,7 @@ def _said(line):
 
 
 def dit(precision):
-    model, (params, *inputs) = computing(precision, DiT(**SMALL)), dit_inputs()
+    model, (params, *inputs) = with_compute_dtype(precision, DiT(**SMALL)), dit_inputs()
     return lambda p, *rest: model.apply({"params": p}, *rest), (params, *inputs)
 
 
@@ -93,7 +93,7 @@ def test_every_product_of_a_dit_says_it(word, platform):
     # what is not reached shows, for it says this instead
     ambient = "bfloat16" if "HIGH" in dot else "highest"
     with jax.default_matmul_precision(ambient):
-        found = said(applied(precision, net, platform), platform, *inputs)
+        found = said(with_precision(precision, net, platform), platform, *inputs)
     assert sorted(found) == sorted(
         [("dot_general", "f32", dot)] * OUTER
         + [("dot_general", low, dot)] * INNER
@@ -116,11 +116,11 @@ DOT = (jnp.ones((8, 4)), jnp.ones((4, 8)))
 def test_a_layer_with_a_precision_of_its_own_is_seen():
     """Or the test above could not fail."""
     own = lambda a, b: jnp.dot(a, b, precision="high") + a @ b
-    found = said(applied(EXACT, own), "tpu", *DOT)
+    found = said(with_precision(EXACT, own), "tpu", *DOT)
     kinds = [("dot_general", "f32", "HIGH"), ("dot_general", "f32", "HIGHEST")]
     assert sorted(found) == kinds
     own = lambda x, k: conv(x, k, precision="highest")
-    found = said(applied(FAST, own, "tpu"), "tpu", *CONV)
+    found = said(with_precision(FAST, own, "tpu"), "tpu", *CONV)
     assert found == [("convolution", "f32", "HIGHEST")]
 
 
@@ -139,7 +139,7 @@ def precisions(program):
 
 def test_derivatives_inherit_it():
     net, (params, *inputs) = dit(EXACT)
-    net = applied(EXACT, net)
+    net = with_precision(EXACT, net)
     loss = lambda p, *rest: jnp.square(net(p, *rest)).mean()
     highest = str((jax.lax.Precision.HIGHEST,) * 2)
     assert precisions((jax.grad(loss), params, *inputs)) == {highest}
@@ -150,17 +150,17 @@ def test_derivatives_inherit_it():
 
 @pytest.mark.parametrize("word", PRECISIONS)
 def test_it_is_this_backends_and_ends_with_the_call(word):
-    jax.jit(applied(PRECISIONS[word], jnp.dot))(*DOT)
+    jax.jit(with_precision(PRECISIONS[word], jnp.dot))(*DOT)
     assert jax.config.jax_default_matmul_precision is None
     highest = str((jax.lax.Precision.HIGHEST,) * 2)
-    assert precisions((applied(PRECISIONS[word], jnp.dot), *DOT)) == {highest}
+    assert precisions((with_precision(PRECISIONS[word], jnp.dot), *DOT)) == {highest}
 
 
 @functools.cache
 def output(word):
     params, *inputs = noisy()
     net = lambda p, *rest: SiT(**SMALL).apply({"params": p}, *rest)
-    net = net if word is None else applied(PRECISIONS[word], net)
+    net = net if word is None else with_precision(PRECISIONS[word], net)
     return quick_jit(net)(params, *inputs)
 
 
@@ -172,15 +172,19 @@ def test_a_cpu_has_one_way(word):
 
 def test_the_model_computes_in_the_words_dtype():
     model = DiT(**SMALL, dtype="bfloat16")
-    assert computing(EXACT, model) == computing(FAST, model) == DiT(**SMALL)
-    assert computing(BF16, DiT(**SMALL)) == model
+    assert (
+        with_compute_dtype(EXACT, model)
+        == with_compute_dtype(FAST, model)
+        == DiT(**SMALL)
+    )
+    assert with_compute_dtype(BF16, DiT(**SMALL)) == model
 
 
 def test_a_model_without_a_choice_is_taken_as_float32():
     fixed = SimpleNamespace()
-    assert computing(EXACT, fixed) is fixed
+    assert with_compute_dtype(EXACT, fixed) is fixed
     with pytest.raises(UserError, match="'bf16': SimpleNamespace .*exact or fast"):
-        computing(BF16, fixed)
+        with_compute_dtype(BF16, fixed)
 
 
 @pytest.mark.parametrize("capability", ["7.5", "8.0", "12.1", "gfx942"])
@@ -188,18 +192,18 @@ def test_bf16_needs_a_gpu_that_has_it(capability):
     gpu = SimpleNamespace(compute_capability=capability, device_kind="Tesla T4")
     if capability == "7.5":
         with pytest.raises(UserError, match="'bf16': Tesla T4 cannot .*exact or fast"):
-            computing(BF16, DiT(), gpu)
+            with_compute_dtype(BF16, DiT(), gpu)
     else:
-        assert computing(BF16, DiT(), gpu).dtype == "bfloat16"
-    assert computing(EXACT, DiT(), gpu) == DiT()
+        assert with_compute_dtype(BF16, DiT(), gpu).dtype == "bfloat16"
+    assert with_compute_dtype(EXACT, DiT(), gpu) == DiT()
 
 
 def test_words_are_found_and_others_refused():
-    assert [chosen(word) for word in PRECISIONS] == [EXACT, FAST, BF16]
+    assert [get_precision(word) for word in PRECISIONS] == [EXACT, FAST, BF16]
     with pytest.raises(UserError, match="no precision 'high'.* exact, fast, bf16"):
-        chosen("high")
+        get_precision("high")
 
 
 def test_other_platforms_are_refused():
     with pytest.raises(UserError, match="'exact' .*'metal'.* cpu, gpu or tpu"):
-        applied(EXACT, jnp.dot, "metal")(*DOT)
+        with_precision(EXACT, jnp.dot, "metal")(*DOT)

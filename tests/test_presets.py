@@ -5,15 +5,15 @@ import pytest
 from configs import dit_xl2, sit_xl2
 from sit_jax.config import from_json, to_json
 from sit_jax.convert.releases import RELEASES
-from sit_jax.diffusion.guidance_scales import PowerCosine
+from sit_jax.diffusion.guidance import PowerCosine
 from sit_jax.errors import UserError
 from sit_jax.experiment import recipe
 from sit_jax.models.rounding import ROUNDINGS
-from sit_jax.samplers.adaptive import AdaptiveOde
-from sit_jax.samplers.chain import Ancestral
-from sit_jax.samplers.ode import Ode, heun
-from sit_jax.samplers.sde import Sde, by_sigma, mean
-from sit_jax.samplers.torchdiffeq import like_torchdiffeq
+from sit_jax.samplers.adaptive_ode import AdaptiveODE
+from sit_jax.samplers.ddpm import DDPM
+from sit_jax.samplers.fixed_ode import FixedStepODE, heun
+from sit_jax.samplers.sde import SDE, diffusion_sigma, last_step_mean
+from sit_jax.samplers.torchdiffeq import torchdiffeq_control
 from sit_jax.sampling import presets
 
 
@@ -38,7 +38,7 @@ def test_each_is_a_recipe_that_can_be_recorded(name):
 
 def test_the_papers_ode_takes_250_evaluations():
     _, config = configured("sit-paper-ode")
-    assert recipe(config).sampler == Ode(heun, 125) and config.guidance == 1.5
+    assert recipe(config).sampler == FixedStepODE(heun, 125) and config.guidance == 1.5
 
 
 def test_an_unknown_one_lists_the_known():
@@ -46,7 +46,7 @@ def test_an_unknown_one_lists_the_known():
         presets.preset("sit")
 
 
-DOPRI5 = AdaptiveOde(rtol=1e-3, atol=1e-6, control=like_torchdiffeq)
+DOPRI5 = AdaptiveODE(rtol=1e-3, atol=1e-6, control=torchdiffeq_control)
 DRAWN = dict(vae="sd-vae-ft-ema", labels="random", num=50_000, seed=0)
 SHOWN = DRAWN | dict(
     vae="sd-vae-ft-mse", num=None, labels="207,360,387,974,88,979,417,279"
@@ -55,10 +55,16 @@ SPECIES = dict(vae="sd-vae-ft-mse", num=None, seed=1, labels="19,23,106,108,278,
 # What the originals drew with: the defaults of sample.py, sample_ddp.py (SiT and DiT),
 # image_sample.py and infer_mdt.py (MDT), and what SiT's author says of the paper's ODE.
 PUBLISHED = {
-    "sit-paper-ode": ("sit-xl2-256", Ode(heun, 125), 1.5, "brighter", DRAWN),
+    "sit-paper-ode": ("sit-xl2-256", FixedStepODE(heun, 125), 1.5, "brighter", DRAWN),
     "sit-paper-sde": (
         "sit-xl2-256",
-        Sde(steps=250, diffusion=by_sigma, norm=1.0, last_step=mean, last=0.04),
+        SDE(
+            steps=250,
+            diffusion=diffusion_sigma,
+            norm=1.0,
+            last_step=last_step_mean,
+            last=0.04,
+        ),
         1.5,
         "brighter",
         DRAWN,
@@ -66,14 +72,14 @@ PUBLISHED = {
     "sit-repo-default": ("sit-xl2-256", DOPRI5, 1.0, "brighter", DRAWN),
     "sit-repo-guided": ("sit-xl2-256", DOPRI5, 1.5, "brighter", DRAWN),
     "sit-pictures": ("sit-xl2-256", DOPRI5, 4.0, "brighter", SHOWN),
-    "dit-256": ("dit-xl2-256", Ancestral(250), 1.5, "brighter", DRAWN),
-    "dit-512": ("dit-xl2-512", Ancestral(250), 1.5, "brighter", DRAWN),
-    "dit-pictures": ("dit-xl2-256", Ancestral(250), 4.0, "brighter", SHOWN),
-    "mdt": ("mdt-xl2", Ancestral(250), PowerCosine(3.8, 4.0), "darker", DRAWN),
-    "mdtv2": ("mdtv2-xl2", Ancestral(250), PowerCosine(3.8, 4.0), "darker", DRAWN),
+    "dit-256": ("dit-xl2-256", DDPM(250), 1.5, "brighter", DRAWN),
+    "dit-512": ("dit-xl2-512", DDPM(250), 1.5, "brighter", DRAWN),
+    "dit-pictures": ("dit-xl2-256", DDPM(250), 4.0, "brighter", SHOWN),
+    "mdt": ("mdt-xl2", DDPM(250), PowerCosine(3.8, 4.0), "darker", DRAWN),
+    "mdtv2": ("mdtv2-xl2", DDPM(250), PowerCosine(3.8, 4.0), "darker", DRAWN),
     "mdtv2-pictures": (
         "mdtv2-xl2",
-        Ancestral(250),
+        DDPM(250),
         PowerCosine(4.0, 0.01),
         "brighter",  # a picture by save_image, which adds 0.5
         SPECIES,

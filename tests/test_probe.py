@@ -7,9 +7,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sit_jax.precision.emulation import emulated
-from sit_jax.precision.precision import BF16, EXACT, FAST, applied
-from sit_jax.precision.probe import line, mismatch, probe
+from sit_jax.precision.emulation import emulate
+from sit_jax.precision.policy import BF16, EXACT, FAST, with_precision
+from sit_jax.precision.probe import (
+    describe_precision,
+    measure_mantissa_bits,
+    precision_warning,
+)
 
 
 def found(default, model, convolution):
@@ -41,9 +45,9 @@ def in_two(fn):
 # what is done to a product, and the bits that are left
 DONE = {
     "nothing": (lambda fn: fn, 24),
-    "rounded to 8": (partial(emulated, mantissa_bits=8), 8),
-    "rounded to 11": (partial(emulated, mantissa_bits=11), 11),
-    "rounded to 23": (partial(emulated, mantissa_bits=23), 23),
+    "rounded to 8": (partial(emulate, mantissa_bits=8), 8),
+    "rounded to 11": (partial(emulate, mantissa_bits=11), 11),
+    "rounded to 23": (partial(emulate, mantissa_bits=23), 23),
     "left rounded": (lambda fn: lambda a, b: fn(rounded(a, 8), b), 8),
     "right rounded": (lambda fn: lambda a, b: fn(a, rounded(b, 11)), 11),
     "cut to 11": (lambda fn: lambda a, b: fn(cut(a, 11), cut(b, 11)), 11),
@@ -56,23 +60,27 @@ DONE = {
 @pytest.mark.parametrize("done", DONE)
 def test_it_finds_the_bits_of_operands(done):
     apply, bits = DONE[done]
-    assert probe(apply) == found(24, bits, bits)
+    assert measure_mantissa_bits(apply) == found(24, bits, bits)
 
 
 def test_a_cpu_keeps_what_the_words_promise():
-    assert probe(partial(applied, EXACT)) == found(24, 24, 24)
-    half = probe(partial(applied, BF16), BF16.dtype)
+    assert measure_mantissa_bits(partial(with_precision, EXACT)) == found(24, 24, 24)
+    half = measure_mantissa_bits(partial(with_precision, BF16), BF16.dtype)
     assert half == found(24, 8, 8)
-    assert mismatch(EXACT, found(24, 24, 24)) is mismatch(BF16, half) is None
+    assert (
+        precision_warning(EXACT, found(24, 24, 24))
+        is precision_warning(BF16, half)
+        is None
+    )
 
 
 def test_the_line():
     measured = found(8, 24, 24)
-    assert line(EXACT, measured) == (
+    assert describe_precision(EXACT, measured) == (
         "precision: exact; mantissa bits of a default dot 8, the model's 24, "
         "convolution 24 (cpu)"
     )
-    assert line(FAST, measured, "tpu-default").startswith(
+    assert describe_precision(FAST, measured, "tpu-default").startswith(
         "precision: fast, emulating tpu-default; mantissa"
     )
 
@@ -97,7 +105,7 @@ TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5e")
     ],
 )
 def test_what_is_promised_passes(precision, device, bits, emulation):
-    assert mismatch(precision, found(24, *bits), emulation, device) is None
+    assert precision_warning(precision, found(24, *bits), emulation, device) is None
 
 
 @pytest.mark.parametrize(
@@ -113,7 +121,7 @@ def test_what_is_promised_passes(precision, device, bits, emulation):
     ],
 )
 def test_anything_else_is_told_in_one_line(precision, device, bits, emulation, meant):
-    told = mismatch(precision, found(24, *bits), emulation, device)
+    told = precision_warning(precision, found(24, *bits), emulation, device)
     assert told.startswith(f"WARNING: precision {precision.word} means {meant}")
     assert f"a dot keeps {bits[0]} and a convolution {bits[1]}" in told
     assert "\n" not in told

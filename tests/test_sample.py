@@ -12,7 +12,7 @@ from recorded import FOLDER
 
 from configs import published
 from sit_jax.convert.exchange import open_torch
-from sit_jax.diffusion import noise
+from sit_jax.diffusion import rng
 from sit_jax.experiment import recipe
 from sit_jax.parallel import sharding
 from sit_jax.sampling.generation import Generator
@@ -49,13 +49,15 @@ def test_manifest_says_how_it_was_made(run, weights, tmp_path):
     record = json.loads((tmp_path / "x.npy.manifest.json").read_text())
     job = record["job"]
     assert job["seed"] == 5 and job["config"]["guidance"] == 1.5
-    assert job["config"]["sampler"]["method"] == {"name": "sit_jax.samplers.ode.euler"}
+    assert job["config"]["sampler"]["method"] == {
+        "name": "sit_jax.samplers.fixed_ode.euler"
+    }
     assert record["stats"]["evaluations"] == {"min": 3, "mean": 3.0, "max": 3}
     assert record["stats"]["unfinished"] == [] and len(record["weights_sha256"]) == 64
     assert record["codec"] == {"kind": "Pixels", "rounding": "brighter"}
     assert record["precision"]["model dot"] == 24
-    keys = noise.image_keys(5, np.arange(2))
-    assert job["labels"] == noise.labels(keys, 5).tolist()
+    keys = rng.image_keys(5, np.arange(2))
+    assert job["labels"] == rng.sample_labels(keys, 5).tolist()
 
 
 def test_guidance_sampler_seed_and_average_all_act(run, tmp_path):
@@ -78,8 +80,8 @@ def test_guidance_sampler_seed_and_average_all_act(run, tmp_path):
 
 
 def test_given_noise_is_where_it_starts(run, tmp_path):
-    keys = noise.image_keys(0, np.arange(3))
-    np.save(tmp_path / "noise.npy", noise.start(keys, (4, 4, 1)))
+    keys = rng.image_keys(0, np.arange(3))
+    np.save(tmp_path / "noise.npy", rng.initial_noise(keys, (4, 4, 1)))
     labels = ("--labels", "0,1,2", "--seed", "0")
     assert run(*labels, "--out", tmp_path / "a.npy")[0] == 0
     given = ("--noise", tmp_path / "noise.npy")
@@ -92,7 +94,7 @@ def test_given_noise_is_where_it_starts(run, tmp_path):
 def test_same_bytes_for_any_batch_size_and_number_of_devices():
     parts = recipe(small.config(guidance=2.0))
     params = small.random_params(parts, 0)
-    labels = np.asarray(noise.labels(noise.image_keys(3, np.arange(40)), 5))
+    labels = np.asarray(rng.sample_labels(rng.image_keys(3, np.arange(40)), 5))
 
     def drawn(devices, batch_size):
         mesh = sharding.make_mesh(data=-1, fsdp=1, devices=jax.devices()[:devices])
@@ -136,7 +138,7 @@ BAD = {
         ["--sampler", "hein"],
         "'hein' is unknown (did you mean heun?); there are euler",
     ),
-    "misfit": (["--sampler", "ddpm"], "Ancestral"),
+    "misfit": (["--sampler", "ddpm"], "DDPM"),
     "steps": (
         ["--sampler", "dopri5", "--steps", "9"],
         "--steps 9: --sampler dopri5 has no such setting; --sampler euler",

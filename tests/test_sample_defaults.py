@@ -8,10 +8,10 @@ import small
 import sample
 from configs import mdt_xl2
 from sit_jax.config import spec
-from sit_jax.diffusion.guidance_scales import PowerCosine
+from sit_jax.diffusion.guidance import PowerCosine
 from sit_jax.models.codec import Pixels
 from sit_jax.models.rounding import to_uint8_darker
-from sit_jax.samplers.ode import Ode, euler
+from sit_jax.samplers.fixed_ode import FixedStepODE, euler
 from sit_jax.sampling import presets
 from sit_jax.sampling.presets import Preset
 
@@ -22,7 +22,10 @@ def weights(tmp_path_factory):
     guidance = spec(PowerCosine, scale=3.0, power=4.0, steps=1)
     config = small.config(codec=spec(Pixels, rounding=to_uint8_darker))
     with config.ignore_type():
-        config.guidance, config.sampler = guidance, spec(Ode, method=euler, steps=2)
+        config.guidance, config.sampler = (
+            guidance,
+            spec(FixedStepODE, method=euler, steps=2),
+        )
     return small.checkpoint(tmp_path_factory.mktemp("weights"), config)
 
 
@@ -51,7 +54,7 @@ def test_bytes_are_rounded_as_the_config_of_the_weights_says(job):
 def test_a_seed_of_0_is_not_the_presets(job, monkeypatch):
     made = Preset(
         *("any", "a figure", "nobody"),
-        sampler=spec(Ode, method=euler, steps=1),
+        sampler=spec(FixedStepODE, method=euler, steps=1),
         guidance=1.0,
         **dict(vae=None, labels="1", num=None, seed=4),
     )

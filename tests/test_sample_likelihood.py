@@ -13,10 +13,10 @@ import small
 
 from sit_jax.config import spec
 from sit_jax.data.sources import Digits
-from sit_jax.diffusion import noise
-from sit_jax.diffusion.diffusion import Diffusion
+from sit_jax.diffusion import rng
+from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.models.dit import DiT
-from sit_jax.samplers.chain import Ancestral
+from sit_jax.samplers.ddpm import DDPM
 
 run = sample_runs.run
 weights = sample_runs.weights
@@ -64,8 +64,8 @@ def test_bounds_of_a_diffusion(run, tmp_path):
     weights = digits(
         tmp_path,
         model=spec(DiT, depth=1, width=16, heads=2, patch=2, classes=10),
-        process=spec(Diffusion),
-        sampler=spec(Ancestral, steps=4),
+        process=spec(GaussianDiffusion),
+        sampler=spec(DDPM, steps=4),
     )
     out = tmp_path / "x.csv"
     code, said, _ = run("--likelihood", "--num", "2", "--out", out, weights=weights)
@@ -79,7 +79,7 @@ def test_a_records_latent_does_not_depend_on_who_is_beside_it():
     from sit_jax.sampling.densities import _data, uniform
 
     moments = np.random.default_rng(0).standard_normal((6, 2, 2, 8), np.float32)
-    keys, parts = noise.image_keys(0, np.arange(6)), SimpleNamespace(codec=Latents())
+    keys, parts = rng.image_keys(0, np.arange(6)), SimpleNamespace(codec=Latents())
     drawn = lambda rows: _data(
         parts, uniform, keys[rows], {"moments": moments[rows]}, False
     )
@@ -102,7 +102,7 @@ def test_dequantized_densities_know_their_noise():
 
 
 def test_noise_of_directions_is_plus_and_minus_one():
-    draw = noise.signs(noise.image_keys(0, jnp.arange(3)), (8, 8, 1))
+    draw = rng.rademacher_probes(rng.image_keys(0, jnp.arange(3)), (8, 8, 1))
     first, second = draw(0), draw(1)
     assert set(np.unique(first)) == {-1.0, 1.0} and first.shape == (3, 8, 8, 1)
     assert not np.array_equal(first, second) and abs(float(first.mean())) < 0.3

@@ -6,10 +6,10 @@ import pytest
 from networks import equations
 
 from sit_jax.config import build
-from sit_jax.diffusion.diffusion import Diffusion, fixed_small
+from sit_jax.diffusion.gaussian import GaussianDiffusion, fixed_small
 from sit_jax.diffusion.interpolant import Interpolant
-from sit_jax.samplers.adaptive import AdaptiveOde
-from sit_jax.samplers.names import CONTROLS, SAMPLERS
+from sit_jax.samplers.adaptive_ode import AdaptiveODE
+from sit_jax.samplers.registry import CONTROLS, SAMPLERS
 
 CHAINS = ("ddpm", "ddim")
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -17,7 +17,9 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 def program(name, sampler):
     """The sampler's program with a network that has no products."""
-    process = Diffusion(variance=fixed_small) if name in CHAINS else Interpolant()
+    process = (
+        GaussianDiffusion(variance=fixed_small) if name in CHAINS else Interpolant()
+    )
     draw = lambda i: jnp.zeros((2, 4, 4, 1))
     run = lambda x: sampler(draw, process, lambda x, t: 0.5 * x, x)[0]
     return jax.make_jaxpr(run)(jnp.zeros((2, 4, 4, 1))).jaxpr
@@ -25,7 +27,7 @@ def program(name, sampler):
 
 ALL = {name: lambda make=make: build(make()) for name, make in SAMPLERS.items()}
 ALL |= {
-    word: lambda control=control: AdaptiveOde(control=control)
+    word: lambda control=control: AdaptiveODE(control=control)
     for word, control in CONTROLS.items()
 }
 
@@ -41,7 +43,7 @@ def test_no_product_is_left_to_the_platform(name):
 def test_the_network_keeps_the_precision_that_it_is_given():
     def seen(word):
         net = lambda x, t: x @ jnp.eye(1)
-        run = lambda x: AdaptiveOde()(None, Interpolant(), net, x)[0]
+        run = lambda x: AdaptiveODE()(None, Interpolant(), net, x)[0]
         with jax.default_matmul_precision(word):
             found = jax.make_jaxpr(run)(jnp.zeros((2, 4, 4, 1))).jaxpr
         dots = [e for e in equations(found) if e.primitive.name == "dot_general"]

@@ -5,10 +5,10 @@ import pytest
 from recorded import arrays
 
 from sit_jax.diffusion.schedules import (
-    DdimSpacing,
+    DDIMSpacing,
     cosine_betas,
-    kept_steps,
     linear_betas,
+    space_timesteps,
 )
 from sit_jax.errors import UserError
 
@@ -38,27 +38,27 @@ def test_cosine_betas():
 
 
 @pytest.mark.parametrize(
-    "name, spacing", [("10", 10), ("50", 50), ("ddim25", DdimSpacing(25))]
+    "name, spacing", [("10", 10), ("50", 50), ("ddim25", DDIMSpacing(25))]
 )
 def test_recorded_timestep_maps(name, spacing):
     recorded = arrays("dit_tables")[f"{name}.timestep_map"]
-    assert kept_steps(1000, spacing) == tuple(recorded)
+    assert space_timesteps(1000, spacing) == tuple(recorded)
 
 
 def test_250_steps_have_gaps_of_four_and_five():
-    kept = kept_steps(1000, 250)
+    kept = space_timesteps(1000, 250)
     assert kept[:4] == (0, 4, 8, 12) and kept[-4:] == (987, 991, 995, 999)
     assert len(kept) == 250 and set(np.diff(kept)) == {4, 5}
 
 
 def test_ddim_spacing_is_a_plain_stride():
-    assert kept_steps(1000, DdimSpacing(50)) == tuple(range(0, 1000, 20))
-    assert kept_steps(1000, DdimSpacing(1000)) == tuple(range(1000))
+    assert space_timesteps(1000, DDIMSpacing(50)) == tuple(range(0, 1000, 20))
+    assert space_timesteps(1000, DDIMSpacing(1000)) == tuple(range(1000))
 
 
 def test_sections_share_the_chain():
     """1000 = 334 + 333 + 333: the first sections are the longer ones."""
-    kept = kept_steps(1000, (10, 15, 20))
+    kept = space_timesteps(1000, (10, 15, 20))
     assert len(kept) == 45
     assert [sum(a <= k < b for k in kept) for a, b in ((0, 334), (334, 667))] == [
         10,
@@ -70,16 +70,16 @@ def test_sections_share_the_chain():
 
 def test_places_are_summed_and_rounded_half_to_even():
     # 10 * (999 / 20) is 499.5, which rounds to 500; the sum of ten falls just short
-    assert kept_steps(1000, 21)[10] == 499
+    assert space_timesteps(1000, 21)[10] == 499
     # the middle of six steps lies at 2.5
-    assert kept_steps(6, 3) == (0, 2, 5)
+    assert space_timesteps(6, 3) == (0, 2, 5)
 
 
 def test_ends_of_the_range():
-    assert kept_steps(1000, 1000) == tuple(range(1000))
-    assert kept_steps(1000, 1) == (0,)
-    assert kept_steps(1000, (1, 0, 1)) == (0, 667)
-    assert kept_steps(1000, np.int64(10)) == kept_steps(1000, (10,))
+    assert space_timesteps(1000, 1000) == tuple(range(1000))
+    assert space_timesteps(1000, 1) == (0,)
+    assert space_timesteps(1000, (1, 0, 1)) == (0, 667)
+    assert space_timesteps(1000, np.int64(10)) == space_timesteps(1000, (10,))
 
 
 @pytest.mark.parametrize(
@@ -97,17 +97,17 @@ def test_ends_of_the_range():
         (True, "not a spacing"),
         ([10, 10], "not a spacing"),
         (
-            DdimSpacing(300),
+            DDIMSpacing(300),
             "no stride visits 300 of 1000 steps; nearest are 334 and 250",
         ),
     ],
 )
 def test_impossible_spacings(spacing, words):
     with pytest.raises(UserError, match=words):
-        kept_steps(1000, spacing)
+        space_timesteps(1000, spacing)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 2.5])
 def test_impossible_ddim_spacings(steps):
     with pytest.raises(UserError, match="DdimSpacing"):
-        DdimSpacing(steps)
+        DDIMSpacing(steps)

@@ -19,25 +19,30 @@ from toys import (
     sampled,
 )
 
-from sit_jax.diffusion.diffusion import Diffusion
+from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.diffusion.interpolant import Interpolant
-from sit_jax.diffusion.noise import given
+from sit_jax.diffusion.rng import recorded_noise
 from sit_jax.errors import UserError
 from sit_jax.parallel.sharding import make_mesh, split_batch
 from sit_jax.samplers import sde
-from sit_jax.samplers.sde import Sde
+from sit_jax.samplers.sde import SDE
 
 G = arrays("sit_sde")
 RUNS = {run["id"]: run for run in case("sit_sde")["runs"]}
 FORMS = {
-    "constant": sde.constant,
-    "SBDM": sde.by_score,
-    "sigma": sde.by_sigma,
-    "linear": sde.falling,
-    "decreasing": sde.decreasing,
-    "inccreasing-decreasing": sde.increasing_decreasing,
+    "constant": sde.diffusion_constant,
+    "SBDM": sde.diffusion_sbdm,
+    "sigma": sde.diffusion_sigma,
+    "linear": sde.diffusion_linear,
+    "decreasing": sde.diffusion_decreasing,
+    "inccreasing-decreasing": sde.diffusion_increasing_decreasing,
 }
-LAST = {None: sde.none, "Mean": sde.mean, "Tweedie": sde.tweedie, "Euler": sde.euler}
+LAST = {
+    None: sde.last_step_none,
+    "Mean": sde.last_step_mean,
+    "Tweedie": sde.last_step_tweedie,
+    "Euler": sde.last_step_euler,
+}
 METHODS = {"Euler": sde.euler_maruyama, "Heun": sde.heun}
 # Every form, last step, method, path and prediction, other norms, and a guided run;
 # r052 is SBDM with velocity, which needs a margin.
@@ -61,7 +66,7 @@ def test_recorded_runs(name):
     process = Interpolant(
         PATHS[run["path"]], PREDICTS[run["prediction"]], sample_margin=margin
     )
-    sampler = Sde(
+    sampler = SDE(
         run["num_steps"],
         FORMS[run["diffusion_form"]],
         run["diffusion_norm"],
@@ -97,10 +102,14 @@ def normal(*shape):
 def test_gaussian_data(path, predicts):
     """Mean and spread of the samples are those of the data."""
     process, mean, std = Interpolant(PATHS[path], PREDICTS[predicts]), 1.5, 0.5
-    form = {"velocity": sde.by_sigma, "score": sde.by_score, "noise": sde.constant}
-    sampler = Sde(400, form[predicts], last_step=sde.none)
+    form = {
+        "velocity": sde.diffusion_sigma,
+        "score": sde.diffusion_sbdm,
+        "noise": sde.diffusion_constant,
+    }
+    sampler = SDE(400, form[predicts], last_step=sde.last_step_none)
     net, draws = gaussian(process, mean, std), normal(400, 2048, 2, 2, 1)
-    run = once(lambda z, draws: sampler(given(draws), process, net, z))
+    run = once(lambda z, draws: sampler(recorded_noise(draws), process, net, z))
     data, _ = run(draws[-1], draws[:-1])
     # 8192 values: the standard errors are 0.0055 and 0.004, and the grid adds as much
     assert abs(float(data.mean()) - mean) < 0.025
@@ -117,21 +126,26 @@ def test_one_image_is_found(path, predicts, method):
     image = jnp.linspace(-1, 1, 16).reshape(1, 4, 4, 1)
     draws = normal(100, 3, 4, 4, 1)
     net = one_image(process, image)
-    sampler = Sde(100, last_step=sde.tweedie, method=METHODS[method])
-    data, _ = once(lambda z: sampler(given(draws), process, net, z))(draws[-1])
+    sampler = SDE(100, last_step=sde.last_step_tweedie, method=METHODS[method])
+    data, _ = once(lambda z: sampler(recorded_noise(draws), process, net, z))(draws[-1])
     # whatever noise is left, this network knows the image: exact but for rounding
     np.testing.assert_allclose(data, jnp.broadcast_to(image, data.shape), atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "path, last_step", [("Linear", sde.none), ("GVP", sde.mean), ("VP", sde.euler)]
+    "path, last_step",
+    [
+        ("Linear", sde.last_step_none),
+        ("GVP", sde.last_step_mean),
+        ("VP", sde.last_step_euler),
+    ],
 )
 def test_last_steps_come_near_the_image(path, last_step):
     process = Interpolant(PATHS[path])
     image = jnp.linspace(-1, 1, 16).reshape(1, 4, 4, 1)
     draws = normal(250, 3, 4, 4, 1)
-    net, sampler = one_image(process, image), Sde(last_step=last_step)
-    data, _ = once(lambda z: sampler(given(draws), process, net, z))(draws[-1])
+    net, sampler = one_image(process, image), SDE(last_step=last_step)
+    data, _ = once(lambda z: sampler(recorded_noise(draws), process, net, z))(draws[-1])
     assert np.abs(data - image).mean() < 0.1
 
 
@@ -143,40 +157,40 @@ def test_runs_are_finite_up_to_both_ends(path, form):
     """Heun asks at time 1 and SBDM near 0, where the original is not finite."""
     process = Interpolant(PATHS[path])
     draws = normal(9, 3, 4, 4, 1)
-    sampler = Sde(9, FORMS[form], last_step=sde.none, method=sde.heun)
+    sampler = SDE(9, FORMS[form], last_step=sde.last_step_none, method=sde.heun)
     net = lambda x, t: 0.5 * x - 1
-    data, _ = once(lambda z: sampler(given(draws), process, net, z))(draws[-1])
+    data, _ = once(lambda z: sampler(recorded_noise(draws), process, net, z))(draws[-1])
     assert np.isfinite(data).all()
 
 
 def toy(sampler, draws, net=lambda x, t: -x, **options):
-    run = lambda z, draws: sampler(given(draws), Interpolant(), net, z)
+    run = lambda z, draws: sampler(recorded_noise(draws), Interpolant(), net, z)
     return once(run, **options)(jnp.ones(draws.shape[1:]), draws)
 
 
 def test_noise_is_what_draw_gives():
     draws = normal(9, 8, 2, 2, 1)
-    one, other = toy(Sde(10), draws)[0], toy(Sde(10), -draws)[0]
+    one, other = toy(SDE(10), draws)[0], toy(SDE(10), -draws)[0]
     assert np.abs(one - other).mean() > 0.1
-    np.testing.assert_array_equal(one, toy(Sde(10), draws)[0])
+    np.testing.assert_array_equal(one, toy(SDE(10), draws)[0])
     # without diffusion it is the ODE, whatever is drawn
-    still = [toy(Sde(10, norm=0.0), d)[0] for d in (draws, -draws)]
+    still = [toy(SDE(10, norm=0.0), d)[0] for d in (draws, -draws)]
     np.testing.assert_array_equal(*still)
 
 
 def test_four_devices_equal_one():
     draws = normal(9, 8, 2, 2, 1)
     where = split_batch(make_mesh(devices=jax.devices()[:4]))
-    shared, _ = toy(Sde(10), draws, in_shardings=(where, None))
-    np.testing.assert_allclose(shared, toy(Sde(10), draws)[0], rtol=1e-6, atol=1e-6)
+    shared, _ = toy(SDE(10), draws, in_shardings=(where, None))
+    np.testing.assert_allclose(shared, toy(SDE(10), draws)[0], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     "sampler, evaluations",
     [
-        (Sde(10), 10),
-        (Sde(10, last_step=sde.none), 9),
-        (Sde(10, last_step=sde.tweedie, method=sde.heun), 19),
+        (SDE(10), 10),
+        (SDE(10, last_step=sde.last_step_none), 9),
+        (SDE(10, last_step=sde.last_step_tweedie, method=sde.heun), 19),
     ],
 )
 def test_evaluations_are_those_made(sampler, evaluations):
@@ -190,7 +204,7 @@ def test_state_is_float32():
     net = lambda x, t: x.astype(jnp.bfloat16)
     start = jnp.ones((1, 2, 2, 1), jnp.bfloat16)
     draw = lambda i: jnp.ones((1, 2, 2, 1))
-    assert Sde(3)(draw, Interpolant(), net, start)[0].dtype == jnp.float32
+    assert SDE(3)(draw, Interpolant(), net, start)[0].dtype == jnp.float32
 
 
 @pytest.mark.parametrize(
@@ -206,9 +220,9 @@ def test_state_is_float32():
 )
 def test_impossible_settings_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
-        Sde(**fields)
+        SDE(**fields)
 
 
 def test_a_diffusion_is_refused():
-    with pytest.raises(UserError, match="Diffusion .* use Ancestral or Ddim"):
-        Sde()(None, Diffusion(), None, None)
+    with pytest.raises(UserError, match="Diffusion .* use DDPM or DDIM"):
+        SDE()(None, GaussianDiffusion(), None, None)

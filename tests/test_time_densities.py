@@ -11,12 +11,19 @@ from networks import quick_jit
 
 from sit_jax.config import from_json, spec, to_json
 from sit_jax.diffusion import predictions
-from sit_jax.diffusion.diffusion import Diffusion
+from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.diffusion.interpolant import Interpolant
-from sit_jax.diffusion.time_densities import LogitNormal, Mode, Times, cosmap, uniform
+from sit_jax.diffusion.timesteps import (
+    DensityTimesteps,
+    LogitNormal,
+    Mode,
+    cosmap,
+    uniform,
+)
 from sit_jax.errors import UserError
 from sit_jax.experiment import recipe
-from sit_jax.training.training import init_state, make_train_step
+from sit_jax.training.state import init_state
+from sit_jax.training.step import make_train_step
 
 PROCESS = Interpolant(predicts=predictions.noise)  # 0.001 .. 0.999
 N = 40_000
@@ -42,7 +49,9 @@ DENSITIES = {
 @pytest.mark.parametrize("name", DENSITIES)
 def test_times_have_their_density_and_weights_its_inverse(name):
     quantile, density = DENSITIES[name]
-    draw = quick_jit(lambda key: Times(quantile, True).draw(PROCESS, key, (), N))
+    draw = quick_jit(
+        lambda key: DensityTimesteps(quantile, True).draw(PROCESS, key, (), N)
+    )
     t, weights = (np.asarray(x, float) for x in draw(jax.random.key(0)))
     unit = (t - 0.001) / 0.998
     # where a quantile is steep, the time's own rounding changes the density
@@ -55,7 +64,9 @@ def test_times_have_their_density_and_weights_its_inverse(name):
 
 
 def test_weights_give_back_the_uniform_mean():
-    draw = quick_jit(lambda key: Times(Mode(1.0), True).draw(PROCESS, key, (), N))
+    draw = quick_jit(
+        lambda key: DensityTimesteps(Mode(1.0), True).draw(PROCESS, key, (), N)
+    )
     t, weights = draw(jax.random.key(1))
     assert float((weights * t**2).mean()) == pytest.approx(1 / 3, abs=0.01)
     assert float((t**2).mean()) < 0.31
@@ -74,7 +85,7 @@ def test_a_step_takes_them_with_and_without_weights():
     state = jax.eval_shape(init, jax.random.key(0))
     batch = {"image": np.zeros((8, 4, 4, 1), np.uint8), "label": np.zeros(8, int)}
     for weighted in (False, True):
-        times = Times(LogitNormal(), weighted)
+        times = DensityTimesteps(LogitNormal(), weighted)
         step = make_train_step(parts.model, parts.process, parts.tx, timesteps=times)
         new, _ = jax.eval_shape(step, state, parts.codec, batch, jax.random.key(3))
         assert new.losses == ()
@@ -82,9 +93,11 @@ def test_a_step_takes_them_with_and_without_weights():
 
 def test_a_config_holds_them():
     c = small.config()
-    c.timesteps = spec(Times, quantile=spec(LogitNormal, mean=0.3), weighted=True)
+    c.timesteps = spec(
+        DensityTimesteps, quantile=spec(LogitNormal, mean=0.3), weighted=True
+    )
     found = recipe(from_json(to_json(c))).timesteps
-    assert found == Times(LogitNormal(0.3), True)
+    assert found == DensityTimesteps(LogitNormal(0.3), True)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +106,7 @@ def test_a_config_holds_them():
         (lambda: LogitNormal(std=0.0), "std=0.0"),
         (lambda: LogitNormal(mean=math.nan), "mean=nan"),
         (lambda: Mode(1.8), r"Mode\(scale=1.8\): beyond -1 .. 1.7519"),
-        (lambda: Times().begin(Diffusion()), "use LossSecondMoment"),
+        (lambda: DensityTimesteps().begin(GaussianDiffusion()), "use LossSecondMoment"),
     ],
 )
 def test_impossible_ones_are_refused(make, said):

@@ -8,13 +8,13 @@ import small
 from networks import quick_jit
 
 from sit_jax.config import spec
-from sit_jax.diffusion.diffusion import Diffusion
-from sit_jax.diffusion.timesteps import LossSecondMoment, quartiles
+from sit_jax.diffusion.gaussian import GaussianDiffusion
+from sit_jax.diffusion.timesteps import LossSecondMoment, quartile_means
 from sit_jax.errors import UserError
 from sit_jax.experiment import recipe
 
 STEPS = 6
-PROCESS = Diffusion().respaced(STEPS)
+PROCESS = GaussianDiffusion().respaced(STEPS)
 
 
 class Released:
@@ -66,9 +66,9 @@ def test_times_are_drawn_by_their_chances_and_weighted_back():
 
 def test_losses_are_told_by_quarter():
     t = jnp.array([0, 249, 250, 500, 999])
-    found = quartiles({"loss": jnp.array([1.0, 3.0, 5.0, 7.0, 9.0])}, t, 1000)
+    found = quartile_means({"loss": jnp.array([1.0, 3.0, 5.0, 7.0, 9.0])}, t, 1000)
     assert [float(found[f"loss_q{i}"]) for i in range(4)] == [2, 5, 7, 9]
-    found = quartiles({"m": jnp.array([1.0, 2.0])}, jnp.array([0.1, 1.0]), 1)
+    found = quartile_means({"m": jnp.array([1.0, 2.0])}, jnp.array([0.1, 1.0]), 1)
     assert np.isnan(found["m_q1"]) and float(found["m_q3"]) == 2
 
 

@@ -14,9 +14,9 @@ import diagnose
 from sit_jax.config import to_json
 from sit_jax.convert import reference
 from sit_jax.diagnosis import ladder, stages
-from sit_jax.diffusion.diffusion import Diffusion, hybrid
-from sit_jax.diffusion.guidance_scales import PowerCosine
-from sit_jax.diffusion.min_snr import min_snr
+from sit_jax.diffusion.gaussian import GaussianDiffusion, hybrid_loss
+from sit_jax.diffusion.guidance import PowerCosine
+from sit_jax.diffusion.loss_weights import mdt_min_snr_loss
 from sit_jax.errors import UserError
 from sit_jax.models.dit import DiT
 from sit_jax.models.mdt import MDTv2
@@ -134,8 +134,11 @@ def test_mdt_is_guided_as_its_script_does(guidance, benchmarks):
 def test_only_mdt_has_rising_guidance(benchmarks):
     import torch_stages
 
-    for objective in (hybrid, min_snr):  # of the loss, which a bundle does not see
-        process = Diffusion(objective=objective)
+    for objective in (
+        hybrid_loss,
+        mdt_min_snr_loss,
+    ):  # of the loss, which a bundle does not see
+        process = GaussianDiffusion(objective=objective)
         parts = SimpleNamespace(guidance=RISING, process=process, guidance_channels=3)
         room = SimpleNamespace(parts=parts, weak=None)
         parts.model = MDTv2()

@@ -13,9 +13,9 @@ from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.models.codec import Pixels
 from sit_jax.parallel.placement import of_state
 from sit_jax.parallel.sharding import make_mesh, on, split_batch
-from sit_jax.training.training import (
-    fresh_state,
-    in_parts,
+from sit_jax.training.state import create_train_state
+from sit_jax.training.step import (
+    accumulate_gradients,
     make_train_step,
     tensor_names,
 )
@@ -53,7 +53,7 @@ def test_parts_of_a_batch_give_the_gradient_and_metrics_of_the_whole(parts):
     w, x, y = (rng.standard_normal(n).astype(np.float32) for n in (5, (16, 5), 16))
     grad = jax.grad(loss, has_aux=True)
     whole, metrics = grad(w, x, y)
-    split, others = jax.jit(in_parts(grad, parts))(w, x, y)
+    split, others = jax.jit(accumulate_gradients(grad, parts))(w, x, y)
     assert relative(split, whole) < 1e-6
     for name, value in metrics.items():
         assert others[name] == pytest.approx(float(value), rel=1e-6)
@@ -61,11 +61,11 @@ def test_parts_of_a_batch_give_the_gradient_and_metrics_of_the_whole(parts):
 
 def on_mesh(mesh, accumulate):
     """-> a step, and its first state, placed on a mesh as train.py does."""
-    shapes = jax.eval_shape(partial(fresh_state, TX), weights())
+    shapes = jax.eval_shape(partial(create_train_state, TX), weights())
     where = of_state(mesh, shapes)
     made = make_train_step(MODEL, Interpolant(), TX, 0.9, accumulate=accumulate)
     run = jax.jit(on(mesh, made), donate_argnums=0, out_shardings=(where, None))
-    state = jax.jit(partial(fresh_state, TX), out_shardings=where)(weights())
+    state = jax.jit(partial(create_train_state, TX), out_shardings=where)(weights())
 
     def placed(state, batch):
         batch = jax.device_put(batch, split_batch(mesh))

@@ -16,14 +16,15 @@ import pytest
 from recorded import FOLDER, arrays, case, nhwc, relative, weights
 
 from sit_jax.config import build, spec
-from sit_jax.convert.port import to_flax, to_torch
-from sit_jax.diffusion.diffusion import Diffusion
+from sit_jax.convert.rules import DIT_RULES, to_flax, to_torch
+from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.models.codec import Pixels
-from sit_jax.models.dit import RULES, DiT, SiT
-from sit_jax.training.training import fresh_state, make_train_step
+from sit_jax.models.dit import DiT, SiT
+from sit_jax.training.state import create_train_state
+from sit_jax.training.step import make_train_step
 
-FAMILIES = {"sit": (SiT, Interpolant()), "dit": (DiT, Diffusion())}
+FAMILIES = {"sit": (SiT, Interpolant()), "dit": (DiT, GaussianDiffusion())}
 STEPS, LR = 20, 1e-4
 
 
@@ -61,9 +62,9 @@ def curve(request):
         train_step = make_train_step(model, replayed, tx, decay=0.9999, drop=0.0)
         return train_step(state, Pixels(), batch, jax.random.key(0))
 
-    params, spare = to_flax(RULES, weights(f"train_{name}_init"))
+    params, spare = to_flax(DIT_RULES, weights(f"train_{name}_init"))
     assert spare == {"pos_embed"}
-    state, first, metrics = fresh_state(tx, params), None, []
+    state, first, metrics = create_train_state(tx, params), None, []
     for i in range(STEPS):
         batch = {
             "latent": nhwc(recorded["x1"][i]),
@@ -118,7 +119,7 @@ def test_the_gradient_of_the_first_step(curve):
     4e-5 of its largest entry off float64.
     """
     name, first, _, _ = curve
-    found = to_torch(RULES, first.opt_state[0].mu)
+    found = to_torch(DIT_RULES, first.opt_state[0].mu)
     for key, mu in found.items():
         theirs = arrays(f"train_curve_{name}")[f"grad0.{key}"]
         assert relative(mu / 0.1, theirs) < {"sit": 4e-6, "dit": 4e-5}[name], key
@@ -133,7 +134,7 @@ def test_the_weights_after_the_first_and_the_last_step(curve):
     floors = case(f"train_curve_{name}")["param_floor"]
     after_20 = {key: array.numpy() for key, array in full(name)["model"].items()}
     for state, theirs in ((last, after_20), (first, recorded_after_1(name))):
-        for key, ours in to_torch(RULES, state.params).items():
+        for key, ours in to_torch(DIT_RULES, state.params).items():
             if key not in theirs:
                 continue
             off = np.abs(ours - theirs[key])
@@ -154,7 +155,7 @@ def test_the_average_after_the_last_step(curve):
     """It moves by 2e-6 only, so two ulps of the weight are what it may be off."""
     name, _, last, _ = curve
     start, theirs = weights(f"train_{name}_init"), full(name)["ema"]
-    for key, ours in to_torch(RULES, last.ema).items():
+    for key, ours in to_torch(DIT_RULES, last.ema).items():
         there = without_keys(key, theirs[key].numpy())
         off = np.abs(without_keys(key, ours) - there).max()
         assert off < 2.4e-7 * max(np.abs(there).max(), 1e-2), key
@@ -165,7 +166,7 @@ def test_the_average_after_the_last_step(curve):
 def test_adam_s_moments_after_the_last_step(curve):
     name, _, last, _ = curve
     adam, there = last.opt_state[0], full(name)["opt"]["state"]
-    ours = [to_torch(RULES, moments) for moments in (adam.mu, adam.nu)]
+    ours = [to_torch(DIT_RULES, moments) for moments in (adam.mu, adam.nu)]
     for i, key in enumerate(case(f"train_curve_{name}")["opt_param_names"]):
         if key == "pos_embed":
             assert i not in there

@@ -14,7 +14,8 @@ from sit_jax.config import spec
 from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.experiment import recipe
 from sit_jax.models.codec import Latents
-from sit_jax.training.training import fresh_state, make_train_step
+from sit_jax.training.state import create_train_state
+from sit_jax.training.step import make_train_step
 
 
 def drawn(at=0, drop=0.1, seed=1, n=4096):
@@ -31,7 +32,7 @@ def drawn(at=0, drop=0.1, seed=1, n=4096):
 
     model = types.SimpleNamespace(classes=5, apply=apply)
     process = types.SimpleNamespace(times=Interpolant().times, loss=loss)
-    state = fresh_state(TX, {"w": jnp.ones(())}).replace(step=jnp.int32(at))
+    state = create_train_state(TX, {"w": jnp.ones(())}).replace(step=jnp.int32(at))
     moments = np.zeros((n, 2, 2, 2), np.float32)  # mean 0, log variance 0
     label = np.arange(n, dtype=np.int32) % 5
     train_step = make_train_step(model, process, TX, drop=drop)

@@ -18,14 +18,14 @@ from sit_jax import checkpoint
 from sit_jax.config import load, spec, to_json
 from sit_jax.convert.exchange import open_torch
 from sit_jax.data.folders import ImageFolder
-from sit_jax.diffusion.diffusion import Diffusion
+from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.errors import UserError
 from sit_jax.experiment import recipe
 from sit_jax.models.dit import DiT
 from sit_jax.parallel.sharding import make_mesh
-from sit_jax.samplers.chain import Ddim
+from sit_jax.samplers.ddpm import DDIM
 from sit_jax.trainer import start
-from sit_jax.training.training import fresh_state, init_params
+from sit_jax.training.state import create_train_state, init_params
 
 TABLE = "cond/label/embedding"
 
@@ -34,8 +34,8 @@ def config(classes=10, kind=None, **fields):
     c = small.config(**fields)
     if kind is DiT:
         c.model = spec(DiT, **{k: v for k, v in c.model.items() if k != "make"})
-        c.process = spec(Diffusion)
-        c.sampler = spec(Ddim, steps=2)
+        c.process = spec(GaussianDiffusion)
+        c.sampler = spec(DDIM, steps=2)
     c.model.classes = classes
     return c
 
@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_listed(thousand, monkeypatch):
 def test_weights_only_leaves_the_optimizer(tmp_path, monkeypatch):
     c = config(5)
     parts = recipe(c)
-    state = fresh_state(parts.tx, small.random_params(parts, 0)).replace(step=7)
+    state = create_train_state(parts.tx, small.random_params(parts, 0)).replace(step=7)
     state = jax.tree.map(np.asarray, state)
     items, meta = start.pack(state, parts.ema_decay)
     small.save(tmp_path, 7, {"config": to_json(c), **meta}, **items)

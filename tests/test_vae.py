@@ -12,8 +12,14 @@ from networks import equations, quick_jit
 from recorded import FOLDER, arrays, case, nhwc, relative
 from safetensors.numpy import load_file
 
-from sit_jax.convert import port
-from sit_jax.convert.vae_weights import as_linear, rules, translated
+from sit_jax.convert.rules import (
+    require_match,
+    squeeze_attention,
+    to_diffusers_names,
+    to_flax,
+    to_torch,
+    vae_rules,
+)
 from sit_jax.errors import UserError
 from sit_jax.models import vae_layers
 from sit_jax.models.codec import Vae
@@ -34,7 +40,7 @@ def recorded_state():
 
 @functools.cache
 def recorded_params():
-    params, spare = port.to_flax(rules(TINY), recorded_state())
+    params, spare = to_flax(vae_rules(TINY), recorded_state())
     assert not spare
     return params
 
@@ -92,15 +98,15 @@ def test_full_size_has_the_published_parameters():
     # the encoder has quant_conv's 72, the decoder post_quant_conv's 20
     assert count(found["encoder"]) == 34_163_592 + 72
     assert count(found["decoder"]) == 49_490_179 + 20
-    assert len(rules(AutoencoderKL())) == 248
+    assert len(vae_rules(AutoencoderKL())) == 248
 
 
 def test_weights_come_back_bit_by_bit_in_torchs_order():
-    state = port.to_torch(rules(TINY), recorded_params())
+    state = to_torch(vae_rules(TINY), recorded_params())
     assert list(state) == case("vae")["state_dict_keys"]
     for name, array in recorded_state().items():
         np.testing.assert_array_equal(state[name], array, strict=True)
-    port.require_match(shapes(TINY), recorded_params())
+    require_match(shapes(TINY), recorded_params())
 
 
 OLD = ("query", "key", "value", "proj_attn")
@@ -132,12 +138,12 @@ def compvis(name, levels=4):
 def test_all_dialects_tell_the_same():
     names = case("vae")["state_dict_keys"]
     same = dict(zip(names, names, strict=True))
-    assert translated(names, 4) == same
+    assert to_diffusers_names(names, 4) == same
     attention = [n for n in names if ".attentions." in n]
     old = dict(zip(attention, case("vae")["old_keys"], strict=True))
-    assert translated([old.get(n, n) for n in names], 4) == same | old
+    assert to_diffusers_names([old.get(n, n) for n in names], 4) == same | old
     theirs = [compvis(name) for name in names]
-    assert translated(theirs, 4) == dict(zip(names, theirs, strict=True))
+    assert to_diffusers_names(theirs, 4) == dict(zip(names, theirs, strict=True))
     assert "encoder.mid.attn_1.q.weight" in theirs and "decoder.up.0.block.2" in str(
         theirs
     )
@@ -147,15 +153,15 @@ def test_all_dialects_tell_the_same():
 def test_a_name_in_two_dialects_is_refused():
     both = [f"encoder.mid_block.attentions.0.{n}.weight" for n in ("to_q", "query")]
     with pytest.raises(UserError, match="to_q.weight twice, also as .*query.weight"):
-        translated(both, 4)
+        to_diffusers_names(both, 4)
 
 
 def test_pointwise_convolutions_of_the_attention_become_matrices():
     name, w = "encoder.mid_block.attentions.0.to_out.0.weight", RNG.normal(size=(3, 3))
-    np.testing.assert_array_equal(as_linear(name, w[..., None, None]), w)
-    assert as_linear(name, w) is w
+    np.testing.assert_array_equal(squeeze_attention(name, w[..., None, None]), w)
+    assert squeeze_attention(name, w) is w
     shortcut = "decoder.up_blocks.2.resnets.0.conv_shortcut.weight"
-    assert as_linear(shortcut, w[..., None, None]).ndim == 4
+    assert squeeze_attention(shortcut, w[..., None, None]).ndim == 4
 
 
 def test_doubling_is_repetition_then_the_kernel():

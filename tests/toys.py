@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from recorded import nchw, weights
 
-from sit_jax.convert.port import to_flax
+from sit_jax.convert.rules import DIT_RULES, to_flax
 from sit_jax.diffusion import predictions
-from sit_jax.diffusion.guidance import guided, with_null_half
-from sit_jax.diffusion.paths import VP, align, gvp, linear
-from sit_jax.models.dit import RULES, SiT
+from sit_jax.diffusion.guidance import classifier_free_guidance, guide_both_halves
+from sit_jax.diffusion.paths import VP, expand_dims_like, gvp, linear
+from sit_jax.models.dit import SiT
 
 PATHS = {"Linear": linear, "GVP": gvp, "VP": VP()}
 PREDICTS = {
@@ -28,8 +28,8 @@ def one_image(process, data):
     """The best network if all data are this one image: x tells the noise exactly."""
 
     def net(x, t):
-        alpha, sigma = process.path(align(t, x))
-        p, q = process.predicts(process.path, align(t, x))
+        alpha, sigma = process.path(expand_dims_like(t, x))
+        p, q = process.predicts(process.path, expand_dims_like(t, x))
         # at time 1 there is no noise left to tell
         return p * data + q * (x - alpha * data) / jnp.maximum(sigma, 1e-3)
 
@@ -40,7 +40,7 @@ def gaussian(process, mean, std):
     """The best network if each value of the data is a sample of N(mean, std^2)."""
 
     def net(x, t):
-        at = align(t, x)
+        at = expand_dims_like(t, x)
         alpha, sigma = process.path(at)
         p, q = process.predicts(process.path, at)
         pull = (x - alpha * mean) / (alpha**2 * std**2 + sigma**2)
@@ -52,7 +52,7 @@ def gaussian(process, mean, std):
 @cache
 def tiny():
     """-> (model, params) with the recorded weights sit_a."""
-    params, _ = to_flax(RULES, weights("sit_a"))
+    params, _ = to_flax(DIT_RULES, weights("sit_a"))
     return SiT(depth=2, width=40, heads=4, patch=2, classes=10), params
 
 
@@ -65,7 +65,7 @@ def sampled(sampler, process, labels, start, draws=None, cfg=None):
     @once
     def run(params, start, draws):
         net = lambda x, t, y: model.apply({"params": params}, x, t, y)
-        halves = with_null_half if doubled else guided
+        halves = guide_both_halves if doubled else classifier_free_guidance
         net = halves(net, jnp.asarray(labels), 10, cfg or 1)
         start = jnp.concatenate([start, start]) if doubled else start
         data, stats = sampler(lambda i: draws[i], process, net, start)

@@ -11,12 +11,8 @@ import optax
 from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.models.codec import Pixels
 from sit_jax.models.dit import SiT
-from sit_jax.training.training import (
-    fresh_state,
-    init_params,
-    make_train_step,
-    tensor_names,
-)
+from sit_jax.training.state import create_train_state, init_params
+from sit_jax.training.step import make_train_step, tensor_names
 
 SHAPE, B = (8, 8, 2), 16
 MODEL = SiT(depth=2, width=16, heads=2, patch=2, classes=5)
@@ -34,7 +30,7 @@ def weights():
 
 
 def fresh():
-    return fresh_state(TX, jax.tree.map(jnp.asarray, weights()))
+    return create_train_state(TX, jax.tree.map(jnp.asarray, weights()))
 
 
 def batch(seed=0, n=B):
@@ -68,7 +64,7 @@ def toy(apply, tx=TX):
     model = types.SimpleNamespace(
         classes=5, apply=lambda variables, x, t, y: apply(variables["params"], x)
     )
-    state = fresh_state(tx, params)
+    state = create_train_state(tx, params)
     made = make_train_step(model, Interpolant(), tx)
     new, metrics = jax.jit(made)(state, Pixels(), batch(), jax.random.key(0))
     return new, tensor_names(state)[int(metrics["bad"])]

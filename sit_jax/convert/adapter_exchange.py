@@ -6,8 +6,8 @@ import jax
 import numpy as np
 
 from sit_jax import checkpoint
-from sit_jax.adapters.lora import LoRA
-from sit_jax.adapters.weights import LABEL_TABLE, ExtraRows, materialize
+from sit_jax.adapters.lora import TABLE, Lora
+from sit_jax.adapters.stored import Grown, read
 from sit_jax.config import from_json, spec, to_json
 from sit_jax.convert import lora_files, lora_names
 from sit_jax.convert.adapters import (
@@ -18,12 +18,12 @@ from sit_jax.convert.adapters import (
 )
 from sit_jax.convert.base import base_shapes, load_adapted, load_base, trained_shapes
 from sit_jax.convert.released import nest
+from sit_jax.convert.rules import rules_for
 from sit_jax.convert.weights import Directory
 from sit_jax.drafts import draft, require_free
 from sit_jax.errors import UserError
 from sit_jax.experiment import recipe
 from sit_jax.manifest import weights_hash
-from sit_jax.models.kinds import kind_of
 from sit_jax.parallel.sharding import make_mesh
 
 
@@ -68,9 +68,9 @@ def write_files(source, step, folder, kind):
     config = from_json(meta["config"])
     parts = recipe(config)
     adapter = open_adapter(f"{directory}/{step}", parts.model, base_shapes(parts))
-    pairs = lora_names.pairs(kind_of(type(parts.model)).rules, adapter.flat)
+    pairs = lora_names.pairs(rules_for(parts.model), adapter.flat)
     if kind == "diffusers":
-        if LABEL_TABLE in adapter.flat:
+        if TABLE in adapter.flat:
             raise UserError(
                 "diffusers' files hold no label table; write --adapter peft"
             )
@@ -90,7 +90,7 @@ def merge(source, step):
     parts = recipe(config)
     adapter = open_adapter(f"{directory}/{step}", parts.model, base_shapes(parts))
     params, record = load_adapted(parts, make_mesh(), directory, step, "ema")
-    params = materialize(params)
+    params = read(params)
     del config["adapter"]
     about = {"config": to_json(config), "step": 0, "merged": record}
     about["merged_adapter"] = {
@@ -161,16 +161,14 @@ def read_files(source, base):
 
 
 def _settings(source, adapter, new):
-    """The spec of a LoRA that trains what was read."""
-    nodes = {
-        p: node for p, node in adapter.flat.items() if not isinstance(node, ExtraRows)
-    }
+    """The spec of a Lora that trains what was read."""
+    nodes = {p: node for p, node in adapter.flat.items() if not isinstance(node, Grown)}
     if not nodes:
         raise UserError(f"{source} holds new rows alone, no adapters")
     first = next(iter(nodes.values()))
-    rank = first.lora_a.shape[-1]
+    rank = first.down.shape[-1]
     return spec(
-        LoRA,
+        Lora,
         targets="|".join(map(re.escape, nodes)),
         rank=rank,
         alpha=float(first.scale * rank),

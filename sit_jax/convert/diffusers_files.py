@@ -12,7 +12,7 @@ import numpy as np
 
 from sit_jax import hosts
 from sit_jax.convert import torch_files
-from sit_jax.convert.port import listed
+from sit_jax.convert.rules import join_names
 from sit_jax.errors import UserError
 from sit_jax.models.layers import grid_embedding
 from sit_jax.places import local, place
@@ -92,7 +92,9 @@ class Released(Mapping):
             "missing": sorted(wanted - set(state)),
             "spare": sorted(set(state) - wanted - {"pos_embed.pos_embed"}),
         }
-        told = [f"{what}: {listed(names)}" for what, names in faults.items() if names]
+        told = [
+            f"{what}: {join_names(names)}" for what, names in faults.items() if names
+        ]
         if told:
             raise UserError(f"{path} holds another architecture; {'; '.join(told)}")
         _require_copies(path, state, config["num_layers"])

@@ -13,13 +13,14 @@ import numpy as np
 
 from sit_jax import checkpoint
 from sit_jax.config import build, from_json, to_json
-from sit_jax.convert import diffusers_files, mdt_files, moments, port, torch_files
+from sit_jax.convert import diffusers_files, mdt_files, moments, torch_files
+from sit_jax.convert.infer_config import args_of, config_of, group_of
 from sit_jax.convert.released import Released, nest
-from sit_jax.convert.torch_config import args_of, config_of, group_of
+from sit_jax.convert.rules import to_torch
 from sit_jax.errors import UserError
 from sit_jax.experiment import recipe
 from sit_jax.parallel.sharding import everywhere, put
-from sit_jax.training import averages
+from sit_jax.training.state import ema_item_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +161,7 @@ class Stored:
         torch's names, and step with the one entry "step".
         """
         shapes = nest(self.released.params)
-        items = averages.item_names(self._recipe.ema_decay)
+        items = ema_item_names(self._recipe.ema_decay)
         for part, item in (("model", "params"), *zip(items, items, strict=True)):
             if part in parts:
                 yield from ((part, *each) for each in self._constants(part).items())
@@ -185,7 +186,7 @@ class Stored:
     def run_of_mdt(self):
         """-> {name: content} of what MDT's train script saves, and the parts."""
         decay, group = self._recipe.ema_decay, None
-        wanted = ["model", *averages.item_names(decay)]
+        wanted = ["model", *ema_item_names(decay)]
         if self.no_moments is None:
             wanted += [*self._kinds(), "step"]
         found = self._gathered(*wanted)
@@ -214,7 +215,7 @@ class Stored:
                 parts = tuple(p for p in parts if p != "step")
                 yield part, path, leaf
                 continue
-            state = port.to_torch([rules[path]], nest({path: leaf}))
+            state = to_torch([rules[path]], nest({path: leaf}))
             del leaf  # before the next one is read
             yield from ((part, name, array) for name, array in state.items())
 

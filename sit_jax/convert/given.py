@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
-from sit_jax.convert.torch_config import FAMILIES
+from sit_jax.convert.infer_config import FAMILIES
 from sit_jax.convert.weights import family_of, open_weights, require_torch
 from sit_jax.ranges import COUNT
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from flax.traverse_util import unflatten_dict
 from jax import ShapeDtypeStruct
 
-from sit_jax.convert import port, tensor_files
+from sit_jax.convert import tensor_files
 from sit_jax.convert.comparison import file_sha
 from sit_jax.convert.graph_files import constants
 from sit_jax.convert.releases import cache, fetch
+from sit_jax.convert.rules import join_names, require_match, to_flax, to_torch
 from sit_jax.drafts import draft
 from sit_jax.errors import UserError
 from sit_jax.manifest import weights_hash
@@ -112,12 +113,12 @@ def _graph(path):
 def _params(path, rules, state):
     like = {name: ShapeDtypeStruct(shape, "float32") for name, shape in SHAPES.items()}
     try:
-        params, spare = port.to_flax(rules, state)
-        port.require_match(unflatten_dict(like, sep="/"), params)
+        params, spare = to_flax(rules, state)
+        require_match(unflatten_dict(like, sep="/"), params)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     if spare:
-        listed = port.listed(sorted(spare))
+        listed = join_names(sorted(spare))
         raise UserError(f"{path} is another network: it also has {listed}")
     return params
 
@@ -128,7 +129,7 @@ def _keep(weights, sha):
     with contextlib.suppress(OSError, UserError):
         write_json(path.with_suffix(".json"), record | {"released": True})
         with draft(path) as name:
-            tensor_files.write(name, port.to_torch(RULES, weights.params))
+            tensor_files.write(name, to_torch(RULES, weights.params))
 
 
 def _converted(path):

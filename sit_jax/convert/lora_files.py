@@ -13,7 +13,7 @@ import numpy as np
 from sit_jax import hosts, json_text
 from sit_jax.convert.lora_names import Pair, from_diffusers, to_diffusers
 from sit_jax.convert.lora_numbers import require_numbers
-from sit_jax.convert.port import listed
+from sit_jax.convert.rules import join_names
 from sit_jax.convert.tensor_files import Tensors, open_file
 from sit_jax.errors import UserError
 from sit_jax.places import local, place
@@ -220,7 +220,7 @@ def _modules(file, tensors):
     if foreign:
         raise UserError(
             f"{file} has {len(foreign)} tensors that are no adapter's: "
-            f"{listed(foreign, 3)}"
+            f"{join_names(foreign, 3)}"
         )
     return modules, table
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from sit_jax import hosts
 from sit_jax.convert import torch_files
-from sit_jax.convert.mdt_weights import family
+from sit_jax.convert.infer_config import mdt_family
 from sit_jax.convert.tensor_files import INDEX, open_file
 from sit_jax.errors import UserError
 
@@ -26,7 +26,7 @@ def read(path):
     file = torch_files.read(path)
     hosts.require_same_files(file.path, *_beside(file.path))
     number = number_of(file.path)
-    if number is None or family(file.model) is None:
+    if number is None or mdt_family(file.model) is None:
         return file
     averages = _averages(file.path.parent, number)
     used = ["model", *(f"ema_{rate}" for rate in averages)]

@@ -4,7 +4,7 @@ import jax
 import optax
 
 from sit_jax.errors import UserError
-from sit_jax.training.adan import AdanState
+from sit_jax.training.optimizers import AdanState
 
 FIELDS = {  # torch's names, in its order -> ours
     optax.ScaleByAdamState: {"exp_avg": "mu", "exp_avg_sq": "nu"},

@@ -8,10 +8,15 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sit_jax.convert import port
+from sit_jax.convert.rules import (
+    join_names,
+    rules_for,
+    to_flax,
+    to_torch,
+    torch_constants,
+)
 from sit_jax.errors import UserError
-from sit_jax.models.kinds import kind_of
-from sit_jax.training.training import init_params
+from sit_jax.training.state import init_params
 
 # An average of the table, taken 7M times in float32, was up to 5e-4 off the table.
 DRIFT = 1e-3
@@ -32,11 +37,11 @@ class Released:
 
     @property
     def rules(self):
-        return kind_of(type(self.model)).rules
+        return rules_for(self.model)
 
     @cached_property
     def constants(self):
-        return kind_of(type(self.model)).constants(self.model, self.shape[0])
+        return torch_constants(self.model, self.shape[0])
 
     @cached_property
     def names(self):
@@ -65,7 +70,7 @@ class Released:
             path: np.zeros([size if i == 0 else 1 for i, size in enumerate(leaf.shape)])
             for path, leaf in self.params.items()
         }
-        return {name: shapes[name] for name in port.to_torch(self.rules, nest(tiny))}
+        return {name: shapes[name] for name in to_torch(self.rules, nest(tiny))}
 
     def tree(self, state, put=lambda leaf: leaf):
         """State dict -> params, each leaf passed through put."""
@@ -74,7 +79,7 @@ class Released:
     def leaves(self, state):
         """Yields (path, array) of a state dict's params, the largest first."""
         for rule in sorted(self.rules, key=lambda rule: -self.params[rule[1]].size):
-            leaf, _ = port.to_flax([rule], state)
+            leaf, _ = to_flax([rule], state)
             yield rule[1], flatten_dict(leaf, sep="/")[rule[1]]
 
     def check(self, path, state):
@@ -91,7 +96,7 @@ class Released:
             ],
         }
         listed = (
-            f"{what}: {port.listed(names)}" for what, names in faults.items() if names
+            f"{what}: {join_names(names)}" for what, names in faults.items() if names
         )
         if told := "; ".join(listed):
             raise UserError(f"{path} holds another architecture; {told}")

@@ -7,13 +7,20 @@ import jax
 import jax.numpy as jnp
 
 from sit_jax import hosts, json_text
-from sit_jax.convert import port, releases, torch_files
-from sit_jax.convert.vae_weights import as_linear, rules, translated
+from sit_jax.convert import releases, torch_files
+from sit_jax.convert.rules import (
+    join_names,
+    require_match,
+    squeeze_attention,
+    to_diffusers_names,
+    to_flax,
+    vae_rules,
+)
 from sit_jax.errors import UserError
 from sit_jax.models.codec import Latents, Vae
 from sit_jax.models.vae import AutoencoderKL
 from sit_jax.parallel.sharding import put
-from sit_jax.precision import precision
+from sit_jax.precision import policy
 
 FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 FIELDS = {  # of a config.json -> ours
@@ -50,10 +57,10 @@ def load_vae(source, word="exact", place=None, **fields):
     model, scale = described(config) if config else (AutoencoderKL(), SCALE)
     params = _params(path, model, config)
     hosts.require_same_files(path, *filter(None, [config]))
-    chosen = precision.chosen(word)
+    chosen = policy.get_precision(word)
     return Vae(
         params=put(params, place),
-        model=precision.computing(chosen, model),
+        model=policy.with_compute_dtype(chosen, model),
         precision=chosen,
         **{"scale": scale, **fields},
     )
@@ -157,13 +164,15 @@ def _inside(folder):
 def _params(path, model, config):
     tensors = torch_files.read(path).ema
     names = [name for name in tensors if not name.startswith(TRAINING)]
-    names = translated(names, len(model.channels))
-    state = {name: as_linear(name, tensors[given]) for name, given in names.items()}
+    names = to_diffusers_names(names, len(model.channels))
+    state = {
+        name: squeeze_attention(name, tensors[given]) for name, given in names.items()
+    }
     try:
-        params, spare = port.to_flax(rules(model), state, consume=True)
+        params, spare = to_flax(vae_rules(model), state)
         if spare:
-            raise UserError(f"weights have in addition {port.listed(sorted(spare))}")
-        port.require_match(_shapes(model), params)
+            raise UserError(f"weights have in addition {join_names(sorted(spare))}")
+        require_match(_shapes(model), params)
     except UserError as error:
         told = (
             f"described by {config}"

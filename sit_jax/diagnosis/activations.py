@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sit_jax.adapters.apply import apply_model
+from sit_jax.adapters.applied import apply
 from sit_jax.models.layers import grid_embedding
-from sit_jax.precision import emulation, precision
+from sit_jax.precision import emulation, policy
 
 SEEN = ("time_out", "label", "patch", "head")  # modules whose output is a stage
 
@@ -32,10 +32,10 @@ class Line:
 
     def around(self, fn):
         """fn with the products that the job asked for."""
-        fn = precision.applied(precision.chosen(self.word), fn)
+        fn = policy.with_precision(policy.get_precision(self.word), fn)
         if self.emulate is None:
             return fn
-        return emulation.emulated(fn, emulation.chosen(self.emulate))
+        return emulation.emulate(fn, emulation.emulated_bits(self.emulate))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -46,7 +46,7 @@ def activations(line, params, x, t, y):
         and str(module.name).endswith((*SEEN, "blocks"))
     )
     see = dict(capture_intermediates=wanted, mutable=["intermediates"])
-    run = lambda params, *at: apply_model(line.model, params, *at, **see)
+    run = lambda params, *at: apply(line.model, params, *at, **see)
     found = line.around(run)(params, x, t, y)[1]["intermediates"]
     return jax.tree.map(lambda a: a.astype(jnp.float32), found)
 

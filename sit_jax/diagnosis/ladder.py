@@ -13,7 +13,7 @@ import numpy as np
 from sit_jax.errors import UserError
 from sit_jax.evaluation.metrics.gaussian import Gaussian, frechet
 from sit_jax.precision.emulation import EMULATED
-from sit_jax.precision.precision import PLATFORMS, PRECISIONS
+from sit_jax.precision.policy import PLATFORMS, PRECISIONS
 
 EXACT = 1e-5
 BANDS = {24: EXACT, 11: 2e-3, 8: 1.5e-2}  # relative L2, by bits of the products

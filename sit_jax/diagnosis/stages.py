@@ -12,16 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sit_jax.adapters.apply import apply_model
+from sit_jax.adapters.applied import apply
 from sit_jax.diagnosis.activations import Line, activations, named
 from sit_jax.diagnosis.bundle import INPUTS, Bundle
-from sit_jax.diffusion import noise, predictions
-from sit_jax.diffusion.guidance import guided, is_none
+from sit_jax.diffusion import predictions, rng
+from sit_jax.diffusion.guidance import classifier_free_guidance, is_unguided
 from sit_jax.errors import UserError
 from sit_jax.manifest import environment
 from sit_jax.models import inception
-from sit_jax.samplers.chain import Ddim
-from sit_jax.samplers.ode import Ode, heun
+from sit_jax.samplers.ddpm import DDIM
+from sit_jax.samplers.fixed_ode import FixedStepODE, heun
 from sit_jax.sampling import starts
 
 
@@ -80,10 +80,10 @@ def line_of(room, steps):
     parts, words = room.parts, room.record["precision"]
     if steps < 1:
         raise UserError(f"--steps {steps}: at least 1")
-    method = Ddim
+    method = DDIM
     if hasattr(parts.process, "field"):
         method = getattr(parts.sampler, "method", None)
-        method = method if isinstance(parts.sampler, Ode) else heun
+        method = method if isinstance(parts.sampler, FixedStepODE) else heun
     return Line(
         model=dataclasses.replace(parts.model, remat="none"),
         weak=None if room.weak is None else room.weak[0],
@@ -110,8 +110,8 @@ def _own_inputs(room, images):
     job, process = room.job, room.parts.process
     count = min(images, len(job.labels))
     if job.noise is None:
-        keys = noise.image_keys(job.seed, np.arange(count))
-        start = noise.start(keys, room.parts.shape)
+        keys = rng.image_keys(job.seed, np.arange(count))
+        start = rng.initial_noise(keys, room.parts.shape)
     else:
         start = starts.starts(room)[:count]
     share = (np.arange(count) + 0.5) / count
@@ -152,24 +152,24 @@ def _latents(line, params, weak, x, t, y):
     """-> {stage: the guided output, one step, all of them}, and evaluations."""
 
     def network(model, weights):
-        return partial(line.around(partial(apply_model, model)), weights)
+        return partial(line.around(partial(apply, model)), weights)
 
     settings = (line.model.classes, line.guidance, line.channels)
     other = None if line.weak is None else network(line.weak, weak)
     progress = line.process.progress
-    net = guided(
+    net = classifier_free_guidance(
         network(line.model, params), y, *settings, weak=other, progress=progress
     )
-    out = {"guidance": net(x, t)} if not is_none(line.guidance) else {}
+    out = {"guidance": net(x, t)} if not is_unguided(line.guidance) else {}
     if hasattr(line.process, "field"):
         t0, t1 = line.process.span()
         velocity = line.process.field(net, predictions.velocity)
         slope = velocity(x, jnp.full(len(x), t0, jnp.float32))
         out["one Euler step"] = x + (t1 - t0) / line.steps * slope
-        sampler = Ode(method=line.method, steps=line.steps)
+        sampler = FixedStepODE(method=line.method, steps=line.steps)
         end, stats = sampler(None, line.process, net, x)
     else:
-        sampler = Ddim(steps=line.steps, frames=line.steps)
+        sampler = DDIM(steps=line.steps, frames=line.steps)
         end, stats = sampler(None, line.process, net, x)
         out["one Ddim step"] = stats["trajectory"][0]
     return out | {f"{line.steps} steps": end}, stats["evaluations"]

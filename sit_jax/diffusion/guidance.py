@@ -9,12 +9,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from sit_jax.diffusion.paths import align
+from sit_jax.diffusion.paths import expand_dims_like
 from sit_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Interval:
+class GuidanceInterval:
     """Guidance for part of the way: progress from `low` to `high`, 0 noise and 1 data.
 
     Outside it the network is asked once, not twice (Kynkaanniemi et al.,
@@ -44,12 +44,16 @@ def drop_labels(key, labels, null, rate):
     return jnp.where(jax.random.bernoulli(key, rate, labels.shape), null, labels)
 
 
-def is_none(scale):
+def is_unguided(scale):
     """Whether a scale means one conditional pass: the number 1."""
-    return not callable(scale) and not isinstance(scale, Interval) and scale == 1
+    return (
+        not callable(scale) and not isinstance(scale, GuidanceInterval) and scale == 1
+    )
 
 
-def guided(net, labels, null, scale, channels=3, weak=None, progress=lambda t: t):
+def classifier_free_guidance(
+    net, labels, null, scale, channels=3, weak=None, progress=lambda t: t
+):
     """Sampling half: net(x, t, y) and labels [B] -> Net(x, t).
 
     Only the first `channels` outputs are extrapolated: the published models were
@@ -59,7 +63,7 @@ def guided(net, labels, null, scale, channels=3, weak=None, progress=lambda t: t
     what the network sees as t into the share of the way from noise to data.
     """
     alone = lambda x, t: net(x, t, labels)
-    if is_none(scale):
+    if is_unguided(scale):
         return alone
 
     def pair(x, t):
@@ -73,7 +77,7 @@ def guided(net, labels, null, scale, channels=3, weak=None, progress=lambda t: t
         cond, free = pair(x, t)
         return _pushed(cond, free, _strength(scale, t, x, progress), channels)
 
-    if not isinstance(scale, Interval):
+    if not isinstance(scale, GuidanceInterval):
         return everywhere
 
     def inside(x, t):
@@ -83,7 +87,7 @@ def guided(net, labels, null, scale, channels=3, weak=None, progress=lambda t: t
     return inside
 
 
-def with_null_half(net, labels, null, scale, channels=3, progress=lambda t: t):
+def guide_both_halves(net, labels, null, scale, channels=3, progress=lambda t: t):
     """As the released forward_with_cfg: -> Net(x [2B, ...], t [2B]).
 
     The second half is the unguided one. It goes its own way in the channels that are
@@ -105,9 +109,11 @@ def with_null_half(net, labels, null, scale, channels=3, progress=lambda t: t):
 
 def _strength(scale, t, x, progress):
     """The scale at times t [B], a number or as many axes as x."""
-    if isinstance(scale, Interval):
-        return align(jnp.where(scale.covers(progress(t)), scale.scale, 1.0), x)
-    return align(scale(t), x) if callable(scale) else scale
+    if isinstance(scale, GuidanceInterval):
+        return expand_dims_like(
+            jnp.where(scale.covers(progress(t)), scale.scale, 1.0), x
+        )
+    return expand_dims_like(scale(t), x) if callable(scale) else scale
 
 
 def _pushed(cond, free, scale, channels):
@@ -115,3 +121,53 @@ def _pushed(cond, free, scale, channels):
         cond[..., :channels] - free[..., :channels]
     )
     return jnp.concatenate([pushed, cond[..., channels:]], axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class PowerCosine:
+    """From none at the noisiest step to `scale` at the cleanest, as MDT samples.
+
+    1 + (scale - 1) (1 - cos(pi (1 - t / steps)^power)) / 2, where t is what the network
+    is told: the step's number before respacing. The larger the power, the later it
+    rises; near 0 it is `scale` all the way.
+    """
+
+    scale: float = 3.8
+    power: float = 4.0
+    steps: int = 1000
+
+    def __post_init__(self):
+        if not math.isfinite(self.scale):
+            raise UserError(f"scale={self.scale} of PowerCosine must be finite")
+        if not (self.power > 0 and math.isfinite(self.power)):
+            raise UserError(f"power={self.power} of PowerCosine must be positive")
+        if self.steps < 1:
+            raise UserError(f"steps={self.steps} of PowerCosine: at least 1")
+
+    def __call__(self, t):
+        angle = jnp.pi * (1 - t / self.steps) ** self.power
+        return 1 + (self.scale - 1) * (1 - jnp.cos(angle)) / 2
+
+
+def check_guiding_model(parts, other, path):
+    """Refuses a worse network (a Recipe) from which nothing can be led away."""
+    if other.shape != parts.shape or other.model.classes != parts.model.classes:
+        raise UserError(
+            f"--autoguidance {path} is for {other.shape} in {other.model.classes} "
+            f"classes, not for {parts.shape} in {parts.model.classes}"
+        )
+    ours, theirs = (_asked(each.process) for each in (parts, other))
+    if ours != theirs:
+        raise UserError(
+            f"--autoguidance {path} answers another question: {theirs}, where "
+            f"{ours} is led away from; take a worse network of the same process"
+        )
+
+
+def _asked(process):
+    """What its networks are asked, in words: alike where outputs mean the same."""
+    names = ("path", "schedule", "steps", "predicts")
+    fields = {f.name for f in dataclasses.fields(process)}.intersection(names)
+    word = lambda value: getattr(value, "__name__", str(value))
+    said = [f"{n}={word(getattr(process, n))}" for n in names if n in fields]
+    return f"{type(process).__name__}({', '.join(said)})"

@@ -11,29 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from sit_jax.diffusion import predictions
-from sit_jax.diffusion.paths import align, linear, mix, noising_rate, slope
+from sit_jax.diffusion.loss_weights import unweighted
+from sit_jax.diffusion.paths import (
+    expand_dims_like,
+    interpolate,
+    linear,
+    path_derivatives,
+)
 from sit_jax.errors import UserError
-
-# A weight is a function (path, predicts, t) -> what multiplies the squared error. Those
-# of the releases leave the velocity alone.
-
-
-def unweighted(path, predicts, t):
-    return 1.0
-
-
-def velocity_weight(path, predicts, t):
-    """Makes the error of the noise the error of the velocity it implies."""
-    if predicts is predictions.velocity:
-        return 1.0
-    return (noising_rate(path, t) / path(t)[1]) ** 2
-
-
-def likelihood_weight(path, predicts, t):
-    """Makes the loss a bound of the likelihood (Song et al., arXiv:2101.09258)."""
-    if predicts is predictions.velocity:
-        return 1.0
-    return noising_rate(path, t) / path(t)[1] ** 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +56,8 @@ class Interpolant:
 
         The error of a score counts in units of noise: (sigma * score + noise)^2.
         """
-        at = align(t, data)
-        out = _first(net(mix(self.path, data, noise, at), t), data)
+        at = expand_dims_like(t, data)
+        out = _first(net(interpolate(self.path, data, noise, at), t), data)
         p, q = self.predicts(self.path, at)
         error = out - (p * data + q * noise)
         if self.predicts is predictions.score:
@@ -86,7 +71,7 @@ class Interpolant:
         def field(x, t):
             out = _first(net(x, t), x)
             return predictions.convert(
-                out, x, align(t, x), self.path, self.predicts, target
+                out, x, expand_dims_like(t, x), self.path, self.predicts, target
             )
 
         return field
@@ -123,23 +108,15 @@ class Interpolant:
         """What the path does at its ends, so that any path gets the right margins."""
         with jax.ensure_compile_time_eval():  # numbers, also while tracing
             start, end = jnp.float32(0), jnp.float32(1)
-            steep = lambda t: not jnp.isfinite(jnp.stack(slope(self.path, t))).all()
+            steep = lambda t: (
+                not jnp.isfinite(jnp.stack(path_derivatives(self.path, t))).all()
+            )
             return {
                 "no data at 0": bool(abs(self.path(start)[0]) < 1e-6),
                 "no noise at 1": bool(abs(self.path(end)[1]) < 1e-6),
                 "steep at 0": steep(start),
                 "steep at 1": steep(end),
             }
-
-
-def require_path(sampler, process):
-    """Refuses a process in which time is not continuous, naming what fits it."""
-    if not hasattr(process, "field"):
-        raise UserError(
-            f"{type(sampler).__name__} samples an Interpolant; "
-            f"{type(process).__name__} has no continuous path: use Ancestral "
-            "or Ddim (--sampler ddpm, ddim)"
-        )
 
 
 def _first(out, x):

@@ -47,28 +47,28 @@ class VP:
         return jnp.exp(log_alpha), jnp.sqrt(-jnp.expm1(2 * log_alpha))
 
 
-def slope(path, t):
+def path_derivatives(path, t):
     """-> derivatives of alpha and sigma."""
     t = jnp.asarray(t)
     return jax.jvp(path, (t,), (jnp.ones_like(t),))[1]
 
 
-def noising_rate(path, t):
+def sde_diffusion_rate(path, t):
     """b of dx = a(t) x dt + sqrt(2b) dB, the SDE that noises data along the path.
 
     b = sigma^2 alpha'/alpha - sigma sigma'. Infinite at time 0 where alpha(0) = 0.
     """
     alpha, sigma = path(t)
-    d_alpha, d_sigma = slope(path, t)
+    d_alpha, d_sigma = path_derivatives(path, t)
     return sigma**2 * d_alpha / alpha - sigma * d_sigma
 
 
-def mix(path, data, noise, t):
+def interpolate(path, data, noise, t):
     """-> x_t, shaped like data; t must already broadcast against it."""
     alpha, sigma = path(t)
     return alpha * data + sigma * noise
 
 
-def align(t, x):
+def expand_dims_like(t, x):
     """t [B] -> [B, 1, ..., 1] with the rank of x."""
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))

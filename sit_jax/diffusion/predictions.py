@@ -4,11 +4,12 @@ Together with x_t = alpha * data + sigma * noise that is two equations in two
 unknowns, so any prediction turns into any other by solving them.
 """
 
-from sit_jax.diffusion.paths import slope
+from sit_jax.diffusion.paths import path_derivatives
+from sit_jax.diffusion.schedules import posterior_coefficients
 
 
 def velocity(path, t):
-    return slope(path, t)
+    return path_derivatives(path, t)
 
 
 def noise(path, t):
@@ -22,6 +23,14 @@ def data(path, t):
 def score(path, t):
     """Gradient of log p(x_t | data)."""
     return 0.0, -1.0 / path(t)[1]
+
+
+def previous_x(path, t):
+    """Predicts the mean of q(x_{t-1} | x_t, data); linear in data and noise too."""
+    (alpha_, _), (alpha, sigma) = path(t - 1), path(t)
+    beta = 1 - (alpha / alpha_) ** 2
+    on_data, on_x, _ = posterior_coefficients(beta, alpha_**2, alpha**2)
+    return on_data + on_x * alpha, on_x * sigma
 
 
 def convert(out, x_t, t, path, source, target):

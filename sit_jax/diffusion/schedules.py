@@ -26,7 +26,7 @@ def cosine_betas(steps=1000):
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
 
 
-def kept_steps(total, spacing):
+def space_timesteps(total, spacing):
     """Indices of the kept steps, ascending, out of 0..total-1.
 
     A section gives its first and last step and evenly spread ones between. One that
@@ -63,7 +63,7 @@ def check_betas(betas):
         )
 
 
-def check_kept(kept, total):
+def check_use_timesteps(kept, total):
     """None keeps all."""
     if kept is None:
         return
@@ -76,7 +76,7 @@ def check_kept(kept, total):
 
 
 @dataclasses.dataclass(frozen=True)
-class DdimSpacing:
+class DDIMSpacing:
     """Every k-th step from 0 on, k the smallest that visits exactly `steps` of them.
 
     The spacing of Song et al. 2021; it exists only where such a k does.
@@ -120,3 +120,13 @@ def _sections(total, counts):
 
 def _whole(number):
     return hasattr(number, "__index__") and not isinstance(number, bool)
+
+
+def posterior_coefficients(beta, before, after):
+    """q(x_{t-1} | x_t, data): weight of data, weight of x_t, variance.
+
+    before and after are alpha_bar at t-1 and t. Ho et al. 2020, eq. 7.
+    """
+    on_data = beta * np.sqrt(before) / (1 - after)
+    on_x = (1 - before) * np.sqrt(1 - beta) / (1 - after)
+    return on_data, on_x, beta * (1 - before) / (1 - after)

@@ -6,6 +6,8 @@ weights of their losses [n] or None, and .add(losses, t, loss).
 """
 
 import dataclasses
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from flax import struct
 from sit_jax.errors import UserError
 
 
-class Losses(struct.PyTreeNode):
+class LossHistory(struct.PyTreeNode):
     """The last losses of every step of a diffusion."""
 
     last: jax.Array  # [steps, history], a ring
@@ -47,7 +49,9 @@ class LossSecondMoment:
                 f"{type(process).__name__} has no steps to count"
             )
         steps = len(process.betas)
-        return Losses(jnp.zeros((steps, self.history)), jnp.zeros(steps, jnp.int32))
+        return LossHistory(
+            jnp.zeros((steps, self.history)), jnp.zeros(steps, jnp.int32)
+        )
 
     def draw(self, process, key, losses, n):
         """-> t int [n], and the weights [n] that keep the mean loss what it was."""
@@ -72,10 +76,10 @@ class LossSecondMoment:
         # of more than `history` for one step the last ones stay; others go nowhere
         row = jnp.where(after < self.history, t, len(losses.counts))
         last = losses.last.at[row, place].set(loss, mode="drop")
-        return Losses(last, losses.counts.at[t].add(1))
+        return LossHistory(last, losses.counts.at[t].add(1))
 
 
-def quartiles(rows, t, end):
+def quartile_means(rows, t, end):
     """{name: [B]} at times t [B] of 0..end -> {name_q0..q3: mean in that quarter}.
 
     A quarter that no time fell into gives nan, which the log leaves out.
@@ -87,3 +91,88 @@ def quartiles(rows, t, end):
         for name, row in rows.items():
             found[f"{name}_q{i}"] = jnp.where(here, row, 0).sum() / here.sum()
     return found
+
+
+def uniform(u):
+    return u
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitNormal:
+    """log(t / (1 - t)) is normal: times in the middle, where the task is hardest.
+
+    Esser et al., equation 19; the published best is mean 0, std 1.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self):
+        if not (math.isfinite(self.mean) and 0 < self.std < math.inf):
+            raise UserError(
+                f"LogitNormal(mean={self.mean}, std={self.std}): the mean must be "
+                "finite, the std positive"
+            )
+
+    def __call__(self, u):
+        return jax.nn.sigmoid(self.mean + self.std * jax.scipy.special.ndtri(u))
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """More of the middle (scale > 0) or of the ends (scale < 0), all times covered.
+
+    Esser et al., equation 20, who tried scales from -1 to 1.75; 1.29 was their best.
+    """
+
+    scale: float = 1.29
+
+    def __post_init__(self):
+        if not -1 <= self.scale <= 2 / (math.pi - 2):
+            raise UserError(
+                f"Mode(scale={self.scale}): beyond -1 .. {2 / (math.pi - 2):.4f} the "
+                "times are not in order"
+            )
+
+    def __call__(self, u):
+        return u - self.scale * (jnp.sin(u * math.pi / 2) ** 2 - u)
+
+
+def cosmap(u):
+    """The signal-to-noise ratios of the cosine schedule; Esser et al., equation 21."""
+    s, c = jnp.sin(u * math.pi / 2), jnp.cos(u * math.pi / 2)
+    return s / (s + c)
+
+
+@dataclasses.dataclass(frozen=True)
+class DensityTimesteps:
+    """A `timesteps` of a config: times by a density, perhaps with importance weights.
+
+    weighted: losses are multiplied by 1 / density, so that their mean estimates that
+    of uniform times, with another variance. Else the density is part of what is
+    trained on, as published.
+    """
+
+    quantile: Callable = uniform
+    weighted: bool = False
+
+    def begin(self, process):
+        if not hasattr(process, "train_span"):
+            raise UserError(
+                f"timesteps=Times needs an Interpolant; {type(process).__name__} has "
+                "steps: use LossSecondMoment"
+            )
+        return ()
+
+    def draw(self, process, key, losses, n):
+        """-> t [n] within the process's span, and weights [n] or None."""
+        del losses
+        # half a unit in the last place off both ends, where quantiles may be infinite
+        u = jax.random.uniform(key, (n,), minval=2.0**-25, maxval=1 - 2.0**-24)
+        unit, slope = jax.jvp(self.quantile, (u,), (jnp.ones_like(u),))
+        first, last = process.train_span()
+        return first + (last - first) * unit, slope if self.weighted else None
+
+    def add(self, losses, t, loss):
+        del t, loss
+        return losses

@@ -17,7 +17,7 @@ from sit_jax.drafts import draft
 from sit_jax.errors import UserError
 from sit_jax.models.inception import NAME, RESIZE, Inception, prepared
 from sit_jax.parallel.sharding import everywhere, put, split_batch
-from sit_jax.precision import precision
+from sit_jax.precision import policy
 
 PARTS = ("pool", "spatial", "logits")
 ROWS = 4096  # of stored features that are read together
@@ -25,7 +25,7 @@ INCEPTION = {
     "network": NAME,
     "resize": RESIZE,
     "spatial": "mixed_6/conv, 7 channels; row, column, channel",
-    "precision": precision.EXACT.word,
+    "precision": policy.EXACT.word,
 }
 SAME = ("network", "weights", "resize", "spatial")  # or features are not comparable
 
@@ -51,7 +51,7 @@ class Extractor:
         self.batch_size = -(-self.batch_size // size) * size
         self.params = put(self.params, everywhere(self.mesh))
         self._split, all_of_it = split_batch(self.mesh), everywhere(self.mesh)
-        run = precision.applied(precision.EXACT, self.network)
+        run = policy.with_precision(policy.EXACT, self.network)
         self._run = jax.jit(run, out_shardings=all_of_it)
 
     def __call__(self, batches):

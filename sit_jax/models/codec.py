@@ -15,7 +15,7 @@ from flax import struct
 from sit_jax.errors import UserError
 from sit_jax.manifest import weights_hash
 from sit_jax.models.rounding import to_uint8
-from sit_jax.precision.precision import EXACT, Precision, applied
+from sit_jax.precision.policy import EXACT, Precision, with_precision
 
 fixed = partial(struct.field, pytree_node=False)
 
@@ -128,14 +128,14 @@ def drawn(key, moments):
 
 @jax.jit
 def _encode(codec, images):
-    run = applied(codec.precision, partial(codec.model.apply, method="encode"))
+    run = with_precision(codec.precision, partial(codec.model.apply, method="encode"))
     return run({"params": codec.params}, Pixels().encode(images))
 
 
 @jax.jit
 def _decode(codec, data):
     latents = data.astype(jnp.float32) / codec.scale
-    decode = applied(codec.precision, partial(codec.decoding, codec.model))
+    decode = with_precision(codec.precision, partial(codec.decoding, codec.model))
     one = lambda part: codec.rounding(decode(codec.params, part))
     size = codec.group or (1 if jax.default_backend() == "cpu" else 8)
     return _in_groups(one, latents, size)

@@ -107,12 +107,6 @@ class SiT(DiT):
         return super().__call__(x, t, y)[..., : x.shape[-1]]
 
 
-def constants(model, side):
-    """What torch files hold and ours do not, for data [side, side, C]; comes first."""
-    table = grid_embedding(side // model.patch, model.width)
-    return {"pos_embed": table[None]}
-
-
 def macs(model, shape):
     """Multiply-adds of one forward pass over one image [H, W, C], attention included.
 
@@ -126,45 +120,6 @@ def macs(model, shape):
     block = tokens * (4 * d * d + 2 * d * hidden + 2 * tokens * d) + 6 * d * d
     ends = tokens * d * (pixels + out) + 256 * d + d * d + 2 * d * d
     return model.depth * block + ends
-
-
-def describe(state):
-    """-> the fields and sizes of the network that a torch state dict belongs to.
-
-    state maps the released names to anything with a shape. heads is that of the
-    published network of this depth and width, else None. Shapes cannot tell a null row
-    from one more class, so a null row is assumed.
-    """
-    shape = lambda name: tuple(state[name].shape)
-    missing = [name for name in _TELLING if name not in state]
-    if missing:
-        raise UserError(f"not the weights of a DiT or SiT: no {', '.join(missing)}")
-    width, channels, patch, _ = shape("x_embedder.proj.weight")
-    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    heads = {(s["depth"], s["width"]): s["heads"] for s in SIZES.values()}
-    out = shape("final_layer.linear.weight")[0] // patch**2
-    if out not in (channels, 2 * channels):
-        raise UserError(f"final layer gives {out} channels for {channels} of the input")
-    return dict(
-        depth=depth,
-        width=width,
-        heads=heads.get((depth, width)),
-        patch=patch,
-        mlp_ratio=shape("blocks.0.mlp.fc1.weight")[0] / width,
-        classes=shape("y_embedder.embedding_table.weight")[0] - 1,
-        learn_sigma=out == 2 * channels,
-        channels=channels,
-        side=math.isqrt(shape("pos_embed")[1]) * patch,
-    )
-
-
-_TELLING = (
-    "pos_embed",
-    "x_embedder.proj.weight",
-    "y_embedder.embedding_table.weight",
-    "blocks.0.mlp.fc1.weight",
-    "final_layer.linear.weight",
-)
 
 
 def check(model, shape):
@@ -198,37 +153,3 @@ def check(model, shape):
             f"width {model.width} is not divisible by 4, as the position table needs: "
             "choose another width"
         )
-
-
-# How the released PyTorch weights are named and laid out; see sit_jax/convert/port.py.
-
-
-def dense(torch, flax):
-    return [
-        (f"{torch}.weight", f"{flax}/kernel", "oi->io"),
-        (f"{torch}.bias", f"{flax}/bias", "o->o"),
-    ]
-
-
-def block_rules(torch, flax):
-    return [
-        *dense(f"{torch}.*.attn.qkv", f"{flax}/attn/qkv"),
-        *dense(f"{torch}.*.attn.proj", f"{flax}/attn/proj"),
-        *dense(f"{torch}.*.mlp.fc1", f"{flax}/mlp/fc1"),
-        *dense(f"{torch}.*.mlp.fc2", f"{flax}/mlp/fc2"),
-        *dense(f"{torch}.*.adaLN_modulation.1", f"{flax}/adaLN"),
-    ]
-
-
-FRONT = [
-    ("x_embedder.proj.weight", "patch/kernel", "ocpq->pqco"),
-    ("x_embedder.proj.bias", "patch/bias", "o->o"),
-    *dense("t_embedder.mlp.0", "cond/time_in"),
-    *dense("t_embedder.mlp.2", "cond/time_out"),
-    ("y_embedder.embedding_table.weight", "cond/label/embedding", "kd->kd"),
-]
-BACK = [
-    *dense("final_layer.linear", "head/out"),
-    *dense("final_layer.adaLN_modulation.1", "head/adaLN"),
-]
-RULES = FRONT + block_rules("blocks", "blocks") + BACK

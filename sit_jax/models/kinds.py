@@ -1,26 +1,23 @@
-"""Each kind of network: its names in torch files, what these hold, what it costs."""
+"""What each kind of network costs."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-from sit_jax.convert import mdt_weights
 from sit_jax.models import dit, mdt, mdt_cost
 
 
 class Kind(NamedTuple):
-    rules: list  # of sit_jax/convert/port.py
-    constants: Callable  # (model, side) -> what torch files hold and ours do not
     macs: Callable  # (model, shape) -> multiply-adds of a forward pass over an image
     step_macs: Callable  # those of the passes of a training step
 
 
-_DIT = Kind(dit.RULES, dit.constants, dit.macs, dit.macs)
-_MDT = Kind(mdt_weights.RULES, mdt_weights.constants, mdt_cost.macs, mdt_cost.step_macs)
+_DIT = Kind(dit.macs, dit.macs)
+_MDT = Kind(mdt_cost.macs, mdt_cost.step_macs)
 KINDS = {
     dit.SiT: _DIT,
     dit.DiT: _DIT,
     mdt.MDT: _MDT,
-    mdt.MDTv2: _MDT._replace(rules=mdt_weights.RULES_V2),
+    mdt.MDTv2: _MDT,
 }
 
 

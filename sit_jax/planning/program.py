@@ -11,9 +11,10 @@ from sit_jax.convert.base import base_shapes
 from sit_jax.experiment import recipe
 from sit_jax.models import attention
 from sit_jax.parallel import placement, sharding
-from sit_jax.precision import precision
+from sit_jax.precision import policy
 from sit_jax.sampling.generation import lowered
-from sit_jax.training.training import fresh_state, init_params, make_train_step
+from sit_jax.training.state import create_train_state, init_params
+from sit_jax.training.step import make_train_step
 
 # XLA gives its library YNN sums, convolutions and single products. Without the last,
 # which Eigen then takes, a training step is 2 to 4 % quicker (docs/performance.md).
@@ -41,13 +42,13 @@ def training_recipe(config):
     parts, word = recipe(config), training_precision(config)
     if word.dtype == "float32":  # then model.dtype decides
         return parts
-    model = precision.computing(word, parts.model)
+    model = policy.with_compute_dtype(word, parts.model)
     return dataclasses.replace(parts, model=model)
 
 
 def training_precision(config):
     words = config.get("precision")  # absent in configs from before there was a choice
-    return precision.chosen(words.training if words else "fast")
+    return policy.get_precision(words.training if words else "fast")
 
 
 def state_shapes(parts, mesh):
@@ -57,12 +58,12 @@ def state_shapes(parts, mesh):
     """
 
     def begin(key, base):
-        params = parts.adapter.add_adapters(base, key) if parts.adapter else base
-        return fresh_state(parts.tx, params, parts.ema_decay, parts.losses)
+        params = parts.adapter(base, key) if parts.adapter else base
+        return create_train_state(parts.tx, params, parts.ema_decay, parts.losses)
 
     base = base_shapes(parts)
     if parts.adapter:
-        base = parts.adapter.quantized_base_shapes(base)
+        base = parts.adapter.compressed_shapes(base)
     shapes = jax.eval_shape(begin, jax.random.key(0), base)
     return shapes, placement.of_state(mesh, shapes)
 
@@ -77,9 +78,9 @@ def sampling_recipe(config, platform):
 def as_sampled(config, parts, platform=None):
     """-> the recipe with a model that computes as sample.py's will, and fn -> fn."""
     words = config.get("precision")
-    word = precision.chosen(words.model if words else "exact")
-    model = precision.computing(word, parts.model)
-    around = partial(precision.applied, word, platform=platform)
+    word = policy.get_precision(words.model if words else "exact")
+    model = policy.with_compute_dtype(word, parts.model)
+    around = partial(policy.with_precision, word, platform=platform)
     return dataclasses.replace(parts, model=model), around
 
 
@@ -123,7 +124,7 @@ def train_step(config, parts, mesh, where, platform=None):
         config.get("log_quartiles", False),
         place=placement.gathered(mesh),
     )
-    step = precision.applied(training_precision(config), step, platform)
+    step = policy.with_precision(training_precision(config), step, platform)
     step = sharding.on(mesh, step)
     options = compiler_options(platform or jax.default_backend())
     how = {"donate_argnums": 0, "compiler_options": options}

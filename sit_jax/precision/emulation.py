@@ -29,14 +29,14 @@ PRODUCTS = (primitives.dot_general_p, primitives.conv_general_dilated_p)
 RULED = (primitives.custom_jvp_call_p, primitives.custom_vjp_call_p)
 
 
-def chosen(name):
+def emulated_bits(name):
     """-> bits of mantissa of an emulated platform."""
     if name not in EMULATED:
         raise UserError(f"no emulation of {name!r}; there are {', '.join(EMULATED)}")
     return EMULATED[name]
 
 
-def emulated(fn, mantissa_bits):
+def emulate(fn, mantissa_bits):
     """fn of arrays, in which the operands of every dot and convolution are rounded.
 
     mantissa_bits counts the implicit one: 2..24. Only float32 operands are rounded, and

@@ -18,7 +18,7 @@ BITS = np.arange(2, 25)  # float32 has 24
 DIGITS = 0b101001110110011011110100
 
 
-def probe(apply=None, dtype="float32"):
+def measure_mantissa_bits(apply=None, dtype="float32"):
     """-> bits of {"default dot", "model dot", "convolution"} on the default device.
 
     apply: fn -> fn as it is done to the network (precision.applied, or emulated), which
@@ -39,7 +39,7 @@ def probe(apply=None, dtype="float32"):
     return {name: bits(product) for name, product in zip(names, measured, strict=True)}
 
 
-def line(precision, measured, emulating=None, device=None):
+def describe_precision(precision, measured, emulating=None, device=None):
     """What a script prints at its start. emulating: an emulated platform's name."""
     word = precision.word + (f", emulating {emulating}" if emulating else "")
     return (
@@ -49,7 +49,7 @@ def line(precision, measured, emulating=None, device=None):
     )
 
 
-def mismatch(precision, measured, mantissa_bits=None, device=None):
+def precision_warning(precision, measured, mantissa_bits=None, device=None):
     """-> a warning of one line where products are not as the word says, or None.
 
     mantissa_bits: what an emulation leaves of operands, else None.

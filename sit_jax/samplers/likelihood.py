@@ -14,23 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from sit_jax.diffusion import predictions
-from sit_jax.diffusion.diffusion import Noised, clipped
-from sit_jax.diffusion.interpolant import require_path
-from sit_jax.diffusion.paths import align, mix
+from sit_jax.diffusion.gaussian import NoisedBatch, clip_denoised
+from sit_jax.diffusion.paths import expand_dims_like, interpolate
 from sit_jax.errors import UserError
-from sit_jax.samplers.adaptive import AdaptiveOde
-from sit_jax.samplers.chain import short
+from sit_jax.samplers.adaptive_ode import AdaptiveODE
+from sit_jax.samplers.base import require_continuous
+from sit_jax.samplers.ddpm import respaced_process
 
 MOST_EXACT = 4096  # dimensions up to which the whole trace is reasonable
 
 
-def estimated(probes, vjp):
+def hutchinson_trace(probes, vjp):
     """The trace from probes [K, B, ...] of +-1 (Hutchinson 1990): -> [B]."""
     one = lambda probe: _rows(probe * vjp(probe)[0])
     return jnp.mean(jax.lax.map(one, probes), axis=0)
 
 
-def exact(probes, vjp):
+def exact_trace(probes, vjp):
     """The whole trace, one pass for each dimension; probes give only the shape."""
     _, rows, *shape = probes.shape
     size = int(np.prod(shape))
@@ -52,13 +52,13 @@ def exact(probes, vjp):
 class FlowLikelihood:
     """Log density under the flow, in nats.
 
-    ode: an Ode, Adams or AdaptiveOde, whose direction is ignored. trace: estimated or
+    ode: a FixedStepODE, Adams or AdaptiveODE, whose direction is ignored. trace: e.g.
     exact. probes: directions averaged over, the same all along the way; fresh: new ones
     at every time, as released, which an adaptive solver can hardly follow.
     """
 
-    ode: object = AdaptiveOde(rtol=1e-5, atol=1e-5)
-    trace: Callable = estimated
+    ode: object = AdaptiveODE(rtol=1e-5, atol=1e-5)
+    trace: Callable = hutchinson_trace
     probes: int = 1
     fresh: bool = False
 
@@ -67,8 +67,8 @@ class FlowLikelihood:
             raise UserError(f"probes={self.probes}: give at least 1")
         if not hasattr(self.ode, "solve"):
             raise UserError(
-                f"{type(self.ode).__name__} follows no flow: likelihoods need Ode, "
-                "Adams or AdaptiveOde"
+                f"{type(self.ode).__name__} follows no flow: likelihoods need "
+                "FixedStepODE, Adams or AdaptiveODE"
             )
 
     def __call__(self, draw, process, net, data):
@@ -76,7 +76,7 @@ class FlowLikelihood:
 
         net sees labels alone, no guidance: a guided field is not a model's density.
         """
-        require_path(self, process)
+        require_continuous(self, process)
         velocity = process.field(net, predictions.velocity)
         fixed = jax.vmap(draw)(jnp.arange(self.probes))
 
@@ -89,7 +89,7 @@ class FlowLikelihood:
         span = process.span(reverse=True)
         (noise, change), stats = self.ode.solve(slope, start, *span)
         stats.pop("trajectory", None)
-        return {"nats": standard_normal(noise) + change, **stats}, noise
+        return {"nats": standard_normal_log_density(noise) + change, **stats}, noise
 
     def _directions(self, draw, t, fixed):
         if not self.fresh:
@@ -99,7 +99,7 @@ class FlowLikelihood:
 
 
 @dataclasses.dataclass(frozen=True)
-class ChainBound:
+class VariationalBound:
     """The variational bound on every step of a chain, in nats (Ho et al. 2020, eq. 5).
 
     steps: a spacing, see schedules.kept_steps. clip: guesses at the data to [-1, 1].
@@ -113,14 +113,16 @@ class ChainBound:
         """-> (stats: "nats" [B], "prior" [B] in nats, and by step from the noisiest
         "bound" [T, B] in bits/dim, "data_mse" and "noise_mse" [T, B]), None.
         """
-        process = short(self, process)
+        process = respaced_process(self, process)
         n, size = len(process.betas), np.prod(data.shape[1:])
-        mend = clipped if self.clip else None
+        mend = clip_denoised if self.clip else None
 
         def step(_, i):
             t = jnp.full(data.shape[:1], n - 1 - i)
-            at, noise = align(t, data), draw(i)
-            batch = Noised(data, noise, mix(process.path, data, noise, at), at)
+            at, noise = expand_dims_like(t, data), draw(i)
+            batch = NoisedBatch(
+                data, noise, interpolate(process.path, data, noise, at), at
+            )
             bits, guess = process.bound_at(net, batch, t, mend)
             alpha, sigma = process.path(at)
             missed = (batch.x - alpha * guess) / sigma - noise
@@ -139,7 +141,7 @@ class ChainBound:
         return stats, None
 
 
-def standard_normal(x):
+def standard_normal_log_density(x):
     """x [B, ...] -> log density [B], nats."""
     return -_rows(x**2) / 2 - np.prod(x.shape[1:]) / 2 * np.log(2 * np.pi)
 

@@ -16,13 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from sit_jax.diffusion import predictions
-from sit_jax.diffusion.interpolant import require_path
-from sit_jax.diffusion.paths import align, noising_rate
+from sit_jax.diffusion.paths import expand_dims_like, sde_diffusion_rate
 from sit_jax.errors import UserError
-from sit_jax.samplers.walk import check_steps, walk
+from sit_jax.samplers.base import check_steps, require_continuous, run_steps
 
 
-class Place(NamedTuple):
+class SDEState(NamedTuple):
     """What one network call tells about x [B, H, W, C] at time t."""
 
     t: jax.Array
@@ -36,30 +35,30 @@ class Place(NamedTuple):
         return self.velocity + self.w * self.score
 
 
-def by_sigma(path, t, norm=1.0):
+def diffusion_sigma(path, t, norm=1.0):
     return norm * path(t)[1]
 
 
-def by_score(path, t, norm=1.0):
+def diffusion_sbdm(path, t, norm=1.0):
     """The reverse of the path's own noising SDE; SBDM in the released code."""
-    return norm * noising_rate(path, t)
+    return norm * sde_diffusion_rate(path, t)
 
 
-def constant(path, t, norm=1.0):
+def diffusion_constant(path, t, norm=1.0):
     return jnp.full_like(t, norm)
 
 
-def falling(path, t, norm=1.0):
+def diffusion_linear(path, t, norm=1.0):
     """In a line to 0; `linear` in the released code."""
     return norm * (1 - t)
 
 
-def decreasing(path, t, norm=1.0):
+def diffusion_decreasing(path, t, norm=1.0):
     """Along a cosine; with norm 1 from 1 to 0."""
     return (norm * jnp.cos(jnp.pi * t) + 1) ** 2 / 4
 
 
-def increasing_decreasing(path, t, norm=1.0):
+def diffusion_increasing_decreasing(path, t, norm=1.0):
     return norm * jnp.sin(jnp.pi * t) ** 2
 
 
@@ -76,29 +75,29 @@ def heun(drift, t, dt, x, kick):
     return x + dt * jnp.where(t + dt < 1, (first + second) / 2, first)
 
 
-def none(path, place, size):
+def last_step_none(path, place, size):
     """Ends with the last noisy step."""
     return place.x
 
 
-def mean(path, place, size):
+def last_step_mean(path, place, size):
     """A step of the drift without its noise."""
     return place.x + size * place.drift
 
 
-def euler(path, place, size):
+def last_step_euler(path, place, size):
     """A step of the probability-flow ODE."""
     return place.x + size * place.velocity
 
 
-def tweedie(path, place, size):
+def last_step_tweedie(path, place, size):
     """The expected data; reaches time 1 whatever the size."""
     alpha, sigma = path(place.t)
     return (place.x + sigma**2 * place.score) / alpha
 
 
 @dataclasses.dataclass(frozen=True)
-class Sde:
+class SDE:
     """steps - 1 noisy steps up to time 1 - last, and one last step, as released.
 
     So 250 steps are 249 noisy ones of the same size and a last one of size 0.04. With
@@ -106,9 +105,9 @@ class Sde:
     """
 
     steps: int = 250
-    diffusion: Callable = by_sigma
+    diffusion: Callable = diffusion_sigma
     norm: float = 1.0
-    last_step: Callable = mean
+    last_step: Callable = last_step_mean
     last: float = 0.04
     method: Callable = euler_maruyama
     frames: int = 0  # states kept on the way, in stats["trajectory"]
@@ -123,7 +122,7 @@ class Sde:
             )
 
     def __call__(self, draw, process, net, noise):
-        require_path(self, process)
+        require_continuous(self, process)
         path, place = process.path, self._place(process, net)
         t0, t1 = self._span(process)
         grid = jnp.asarray(np.linspace(t0, t1, self.steps), jnp.float32)
@@ -134,9 +133,9 @@ class Sde:
             return self.method(lambda *at: place(*at).drift, grid[i], dt, x, kick)
 
         start = noise.astype(jnp.float32)
-        x, stats = walk(step, start, self.steps - 1, self.frames)
+        x, stats = run_steps(step, start, self.steps - 1, self.frames)
         count = (self.steps - 1) * _calls(self.method)
-        if self.last_step is not none:
+        if self.last_step is not last_step_none:
             x, count = self.last_step(path, place(grid[-1], x), self.last), count + 1
             if self.frames:
                 stats["trajectory"] = stats["trajectory"].at[-1].set(x)
@@ -149,7 +148,7 @@ class Sde:
     def _span(self, process):
         with jax.ensure_compile_time_eval():
             infinite = not jnp.isfinite(self._w(process.path, jnp.float32(0)))
-        last = 0.0 if self.last_step is none else self.last
+        last = 0.0 if self.last_step is last_step_none else self.last
         return process.span(by_score=infinite, last=last)
 
     def _place(self, process, net):
@@ -159,9 +158,14 @@ class Sde:
             path, at = process.path, jnp.full(x.shape[:1], t)
             v = velocity(x, at)
             score = predictions.convert(
-                v, x, align(at, x), path, predictions.velocity, predictions.score
+                v,
+                x,
+                expand_dims_like(at, x),
+                path,
+                predictions.velocity,
+                predictions.score,
             )
-            return Place(t, x, v, score, self._w(path, t))
+            return SDEState(t, x, v, score, self._w(path, t))
 
         return place
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sit_jax.errors import UserError
-from sit_jax.samplers.flow import add, first_step, size, weighted
+from sit_jax.samplers.base import add_scaled, initial_step, rms_norm, weighted_sum
 
 SAFETY, SLOWEST, FASTEST = 0.9, 0.2, 10.0
 # Weights of the stages' slopes in the state half a step on.
@@ -28,13 +28,13 @@ HALFWAY = {
 }
 
 
-def like_torchdiffeq(sampler, slope, start, t0, t1):
+def torchdiffeq_control(sampler, slope, start, t0, t1):
     """start: tree of arrays at t0 -> (the tree at t1, stats)."""
     sign, span = 1.0 if t1 > t0 else -1.0, abs(t1 - t0)
     # s rises from 0
     forward = lambda s, x: jax.tree.map(lambda v: sign * v, slope(t0 + sign * s, x))
     order = sampler.solver.order(None)
-    here, dt = first_step(
+    here, dt = initial_step(
         forward, start, 0.0, 1.0, sampler.rtol, sampler.atol, order, jnp.inf
     )
     moments = jnp.asarray(span * np.linspace(0, 1, max(sampler.frames, 1) + 1)[1:])
@@ -66,7 +66,7 @@ def _step(sampler, slope, moments, halfway):
         stages, ahead, error = _stages(sampler.solver.tableau, slope, s, dt, x, k0)
         ratio = _ratio(sampler, error, x, ahead)
         good = ratio <= 1
-        middle = add(x, (1.0, weighted(dt * halfway, stages)))
+        middle = add_scaled(x, (1.0, weighted_sum(dt * halfway, stages)))
         last = jax.tree.map(lambda k: k[-1], stages)
         place = (moments - s) / dt
         read = jax.vmap(_quartic(x, ahead, middle, k0, last, dt))(place)
@@ -89,7 +89,7 @@ def _ratio(sampler, error, x, ahead):
     allowed = lambda a, b: (
         sampler.atol + sampler.rtol * jnp.maximum(jnp.abs(a), jnp.abs(b))
     )
-    return size(jax.tree.map(lambda e, a, b: e / allowed(a, b), error, x, ahead))
+    return rms_norm(jax.tree.map(lambda e, a, b: e / allowed(a, b), error, x, ahead))
 
 
 def _factor(ratio, order):
@@ -122,7 +122,7 @@ def _ended(sampler, state, span):
     return last, stats
 
 
-like_torchdiffeq.doubled = True  # wants guidance's null half beside the batch
+torchdiffeq_control.doubled = True  # wants guidance's null half beside the batch
 
 
 def _stages(tableau, slope, s, dt, x, first):
@@ -138,15 +138,15 @@ def _stages(tableau, slope, s, dt, x, first):
 
     def stage(slopes, i):
         at = jnp.where(c[i] == 1, jnp.nextafter(s + dt, -jnp.inf), s + c[i] * dt)
-        guess = add(x, (1.0, weighted(dt * lower[i], slopes)))
+        guess = add_scaled(x, (1.0, weighted_sum(dt * lower[i], slopes)))
         put = lambda row, new: row.at[i].set(new)
         return jax.tree.map(put, slopes, slope(at, guess)), None
 
     start = jax.tree.map(lambda k: jnp.zeros((count, *k.shape)).at[0].set(k), first)
     slopes, _ = jax.lax.scan(stage, start, jnp.arange(1, count))
     weights = lower[-1] if tableau.fsal else jnp.asarray(tableau.b_sol, jnp.float32)
-    ahead = add(x, (1.0, weighted(dt * weights, slopes)))
-    error = weighted(dt * jnp.asarray(tableau.b_error, jnp.float32), slopes)
+    ahead = add_scaled(x, (1.0, weighted_sum(dt * weights, slopes)))
+    error = weighted_sum(dt * jnp.asarray(tableau.b_error, jnp.float32), slopes)
     return slopes, ahead, error
 
 

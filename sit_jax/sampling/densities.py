@@ -15,22 +15,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from sit_jax import hosts
-from sit_jax.adapters.apply import apply_model
+from sit_jax.adapters.applied import apply
 from sit_jax.config import build, to_json
-from sit_jax.diffusion import noise
+from sit_jax.diffusion import rng
 from sit_jax.drafts import draft, require_free
 from sit_jax.errors import UserError
 from sit_jax.experiment import check_data, recipe
 from sit_jax.manifest import environment, weights_hash
 from sit_jax.parallel import sharding
-from sit_jax.precision import precision
+from sit_jax.precision import policy
 from sit_jax.ranges import COUNT
-from sit_jax.samplers.adaptive import AdaptiveOde
-from sit_jax.samplers.likelihood import ChainBound, FlowLikelihood, estimated, exact
+from sit_jax.samplers.adaptive_ode import AdaptiveODE
+from sit_jax.samplers.likelihood import (
+    FlowLikelihood,
+    VariationalBound,
+    exact_trace,
+    hutchinson_trace,
+)
 from sit_jax.sampling.generation import in_chunks
 from sit_jax.trainer.workdir import write_json
 
-TRACES = {"estimated": estimated, "exact": exact}
+TRACES = {"estimated": hutchinson_trace, "exact": exact_trace}
 SPREAD = 0.25  # of Gaussian dequantization, in steps of 8-bit values
 
 
@@ -87,7 +92,7 @@ def measure(weights, config, out, item, survey):
     ids = _chosen(len(source), survey)
     mesh = sharding.make_mesh(data=-1, fsdp=1, devices=jax.local_devices())
     params = weights.load(item, parts, mesh)
-    word = precision.chosen(config.precision.model)
+    word = policy.get_precision(config.precision.model)
     likelihood = _likelihood(parts, survey)
     batch = -(-min(survey.batch_size, len(ids)) // mesh.size) * mesh.size
     filling = FILLINGS[survey.dequantization]
@@ -103,7 +108,7 @@ def measure(weights, config, out, item, survey):
                 name: np.stack([np.asarray(r[name]) for r in records])
                 for name in records[0]
             }
-            keys = noise.image_keys(survey.seed, jnp.asarray(ids[index]))
+            keys = rng.image_keys(survey.seed, jnp.asarray(ids[index]))
             where = sharding.split_batch(mesh)
             stats = run(params, *jax.device_put((keys, arrays), where))
             stats = {k: np.broadcast_to(v, (batch,)) for k, v in stats.items()}
@@ -139,21 +144,21 @@ def _chosen(length, survey):
 def _likelihood(parts, survey):
     if hasattr(parts.process, "posterior"):
         steps = getattr(parts.sampler, "steps", parts.process.steps)
-        return ChainBound(steps, clip=getattr(parts.sampler, "clip", False))
+        return VariationalBound(steps, clip=getattr(parts.sampler, "clip", False))
     ode = parts.sampler
     if not hasattr(ode, "solve"):
-        ode = AdaptiveOde(rtol=1e-5, atol=1e-5)
+        ode = AdaptiveODE(rtol=1e-5, atol=1e-5)
     return FlowLikelihood(ode, TRACES[survey.trace], survey.probes)
 
 
 def _run(parts, likelihood, filling, mesh, word):
-    model = precision.computing(word, parts.model)
+    model = policy.with_compute_dtype(word, parts.model)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    by_chain = isinstance(likelihood, ChainBound)
-    draws = noise.steps if by_chain else noise.signs
+    by_chain = isinstance(likelihood, VariationalBound)
+    draws = rng.step_noise if by_chain else rng.rademacher_probes
 
     def run(params, keys, batch):
-        network = precision.applied(word, partial(apply_model, model))
+        network = policy.with_precision(word, partial(apply, model))
         network = in_chunks(network, mesh) if on_cpu else network
         net = lambda x, t: network(params, x, t, batch["label"])
         data, bits = _data(parts, filling, keys, batch, by_chain)

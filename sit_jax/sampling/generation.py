@@ -8,9 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sit_jax.adapters.apply import apply_model
-from sit_jax.diffusion import noise
-from sit_jax.diffusion.guidance import guided, is_none, with_null_half
+from sit_jax.adapters.applied import apply
+from sit_jax.diffusion import rng
+from sit_jax.diffusion.guidance import (
+    classifier_free_guidance,
+    guide_both_halves,
+    is_unguided,
+)
 from sit_jax.models import attention
 from sit_jax.parallel.sharding import BATCH, everywhere, on, put, shaped, split_batch
 from sit_jax.trainer import heap
@@ -30,21 +34,23 @@ def make_generate(parts, mesh, weak=None, around=lambda fn: fn):
 
     def network(model, params):
         model = attention.settled(model, platform)
-        run = around(partial(apply_model, model))
+        run = around(partial(apply, model))
         return partial(in_chunks(run, mesh) if platform == "cpu" else run, params)
 
     def generate(params, keys, labels, start, given=None):
         strong, worse = params if weak else (params, None)
         net = network(parts.model, strong)
         worse = network(weak, worse) if weak else None
-        draw = noise.steps(keys, start.shape[1:])
-        draw = draw if given is None else noise.given(given)
+        draw = rng.step_noise(keys, start.shape[1:])
+        draw = draw if given is None else rng.recorded_noise(given)
         settings = (parts.model.classes, parts.guidance, parts.guidance_channels)
         progress = parts.process.progress
-        if weak or is_none(parts.guidance) or not _doubled(parts.sampler):
-            net = guided(net, labels, *settings, weak=worse, progress=progress)
+        if weak or is_unguided(parts.guidance) or not _doubled(parts.sampler):
+            net = classifier_free_guidance(
+                net, labels, *settings, weak=worse, progress=progress
+            )
             return parts.sampler(draw, parts.process, net, start)
-        net = with_null_half(net, labels, *settings, progress=progress)
+        net = guide_both_halves(net, labels, *settings, progress=progress)
         both = jnp.concatenate([start, start])
         data, stats = parts.sampler(draw, parts.process, net, both)
         return data[: len(start)], stats
@@ -131,8 +137,10 @@ class Generator:
             index = np.arange(first, first + self.batch_size)
             real = min(self.batch_size, len(labels) - first)
             index = np.minimum(index, len(labels) - 1)
-            keys = noise.image_keys(seed, jnp.asarray(index))
-            begin = noise.start(keys, self._shape) if start is None else start[index]
+            keys = rng.image_keys(seed, jnp.asarray(index))
+            begin = (
+                rng.initial_noise(keys, self._shape) if start is None else start[index]
+            )
             arguments = (keys, jnp.asarray(labels[index], jnp.int32), begin)
             arguments = put(arguments, self._where[:3])
             if self._kicks:
@@ -144,7 +152,7 @@ class Generator:
 
 def lowered(parts, params, mesh, size, weak=None, kicks=0, around=lambda fn: fn):
     """A batch's program, of params that may be shapes; for the rest see Generator."""
-    keys = jax.eval_shape(partial(noise.image_keys, 0), jnp.arange(size))
+    keys = jax.eval_shape(partial(rng.image_keys, 0), jnp.arange(size))
     start = jax.ShapeDtypeStruct((size, *parts.shape), jnp.float32)
     labels = jax.ShapeDtypeStruct((size,), jnp.int32)
     given = jax.ShapeDtypeStruct((kicks, *start.shape), jnp.float32)

@@ -8,7 +8,7 @@ import numpy as np
 
 from sit_jax import config as configs
 from sit_jax import json_text
-from sit_jax.adapters.quantize import SKIP
+from sit_jax.adapters.quantized import SKIP
 from sit_jax.errors import UserError
 from sit_jax.places import place
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sit_jax.diffusion import noise
+from sit_jax.diffusion import rng
 from sit_jax.errors import UserError
 from sit_jax.places import local
 from sit_jax.sampling import array_files
@@ -20,8 +20,8 @@ def labels(word, number, classes, seed):
     if number is not None and number < 1:
         raise UserError(f"--num {number}: at least 1")
     if word in (None, "random"):
-        keys = noise.image_keys(seed, np.arange(1 if number is None else number))
-        return np.asarray(noise.labels(keys, classes), np.int32)
+        keys = rng.image_keys(seed, np.arange(1 if number is None else number))
+        return np.asarray(rng.sample_labels(keys, classes), np.int32)
     if word == "balanced":
         count = classes if number is None else number
         return np.arange(count, dtype=np.int32) % classes

@@ -9,14 +9,14 @@ import dataclasses
 from typing import Any
 
 from sit_jax.config import spec
-from sit_jax.diffusion.guidance_scales import PowerCosine
+from sit_jax.diffusion.guidance import PowerCosine
 from sit_jax.errors import UserError
-from sit_jax.samplers import ode, sde
-from sit_jax.samplers.adaptive import AdaptiveOde
-from sit_jax.samplers.chain import Ancestral
-from sit_jax.samplers.ode import Ode
-from sit_jax.samplers.sde import Sde
-from sit_jax.samplers.torchdiffeq import like_torchdiffeq
+from sit_jax.samplers import fixed_ode, sde
+from sit_jax.samplers.adaptive_ode import AdaptiveODE
+from sit_jax.samplers.ddpm import DDPM
+from sit_jax.samplers.fixed_ode import FixedStepODE
+from sit_jax.samplers.sde import SDE
+from sit_jax.samplers.torchdiffeq import torchdiffeq_control
 
 PICTURES = "207,360,387,974,88,979,417,279"  # the classes of DiT's and SiT's sample.py
 
@@ -40,19 +40,21 @@ class Preset:
 
 def released_ode():
     """dopri5, step for step as SiT's scripts run it."""
-    return spec(AdaptiveOde, rtol=1e-3, atol=1e-6, control=like_torchdiffeq)
+    return spec(AdaptiveODE, rtol=1e-3, atol=1e-6, control=torchdiffeq_control)
 
 
 PRESETS = {
     "sit-paper-ode": lambda: Preset(
         weights="sit-xl2-256",
-        sampler=spec(Ode, method=ode.heun, steps=125),
+        sampler=spec(FixedStepODE, method=fixed_ode.heun, steps=125),
         figure="FID-50K 2.15",
         source="SiT paper, ODE row (quoted from memory); settings: author, SiT#18",
     ),
     "sit-paper-sde": lambda: Preset(
         weights="sit-xl2-256",
-        sampler=spec(Sde, steps=250, diffusion=sde.by_sigma, last_step=sde.mean),
+        sampler=spec(
+            SDE, steps=250, diffusion=sde.diffusion_sigma, last_step=sde.last_step_mean
+        ),
         figure="FID-50K 2.06, inception score 270.27",
         source="SiT README; that it is the SDE: paper's SDE row (from memory)",
     ),
@@ -83,19 +85,19 @@ PRESETS = {
     ),
     "dit-256": lambda: Preset(
         weights="dit-xl2-256",
-        sampler=spec(Ancestral, steps=250),
+        sampler=spec(DDPM, steps=250),
         figure="FID-50K 2.27 (2.21 by the PyTorch port), inception score 278.24",
         source="DiT README",
     ),
     "dit-512": lambda: Preset(
         weights="dit-xl2-512",
-        sampler=spec(Ancestral, steps=250),
+        sampler=spec(DDPM, steps=250),
         figure="FID-50K 3.04, inception score 240.82",
         source="DiT README",
     ),
     "dit-pictures": lambda: Preset(
         weights="dit-xl2-256",
-        sampler=spec(Ancestral, steps=250),
+        sampler=spec(DDPM, steps=250),
         guidance=4.0,
         vae="sd-vae-ft-mse",
         labels=PICTURES,
@@ -106,7 +108,7 @@ PRESETS = {
     ),
     "mdt": lambda: Preset(
         weights="mdt-xl2",
-        sampler=spec(Ancestral, steps=250),
+        sampler=spec(DDPM, steps=250),
         guidance=spec(PowerCosine, scale=3.8, power=4.0),
         rounding="darker",
         figure="FID-50K 1.79, inception score 283.01",
@@ -114,7 +116,7 @@ PRESETS = {
     ),
     "mdtv2": lambda: Preset(
         weights="mdtv2-xl2",
-        sampler=spec(Ancestral, steps=250),
+        sampler=spec(DDPM, steps=250),
         guidance=spec(PowerCosine, scale=3.8, power=4.0),
         rounding="darker",
         figure="FID-50K 1.58, inception score 314.73",
@@ -122,7 +124,7 @@ PRESETS = {
     ),
     "mdtv2-pictures": lambda: Preset(
         weights="mdtv2-xl2",
-        sampler=spec(Ancestral, steps=250),
+        sampler=spec(DDPM, steps=250),
         guidance=spec(PowerCosine, scale=4.0, power=0.01),
         vae="sd-vae-ft-mse",
         labels="19,23,106,108,278,282",

@@ -11,10 +11,10 @@ import numpy as np
 
 from sit_jax import config as configs
 from sit_jax import hosts
-from sit_jax.adapters.quantize import quantize_params
+from sit_jax.adapters import quantizing
 from sit_jax.convert import vae_files
 from sit_jax.convert.adapters import put_all
-from sit_jax.diffusion import autoguidance
+from sit_jax.diffusion import guidance
 from sit_jax.drafts import require_space, roomy
 from sit_jax.errors import UserError
 from sit_jax.experiment import recipe
@@ -23,7 +23,7 @@ from sit_jax.models import attention
 from sit_jax.models.codec import Latents
 from sit_jax.models.rounding import ROUNDINGS
 from sit_jax.parallel import sharding
-from sit_jax.precision import emulation, precision, probe
+from sit_jax.precision import emulation, policy, probe
 from sit_jax.sampling import outputs
 from sit_jax.sampling.generation import Generator
 from sit_jax.sampling.parts import Parts, parts_mark, parts_size
@@ -53,7 +53,7 @@ def studio(job, opened, weak=None, expected=None):
     parts = recipe(config)
     around, measured, warning = _around(job, config.precision)
     mesh = sharding.make_mesh(data=-1, fsdp=1, devices=jax.local_devices())
-    word = precision.chosen(config.precision.model)
+    word = policy.get_precision(config.precision.model)
     params = opened.load(job.item, parts, mesh)
     found = weights_hash(params)
     if expected not in (None, found):
@@ -67,8 +67,10 @@ def studio(job, opened, weak=None, expected=None):
         params, record["lora"] = worn
         parts = _with_classes(parts, sum(each["new_classes"] for each in worn[1]))
     if job.quantize:
-        params = quantize_params(params, job.quantize, job.quantize_skip)
-    parts = dataclasses.replace(parts, model=precision.computing(word, parts.model))
+        params = quantizing.quantized(params, job.quantize, job.quantize_skip)
+    parts = dataclasses.replace(
+        parts, model=policy.with_compute_dtype(word, parts.model)
+    )
     if names := opened.meta.get("class_names"):
         record["class_names"] = {
             str(y): names[y] for y in np.unique(job.labels).tolist() if y < len(names)
@@ -77,9 +79,9 @@ def studio(job, opened, weak=None, expected=None):
     strange = vae_files.strange(job.vae, record["codec"], job.weights, opened.meta)
     if weak is not None:
         other = recipe(weak.config)
-        autoguidance.check(parts, other, job.weak)
+        guidance.check_guiding_model(parts, other, job.weak)
         loaded = weak.load(job.item, other, mesh)
-        weak = precision.computing(word, other.model), loaded
+        weak = policy.with_compute_dtype(word, other.model), loaded
         record["weak_sha256"] = weights_hash(weak[1])
     program = f"attention: {attention.of(parts.model)}"
     print(measured["line"], program, *filter(None, [warning, strange]), sep="\n")
@@ -190,17 +192,17 @@ def _require_all(parts, count):
 
 def _around(job, words):
     """-> fn -> fn of the job's precision, what was measured, and a warning or None."""
-    word = precision.chosen(words.model)
-    bits = 24 if job.emulate is None else emulation.chosen(job.emulate)
+    word = policy.get_precision(words.model)
+    bits = 24 if job.emulate is None else emulation.emulated_bits(job.emulate)
 
     def around(fn):
-        fn = precision.applied(word, fn)
-        return fn if job.emulate is None else emulation.emulated(fn, bits)
+        fn = policy.with_precision(word, fn)
+        return fn if job.emulate is None else emulation.emulate(fn, bits)
 
-    found = probe.probe(around, word.dtype)
-    line = probe.line(word, found, job.emulate)
+    found = probe.measure_mantissa_bits(around, word.dtype)
+    line = probe.describe_precision(word, found, job.emulate)
     measured = {"words": words.to_dict(), "emulate": job.emulate, **found, "line": line}
-    return around, measured, probe.mismatch(word, found, bits)
+    return around, measured, probe.precision_warning(word, found, bits)
 
 
 def with_codec(parts, job, word, mesh):

@@ -1,17 +1,17 @@
 """The flags that say how to sample: each sets a field of the config."""
 
 from sit_jax import config as configs
-from sit_jax.diffusion.guidance import Interval
+from sit_jax.diffusion.guidance import GuidanceInterval
 from sit_jax.errors import UserError
-from sit_jax.precision.precision import PRECISIONS
+from sit_jax.precision.policy import PRECISIONS
 from sit_jax.ranges import COUNT, FINITE, Above, AtLeast, Between
-from sit_jax.samplers.names import (
-    CHOICES,
+from sit_jax.samplers.registry import (
     CONTROLS,
-    FORMS,
+    DIFFUSION_FORMS,
     LAST_STEPS,
+    SAMPLER_FLAGS,
     SAMPLERS,
-    chosen,
+    configure_sampler,
 )
 
 NETWORK = ("model", "process", "shape")
@@ -40,7 +40,7 @@ def add_flags(parser):
     add("--rtol", type=Above(0.0), metavar="TOLERANCE")
     add("--step-control", metavar="WORD", help=", ".join(CONTROLS))
     add("--reverse", action="store_true", help="from images (--noise) to noise")
-    add("--diffusion-form", metavar="NAME", help=", ".join(FORMS))
+    add("--diffusion-form", metavar="NAME", help=", ".join(DIFFUSION_FORMS))
     add("--diffusion-norm", type=AtLeast(0.0), metavar="FACTOR")
     add("--last-step", metavar="NAME", help=", ".join(LAST_STEPS))
     add("--last-step-size", type=Between(0.0, 1.0), metavar="TIME")
@@ -73,8 +73,8 @@ def apply(config, args, overrides, source, published=None):
         with config.ignore_type():
             config.sampler, config.guidance = published.sampler, published.guidance
             config.guidance_channels = 3
-    flags = {flag: getattr(args, flag[2:].replace("-", "_")) for flag in CHOICES}
-    chosen(config, args.sampler, flags, counted=args.num_sampling_steps)
+    flags = {flag: getattr(args, flag[2:].replace("-", "_")) for flag in SAMPLER_FLAGS}
+    configure_sampler(config, args.sampler, flags, counted=args.num_sampling_steps)
     _guide(config, args)
     if args.precision is not None:
         config.precision.model = args.precision
@@ -107,7 +107,9 @@ def _guide(config, args):
                     f"--guidance-interval {args.guidance_interval}: LO < HI in [0, 1]; "
                     "0 is noise, 1 is data"
                 )
-            config.guidance = configs.spec(Interval, scale=scale, low=low, high=high)
+            config.guidance = configs.spec(
+                GuidanceInterval, scale=scale, low=low, high=high
+            )
     word = args.guidance_channels
     if word is None:
         return

@@ -4,7 +4,7 @@ from itertools import islice
 
 import numpy as np
 
-from sit_jax.diffusion.guidance import is_none
+from sit_jax.diffusion.guidance import is_unguided
 
 NAMED = 20  # classes that are named with a set of samples; its manifest has all
 
@@ -34,7 +34,7 @@ def lines(room, stats, drawn, seconds, compile_seconds):
         steps = {k: f"{stats[k]['mean']:.4g}" for k in ("accepted", "rejected")}
         calls += f" ({steps['accepted']} steps taken, {steps['rejected']} rejected)"
     rate = f"{drawn / max(seconds, 1e-9):.1f} images/s" if drawn else "drawn before"
-    guided = "no guidance" if is_none(room.parts.guidance) else "guided"
+    guided = "no guidance" if is_unguided(room.parts.guidance) else "guided"
     lines = [
         f"{len(room.job.labels)} images, {guided}, {calls}, {rate} "
         f"(compiled in {compile_seconds:.1f} s)"

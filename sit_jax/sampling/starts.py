@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from sit_jax import hosts
-from sit_jax.diffusion import noise
-from sit_jax.diffusion.guidance import is_none
+from sit_jax.diffusion import rng
+from sit_jax.diffusion.guidance import is_unguided
 from sit_jax.errors import UserError
 from sit_jax.places import in_bucket, place
 from sit_jax.sampling import array_files, outputs
@@ -35,7 +35,7 @@ def noise_of(room):
     start, given = torch_noise(
         int(job.noise[6:]),
         *(room.parts.model, shape, len(job.labels), kicks),
-        doubled=not is_none(room.parts.guidance),
+        doubled=not is_unguided(room.parts.guidance),
     )
     return start, given, kicks
 
@@ -63,8 +63,8 @@ def starts(room):
         return given
     numbers = np.arange(len(room.job.labels))
     blocks = np.array_split(numbers, -(-len(numbers) // 256))
-    draw = lambda block: noise.start(
-        noise.image_keys(room.job.seed, block), room.parts.shape
+    draw = lambda block: rng.initial_noise(
+        rng.image_keys(room.job.seed, block), room.parts.shape
     )
     return np.concatenate([np.asarray(draw(block)) for block in blocks])
 

@@ -10,7 +10,7 @@ from sit_jax.errors import UserError
 from sit_jax.parallel import placement
 from sit_jax.parallel.sharding import shaped
 from sit_jax.trainer.start import items_of, restored
-from sit_jax.training.training import fresh_state
+from sit_jax.training.state import create_train_state
 
 
 def begin_adapted(parts, mesh, seed, directory, given=None):
@@ -21,7 +21,7 @@ def begin_adapted(parts, mesh, seed, directory, given=None):
     """
     base, record = _base(parts, mesh, directory, given)
     make = partial(_state, parts, jax.random.key(seed))
-    base = parts.adapter.quantize_base(base)
+    base = parts.adapter.compressed(base)
     where = placement.of_state(mesh, jax.eval_shape(make, base))
     state = jax.jit(make, out_shardings=where, donate_argnums=0)(base)
     target, frozen = shaped(state, where), state.frozen
@@ -39,8 +39,8 @@ def begin_adapted(parts, mesh, seed, directory, given=None):
 
 
 def _state(parts, key, base):
-    adapted = parts.adapter.add_adapters(base, key)
-    return fresh_state(parts.tx, adapted, parts.ema_decay, parts.losses)
+    adapted = parts.adapter(base, key)
+    return create_train_state(parts.tx, adapted, parts.ema_decay, parts.losses)
 
 
 def _base(parts, mesh, directory, given):

@@ -15,8 +15,7 @@ from sit_jax.parallel import placement
 from sit_jax.parallel.sharding import everywhere, shaped
 from sit_jax.places import in_bucket
 from sit_jax.trainer.transfer import require_kind, same_network, transferred
-from sit_jax.training import averages
-from sit_jax.training.training import TrainState, init_state
+from sit_jax.training.state import TrainState, init_state, join_ema, split_ema
 
 
 def begin(
@@ -62,7 +61,7 @@ def pack(state, decay):
 
 
 def items_of(state, decay):
-    items = {"params": state.params, **averages.split(state.ema, decay)}
+    items = {"params": state.params, **split_ema(state.ema, decay)}
     items["opt_state"] = state.opt_state
     return items | ({"losses": state.losses} if jax.tree.leaves(state.losses) else {})
 
@@ -97,7 +96,7 @@ def restored(parts, directory, step, target, needed):
     return TrainState(
         step=put(meta.get("step", 0)),
         params=found["params"],
-        ema=averages.join(found, parts.ema_decay),
+        ema=join_ema(found, parts.ema_decay),
         opt_state=found["opt_state"],
         skipped=put(meta.get("skipped", (0, 0))),
         losses=found.get("losses", ()),

@@ -12,11 +12,10 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sit_jax.checkpoint import compare
+from sit_jax.convert.rules import rules_for
 from sit_jax.errors import UserError
 from sit_jax.models.dit import SiT
-from sit_jax.models.kinds import kind_of
-from sit_jax.training import averages
-from sit_jax.training.training import fresh_state, init_params
+from sit_jax.training.state import create_train_state, init_ema, init_params
 
 LABELS = "y_embedder.embedding_table.weight"  # as torch files call it
 ITEMS = ("params", "ema")
@@ -27,7 +26,7 @@ def require_kind(given, theirs, model):
 
     theirs: the class of the network that they are of.
     """
-    if kind_of(theirs).rules is not kind_of(type(model)).rules:
+    if rules_for(theirs()) is not rules_for(model):
         raise UserError(
             f"{given} holds the weights of an {theirs.__name__}, but the config's "
             f"network is an {type(model).__name__}"
@@ -68,8 +67,10 @@ def transferred(parts, theirs, load, key, where, given):
             for flat in old.values():
                 flat[path] = _with_null(parts, theirs, fresh[path], flat[path])
         new = {item: unflatten_dict(flat, sep="/") for item, flat in old.items()}
-        state = fresh_state(parts.tx, new["params"], parts.ema_decay, parts.losses)
-        return state.replace(ema=averages.begin(new["ema"], parts.ema_decay))
+        state = create_train_state(
+            parts.tx, new["params"], parts.ema_decay, parts.losses
+        )
+        return state.replace(ema=init_ema(new["ema"], parts.ema_decay))
 
     state = jax.jit(begun, out_shardings=where)(key, *map(load, ITEMS))
     return state, _words(parts, theirs, path if anew else None, wanted)
@@ -87,9 +88,7 @@ def _labels(model):
 
 def _table(model):
     """Path of the label table."""
-    return next(
-        path for torch, path, _ in kind_of(type(model)).rules if torch == LABELS
-    )
+    return next(path for torch, path, _ in rules_for(model) if torch == LABELS)
 
 
 def _shapes(parts):

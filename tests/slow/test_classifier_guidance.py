@@ -13,11 +13,11 @@ import pytest
 
 from score_digits import score
 from sit_jax.data.sources import Digits
-from sit_jax.diffusion import noise
-from sit_jax.diffusion.diffusion import Diffusion, fixed_small
-from sit_jax.samplers.chain import Ancestral, Ddim
+from sit_jax.diffusion import rng
+from sit_jax.diffusion.gaussian import GaussianDiffusion, fixed_small
+from sit_jax.samplers.ddpm import DDIM, DDPM
 
-PROCESS = Diffusion(variance=fixed_small)
+PROCESS = GaussianDiffusion(variance=fixed_small)
 SOURCE = Digits()
 DATA = jnp.asarray(SOURCE.images, jnp.float32) / 127.5 - 1
 EACH = 20
@@ -74,17 +74,17 @@ def classifier():
 def recognised(sampler):
     """-> share of EACH samples a digit that a judge recognises as the wanted ones."""
     labels = np.repeat(np.arange(10), EACH)
-    keys = noise.image_keys(0, np.arange(len(labels)))
+    keys = rng.image_keys(0, np.arange(len(labels)))
     shape = (8, 8, 1)
     run = lambda keys: sampler(
-        noise.steps(keys, shape), PROCESS, exact, noise.start(keys, shape)
+        rng.step_noise(keys, shape), PROCESS, exact, rng.initial_noise(keys, shape)
     )
     data, _ = jax.jit(run)(keys)
     images = np.clip(np.asarray(data) * 127.5 + 128, 0, 255).astype(np.uint8)
     return score(images, labels)
 
 
-@pytest.mark.parametrize("kind", [Ancestral, Ddim])
+@pytest.mark.parametrize("kind", [DDPM, DDIM])
 def test_the_digits_are_those_asked_for(classifier, kind):
     wanted = jnp.repeat(jnp.arange(10), EACH)
 

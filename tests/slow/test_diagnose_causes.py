@@ -27,7 +27,7 @@ from sit_jax.manifest import environment
 from sit_jax.models import inception
 from sit_jax.models.codec import Latents
 from sit_jax.parallel.sharding import make_mesh
-from sit_jax.samplers.ode import Ode, euler, heun
+from sit_jax.samplers.fixed_ode import FixedStepODE, euler, heun
 from sit_jax.sampling import sampling
 from sit_jax.sampling.job import Job
 
@@ -37,7 +37,7 @@ LISTED = np.repeat(np.arange(4, dtype=np.int32), 2)
 
 def config(method=heun, channels=3, word="exact", vae="exact"):
     c = small.config(shape=(4, 4, 4), guidance=4.0, guidance_channels=channels)
-    c.sampler = spec(Ode, method=method, steps=4)
+    c.sampler = spec(FixedStepODE, method=method, steps=4)
     c.codec = spec(Latents)
     c.precision.model, c.precision.vae = word, vae
     return c

@@ -13,13 +13,13 @@ from sit_jax.config import spec, to_json
 from sit_jax.diagnosis import bundle, stages
 from sit_jax.diagnosis.diagnosis import diagnose as judge
 from sit_jax.diagnosis.diagnosis import open_evidence
-from sit_jax.diffusion.diffusion import Diffusion
+from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.experiment import recipe
 from sit_jax.manifest import environment
 from sit_jax.models.codec import Latents
 from sit_jax.models.dit import DiT
 from sit_jax.models.mdt import MDT, MDTv2
-from sit_jax.samplers.chain import Ancestral
+from sit_jax.samplers.ddpm import DDPM
 from sit_jax.sampling import sampling
 from sit_jax.sampling.job import Job
 
@@ -72,7 +72,7 @@ def test_other_kinds_have_their_stages(kind, tmp_path):
     make, fields, blocks = KINDS[kind]
     c = small.config(shape=(4, 4, 4), guidance=2.0)
     c.model = spec(make, width=16, heads=2, patch=2, classes=5, **fields)
-    c.process, c.sampler = spec(Diffusion), spec(Ancestral, steps=3)
+    c.process, c.sampler = spec(GaussianDiffusion), spec(DDPM, steps=3)
     c.codec = spec(Latents)
     params = small.random_params(recipe(c), 0)
     for name, emulate in (("a", None), ("b", "gpu-tf32")):

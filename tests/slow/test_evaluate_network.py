@@ -8,7 +8,7 @@ import torch
 from flax.traverse_util import unflatten_dict
 from small import script
 
-from sit_jax.convert import port
+from sit_jax.convert.rules import to_torch
 from sit_jax.evaluation.metrics import Gaussian, frechet
 from sit_jax.models.inception import Inception, prepared
 from sit_jax.models.inception_layers import RULES, SHAPES
@@ -26,7 +26,7 @@ def random_params():
 
 def test_the_script_with_the_network(tmp_path):
     params = random_params()
-    state = port.to_torch(RULES, params)
+    state = to_torch(RULES, params)
     state = {name: torch.from_numpy(array) for name, array in state.items()}
     torch.save(state, tmp_path / "w.pth")
     rng = np.random.default_rng(0)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from ode_samplers import RUNS, SOLVERS, G, compare_adaptive, compare_fixed, replayed
 
-from sit_jax.samplers.adaptive import AdaptiveOde
-from sit_jax.samplers.torchdiffeq import like_torchdiffeq
+from sit_jax.samplers.adaptive_ode import AdaptiveODE
+from sit_jax.samplers.torchdiffeq import torchdiffeq_control
 
 # r42 broke off in the original; r49 goes back from time 1, where VP has no noise and
 # the original divides by it
@@ -31,7 +31,7 @@ def test_adaptive_steps(name):
 def test_steps_that_rounding_chose_are_as_good(name):
     run = RUNS[name]
     how = {"rtol": run["rtol"], "atol": run["atol"], "reverse": run["reverse"]}
-    sampler = AdaptiveOde(SOLVERS[run["method"]], control=like_torchdiffeq, **how)
+    sampler = AdaptiveODE(SOLVERS[run["method"]], control=torchdiffeq_control, **how)
     data, _ = replayed(run, sampler)
     exact = G[run["exact"]][:2]
     theirs = np.abs(G[f"{name}.final"][:2] - exact).max()

@@ -11,9 +11,8 @@ from networks import quick_jit, recorded_model, recorded_params
 from recorded import arrays, case, nhwc, relative
 from test_mdt_losses import process, recorded_masks
 
-from sit_jax.convert import port
+from sit_jax.convert.rules import rules_for, to_torch
 from sit_jax.models import layers
-from sit_jax.models.kinds import kind_of
 
 
 @functools.cache
@@ -42,7 +41,7 @@ def test_the_gradient_of_the_sum_is_as_recorded(name):
     seen with the releases' formula of the bound too.
     """
     golden, ours = arrays(name), gradient(name)
-    ours = port.to_torch(kind_of(type(recorded_model(name))).rules, ours)
+    ours = to_torch(rules_for(recorded_model(name)), ours)
     last = "final_layer.linear.weight"
     of_noise = np.arange(32) % 8 < 4
     theirs = golden[f"grad.{last}"][of_noise]

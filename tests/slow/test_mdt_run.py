@@ -8,26 +8,26 @@ import small
 import train
 from sit_jax import checkpoint
 from sit_jax.config import from_json, spec
-from sit_jax.diffusion.diffusion import Diffusion
-from sit_jax.diffusion.min_snr import min_snr
+from sit_jax.diffusion.gaussian import GaussianDiffusion
+from sit_jax.diffusion.loss_weights import mdt_min_snr_loss
 from sit_jax.diffusion.timesteps import LossSecondMoment
 from sit_jax.experiment import recipe
 from sit_jax.models.mdt import MDTv2
 from sit_jax.parallel.sharding import make_mesh
-from sit_jax.samplers.chain import Ancestral
+from sit_jax.samplers.ddpm import DDPM
 from sit_jax.trainer import start
-from sit_jax.training.adan import adan
+from sit_jax.training.optimizers import adan
 
 
 def config(**fields):
     c = small.config()
     c.model = spec(MDTv2, depth=3, width=16, heads=2, decoder=1, classes=5)
-    c.process = spec(Diffusion, objective=min_snr)
+    c.process = spec(GaussianDiffusion, objective=mdt_min_snr_loss)
     anneal = spec(optax.linear_schedule, init_value=1e-2, end_value=0.0)
     anneal.transition_steps = 8
     c.optimizer = spec(adan, learning_rate=anneal)
     c.clip = 1.0
-    c.sampler = spec(Ancestral, steps=2)
+    c.sampler = spec(DDPM, steps=2)
     c.timesteps = spec(LossSecondMoment, history=1)
     c.log_quartiles = True
     with c.ignore_type():

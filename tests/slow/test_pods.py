@@ -18,7 +18,7 @@ import pytest
 from sit_jax.models import layers
 from sit_jax.parallel import placement, sharding
 from sit_jax.planning import hlo, pod, program, topology
-from sit_jax.precision import precision
+from sit_jax.precision import policy
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
@@ -145,7 +145,7 @@ def cycles(by, chip, images):
     place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one)
     loss = lambda params, x: jnp.mean(jnp.square(stack.apply(params, x)[0]))
     slope = sharding.on(mesh, jax.grad(loss, argnums=(0, 1)))
-    step = precision.applied(precision.BF16, slope, "tpu")
+    step = policy.with_precision(policy.BF16, slope, "tpu")
     lowered = jax.jit(step).lower(jax.tree.map(place, params), x)
     return hlo.cycles(topology.compiled(lowered).as_text())
 

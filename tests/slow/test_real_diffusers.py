@@ -13,10 +13,10 @@ from recorded import arrays, nchw, nhwc, relative, weights
 os.environ["HF_HUB_OFFLINE"] = "1"
 from sit_jax.convert import diffusers_files, tensor_files
 from sit_jax.convert.exchange import open_torch
-from sit_jax.convert.port import to_flax
 from sit_jax.convert.released import Released
+from sit_jax.convert.rules import DIT_RULES, to_flax
 from sit_jax.models import layers
-from sit_jax.models.dit import RULES, DiT
+from sit_jax.models.dit import DiT
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other people's packages
 diffusers = pytest.importorskip("diffusers", reason="of requirements-slow.txt")
@@ -52,7 +52,7 @@ def test_diffusers_computes_what_our_dit_does(tmp_path, monkeypatch, model):
     exponent = -np.float32(np.log(10_000)) * torch.arange(128, dtype=torch.float32)
     table = torch.exp(exponent / (128 - shift)).numpy()
     monkeypatch.setattr(layers, "frequencies", lambda half, shift: table)
-    params = to_flax(RULES, state)[0]
+    params = to_flax(DIT_RULES, state)[0]
     inputs = (nhwc(golden["x"]), golden["t"], golden["y"])
     with jax.default_matmul_precision("highest"):
         ours = nchw(jax.jit(model.apply)({"params": params}, *inputs))

@@ -10,8 +10,7 @@ from recorded import FOLDER, arrays, nchw, nhwc, relative
 from safetensors.numpy import load_file
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-from sit_jax.convert import port
-from sit_jax.convert.vae_weights import rules
+from sit_jax.convert.rules import to_flax, vae_rules
 from sit_jax.models.vae import AutoencoderKL
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other people's packages
@@ -39,7 +38,7 @@ def theirs(method, given):
 def ours(method, given):
     model = AutoencoderKL(channels=(4, 8, 8, 8), groups=4)
     state = load_file(FOLDER / "vae" / "diffusion_pytorch_model.safetensors")
-    params = port.to_flax(rules(model), state)[0]
+    params = to_flax(vae_rules(model), state)[0]
     run = jax.jit(lambda params, x: model.apply({"params": params}, x, method=method))
     with jax.default_matmul_precision("highest"):
         return nchw(run(params, nhwc(given)))

@@ -18,7 +18,7 @@ from test_evaluate_network import random_params
 import diagnose
 import sample
 from sit_jax.config import spec
-from sit_jax.convert import port
+from sit_jax.convert.rules import to_torch
 from sit_jax.models.codec import Latents
 from sit_jax.models.inception_layers import RULES
 
@@ -48,7 +48,7 @@ def inception(path, change=1.0):
     flat = {
         n: a * np.float32(change if "Mixed_7c" in n else 1) for n, a in flat.items()
     }
-    state = port.to_torch(RULES, unflatten_dict(flat, sep="/"))
+    state = to_torch(RULES, unflatten_dict(flat, sep="/"))
     torch.save({name: torch.from_numpy(np.array(a)) for name, a in state.items()}, path)
     return path
 

@@ -16,7 +16,7 @@ from test_evaluate_network import random_params
 
 import diagnose
 from sit_jax.config import spec, to_json
-from sit_jax.convert import port
+from sit_jax.convert.rules import to_torch
 from sit_jax.diagnosis import ladder
 from sit_jax.models.codec import Latents
 from sit_jax.models.inception_layers import RULES
@@ -40,7 +40,7 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory):
-    state = port.to_torch(RULES, random_params())
+    state = to_torch(RULES, random_params())
     path = tmp_path_factory.mktemp("inception") / "w.pth"
     torch.save({name: torch.from_numpy(array) for name, array in state.items()}, path)
     return path

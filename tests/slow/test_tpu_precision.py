@@ -17,7 +17,13 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from networks import SMALL, shapes
 
 from sit_jax.models.dit import DiT
-from sit_jax.precision.precision import BF16, EXACT, FAST, applied, computing
+from sit_jax.precision.policy import (
+    BF16,
+    EXACT,
+    FAST,
+    with_compute_dtype,
+    with_precision,
+)
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
@@ -61,10 +67,10 @@ def cycles(text):
 
 
 def dit(precision):
-    model = computing(precision, DiT(**SMALL | {"width": 240}))
+    model = with_compute_dtype(precision, DiT(**SMALL | {"width": 240}))
     inputs = (jnp.ones((8, 16, 16, 4)), jnp.ones(8), jnp.ones(8, jnp.int32))
     apply = lambda params, *rest: model.apply({"params": params}, *rest)
-    return compiled(applied(precision, apply, "tpu"), shapes(model), *inputs)
+    return compiled(with_precision(precision, apply, "tpu"), shapes(model), *inputs)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +113,8 @@ def called(name, fn):
 def test_exact_is_six_passes_and_fast_is_one():
     """An algorithm that says six costs as many cycles as exact, and one as fast."""
     exact, fast = (
-        cycles(compiled(applied(p, jnp.dot, "tpu"), *MATRICES)) for p in (EXACT, FAST)
+        cycles(compiled(with_precision(p, jnp.dot, "tpu"), *MATRICES))
+        for p in (EXACT, FAST)
     )
     assert exact == cycles(compiled(called("BF16_BF16_F32_X6", jnp.dot), *MATRICES))
     assert fast == cycles(compiled(jnp.dot, *MATRICES))  # the TPU's default
@@ -115,7 +122,9 @@ def test_exact_is_six_passes_and_fast_is_one():
 
 
 def test_convolutions_follow_the_words_and_no_algorithm():
-    exact, fast = (compiled(applied(p, conv, "tpu"), *IMAGES) for p in (EXACT, FAST))
+    exact, fast = (
+        compiled(with_precision(p, conv, "tpu"), *IMAGES) for p in (EXACT, FAST)
+    )
     default = compiled(conv, *IMAGES)
     assert cycles(exact) > cycles(fast) == cycles(default)
     assert products(exact) == ["highest,highest"]
@@ -131,5 +140,5 @@ def test_a_tpu_has_no_such_algorithm(name):
 
 def test_exact_costs_nothing_where_operands_are_bfloat16():
     half = (shaped(1024, 1024, dtype=jnp.bfloat16),) * 2
-    marked = compiled(applied(BF16, jnp.dot, "tpu"), *half)
+    marked = compiled(with_precision(BF16, jnp.dot, "tpu"), *half)
     assert cycles(marked) == cycles(compiled(jnp.dot, *half))

@@ -1,0 +1,126 @@
+"""How exactly products are computed: one word with the same meaning on every backend.
+
+Left alone, JAX multiplies float32 arrays in one bfloat16 pass on a TPU and in TF32 on a
+GPU (jax#7010, jax#18934), and its names for better mean other things on other
+platforms. A word here stands for the name with this meaning on each:
+
+    exact  float32 products everywhere: 24 bits of mantissa
+    fast   the quick way that a platform has for float32 arrays: 8 bits on a TPU (one
+           bfloat16 pass), 11 on a GPU (TF32), 24 on a CPU, which has none
+    bf16   the network itself computes in bfloat16, and sums in float32; what it keeps
+           in float32 (time embedding, output) is as in exact
+
+The names are those of jax.default_matmul_precision that reach dots and convolutions
+alike. A named dot algorithm (F32_F32_F32, TF32_TF32_F32) says nothing to a convolution,
+which stays at the platform's default, and a TPU compiles neither of these two; the
+tests show both.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+
+from sit_jax.errors import UserError
+
+
+class MatmulPrecision(NamedTuple):
+    """Of one platform: JAX's name, and how many mantissa bits of an operand they keep.
+
+    The implicit bit counts. TF32 is allowed and not forced: a GPU without it, or whose
+    quickest convolution does not use it, keeps more.
+    """
+
+    name: str
+    least: int
+    most: int
+
+
+# HIGHEST; on a TPU that is six bfloat16 passes, which keep all bits
+FLOAT32 = MatmulPrecision("highest", 24, 24)
+# HIGH; XLA lets cuBLAS and cuDNN use TF32 up to it. On a TPU it would be three passes.
+TF32 = MatmulPrecision("tensorfloat32", 11, 24)
+# for dots by name, for convolutions as the TPU's default; the same to its compiler
+ONE_PASS = MatmulPrecision("BF16_BF16_F32", 8, 8)
+# bfloat16 operands are exact in one pass; HIGHEST is for the float32 ones beside them
+HALF = MatmulPrecision("highest", 8, 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """dtype: what a model that has this field is to compute in."""
+
+    word: str
+    dtype: str
+    cpu: MatmulPrecision
+    gpu: MatmulPrecision
+    tpu: MatmulPrecision
+
+    def products(self, platform=None):
+        """-> Products on a platform: cpu, gpu, cuda or tpu; by default this one's."""
+        platform = platform or jax.default_backend()
+        if platform not in PLATFORMS:
+            raise UserError(
+                f"precision {self.word!r} says nothing about the platform "
+                f"{platform!r}; run on a cpu, gpu or tpu"
+            )
+        return getattr(self, PLATFORMS[platform])
+
+
+PLATFORMS = {"cpu": "cpu", "gpu": "gpu", "cuda": "gpu", "tpu": "tpu"}  # JAX's: ours
+EXACT = Precision("exact", "float32", cpu=FLOAT32, gpu=FLOAT32, tpu=FLOAT32)
+FAST = Precision("fast", "float32", cpu=FLOAT32, gpu=TF32, tpu=ONE_PASS)
+BF16 = Precision("bf16", "bfloat16", cpu=HALF, gpu=HALF, tpu=HALF)
+PRECISIONS = {each.word: each for each in (EXACT, FAST, BF16)}
+
+
+def get_precision(word):
+    """-> Precision of a word."""
+    if word not in PRECISIONS:
+        raise UserError(f"no precision {word!r}; there are {', '.join(PRECISIONS)}")
+    return PRECISIONS[word]
+
+
+def with_precision(precision, fn, platform=None):
+    """fn, whose dots and convolutions say how exact they are; for eager use and in jit.
+
+    They are marked when they are traced and hand it on to their derivatives, except to
+    those of a jax.custom_vjp: for these wrap what takes the derivative. A layer that
+    asks for a precision of its own keeps that. platform: where the program will run, if
+    not on this process's default backend.
+    """
+
+    @functools.wraps(fn)
+    def run(*args, **kwargs):
+        with jax.default_matmul_precision(precision.products(platform).name):
+            return fn(*args, **kwargs)
+
+    return run
+
+
+def with_compute_dtype(precision, model, device=None):
+    """The model with its field `dtype` as the word says; without one, as it is.
+
+    bf16 is refused for a model that has no choice, and on a GPU that cannot multiply
+    bfloat16 (NVIDIA's before Ampere). device: by default the first one.
+    """
+    if precision.dtype == "bfloat16":
+        _require_bfloat16(precision, device or jax.devices()[0])
+    if hasattr(model, "dtype"):
+        return dataclasses.replace(model, dtype=precision.dtype)
+    if precision.dtype != "float32":
+        raise UserError(
+            f"precision {precision.word!r}: {type(model).__name__} has no field dtype "
+            "and computes in float32; choose exact or fast"
+        )
+    return model
+
+
+def _require_bfloat16(precision, device):
+    capability = getattr(device, "compute_capability", "")  # "8.0"; of AMD's "gfx942"
+    if capability[:1].isdecimal() and float(capability) < 8:
+        raise UserError(
+            f"precision {precision.word!r}: {device.device_kind} cannot multiply "
+            "bfloat16; choose exact or fast"
+        )
