@@ -184,7 +184,7 @@ def to_folder(args):
 
 def _stored(args):
     """The step of the checkpoint that is asked for."""
-    directory, step = checkpoint.find(args.source)
+    directory, step = checkpoint.find_step(args.source)
     step = step if args.step is None else args.step
     print(f"converting {directory}/{step}", flush=True)
     return Stored(directory, step)

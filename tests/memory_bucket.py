@@ -6,7 +6,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
 from sit_jax import buckets, places
-from sit_jax.checkpoint.sums import write_sums
+from sit_jax.checkpoint.checksums import write_checksums
 from sit_jax.places import MARK, place
 
 
@@ -56,7 +56,7 @@ def step(folder, number, mark=True):
     for name in ("params/d/0", "params/manifest", "meta/metadata", "_METADATA"):
         (at / name).write_text(f"{name} of {number}")
     (at / "params" / MARK).write_text("")
-    write_sums(at)
+    write_checksums(at)
     if mark:
         (at / MARK).write_text("")
     return at

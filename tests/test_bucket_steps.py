@@ -5,8 +5,8 @@ import pytest
 from memory_bucket import Memory, step
 
 from sit_jax import checkpoint, places
-from sit_jax.checkpoint.folder import set_aside, steps, unfinished
-from sit_jax.checkpoint.sums import damages
+from sit_jax.checkpoint import restore_newest, steps
+from sit_jax.checkpoint.checksums import damages
 from sit_jax.drafts import draft
 from sit_jax.errors import UserError
 from sit_jax.places import MARK
@@ -27,16 +27,16 @@ def test_a_directory_of_steps_is_sent_mark_last(bucket):
 
 def test_steps_are_those_with_their_mark(bucket):
     folder = bucket / "run" / "checkpoints"
-    assert steps(folder) == [] and unfinished(folder) == []
+    assert steps(folder) == []
     for number, mark in ((5, True), (10, True), (15, False)):
         step(folder, number, mark)
     (folder / "10.damaged" / "x").write_text("x")
-    assert steps(folder) == [5, 10] and unfinished(folder) == [15]
-    assert checkpoint.find("gs://here/run") == (folder, 10)
-    assert checkpoint.find("gs://here/run/checkpoints/5") == (folder, 5)
+    assert steps(folder) == [5, 10]
+    assert checkpoint.find_step("gs://here/run") == (folder, 10)
+    assert checkpoint.find_step("gs://here/run/checkpoints/5") == (folder, 5)
     assert checkpoint.items(folder, 5) == {"params", "meta"}
     with pytest.raises(UserError, match="no checkpoint in gs://here/none"):
-        checkpoint.find("gs://here/none")
+        checkpoint.find_step("gs://here/none")
 
 
 @pytest.mark.parametrize("what", ["flipped", "missing", "more"])
@@ -57,12 +57,14 @@ def test_damage_in_a_bucket_is_noticed(bucket, what):
         "more": "new has no",
     }
     assert f"params/{words[what]}" in said
-    with pytest.raises(UserError, match="no step before it is whole"):
-        checkpoint.require_whole(bucket, 5)
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoint.require_intact(bucket, 5)
 
 
 def test_a_damaged_step_is_set_aside(bucket):
-    step(bucket, 5)
+    step(bucket, 4)
+    (step(bucket, 5) / "params" / "manifest").unlink()
     before = {f"5.damaged/{n}" for n in places.files(bucket / "5")}
-    assert set_aside(bucket, 5) == bucket / "5.damaged"
-    assert steps(bucket) == [] and set(places.files(bucket)) == before
+    restored, lines = restore_newest(bucket, lambda number: number)
+    assert restored == 4 and "5.damaged" in lines[1]
+    assert steps(bucket) == [4] and before <= set(places.files(bucket))

@@ -4,9 +4,9 @@ import errno
 import os
 
 import pytest
+from sit_jax.checkpoint.handling import plainly
 
 from sit_jax import command
-from sit_jax.checkpoint.handling import plainly
 from sit_jax.errors import LATER, MISTAKE, code_of
 
 

@@ -75,14 +75,14 @@ def test_step_0_gives_what_the_base_gives(base, dora):
 
 
 def test_a_checkpoint_holds_adapters_and_says_what_they_are_of(run, base):
-    directory, step = checkpoint.find(run)
+    directory, step = checkpoint.find_step(run)
     meta = checkpoint.read_meta(directory, step)
     assert meta["base"]["path"] == str(base) and meta["base"]["step"] == 8
     assert len(meta["base"]["sha256"]) == 64
     parts = recipe(config())
     shapes = trained_shapes(parts)
     held = checkpoint.load(directory, step, params=placed(shapes))["params"]
-    sizes = {name: x.shape for name, x in checkpoint.named(held).items()}
+    sizes = {name: x.shape for name, x in checkpoint.leaves_by_name(held).items()}
     assert sizes == {
         "blocks/attn/qkv/kernel/down": (2, 16, 2),
         "blocks/attn/qkv/kernel/up": (2, 2, 48),
@@ -133,7 +133,7 @@ def test_another_base_is_refused_by_its_hash(run, tmp_path):
     meta = {"config": json.loads((run / "config.json").read_text())}
     del meta["config"]["adapter"]
     small.save(tmp_path / "other", 8, {**meta, "step": 8}, params=other, ema=other)
-    directory, step = checkpoint.find(run)
+    directory, step = checkpoint.find_step(run)
     told = f"{tmp_path}/other/8 is not the base of these adapters"
     with pytest.raises(UserError, match=told):
         load_adapted(
@@ -237,7 +237,7 @@ def wide():
 
 
 def test_reading_a_run_gives_the_base_where_nothing_was_adapted(run, base):
-    directory, step = checkpoint.find(run)
+    directory, step = checkpoint.find_step(run)
     params, _ = load_adapted(recipe(config()), make_mesh(), directory, step, "ema")
     ours = flatten_dict(read(params), sep="/")
     theirs = flatten_dict(small.random_params(recipe(small.config()), 10), sep="/")

@@ -52,7 +52,7 @@ def called(monkeypatch, capsys):
 
 
 def params(base):
-    directory, step = checkpoint.find(base)
+    directory, step = checkpoint.find_step(base)
     return open_weights(base, None).load("ema", PARTS, make_mesh(data=-1, fsdp=1))
 
 
@@ -66,7 +66,7 @@ def equal(one, other):
 
 def own(run):
     """The weights of a run of adapters by itself."""
-    directory, step = checkpoint.find(run)
+    directory, step = checkpoint.find_step(run)
     parts = recipe(open_weights(run, None).config)
     return merged(load_adapted(parts, make_mesh(), directory, step, "ema")[0])
 

@@ -117,7 +117,8 @@ def test_the_checkpoint_of_foreign_adapters_can_be_trained_on(tmp_path, port, ba
     parts = recipe(from_json(meta["config"]))
     assert parts.adapter.rank == 2
     names = {
-        name.rpartition("/")[0] for name in checkpoint.named(trained_shapes(parts))
+        name.rpartition("/")[0]
+        for name in checkpoint.leaves_by_name(trained_shapes(parts))
     }
     assert names == set(opened(RECORDED / "lora").flat)
 

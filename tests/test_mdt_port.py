@@ -46,7 +46,7 @@ def assert_same_state(one, other):
 def stored(found, directory):
     items, meta = found.items()
     small.save(directory, meta["step"], meta, **items)
-    return Stored(*checkpoint.find(directory))
+    return Stored(*checkpoint.find_step(directory))
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -36,7 +36,7 @@ def test_a_bucket_is_refused_with_what_to_do(ask, tmp_path, monkeypatch):
 OTHERS = {
     "path": local,
     "workdir": lambda path: check_workdir(path, {}),
-    "steps": checkpoint.find,
+    "steps": checkpoint.find_step,
     "saving": Checkpoints,
     "weights": fetch,
     "output": lambda path: outputs.check(f"{path}.png", False),

@@ -31,7 +31,9 @@ def test_two_processes_train_as_one(tmp_path):
     assert checkpoint.steps(folders[1]) == [3]
     parts = recipe(config)
     like = jax.eval_shape(lambda: small.random_params(parts, 0))
-    pairs = (dict(checkpoint.leaves(folder, 3, "params", like)) for folder in folders)
+    pairs = (
+        dict(checkpoint.iter_leaves(folder, 3, "params", like)) for folder in folders
+    )
     ours, theirs = pairs
     for name, array in ours.items():
         np.testing.assert_allclose(array, theirs[name], atol=1e-5, err_msg=name)

@@ -13,7 +13,7 @@ import quantize
 import sample
 from sit_jax.adapters.quantized import SKIP, Grouped
 from sit_jax.adapters.quantizing import quantized
-from sit_jax.checkpoint import find, read_meta
+from sit_jax.checkpoint import find_step, read_meta
 from sit_jax.convert.weights import open_weights
 from sit_jax.experiment import recipe
 from sit_jax.trainer.workdir import read_json
@@ -41,7 +41,7 @@ def test_a_checkpoint_is_made_and_read_back(floats, tmp_path, run, monkeypatch, 
     wanted = quantized(small.random_params(parts, 10), "w4g8", SKIP)
     jax.tree.map(np.testing.assert_array_equal, params, wanted)
     assert isinstance(params["blocks"]["mlp"]["fc1"]["kernel"], Grouped)
-    assert read_meta(*find(tmp_path / "q"))["from"] == str(floats)
+    assert read_meta(*find_step(tmp_path / "q"))["from"] == str(floats)
     # no torch file, and not twice
     words = (tmp_path / "q", tmp_path / "x.pt")
     code, _, err = called(port_weights.main, monkeypatch, capsys, *words)

@@ -67,15 +67,18 @@ def test_the_newest_step_that_is_whole_is_taken(parts, weights, saved):
     state, said = begun(parts, saved)
     assert holds(state, weights, 3)
     assert said.startswith("goes on from step 3; WARNING: step 8 is damaged (params/")
-    assert "WARNING: step 5 is damaged (ema/_METADATA is missing); kept as" in said
+    assert (
+        "WARNING: step 5 is damaged (ema/_METADATA is missing); it is kept as" in said
+    )
     assert checkpoint.steps(saved) == [3]
     assert (saved / "8.damaged").is_dir() and (saved / "5.damaged").is_dir()
 
 
 def test_without_sums_what_orbax_notices_counts(parts, weights, saved):
     """As far as it does: a file that is gone is noticed, a flipped bit is not."""
-    (saved / "8/SHA256SUMS").unlink()
-    assert "it has no sums, so" in begun(parts, saved)[1]
+    for step in (3, 5, 8):
+        (saved / str(step) / "SHA256SUMS").unlink()
+    assert "it has no checksums, so" in begun(parts, saved)[1]
     (saved / "8/meta/metadata").unlink()
     state, said = begun(parts, saved)
     assert holds(state, weights, 5) and "WARNING: step 8 is damaged" in said
@@ -91,7 +94,7 @@ def test_a_second_damaged_step_of_that_number_gets_another_name(parts, saved):
 def test_with_no_step_left_it_refuses_and_renames_nothing(parts, saved):
     for step in (3, 5, 8):
         damage(saved / str(step))
-    with pytest.raises(checkpoint.Damaged, match="8 is damaged.*no step before it"):
+    with pytest.raises(checkpoint.DamagedCheckpoint, match="8 is damaged"):
         begun(parts, saved)
     assert checkpoint.steps(saved) == [3, 5, 8]
 
@@ -99,7 +102,7 @@ def test_with_no_step_left_it_refuses_and_renames_nothing(parts, saved):
 def test_given_weights_are_never_exchanged_for_others(parts, saved):
     damage(saved / "8")
     mesh = make_mesh(devices=jax.devices()[:1])
-    with pytest.raises(checkpoint.Damaged, match=f"before, {saved}/5, is whole"):
+    with pytest.raises(checkpoint.DamagedCheckpoint, match="8 is damaged"):
         begin(parts, mesh, 0, saved / "none", given=saved)
     assert checkpoint.steps(saved) == [3, 5, 8]
 
@@ -107,9 +110,7 @@ def test_given_weights_are_never_exchanged_for_others(parts, saved):
 def test_a_save_that_was_cut_off_is_told(parts, saved):
     (saved / "9.orbax-checkpoint-tmp").mkdir()
     state, said = begun(parts, saved)
-    assert (
-        int(state.step) == 8 and "the save of step 9 was cut off and is removed" in said
-    )
+    assert int(state.step) == 8 and "save 9.orbax-checkpoint-tmp is removed" in said
 
 
 def test_a_run_goes_on_from_its_own_steps_and_not_from_what_it_began_with(

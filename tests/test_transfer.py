@@ -169,7 +169,7 @@ def test_a_folder_of_photographs_is_finetuned_and_sampled(
     assert json.loads((work / "config.json").read_text())["model"]["classes"] == 10
     log = (work / "log.txt").read_text()
     assert "is new, for 10 classes instead of 1000, null label 10" in log
-    assert checkpoint.find(work)[1] == 2
+    assert checkpoint.find_step(work)[1] == 2
     code, out, err = small.called(
         sample.main,
         *(monkeypatch, capsys, "--weights", work, "--num", 10, "--labels", "balanced"),

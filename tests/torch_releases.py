@@ -33,7 +33,7 @@ def stored(weights, directory):
     """What a checkpoint of these weights gives when it is opened."""
     items, meta = weights.items()
     small.save(directory, meta["step"], meta, **items)
-    return Stored(*checkpoint.find(directory))
+    return Stored(*checkpoint.find_step(directory))
 
 
 def loaded(path):

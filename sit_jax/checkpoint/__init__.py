@@ -1,38 +1,40 @@
-"""Checkpoints: step directories of the items `params`, `ema`, `opt_state`, `meta`.
+"""Checkpoints: numbered steps in a folder, written by Orbax, with checksums.
 
-There may be averages at other rates, `ema_0.999`, and what the choice of times learns
-from, `losses`. Ported ones may have `constants`: what a torch file holds beside the
-parameters.
-
-Only this folder knows Orbax. A step appears under its number when it is complete, so
-what a kill interrupts is never mistaken for a checkpoint, and it brings the sums of its
-files, which are compared before any of them is used. `meta` is JSON: the config, the
-step and what else describes the weights; it is enough to build the model.
+Only this package imports Orbax. A step holds the items `params`, `ema`, `opt_state` and
+`meta`. It may hold averages at other rates (`ema_0.999`), the state of a timestep
+sampler (`losses`) and, if it was ported, constants of the torch file (`constants`).
+`meta` is JSON: the config, the step, and whatever else is needed to build the model.
 """
 
-import sit_jax.opening
-
-from sit_jax.checkpoint.folder import find, items, steps
-from sit_jax.checkpoint.newest import newest_whole
-from sit_jax.checkpoint.reading import leaves, load, read_meta
-from sit_jax.checkpoint.saving import Checkpoints
-from sit_jax.checkpoint.sums import has_sums, identity
-from sit_jax.checkpoint.trees import compare, named
-from sit_jax.checkpoint.whole import Damaged, require_whole
+from sit_jax.checkpoint.checksums import has_checksums, step_digest
+from sit_jax.checkpoint.store import (
+    Checkpoints,
+    DamagedCheckpoint,
+    find_step,
+    items,
+    iter_leaves,
+    leaves_by_name,
+    load,
+    read_meta,
+    require_intact,
+    require_same_shapes,
+    restore_newest,
+    steps,
+)
 
 __all__ = [
     "Checkpoints",
-    "Damaged",
-    "compare",
-    "find",
-    "has_sums",
-    "identity",
+    "DamagedCheckpoint",
+    "find_step",
+    "has_checksums",
     "items",
-    "leaves",
+    "iter_leaves",
+    "leaves_by_name",
     "load",
-    "named",
-    "newest_whole",
     "read_meta",
-    "require_whole",
+    "require_intact",
+    "require_same_shapes",
+    "restore_newest",
+    "step_digest",
     "steps",
 ]

@@ -1,11 +1,12 @@
-"""Compares the steps of a run with their sums: python -m sit_jax.checkpoint verify DIR.
+"""Compares the steps of a run with their checksums.
 
-Exit code 0: none is damaged; 1: some are; 2: there is nothing to look at.
+python -m sit_jax.checkpoint verify DIR ends with exit code 0 if no step is damaged, 1
+if one is, and 2 if there is no step.
 """
 
 from sit_jax import command
-from sit_jax.checkpoint.folder import find, steps, unfinished
-from sit_jax.checkpoint.sums import damages, has_sums
+from sit_jax.checkpoint.checksums import damages, has_checksums
+from sit_jax.checkpoint.store import find_step, steps
 from sit_jax.errors import UserError
 from sit_jax.places import absolute
 
@@ -17,29 +18,27 @@ def main():
     args, rest = command.parse(parser)
     if rest:
         raise UserError(f"{rest[0]}: this command has no config")
-    directory, newest = find(args.directory)
-    one = absolute(args.directory) == directory / str(newest)
-    found = [newest] if one else steps(directory)
+    directory, newest = find_step(args.directory)
+    is_step = absolute(args.directory) == directory / str(newest)
     print(directory)
-    damaged = [step for step in found if not _report(directory / str(step))]
-    for step in [] if one else unfinished(directory):
-        print(
-            f"{step:>9}  cut off while it was saved; the run removes it when it goes on"
-        )
-    return 1 if damaged else 0
+    intact = [
+        _report(directory / str(step))
+        for step in ([newest] if is_step else steps(directory))
+    ]
+    return 0 if all(intact) else 1
 
 
 def _report(step):
-    """Prints a line for a step; -> whether it may be used."""
-    if not has_sums(step):
-        print(f"{step.name:>9}  no sums: saved before they were kept, cannot be told")
+    """Prints a line for a step, and returns whether it may be used."""
+    if not has_checksums(step):
+        print(f"{step.name:>9}  has no checksums, so damage cannot be noticed")
         return True
-    lines = damages(step)
-    for line in lines:
-        print(f"{step.name:>9}  DAMAGED: {line}")
-    if not lines:
+    problems = damages(step)
+    for problem in problems:
+        print(f"{step.name:>9}  DAMAGED: {problem}")
+    if not problems:
         print(f"{step.name:>9}  good")
-    return not lines
+    return not problems
 
 
 if __name__ == "__main__":

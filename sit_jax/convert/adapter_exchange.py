@@ -106,7 +106,7 @@ def unmerge(source, step, away):
 
     away: those adapters, in any form; refused if others are there, or none.
     """
-    directory, newest = checkpoint.find(source)
+    directory, newest = checkpoint.find_step(source)
     step = newest if step is None else step
     meta = checkpoint.read_meta(directory, step)
     base, told = meta.get("merged"), meta.get("merged_adapter")
@@ -141,7 +141,7 @@ def read_files(source, base):
 
     base: a workdir or checkpoint.
     """
-    directory, step = checkpoint.find(base)
+    directory, step = checkpoint.find_step(base)
     meta = checkpoint.read_meta(directory, step)
     if "config" not in meta:
         raise UserError(f"{base} has no config in its meta")
@@ -155,7 +155,7 @@ def read_files(source, base):
     params, record = load_base(parts, make_mesh(), base)
     require_same_rows(adapter, params["cond"]["label"]["embedding"])
     tree = jax.tree.map(np.asarray, nest(adapter.flat))
-    checkpoint.compare(str(source), tree, trained_shapes(parts))
+    checkpoint.require_same_shapes(str(source), tree, trained_shapes(parts))
     about = {"config": to_json(config), "step": 0, "base": record}
     return {"params": tree, "ema": tree}, {**about, "from": str(source)}
 
@@ -179,7 +179,7 @@ def _settings(source, adapter, new):
 
 
 def _found(source, step):
-    directory, newest = checkpoint.find(source)
+    directory, newest = checkpoint.find_step(source)
     step = newest if step is None else step
     if "base" not in checkpoint.read_meta(directory, step):
         raise UserError(f"{directory}/{step} holds a network of its own, no adapters")

@@ -195,7 +195,7 @@ def _beside(node, leaf):
 
 
 def _of_checkpoint(path, item):
-    directory, step = checkpoint.find(path)
+    directory, step = checkpoint.find_step(path)
     meta = checkpoint.read_meta(directory, step)
     if "base" not in meta:
         raise UserError(

@@ -31,7 +31,7 @@ def load_base(parts, mesh, path, record=None):
     """
     shapes = base_shapes(parts)
     require_checkpoint(path)
-    directory, step = checkpoint.find(path)
+    directory, step = checkpoint.find_step(path)
     if record and str(directory) == record["path"]:
         step = record["step"]
     meta = checkpoint.read_meta(directory, step)

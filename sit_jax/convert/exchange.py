@@ -107,7 +107,7 @@ class Stored:
 
     def __init__(self, directory, step):
         self.directory, self.step = directory, step
-        checkpoint.require_whole(directory, step)
+        checkpoint.require_intact(directory, step)
         self.meta = checkpoint.read_meta(directory, step)
         if "config" not in self.meta:
             raise UserError(f"{directory}/{step} has no config in its meta")
@@ -129,7 +129,9 @@ class Stored:
     def ema(self):
         """The averaged parameters."""
         shapes = nest(self.released.params)
-        return nest(dict(checkpoint.leaves(self.directory, self.step, "ema", shapes)))
+        return nest(
+            dict(checkpoint.iter_leaves(self.directory, self.step, "ema", shapes))
+        )
 
     def _no_moments(self):
         """Why a torch file of this step cannot hold the optimizer; None if it can."""
@@ -149,7 +151,7 @@ class Stored:
             for part in self._kinds()
         )
         labels = moments.place(tx, shapes, "step step", *trees)
-        return jax.eval_shape(tx.init, shapes), checkpoint.named(labels)
+        return jax.eval_shape(tx.init, shapes), checkpoint.leaves_by_name(labels)
 
     def _kinds(self):
         return moments.names(self._recipe.tx, nest(self.released.params))
@@ -207,7 +209,7 @@ class Stored:
 
     def _converted(self, parts, item, like, labels):
         rules = {path: (torch, path, how) for torch, path, how in self.released.rules}
-        for at, leaf in checkpoint.leaves(self.directory, self.step, item, like):
+        for at, leaf in checkpoint.iter_leaves(self.directory, self.step, item, like):
             part, path = labels[at].split()
             if part not in parts:
                 continue
@@ -227,7 +229,9 @@ class Stored:
         if part not in like:
             return ours
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
-        found = dict(checkpoint.leaves(self.directory, self.step, "constants", like))
+        found = dict(
+            checkpoint.iter_leaves(self.directory, self.step, "constants", like)
+        )
         return {name: found[f"{part}/{name}"] for name in ours}
 
 

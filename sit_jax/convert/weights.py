@@ -48,7 +48,7 @@ class Directory:
     def leaves(self, item):
         """Yields (path, float array), the largest first, little of it at a time."""
         like = unflatten_dict(self.shapes(), sep="/")
-        return checkpoint.leaves(self.path, self.step, item, like)
+        return checkpoint.iter_leaves(self.path, self.step, item, like)
 
     def load(self, item, parts, mesh):
         """item "ema" or "params" -> the model's parameters, whole on every device."""
@@ -90,9 +90,9 @@ def open_weights(path, torch_file):
         )
     if path.suffix in KINDS or diffusers_files.is_folder(path):
         return torch_file(path)
-    found = Directory(*checkpoint.find(path))
+    found = Directory(*checkpoint.find_step(path))
     step = found.path / str(found.step)
-    same = checkpoint.identity(step)
+    same = checkpoint.step_digest(step)
     hosts.require_same(f"sums of {step}", same, "all processes need the same step")
     if same is None:
         line = f"{step} has no sums: damage would not be noticed"

@@ -29,7 +29,8 @@ def begin_adapted(parts, mesh, seed, directory, given=None):
     if checkpoint.steps(directory):
         needed = items_of(target, parts.ema_decay)
         use = lambda step: restored(parts, directory, step, target, needed)
-        state, said = checkpoint.newest_whole(directory, use)
+        state, lines = checkpoint.restore_newest(directory, use)
+        said = "; ".join(lines)
     elif found := _adapters_at(given):
         state = restored(parts, *found, target, ("params", "ema"))
         said = f"goes on from {given}, step {int(state.step)}"
@@ -59,5 +60,5 @@ def _adapters_at(path):
     if path is None:
         return None
     require_checkpoint(path)
-    found = checkpoint.find(path)
+    found = checkpoint.find_step(path)
     return found if "base" in checkpoint.read_meta(*found) else None

@@ -33,7 +33,7 @@ class Keeper:
 
     def outlook(self):
         """What a run that is asked to stop waits for, in words."""
-        took = self._saved.took
+        took = self._saved.save_seconds
         known = (
             "nothing was saved yet" if took is None else f"the last took {took:.1f} s"
         )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from sit_jax.checkpoint import named
+from sit_jax.checkpoint import leaves_by_name
 from sit_jax.errors import UserError
 
 
@@ -73,7 +73,7 @@ def differing(sums, state):
     """A sentence for each array of which some device holds another copy than others."""
     odd = []
     for column, (name, leaf) in zip(
-        np.asarray(sums).T, named(state).items(), strict=True
+        np.asarray(sums).T, leaves_by_name(state).items(), strict=True
     ):
         found = dict(zip(leaf.sharding.mesh.devices.flat, column.tolist(), strict=True))
         for devices in _same_part(leaf):

@@ -38,7 +38,8 @@ def begin(
     if checkpoint.steps(directory):
         needed = items_of(target, decay)
         use = lambda step: restored(parts, directory, step, target, needed)
-        return checkpoint.newest_whole(directory, use)
+        state, lines = checkpoint.restore_newest(directory, use)
+        return state, "; ".join(lines)
     if given is None:
         return jax.jit(init, out_shardings=where)(key), "starts with fresh weights"
     opened = open_weights(given, torch_file)

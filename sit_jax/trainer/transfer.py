@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sit_jax.checkpoint import compare
+from sit_jax.checkpoint import require_same_shapes
 from sit_jax.convert.rules import rules_for
 from sit_jax.errors import UserError
 from sit_jax.models.dit import SiT
@@ -55,7 +55,7 @@ def transferred(parts, theirs, load, key, where, given):
     anew = _labels(parts.model) != _labels(theirs.model)
     kept = {name: leaf for name, leaf in wanted.items() if not (anew and name == path)}
     have = {name: leaf for name, leaf in _shapes(theirs).items() if name in kept}
-    compare(given, have, kept)
+    require_same_shapes(given, have, kept)
 
     def begun(key, params, ema):
         old = {

@@ -69,7 +69,7 @@ def test_both_take_the_step_before_and_go_on_as_if_nothing_had_been(tmp_path):
     assert "kept as 6.damaged" in told
     assert checkpoint.steps(folder) == [3, 6, 9]
     assert (folder / "6.damaged").is_dir()
-    checkpoint.require_whole(folder, 6)
+    checkpoint.require_intact(folder, 6)
     assert small.losses(work) == small.losses(unbroken)
     assert list(small.losses(work)) == list(range(1, 10))
 

@@ -84,7 +84,7 @@ def test_it_stops_within_one_save_and_goes_on_when_it_can(disk, spoil, said, unb
     print(f"last step {last}, newest checkpoint {newest}: {errors.strip()}")
     assert said in errors and errors.count("\n") == 1 and "Traceback" not in errors
     assert last < newest + 2 * FIELDS["save_every"] + 1  # failing: the one after newest
-    checkpoint.require_whole(disk, newest)
+    checkpoint.require_intact(disk, newest)
     allow(disk)
     runs.ended(runs.start(work, **FIELDS))
     assert small.losses(work) == unbroken

@@ -41,7 +41,7 @@ def test_twenty_kills_half_of_them_inside_a_save(tmp_path, monkeypatch):
     folder = broken / "checkpoints"
     assert not list(folder.glob("*tmp*")) and not list(folder.glob("*.damaged*"))
     for step in checkpoint.steps(folder):
-        checkpoint.require_whole(folder, step)
+        checkpoint.require_intact(folder, step)
 
 
 def test_sigkill_of_a_run_with_workers_leaves_none_behind(tmp_path):

@@ -1,4 +1,4 @@
-"""Checkpoints: moved between devices, compared, saved beside the work."""
+"""Steps are saved in the background, found, and loaded on any number of devices."""
 
 import errno
 import os
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import checkpoints
 import jax
@@ -17,12 +18,13 @@ from checkpoints import META, equal, mesh, saved, trees
 from sit_jax import checkpoint
 from sit_jax.checkpoint import (
     Checkpoints,
-    Damaged,
+    DamagedCheckpoint,
+    find_step,
     items,
     load,
     read_meta,
-    saving,
     steps,
+    store,
 )
 from sit_jax.errors import UserError
 from sit_jax.experiment import recipe
@@ -34,7 +36,7 @@ one_step = checkpoints.one_step
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8])
-def test_eight_devices_save_and_any_number_loads(one_step, devices):
+def test_load_places_a_step_of_eight_devices_on_any_number(one_step, devices):
     state, like = trees(mesh(devices))
     found = load(one_step, 7, **like)
     assert equal(found, state)
@@ -43,7 +45,7 @@ def test_eight_devices_save_and_any_number_loads(one_step, devices):
     )
 
 
-def test_one_device_saves_and_eight_load(tmp_path):
+def test_load_splits_a_step_of_one_device_over_eight(tmp_path):
     saved(tmp_path, trees(mesh(1))[0], 3)
     state, like = trees(mesh(8))
     found = load(tmp_path, 3, **like)
@@ -52,7 +54,7 @@ def test_one_device_saves_and_eight_load(tmp_path):
     assert {shard.data.shape for shard in held} == {(2, 64, 32)}
 
 
-def test_only_what_is_asked_for_is_read(one_step, tmp_path):
+def test_load_reads_only_the_items_asked_for(one_step, tmp_path):
     """Sampling needs the average alone: with the rest gone it still loads."""
     state, like = trees(mesh(1))
     shutil.copytree(one_step, tmp_path / "copy")
@@ -60,13 +62,13 @@ def test_only_what_is_asked_for_is_read(one_step, tmp_path):
         shutil.rmtree(tmp_path / "copy" / "7" / name)
     found = load(tmp_path / "copy", 7, ema=like["ema"])
     assert list(found) == ["ema"] and equal(found["ema"], state["ema"])
-    with pytest.raises(Damaged, match="params/.* is missing"):
+    with pytest.raises(DamagedCheckpoint, match="params/.* is missing"):
         load(tmp_path / "copy", 7, params=like["params"])
     with pytest.raises(UserError, match="has no 'losses'"):
         load(tmp_path / "copy", 7, losses=like["params"])
 
 
-def test_a_step_holds_these_items(one_step):
+def test_items_and_meta_of_a_step(one_step):
     assert items(one_step, 7) == {"params", "ema", "opt_state", "meta"}
     assert read_meta(one_step, 7) == META
 
@@ -105,7 +107,7 @@ def test_orbax_alone_reads_a_step(one_step, tmp_path, devices):
         )
 
 
-def test_another_architecture_is_refused_with_what_differs(one_step):
+def test_load_refuses_another_architecture_and_lists_differences(one_step):
     _, like = trees(mesh(1))
     params = dict(like["params"])
     params["tables"] = params.pop("table")
@@ -123,16 +125,16 @@ def test_another_architecture_is_refused_with_what_differs(one_step):
     assert "blocks" not in said and "\n" not in said
 
 
-def test_a_long_list_of_differences_is_cut():
+def test_require_same_shapes_cuts_a_long_list():
     wanted = {f"w{i}": np.zeros(1) for i in range(30)}
     with pytest.raises(UserError, match=r"missing w0; .*; and 22 more$"):
-        checkpoint.compare("here", {}, wanted)
+        checkpoint.require_same_shapes("here", {}, wanted)
 
 
 @pytest.mark.parametrize(
     "number, said", [(errno.ENOSPC, "No space left"), (errno.EACCES, "Permission den")]
 )
-def test_what_fails_in_the_background_is_raised_at_the_next_look(
+def test_check_raises_what_failed_in_the_background(
     tmp_path, monkeypatch, number, said
 ):
     def fails(_):
@@ -143,17 +145,17 @@ def test_what_fails_in_the_background_is_raised_at_the_next_look(
     saver.save(1, META, **state)
     saver.wait()
     saver.check()
-    monkeypatch.setattr(saving, "write_sums", fails)
+    monkeypatch.setattr(store, "write_checksums", fails)
     saver.save(2, META, **state)
     with pytest.raises(UserError, match=f"{tmp_path}: {said}"):
         for _ in range(1000):
             saver.check()
             time.sleep(0.01)
     assert steps(tmp_path) == [1]  # keep_last=1, and yet the good one is kept
-    checkpoint.require_whole(tmp_path, 1)
+    checkpoint.require_intact(tmp_path, 1)
 
 
-def test_saving_compiles_nothing(tmp_path):
+def test_save_compiles_nothing(tmp_path):
     """Slices of what eight devices hold alike were a program each, 7 s of them."""
     whole = jax.device_put(np.ones((8, 37), np.float32), everywhere(mesh(8)))
     state, built = {"params": {"w": whole}}, []
@@ -166,7 +168,7 @@ def test_saving_compiles_nothing(tmp_path):
     assert not [event for event in built if event.startswith("/jax/core/compile")]
 
 
-def test_every_item_that_is_read_has_been_written():
+def test_save_writes_every_item_that_is_restored():
     """The items of a run are named in one place, for saving and for restoring."""
     parts = recipe(small.config())
     state = jax.eval_shape(
@@ -179,3 +181,79 @@ def test_every_item_that_is_read_has_been_written():
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     in_meta = count(state.step) + count(state.skipped)
     assert sum(map(count, written.values())) + in_meta == count(state)
+
+
+def test_checkpoints_keep_the_last_and_every_nth_step(tmp_path):
+    state, _ = trees(mesh(1))
+    small = {"params": {"b": state["params"]["b"]}}
+    saved(tmp_path, small, *range(1, 9), keep_last=2, keep_every=3)
+    assert steps(tmp_path) == [3, 6, 7, 8]
+
+
+def test_find_step_takes_the_highest_number_whatever_size_or_date(tmp_path):
+    rng = np.random.default_rng(0)
+    for number, size in ((9, 50), (100, 2), (20, 3000)):
+        tree = {"w": rng.standard_normal(size).astype(np.float32)}
+        saved(tmp_path, {"params": tree}, number, keep_last=None)
+    now = (tmp_path / "9").stat().st_mtime
+    os.utime(tmp_path / "9", (now + 99, now + 99))
+    assert steps(tmp_path) == [9, 20, 100]
+    assert find_step(tmp_path) == (tmp_path, 100)
+
+
+def test_unfinished_step_is_no_step_and_is_cleaned_away(one_step, tmp_path):
+    """What a kill inside a save leaves: Orbax's folder under a temporary name."""
+    shutil.copytree(one_step, tmp_path, dirs_exist_ok=True)
+    torn = tmp_path / "8.orbax-checkpoint-tmp-1234"
+    (torn / "params.orbax-checkpoint-tmp-1234").mkdir(parents=True)
+    assert steps(tmp_path) == [7] and find_step(tmp_path)[1] == 7
+    saver = Checkpoints(tmp_path)
+    assert saver.latest() == 7
+    state, like = trees(mesh(1), seed=1)
+    saver.save(8, META, **state)
+    saver.close()
+    assert not torn.exists()
+    assert equal(load(tmp_path, 8, **like), state)
+
+
+def test_find_step_takes_a_workdir_or_its_checkpoints(one_step, tmp_path):
+    shutil.copytree(one_step, tmp_path / "checkpoints")
+    (tmp_path / "samples").mkdir()
+    for path in (tmp_path, tmp_path / "checkpoints", str(tmp_path)):
+        assert find_step(path) == (tmp_path / "checkpoints", 7)
+
+
+def test_paths_may_be_relative_or_in_the_home_folder(tmp_path, monkeypatch):
+    state, like = trees(mesh(1))
+    small = {"params": {"b": state["params"]["b"]}}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for path in ("here/run", Path("~/run")):
+        saved(path, small, 1)
+        directory, step = find_step(path)
+        assert directory.is_absolute() and step == 1 and steps(path) == [1]
+        found = load(directory, step, params={"b": like["params"]["b"]})
+        assert equal(found, small)
+    assert (tmp_path / "here/run/1").is_dir() and (tmp_path / "home/run/1").is_dir()
+
+
+def test_find_step_says_that_there_is_none(one_step, tmp_path):
+    assert steps(tmp_path / "none") == steps(tmp_path) == []
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(UserError, match="no checkpoint in"):
+            find_step(path)
+    with pytest.raises(UserError, match="no checkpoint of step 8"):
+        read_meta(one_step, 8)
+
+
+def test_checkpoints_refuse_a_file_in_the_folders_place(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        with pytest.raises(UserError, match="file.*: Not a directory"):
+            saved(path, {"params": {"w": np.zeros(3)}}, 1)
+
+
+def test_checkpoints_refuse_a_folder_without_permission(tmp_path):
+    tmp_path.chmod(0o500)
+    with small.unprivileged(), pytest.raises(UserError, match="Permission denied"):
+        Checkpoints(tmp_path / "run")
