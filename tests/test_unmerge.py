@@ -56,7 +56,7 @@ def test_what_was_merged_comes_out_again(base, tmp_path, port):
             assert relative(found[name], weight) < 2e-7, name
     moved = flat(merged)["blocks/attn/qkv/kernel"]
     assert relative(moved, plain["blocks/attn/qkv/kernel"]) > 0.01
-    meta = checkpoint.read_meta(*checkpoint.find(tmp_path / "out0"))
+    meta = checkpoint.read_meta(*checkpoint.find_step(tmp_path / "out0"))
     assert meta["unmerged"]["path"] == str(base) and "merged" not in meta
     code, _, err = port(tmp_path / "out0", tmp_path / "x", "--unmerge", adapters)
     assert code == 2 and "names no adapters merged into it" in err
@@ -66,7 +66,7 @@ def test_only_what_was_merged_is_taken_out(base, tmp_path, port):
     other = small.checkpoint(tmp_path / "other", small.config(seed=1))
     parts = recipe(small.config())
     weights = small.random_params(parts, 3)
-    meta = checkpoint.read_meta(*checkpoint.find(other))
+    meta = checkpoint.read_meta(*checkpoint.find_step(other))
     small.save(tmp_path / "another", 9, meta, params=weights, ema=weights)
     one, merged = run(base, tmp_path)
     assert port(one, merged, "--adapter", "merged")[0] == 0
