@@ -16,18 +16,16 @@ from sit_jax.diagnosis import bundle, diagnosis, paired
 from sit_jax.diagnosis.stages import collect
 from sit_jax.diagnosis.swapping import decoded, exchanged_sides
 from sit_jax.diagnosis.worst_pairs import worst_pairs
-from sit_jax.drafts import require_free
 from sit_jax.errors import UserError
 from sit_jax.evaluation.digit_features import WIDTHS
 from sit_jax.evaluation.evaluated import OfFeatures, of_images, open_side
 from sit_jax.evaluation.features import StoredFeatures
 from sit_jax.evaluation.judges import Evaluator
-from sit_jax.places import local, place
+from sit_jax.files import as_path, local_path, read_json, require_free
 from sit_jax.ranges import COUNT, AtLeast
 from sit_jax.sampling import job, sampling
 from sit_jax.sampling.array_files import ArrayFile
 from sit_jax.trainer import program_cache
-from sit_jax.trainer.workdir import read_json
 
 OF_FIGURES = (
     *("reference_b", "seeds", "swap", "swapped", "features_b", "inception_b"),
@@ -52,7 +50,7 @@ def make_bundle(args):
     """A bundle of --from-manifest at --collect -> exit code."""
     if args.sides or not args.from_manifest:
         raise UserError("--collect OUT needs --from-manifest M, and no A and B")
-    out = require_free(local(args.collect), args.overwrite)
+    out = require_free(local_path(args.collect), args.overwrite)
     given = bundle.read(args.inputs) if args.inputs else None
     if args.features:
         StoredFeatures(ArrayFile(args.features))  # or it is refused
@@ -119,7 +117,7 @@ def report(args):
 
 def job_file(path):
     """The manifest itself, where a folder of samples is named."""
-    path = place(path)
+    path = as_path(path)
     return path / "manifest.json" if path.is_dir() else path
 
 

@@ -19,12 +19,12 @@ from sit_jax.evaluation.digit_features import WIDTHS, DigitFeatures
 from sit_jax.evaluation.evaluated import open_side
 from sit_jax.evaluation.features import inception_extractor
 from sit_jax.evaluation.unfinished import unfinished
+from sit_jax.files import read_json, write_json
 from sit_jax.manifest import environment
 from sit_jax.parallel.sharding import make_mesh
 from sit_jax.ranges import COUNT, AtLeast
 from sit_jax.sampling import outputs
 from sit_jax.trainer import program_cache
-from sit_jax.trainer.workdir import read_json, write_json
 
 KEPT = 10_000  # features in a statistics file: as many as ADM's references have images
 LONG = 16  # a list in a manifest that is left out of the record

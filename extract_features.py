@@ -18,14 +18,12 @@ from sit_jax.data.folders import AdmFolder, ImageFolder
 from sit_jax.data.pairs import from_pairs, to_pairs
 from sit_jax.data.prepared import Tfds
 from sit_jax.data.sources import LatentFolder
-from sit_jax.drafts import require_writable
 from sit_jax.errors import UserError, one_line
+from sit_jax.files import local_path, require_writable, write_json
 from sit_jax.manifest import environment
-from sit_jax.places import local
 from sit_jax.precision.policy import get_precision
 from sit_jax.ranges import COUNT, SEED, AtLeast, Between
 from sit_jax.trainer import program_cache
-from sit_jax.trainer.workdir import write_json
 
 KINDS = {
     "folder": lambda a: ImageFolder(a.data, a.size, broken_share=a.broken_share),
@@ -51,7 +49,7 @@ def main():
     args, rest = command.parse(_parser())
     if rest:
         raise UserError(f"unknown argument {rest[0]!r}; see --help")
-    require_writable(local(args.out) / "any")
+    require_writable(local_path(args.out) / "any")
     if args.kind in PAIRS:
         return convert(args)
     if not cluster.apart(args):

@@ -28,18 +28,24 @@ from sit_jax.convert import (
     tensor_files,
 )
 from sit_jax.convert.card import card
-from sit_jax.convert.comparison import compare, file_sha
+from sit_jax.convert.comparison import compare
 from sit_jax.convert.exchange import Stored, open_torch
 from sit_jax.convert.given import add_untold
 from sit_jax.convert.weights import family_of
-from sit_jax.drafts import draft, drafts, require_free, require_space
 from sit_jax.errors import UserError
+from sit_jax.files import (
+    as_path,
+    atomic_write,
+    atomic_writes,
+    read_json,
+    require_free,
+    require_space,
+    sha256,
+)
 from sit_jax.manifest import weights_hash
 from sit_jax.models.mdt import MDT
 from sit_jax.parallel import chips
-from sit_jax.places import place
 from sit_jax.ranges import AtLeast
-from sit_jax.trainer.workdir import read_json
 
 
 def main():
@@ -112,9 +118,9 @@ def to_checkpoint(args, overrides, original=None):
     print(f"converting {args.source}", flush=True)
     items, meta = weights.items()
     require_space(target, sum(leaf.nbytes for leaf in jax.tree.leaves(items)))
-    meta["sha256"] = file_sha(weights.file.path)
+    meta["sha256"] = sha256(weights.file.path)
     ema = weights_hash(items["ema"])
-    with draft(target) as name:
+    with atomic_write(target) as name:
         print(f"writing {target}", flush=True)
         saved = checkpoint.Checkpoints(name, items=items)
         saved.save(meta["step"], meta, **items)
@@ -144,7 +150,7 @@ def to_torch(args, original=None):
     paths = [require_free(target.with_name(n), args.overwrite) for n in names]
     tensors = [tensor for part in parts.values() for tensor in part.values()]
     require_space(target, sum(tensor.nbytes for tensor in tensors))
-    with drafts(paths) as folder:
+    with atomic_writes(paths) as folder:
         for name, content in files.items():
             print(f"writing {target.with_name(name)}", flush=True)
             tensor_files.write(folder / name, content)
@@ -155,7 +161,7 @@ def to_torch(args, original=None):
         found = compare(each, theirs)
         _require_equal(found)
         conversion.compare_networks(original, stored, written.ema)
-        shas = {name: file_sha(folder / name) for name in files}
+        shas = {name: sha256(folder / name) for name in files}
         text = card(stored, target.name, "torch", shas, _figures(args))
         (folder / note).write_text(text)
     conversion.describe(stored, ["float32"])
@@ -171,7 +177,7 @@ def to_folder(args):
     stored = _stored(args)
     shapes = stored.released.params.values()
     require_space(target, sum(4 * leaf.size for leaf in shapes))
-    with draft(target) as folder:
+    with atomic_write(target) as folder:
         print(f"writing {target}", flush=True)
         found, lines = model_folder.write(
             folder, stored, args.to, target.name, _figures(args)
@@ -209,7 +215,7 @@ def _contents(stored, target):
 
 def _figures(args):
     """Paths of evaluate.py's JSON files, which are there and can be read."""
-    paths = [place(path) for path in args.figures or ()]
+    paths = [as_path(path) for path in args.figures or ()]
     for path in paths:
         if not path.is_file():
             raise UserError(f"--figures: no file at {path}")

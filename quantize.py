@@ -17,8 +17,8 @@ from sit_jax.adapters.quantized import SKIP, WORDS, storing
 from sit_jax.config import to_json
 from sit_jax.convert import conversion
 from sit_jax.convert.given import Given, add_untold
-from sit_jax.drafts import draft, require_free, require_space
 from sit_jax.errors import UserError
+from sit_jax.files import atomic_write, require_free, require_space
 from sit_jax.manifest import weights_hash
 from sit_jax.parallel import chips
 
@@ -57,7 +57,7 @@ def quantize(args):
     )
     meta = {"config": to_json(config), "step": 0, "from": str(args.source)}
     meta["from_item"] = item
-    with draft(target) as name:
+    with atomic_write(target) as name:
         quantizing.save(name, 0, params, meta, args.form, args.skip)
     _report(rows, params, target)
     return 0

@@ -11,13 +11,11 @@ import numpy as np
 
 from sit_jax import command
 from sit_jax.data.sources import Digits
-from sit_jax.drafts import draft, require_free
 from sit_jax.errors import UserError
 from sit_jax.evaluation.digit_features import DigitFeatures
 from sit_jax.evaluation.metrics import Gaussian, frechet
-from sit_jax.places import place
+from sit_jax.files import as_path, atomic_write, require_free, write_json
 from sit_jax.sampling.array_files import ArrayFile
-from sit_jax.trainer.workdir import write_json
 
 
 def main():
@@ -29,7 +27,7 @@ def main():
     args, rest = command.parse(parser)
     if rest:
         raise UserError(f"{rest[0]}: this script has no config")
-    out = args.out or place(args.samples).with_name("score.json")
+    out = args.out or as_path(args.samples).with_name("score.json")
     out = require_free(out, args.overwrite)
     held_out = args.held_out and require_free(args.held_out, args.overwrite)
     images, labels = _samples(args.samples)
@@ -37,7 +35,7 @@ def main():
     write_json(out, figures)
     if held_out:  # a --reference for evaluate.py and diagnose.py
         digits = Digits(train=False)
-        with draft(held_out) as name:
+        with atomic_write(held_out) as name:
             np.savez(name, arr_0=digits.images, arr_1=digits.labels)
     print(
         f"recognised as the digit asked for: {figures['samples_recognised']:.3f} of "

@@ -23,6 +23,7 @@ from sit_jax.data.feed import abstract_batch, batches
 from sit_jax.data.sources import Synthetic
 from sit_jax.errors import UserError
 from sit_jax.experiment import check_batch, check_data, check_training
+from sit_jax.files import write_json
 from sit_jax.manifest import environment
 from sit_jax.models.kinds import kind_of
 from sit_jax.parallel import chips, sharding
@@ -37,7 +38,7 @@ from sit_jax.trainer.meter import Meter
 from sit_jax.trainer.replicas import Replicas
 from sit_jax.trainer.start import begin, require_room
 from sit_jax.trainer.watching import Views
-from sit_jax.trainer.workdir import advice, held, open_workdir, write_json
+from sit_jax.trainer.workdir import advice, held, open_workdir
 from sit_jax.training.state import ema_item_names, sampled_ema
 from sit_jax.training.step import tensor_names
 

@@ -27,7 +27,7 @@ from sit_jax.data.sources import Digits
 from sit_jax.diffusion import rng
 from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.diffusion.loss_weights import mdt_min_snr_loss
-from sit_jax.drafts import draft
+from sit_jax.files import atomic_write
 from sit_jax.models.codec import Pixels
 from sit_jax.models.dit import DiT
 from sit_jax.models.mdt import MDTv2
@@ -74,7 +74,7 @@ def main():
     for name, model in networks(args.depth, args.width, args.heads).items():
         run = runner(model, args)
         found[name] = [run(seed) for seed in range(args.seeds)]
-        with draft(args.out) as path:
+        with atomic_write(args.out) as path:
             path.write_text(json.dumps({"args": vars(args), "found": found}, indent=1))
         print(table(name, found[name]), flush=True)
 

@@ -28,9 +28,9 @@ from sit_jax.adapters.quantizing import quantized, size
 from sit_jax.config import spec
 from sit_jax.convert.weights import open_weights
 from sit_jax.data.sources import Digits
-from sit_jax.drafts import draft
 from sit_jax.evaluation.metrics.gaussian import Gaussian, frechet
 from sit_jax.experiment import recipe
+from sit_jax.files import atomic_write
 from sit_jax.models.dit import SIZES, SiT
 from sit_jax.parallel import sharding
 from sit_jax.precision import policy
@@ -55,7 +55,7 @@ def main():
     rows = likeness(args, words) if args.num else {}
     for word, row in speed(words, args.rounds).items():
         rows.setdefault(word, {}).update(row)
-    with draft(args.out) as path:
+    with atomic_write(args.out) as path:
         path.write_text(json.dumps({"args": vars(args), "rows": rows}, indent=1))
     print(*table(rows), sep="\n")
 

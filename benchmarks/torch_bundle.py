@@ -31,8 +31,8 @@ from sit_jax.convert.released import Released
 from sit_jax.convert.rules import to_torch
 from sit_jax.diagnosis import bundle, stages
 from sit_jax.diffusion.interpolant import Interpolant
-from sit_jax.drafts import require_free
 from sit_jax.errors import UserError
+from sit_jax.files import require_free
 from sit_jax.manifest import weights_hash
 from sit_jax.precision import probe
 from sit_jax.ranges import COUNT

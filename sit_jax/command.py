@@ -12,8 +12,9 @@ import time
 import traceback
 import warnings
 
-from sit_jax import buckets, hosts, interrupts, opening
+from sit_jax import hosts, interrupts, opening
 from sit_jax.errors import UserError, code_of, one_line
+from sit_jax.files import describe_storage_error
 
 SYMPTOM = 3.0  # seconds in which the loss of a process is noticed as its cause
 
@@ -85,7 +86,7 @@ def run(main):
     except KeyboardInterrupt:
         code = _ended(INTERRUPTED, 130)
     except Exception as error:
-        if said := buckets.fault(error):
+        if said := describe_storage_error(error):
             sys.exit(_ended(said, code_of(error)))
         if not hosts.several():
             raise

@@ -14,13 +14,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from sit_jax import cluster, greeting, locks, opening
-from sit_jax.convert.comparison import file_sha
-from sit_jax.drafts import require_writable
+from sit_jax import cluster, greeting, opening
 from sit_jax.errors import UserError
+from sit_jax.files import absolute_path, lock, require_writable, sha256
 from sit_jax.numbered import Numbered
 from sit_jax.party import Party
-from sit_jax.places import absolute, appears
 
 LONGEST = 86_400  # seconds of a limit; the kernel takes no more than 36 hours
 PREEMPTION = "jax_enable_preemption_service"
@@ -91,7 +89,7 @@ def first():
 @contextlib.contextmanager
 def alone(folder, name="lock"):
     """locks.alone() of a run: process 0 holds it, and the others wait until it does."""
-    with locks.alone(folder, name) if first() else contextlib.nullcontext():
+    with lock(folder, name) if first() else contextlib.nullcontext():
         wait()
         yield
 
@@ -99,7 +97,7 @@ def alone(folder, name="lock"):
 @contextlib.contextmanager
 def making(path):
     """alone() of a run that makes what will be at a path: its lock lies beside that."""
-    path = absolute(path)
+    path = absolute_path(path)
     require_writable(path)
     with alone(path.parent, f"{path.name}.lock"):
         yield
@@ -148,7 +146,7 @@ def require_same_files(*paths):
     """
     if not several():
         return
-    each = exchange({path.name: file_sha(path)[:12] for path in paths})
+    each = exchange({path.name: sha256(path)[:12] for path in paths})
     for i, other in enumerate(each):
         for name in sorted(other.keys() | each[0].keys()):
             here, there = each[0].get(name, "missing"), other.get(name, "missing")
@@ -162,7 +160,7 @@ def require_same_files(*paths):
 def require_shared(path):
     """Waits for process 0, and refuses hosts that do not see what it has written."""
     wait()
-    blind = [i for i, seen in enumerate(exchange(appears(path))) if not seen]
+    blind = [i for i, seen in enumerate(exchange(path.exists())) if not seen]
     if blind:
         raise UserError(
             f"{_party.name(blind[0])} does not see {path}, which process 0 has "

@@ -5,9 +5,9 @@ from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
-from sit_jax import buckets, places
+from sit_jax import files
 from sit_jax.checkpoint.checksums import write_checksums
-from sit_jax.places import MARK, place
+from sit_jax.files import COMMIT_FILE, as_path
 
 
 class Memory(MemoryFileSystem):
@@ -19,12 +19,6 @@ class Memory(MemoryFileSystem):
     def _strip_protocol(cls, path):
         return super()._strip_protocol(str(path).removeprefix("gs://"))
 
-    def call(self, method, path, bucket, key, ifGenerationMatch):
-        assert (method, path) == ("DELETE", "b/{}/o/{}")
-        if places.version(place(f"gs://{bucket}/{key}"))[1] != ifGenerationMatch:
-            raise FileExistsError(key)
-        self.rm_file(f"gs://{bucket}/{key}")
-
     def put_file(self, lpath, rpath, **more):
         self.sent.append(str(rpath))
         super().put_file(lpath, rpath, **more)
@@ -35,8 +29,8 @@ def bucket(monkeypatch):
     """-> gs://here, which is empty."""
     forget = (
         backend.fsspec_backend._get_filesystem.cache_clear,
-        buckets.system.cache_clear,
-        buckets.require_answer.cache_clear,
+        files.bucket_storage.cache_clear,
+        files.require_bucket.cache_clear,
     )
     monkeypatch.setitem(_registry, "gcs", Memory)
     monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
@@ -45,7 +39,7 @@ def bucket(monkeypatch):
     Memory.pseudo_dirs[:] = ["", "/here"]
     for each in forget:
         each()
-    yield place("gs://here")
+    yield as_path("gs://here")
     for each in forget:
         each()
 
@@ -55,8 +49,8 @@ def step(folder, number, mark=True):
     at = folder / str(number)
     for name in ("params/d/0", "params/manifest", "meta/metadata", "_METADATA"):
         (at / name).write_text(f"{name} of {number}")
-    (at / "params" / MARK).write_text("")
+    (at / "params" / COMMIT_FILE).write_text("")
     write_checksums(at)
     if mark:
-        (at / MARK).write_text("")
+        (at / COMMIT_FILE).write_text("")
     return at

@@ -4,12 +4,11 @@ import memory_bucket
 import pytest
 from memory_bucket import Memory, step
 
-from sit_jax import checkpoint, places
+from sit_jax import checkpoint
 from sit_jax.checkpoint import restore_newest, steps
 from sit_jax.checkpoint.checksums import damages
-from sit_jax.drafts import draft
 from sit_jax.errors import UserError
-from sit_jax.places import MARK
+from sit_jax.files import COMMIT_FILE, atomic_write, list_files
 
 bucket = memory_bucket.bucket
 
@@ -17,11 +16,11 @@ bucket = memory_bucket.bucket
 def test_a_directory_of_steps_is_sent_mark_last(bucket):
     target = bucket / "ported"
     step(target, 3)  # of before
-    with draft(target) as name:
+    with atomic_write(target) as name:
         (name / "7" / "params").mkdir(parents=True)
-        for file in ("params/x", "x", MARK):
+        for file in ("params/x", "x", COMMIT_FILE):
             (name / "7" / file).write_text("")
-    assert Memory.sent[-1] == f"gs://here/ported/7/{MARK}"
+    assert Memory.sent[-1] == f"gs://here/ported/7/{COMMIT_FILE}"
     assert steps(target) == [7]
 
 
@@ -64,7 +63,7 @@ def test_damage_in_a_bucket_is_noticed(bucket, what):
 def test_a_damaged_step_is_set_aside(bucket):
     step(bucket, 4)
     (step(bucket, 5) / "params" / "manifest").unlink()
-    before = {f"5.damaged/{n}" for n in places.files(bucket / "5")}
+    before = {f"5.damaged/{n}" for n in list_files(bucket / "5")}
     restored, lines = restore_newest(bucket, lambda number: number)
     assert restored == 4 and "5.damaged" in lines[1]
-    assert steps(bucket) == [4] and before <= set(places.files(bucket))
+    assert steps(bucket) == [4] and before <= set(list_files(bucket))

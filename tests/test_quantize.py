@@ -16,7 +16,7 @@ from sit_jax.adapters.quantizing import quantized
 from sit_jax.checkpoint import find_step, read_meta
 from sit_jax.convert.weights import open_weights
 from sit_jax.experiment import recipe
-from sit_jax.trainer.workdir import read_json
+from sit_jax.files import read_json
 
 
 @pytest.fixture

@@ -131,7 +131,7 @@ def test_nothing_is_asked_of_the_network_at_import():
     assert done.returncode == 0, done.stderr
     words = ("urllib.request", "http.client", "socket", "requests", "huggingface_hub")
     # nothing else could ask: hosts meet by sockets, and a lock tells the host's name
-    known = {"download.py", "rendezvous.py", "greeting.py", "locks.py"}
+    known = {"download.py", "rendezvous.py", "greeting.py", "files.py"}
     for path in ROOT.glob("sit_jax/**/*.py"):
         asks = any(f"import {word}" in path.read_text() for word in words)
         assert asks == (path.name in known), path

@@ -1,5 +1,6 @@
 """sample.py's longer ways: going on after a kill, the same again, other answers."""
 
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,6 @@ import sample_runs
 import small
 from sample_runs import manifest
 
-from sit_jax import drafts
 from sit_jax.diffusion import predictions
 from sit_jax.experiment import recipe
 from sit_jax.sampling import sampling
@@ -21,7 +21,7 @@ weights = sample_runs.weights
 def test_a_full_disk_is_noticed_before_anything_is_drawn(run, tmp_path, monkeypatch):
     """20 pictures of 4 x 4 bytes, twice: as batches, and in the output."""
     free = lambda path: SimpleNamespace(free=639)
-    monkeypatch.setattr(drafts.shutil, "disk_usage", free)
+    monkeypatch.setattr(shutil, "disk_usage", free)
     code, _, err = run("--num", "20", "--out", tmp_path / "x.npz")
     assert code == 2 and "free" in err and "needs 6.4e-07 GB" in err
     assert not list(tmp_path.iterdir())

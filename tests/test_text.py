@@ -99,12 +99,3 @@ def test_no_path_of_one_machine():
         if MACHINE.search(line)
     ]
     assert not found
-
-
-def test_files_are_short_enough_to_read():
-    long = {
-        str(path.relative_to(ROOT)): lines
-        for path in SOURCES
-        if (lines := len(path.read_text().splitlines())) > 260
-    }
-    assert not long

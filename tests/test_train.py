@@ -12,7 +12,7 @@ import train_calls
 from train_calls import TINY
 
 import train
-from sit_jax import checkpoint, drafts
+from sit_jax import checkpoint
 from sit_jax.data import sources
 from sit_jax.errors import UserError
 
@@ -160,7 +160,7 @@ def test_a_workdir_that_cannot_be_made(run, tmp_path):
 
 def test_a_disk_without_room_for_a_step_is_refused_first(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(drafts.shutil, "disk_usage", lambda _: usage._replace(free=9))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=9))
     monkeypatch.setattr(train, "_loop", None)
     with pytest.raises(UserError, match="free, .*checkpoints/a step needs"):
         train.train(small.config(), tmp_path / "run")

@@ -6,8 +6,9 @@ import os
 
 import pytest
 
-from sit_jax import hosts, locks
+from sit_jax import hosts
 from sit_jax.errors import UserError
+from sit_jax.files import lock
 from sit_jax.trainer.workdir import (
     MAY_CHANGE,
     check_same,
@@ -50,7 +51,7 @@ def tree(folder):
 
 def test_a_run_is_alone_before_it_looks(tmp_path):
     """Or the second of two stumbles over what the first is replacing."""
-    with locks.alone(tmp_path):
+    with lock(tmp_path):
         (tmp_path / "config.json").write_text("half of it")
         with pytest.raises(UserError, match="is in use by"), held(tmp_path, CONFIG):
             raise AssertionError

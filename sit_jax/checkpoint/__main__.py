@@ -8,7 +8,7 @@ from sit_jax import command
 from sit_jax.checkpoint.checksums import damages, has_checksums
 from sit_jax.checkpoint.store import find_step, steps
 from sit_jax.errors import UserError
-from sit_jax.places import absolute
+from sit_jax.files import absolute_path
 
 
 def main():
@@ -19,7 +19,7 @@ def main():
     if rest:
         raise UserError(f"{rest[0]}: this command has no config")
     directory, newest = find_step(args.directory)
-    is_step = absolute(args.directory) == directory / str(newest)
+    is_step = absolute_path(args.directory) == directory / str(newest)
     print(directory)
     intact = [
         _report(directory / str(step))

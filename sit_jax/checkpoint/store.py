@@ -22,7 +22,7 @@ from orbax.checkpoint import type_handlers
 from sit_jax import hosts
 from sit_jax.checkpoint.checksums import damages, has_checksums, write_checksums
 from sit_jax.errors import UserError
-from sit_jax.places import absolute as as_path
+from sit_jax.files import absolute_path as as_path
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates; it also raises
 

@@ -20,9 +20,9 @@ from sit_jax.convert.base import base_shapes, load_adapted, load_base, trained_s
 from sit_jax.convert.released import nest
 from sit_jax.convert.rules import rules_for
 from sit_jax.convert.weights import Directory
-from sit_jax.drafts import draft, require_free
 from sit_jax.errors import UserError
 from sit_jax.experiment import recipe
+from sit_jax.files import atomic_write, require_free
 from sit_jax.manifest import weights_hash
 from sit_jax.parallel.sharding import make_mesh
 
@@ -40,7 +40,7 @@ def port(source, target, step=None, kind=None, base=None, away=None, overwrite=F
     if odd := [name for name in held - ours if not name.isdecimal()]:
         raise UserError(f"{target} is not overwritten: it holds {odd[0]}, no adapter")
     if kind in ("peft", "diffusers"):
-        with draft(target) as name:
+        with atomic_write(target) as name:
             name.mkdir()
             return [*write_files(source, step, name, kind), target]
     if kind == "merged":
@@ -51,7 +51,7 @@ def port(source, target, step=None, kind=None, base=None, away=None, overwrite=F
         raise UserError(f"{source} holds adapters: add --base, the network they are of")
     else:
         items, meta = read_files(source, base)
-    with draft(target) as name:
+    with atomic_write(target) as name:
         saved = checkpoint.Checkpoints(name, items=items)
         saved.save(meta["step"], meta, **items)
         saved.close()

@@ -15,9 +15,9 @@ from sit_jax.config import difference, from_json, to_json
 from sit_jax.convert import releases
 from sit_jax.convert.tensor_files import KINDS
 from sit_jax.errors import UserError
+from sit_jax.files import local_path
 from sit_jax.manifest import weights_hash
 from sit_jax.parallel import placement, sharding
-from sit_jax.places import local
 from sit_jax.training.state import init_params
 
 # Fields of a network that adapters may be trained with at other values.
@@ -61,7 +61,7 @@ def load_base(parts, mesh, path, record=None):
 
 def require_checkpoint(path):
     """Refuses a published name or a torch file, with what makes a checkpoint of it."""
-    if releases.find(path) or local(path).suffix in KINDS:
+    if releases.find(path) or local_path(path).suffix in KINDS:
         raise UserError(
             f"{path} is no checkpoint, which adapters need below them: make one with "
             f"port_weights.py {path} DIR, or quantize.py {path} DIR for int8 (QLoRA)"

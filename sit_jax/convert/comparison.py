@@ -51,8 +51,3 @@ def _difference(left, right):
 
 def _sha(array):
     return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
-
-
-def file_sha(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

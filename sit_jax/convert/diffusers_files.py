@@ -14,8 +14,8 @@ from sit_jax import hosts
 from sit_jax.convert import torch_files
 from sit_jax.convert.rules import join_names
 from sit_jax.errors import UserError
+from sit_jax.files import as_path, local_path
 from sit_jax.models.layers import grid_embedding
-from sit_jax.places import local, place
 
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second until 2024
 STEM = "diffusion_pytorch_model"
@@ -53,7 +53,7 @@ FIXED = {
 
 def is_folder(path):
     """Whether a path is a folder of a model as diffusers saves it."""
-    return _is_model(place(path) / "config.json")
+    return _is_model(as_path(path) / "config.json")
 
 
 def read(path):
@@ -62,7 +62,7 @@ def read(path):
     Refused are other networks, missing and spare tensors, and blocks whose copies of
     an embedder differ.
     """
-    folder = local(path)
+    folder = local_path(path)
     config = _config(folder / "config.json")
     file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if file is None:

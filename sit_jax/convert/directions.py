@@ -2,7 +2,7 @@
 
 from sit_jax.convert import diffusers_files, lora_files, model_folder, tensor_files
 from sit_jax.errors import UserError
-from sit_jax.places import place
+from sit_jax.files import as_path
 
 
 def is_adapter(args):
@@ -13,7 +13,7 @@ def is_adapter(args):
 
 def inwards(source, target, to):
     """Whether torch weights become a checkpoint, by the kinds of the two paths."""
-    source, target = place(source), place(target)
+    source, target = as_path(source), as_path(target)
     if not source.exists():
         raise UserError(
             f"nothing at {source}; name a torch file, a workdir or a checkpoint"

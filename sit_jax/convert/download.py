@@ -10,10 +10,9 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-from sit_jax import json_text
-from sit_jax.convert.comparison import file_sha
-from sit_jax.drafts import require_space
 from sit_jax.errors import UserError
+from sit_jax.files import parse_json, require_space
+from sit_jax.files import sha256 as hash_file
 
 CHUNK = 2**20  # bytes
 PATIENCE = 30  # seconds without an answer
@@ -35,7 +34,7 @@ def download(url, path, size=None, sha256=None):
             return
         told = _Told(part.with_name(f"{part.name}.json"), size, sha256)
         _fill(file, url, path, told)
-        if told.sha256 and (found := file_sha(part)) != told.sha256:
+        if told.sha256 and (found := hash_file(part)) != told.sha256:
             part.unlink()
             told.path.unlink()
             raise UserError(
@@ -52,7 +51,7 @@ class _Told:
     def __init__(self, path, size, sha256):
         self.path, self.version, self.size, self.sha256 = path, None, size, sha256
         with contextlib.suppress(OSError, ValueError, KeyError):
-            known = json_text.parse(path.read_text())
+            known = parse_json(path.read_text())
             self.version, self.size = known["version"], size or known["size"]
             self.sha256 = sha256 or known["sha256"]
 

@@ -14,15 +14,13 @@ from flax.traverse_util import unflatten_dict
 from jax import ShapeDtypeStruct
 
 from sit_jax.convert import tensor_files
-from sit_jax.convert.comparison import file_sha
 from sit_jax.convert.graph_files import constants
 from sit_jax.convert.releases import cache, fetch
 from sit_jax.convert.rules import join_names, require_match, to_flax, to_torch
-from sit_jax.drafts import draft
 from sit_jax.errors import UserError
+from sit_jax.files import atomic_write, read_json, sha256, write_json
 from sit_jax.manifest import weights_hash
 from sit_jax.models.inception_layers import RULES, SHAPES, TF_RULES
-from sit_jax.trainer.workdir import read_json, write_json
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 SIZE = 95_628_359  # bytes
@@ -52,7 +50,7 @@ def load(path=None):
     path = find(path)
     if path.suffix == ".safetensors":
         return _converted(path)
-    sha = file_sha(path)
+    sha = sha256(path)
     if path.name in NAMES and sha != SHA256:
         raise UserError(
             f"{path} is damaged: its sha256 is {sha}, not {SHA256}; get it again"
@@ -128,7 +126,7 @@ def _keep(weights, sha):
     path, record = cache() / CONVERTED, {"sha256": weights.sha256, "made_from": sha}
     with contextlib.suppress(OSError, UserError):
         write_json(path.with_suffix(".json"), record | {"released": True})
-        with draft(path) as name:
+        with atomic_write(path) as name:
             tensor_files.write(name, to_torch(RULES, weights.params))
 
 

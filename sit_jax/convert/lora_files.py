@@ -10,13 +10,13 @@ import re
 
 import numpy as np
 
-from sit_jax import hosts, json_text
+from sit_jax import hosts
 from sit_jax.convert.lora_names import Pair, from_diffusers, to_diffusers
 from sit_jax.convert.lora_numbers import require_numbers
 from sit_jax.convert.rules import join_names
 from sit_jax.convert.tensor_files import Tensors, open_file
 from sit_jax.errors import UserError
-from sit_jax.places import local, place
+from sit_jax.files import as_path, local_path, parse_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DIFFUSERS = "pytorch_lora_weights.safetensors"
@@ -53,18 +53,18 @@ CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts that move th
 
 def is_adapter(path):
     """Whether a path is what read() reads: a folder of PEFT or diffusers, or a file."""
-    path = place(path)
+    path = as_path(path)
     return is_adapter_folder(path) or path.suffix == ".safetensors"
 
 
 def is_adapter_folder(path):
-    path = place(path)
+    path = as_path(path)
     return any((path / name).is_file() for name in (CONFIG, WEIGHTS, DIFFUSERS))
 
 
 def read(path):
     """-> {torch module, by original names: Pair}, dropout, label table or None."""
-    path = local(path)  # which says what to do with one in a bucket
+    path = local_path(path)  # which says what to do with one in a bucket
     file = path
     if path.is_dir():
         names = (WEIGHTS, "adapter_model.bin", DIFFUSERS)
@@ -157,7 +157,7 @@ def _number(value):
 
 def _config(path):
     try:
-        config = json_text.parse(path.read_text())
+        config = parse_json(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     return _checked(path, config)
@@ -174,7 +174,7 @@ def _metadata(opened):
     if not told or METADATA not in told:
         return {}
     try:
-        config = json_text.parse(told[METADATA])
+        config = parse_json(told[METADATA])
     except ValueError as error:
         raise UserError(f"{opened.path}: its {METADATA} is not JSON") from error
     prefix = PREFIXES[1]

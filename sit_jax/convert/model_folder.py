@@ -12,8 +12,9 @@ import numpy as np
 
 from sit_jax.convert import diffusers_files, tensor_files, torch_files
 from sit_jax.convert.card import card
-from sit_jax.convert.comparison import compare, file_sha
+from sit_jax.convert.comparison import compare
 from sit_jax.errors import UserError
+from sit_jax.files import sha256
 from sit_jax.models.dit import DiT, SiT
 
 LAYOUTS = ("diffusers", "released")
@@ -41,7 +42,7 @@ def write(folder, stored, layout, name, figures=()):
     written = read or torch_files.read(folder / file)
     each = ((p, n, array) for p in parts for n, array in parts[p].items())
     found = compare(each, {part: written.ema for part in parts})
-    shas = {file: file_sha(folder / file)}
+    shas = {file: sha256(folder / file)}
     snippet = "diffusers" if layout == "diffusers" else "torch"
     text = card(stored, _shown(name, file, layout), snippet, shas, figures, words)
     (folder / "README.md").write_text(text)

@@ -12,11 +12,17 @@ import sys
 import urllib.parse
 from pathlib import Path
 
-from sit_jax import places
+from sit_jax import files
 from sit_jax.convert.download import download
-from sit_jax.drafts import draft, require_space
 from sit_jax.errors import UserError
-from sit_jax.places import in_bucket, place
+from sit_jax.files import (
+    as_path,
+    atomic_write,
+    file_size,
+    file_version,
+    is_remote,
+    require_space,
+)
 
 HUB = "https://huggingface.co"  # or a mirror of it, in HF_ENDPOINT
 
@@ -121,8 +127,8 @@ def fetch(name):
     """
     release = find(name)
     if release is None:
-        path = place(name)
-        return _brought(path) if in_bucket(path) and path.is_file() else path
+        path = as_path(name)
+        return _brought(path) if is_remote(path) and path.is_file() else path
     if Path(name).exists():
         raise UserError(
             f"{name} is the name of a release, and something here is called so; "
@@ -144,11 +150,11 @@ def _brought(path):
     """-> this machine's copy of a bucket's file; another version is another copy."""
     if re.fullmatch(r"model\d+\.pt", path.name):
         raise UserError(f"{path} is one of several files; copy its folder to a disk")
-    version = str(places.version(path)[1])
+    version = str(file_version(path)[1])
     here = cache() / "gs" / str(path).removeprefix("gs://") / version / path.name
     if not here.exists():
         print(f"{path}: copied to {here}", file=sys.stderr)
-        require_space(here, places.size(path))
-        with draft(here) as name:
-            places.bring(path, name)
+        require_space(here, file_size(path))
+        with atomic_write(here) as name:
+            files.download(path, name)
     return here

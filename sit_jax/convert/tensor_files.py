@@ -16,7 +16,7 @@ import numpy as np
 
 from sit_jax.convert import torch_containers
 from sit_jax.errors import UserError
-from sit_jax.places import local
+from sit_jax.files import local_path
 
 KINDS = (".pt", ".pth", ".bin", ".safetensors")
 WINDOW = 2**26  # bytes
@@ -58,7 +58,7 @@ class Tensors(Mapping):
 
 def open_file(path):
     """-> an object with .content(), the nested dicts of the file, for Tensors."""
-    path = local(path)
+    path = local_path(path)
     if path.suffix not in KINDS:
         raise UserError(f"{path} does not end in {', '.join(KINDS)}")
     if not path.is_file():

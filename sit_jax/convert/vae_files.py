@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from sit_jax import hosts, json_text
+from sit_jax import hosts
 from sit_jax.convert import releases, torch_files
 from sit_jax.convert.rules import (
     join_names,
@@ -17,6 +17,7 @@ from sit_jax.convert.rules import (
     vae_rules,
 )
 from sit_jax.errors import UserError
+from sit_jax.files import parse_json
 from sit_jax.models.codec import Latents, Vae
 from sit_jax.models.vae import AutoencoderKL
 from sit_jax.parallel.sharding import put
@@ -123,7 +124,7 @@ def described(path):
 def _read(path):
     """-> the dict of a config.json whose numbers are numbers."""
     try:
-        given = json_text.parse(path.read_text())
+        given = parse_json(path.read_text())
         sizes = [given[name] for name in FIELDS if name in given]
         numbers = [*given["block_out_channels"], *sizes[1:]]
         if all(isinstance(number, int) for number in numbers):

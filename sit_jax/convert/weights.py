@@ -18,8 +18,8 @@ from sit_jax.convert.infer_config import FAMILIES
 from sit_jax.convert.tensor_files import KINDS
 from sit_jax.errors import UserError
 from sit_jax.experiment import recipe
+from sit_jax.files import as_path
 from sit_jax.parallel.sharding import everywhere, shaped
-from sit_jax.places import place
 from sit_jax.training.state import init_params
 
 
@@ -103,7 +103,7 @@ def open_weights(path, torch_file):
 def require_torch(path, family, heads):
     """Refuses --family and --heads beside a folder, which knows both."""
     for flag, value in (("--family", family), ("--heads", heads)):
-        if value is not None and place(path).is_dir():
+        if value is not None and as_path(path).is_dir():
             raise UserError(f"{flag} {value}: {path} is no torch file; leave it out")
 
 

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from sit_jax import json_text
 from sit_jax.data.folders import ENDINGS, require_folder
 from sit_jax.data.images import BrokenImage, Images
 from sit_jax.data.tars import Members, read_members
 from sit_jax.errors import UserError
-from sit_jax.places import local
+from sit_jax.files import local_path, parse_json
 
 IMAGENET = (
     "ILSVRC2012_img_train.tar (147,897,477,120 bytes, from image-net.org with an "
@@ -29,7 +28,7 @@ class ImageNetTar(Images):
         flip: bool = True,
         broken_share: float = 0.001,
     ):
-        path = local(path)
+        path = local_path(path)
         if not path.is_file():
             raise UserError(f"no file {path}; put {IMAGENET} there")
         outer = sorted(read_members(path, largest=2**40))
@@ -117,7 +116,7 @@ def _samples(tar, field):
 def _label(tar, member, ending, field):
     try:
         data = Members([tar], [0], [member])[0]
-        value = int(data) if ending == "cls" else json_text.parse(data)[field]
+        value = int(data) if ending == "cls" else parse_json(data)[field]
         if not isinstance(value, int) or isinstance(value, bool):
             raise ValueError
         return value

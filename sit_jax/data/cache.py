@@ -13,14 +13,14 @@ import numpy as np
 from sit_jax.data.shards import ShardReader, unpack
 from sit_jax.data.tags import DONE, PLAN, read_json, read_tags, require_same
 from sit_jax.errors import UserError
-from sit_jax.places import local
+from sit_jax.files import local_path
 
 
 class LatentCache:
     """Moments (or latents) from a cache; where it has both flips, batches take both."""
 
     def __init__(self, path: str, flip: bool = True):
-        self.path = local(path)
+        self.path = local_path(path)
         self.about = _about(self.path)
         self.tags = tags = read_tags(self.about["tags"], self.path)
         if flip and tags.views < 2 and tags.kind == "moments":

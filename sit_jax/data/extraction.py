@@ -16,15 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from sit_jax import hosts
-from sit_jax.data.filling import finish, missing, needed, open_plan, shard
+from sit_jax.data.filling import finish, missing, open_plan, shard
 from sit_jax.data.images import CROP
 from sit_jax.data.reading import Broken, read_with_gaps
-from sit_jax.data.tags import DONE, PLAN, Tags, default_shards
+from sit_jax.data.tags import PLAN, Tags, default_shards
 from sit_jax.data.workers import Workers
-from sit_jax.drafts import clear, roomy
 from sit_jax.errors import UserError
+from sit_jax.files import local_path
 from sit_jax.parallel.sharding import BATCH, everywhere, make_mesh, split_batch
-from sit_jax.places import local
 
 MOST = 1024  # shards of a cache
 DTYPES = ("float32", "float16")
@@ -88,7 +87,7 @@ def extract(
     """
     # processes that never meet have a lock each: only none may be there twice
     name = "lock" if count == hosts.count() else f"lock.{process}-of-{count}"
-    with hosts.alone(local(out), name):
+    with hosts.alone(local_path(out), name):
         return _extracted(
             source,
             codec,
@@ -107,15 +106,14 @@ def extract(
 def _extracted(
     source, codec, out, tags, batch_size, process, count, threads, workers, show, say
 ):
-    path = _planned(out, tags, count == hosts.count())
+    path = _planned(out, tags)
     numbers = missing(path, tags, process, count)
     total = sum(len(tags.shard(k)[1]) for k in numbers)
     broken, encoder = Broken(source, say), Encoder(codec, tags, batch_size)
     batches = _batches(source, encoder, tags, numbers, threads, workers)
-    lacking = partial(needed, path, tags, process, count)
     if total:
         show(0, total)  # a bar that begins with the first batch would think it fast
-    with contextlib.closing(batches), roomy(path / DONE, lacking):
+    with contextlib.closing(batches):
         for number, some in itertools.groupby(batches, lambda batch: batch.shard):
             with shard(path, tags, number) as filled:
                 for batch in some:
@@ -132,12 +130,10 @@ def _extracted(
     return total, hosts.told(about)
 
 
-def _planned(out, tags, is_alone):
+def _planned(out, tags):
     """-> the folder of the cache, which process 0 makes and the others see."""
-    path = local(out)
+    path = local_path(out)
     if hosts.first():
-        for name in (PLAN, DONE) if is_alone else ():
-            clear(path / name)
         open_plan(out, tags)
     hosts.require_shared(path / PLAN)
     return open_plan(out, tags)

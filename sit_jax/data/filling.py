@@ -9,14 +9,13 @@ import numpy as np
 
 from sit_jax.data.shards import HEAD, ShardReader, ShardWriter, file_size
 from sit_jax.data.tags import DONE, PLAN, read_json, read_tags, require_same
-from sit_jax.drafts import draft, require_space
 from sit_jax.errors import UserError
-from sit_jax.places import local
+from sit_jax.files import atomic_write, local_path, require_space
 
 
 def open_plan(path, tags):
     """Makes the folder of a cache, or checks that the one there is being made alike."""
-    path = local(path)
+    path = local_path(path)
     path.mkdir(parents=True, exist_ok=True)
     if (path / PLAN).exists():
         found = read_tags(read_json(path / PLAN), path)
@@ -24,7 +23,7 @@ def open_plan(path, tags):
     elif odd := next((p for p in path.iterdir() if p.name[0] != "."), None):
         raise UserError(f"{path} holds {odd.name} and no cache; take another folder")
     else:
-        with draft(path / PLAN) as name:
+        with atomic_write(path / PLAN) as name:
             name.write_text(json.dumps(dataclasses.asdict(tags), indent=1))
     return path
 
@@ -56,7 +55,7 @@ def _absent(path, tags, process, count):
 @contextlib.contextmanager
 def shard(path, tags, number):
     """-> Shard, whose file appears when it is whole."""
-    with draft(path / tags.shard(number)[0]) as name:
+    with atomic_write(path / tags.shard(number)[0]) as name:
         filled = Shard(ShardWriter(name), tags)
         yield filled
         filled.close()
@@ -99,7 +98,7 @@ def finish(path, tags, class_names):
         "latents": _statistics([what["sums"] for what in each], scale),
         "class_names": list(class_names),
     }
-    with draft(path / DONE) as name:
+    with atomic_write(path / DONE) as name:
         name.write_text(json.dumps(about, indent=1))
     return about
 

@@ -5,7 +5,7 @@ import os
 from sit_jax.data.images import BrokenImage, Images
 from sit_jax.data.names import Names
 from sit_jax.errors import UserError
-from sit_jax.places import local
+from sit_jax.files import local_path
 
 # what torchvision's ImageFolder takes for images, and what ADM's loader does
 ENDINGS = ".jpg .jpeg .png .ppm .bmp .pgm .tif .tiff .webp".split()
@@ -130,7 +130,7 @@ def _buried(root, classes):
 
 def require_folder(path):
     """-> Path of a folder that is there."""
-    path = local(path)
+    path = local_path(path)
     if path.is_file():
         raise UserError(
             f"{path} is a file; unpack it and name the folder, or see --kind and "

@@ -12,8 +12,8 @@ from sit_jax.data.coins import coins
 from sit_jax.data.filling import finish, missing, open_plan, shard
 from sit_jax.data.names import Names
 from sit_jax.data.tags import Tags, default_shards
-from sit_jax.drafts import draft, require_free, require_space
 from sit_jax.errors import UserError
+from sit_jax.files import atomic_write, require_free, require_space
 
 CHUNK = 64
 
@@ -63,7 +63,7 @@ def to_pairs(cache, out, seed=0, overwrite=False, show=lambda images, of: None):
     out = require_free(out, overwrite)
     depth = tags.shape[-1] // (2 if tags.kind == "moments" else 1)
     require_space(out, len(cache) * (4 * np.prod(tags.shape[:2]) * depth + 128))
-    with draft(out) as name:
+    with atomic_write(out) as name:
         features = Path(name) / "imagenet256_features"
         labels = Path(name) / "imagenet256_labels"
         features.mkdir(parents=True)

@@ -14,8 +14,8 @@ import threading
 
 import numpy as np
 
-from sit_jax import json_text
 from sit_jax.errors import UserError
+from sit_jax.files import parse_json
 
 HEAD = struct.Struct("<qii")
 WRITING = "group_size:1,uncompressed"  # floats hardly shrink, and zstd doubles the time
@@ -88,7 +88,7 @@ class ShardReader:
     def what(self):
         """The JSON at the end."""
         try:
-            return json_text.parse(self.read(-1))
+            return parse_json(self.read(-1))
         except UserError:
             raise
         except ValueError as error:

@@ -15,7 +15,7 @@ import re
 import numpy as np
 
 from sit_jax.errors import UserError
-from sit_jax.places import local
+from sit_jax.files import local_path
 
 KINDS = {"image": np.uint8, "moments": np.float32, "latent": np.float32}
 HEADER = (  # of a .npy file: {'descr': '<f4', 'fortran_order': False, 'shape': (1,), }
@@ -100,7 +100,7 @@ class LatentFolder:
     """
 
     def __init__(self, path: str, classes: int = 1000):
-        folder = local(path)
+        folder = local_path(path)
         self.features = folder / "imagenet256_features"
         self.targets = folder / "imagenet256_labels"
         self.classes = classes

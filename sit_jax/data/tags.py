@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from sit_jax import json_text
 from sit_jax.errors import UserError
+from sit_jax.files import parse_json
 
 PLAN, DONE = "plan.json", "cache.json"  # the tags alone; the tags and what came out
 WORDS = {  # what a tag is called where it contradicts
@@ -47,7 +47,7 @@ def default_shards(records):
 def read_json(path):
     """-> the content of one of a cache's two JSON files."""
     try:
-        return json_text.parse(path.read_text())
+        return parse_json(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); extract again") from error
 

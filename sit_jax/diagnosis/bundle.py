@@ -10,10 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sit_jax import json_text
-from sit_jax.drafts import draft
 from sit_jax.errors import UserError
-from sit_jax.places import local, place
+from sit_jax.files import as_path, atomic_write, local_path, parse_json
 from sit_jax.sampling.array_files import ArrayFile
 
 FORMAT = "sit_jax bundle 1"
@@ -57,18 +55,18 @@ def write(bundle, features=None):
     arrays = {f"input {name}": bundle.inputs[name] for name in INPUTS}
     for i, name in enumerate(bundle.record["stages"]):
         arrays[f"stage {i}"] = bundle.stages[name]
-    with draft(bundle.path) as folder:
+    with atomic_write(bundle.path) as folder:
         folder.mkdir()
         np.savez(folder / FILES[1], **arrays)
         record = {"format": FORMAT, **bundle.record}
         (folder / FILES[0]).write_text(json.dumps(record, indent=1))
         if features is not None:
-            (folder / FEATURES).write_bytes(place(features).read_bytes())
+            (folder / FEATURES).write_bytes(as_path(features).read_bytes())
 
 
 def read(path):
     """-> Bundle; what is no bundle, or not whole, is refused."""
-    path = local(path)
+    path = local_path(path)
     record = _record(path / FILES[0])
     file = ArrayFile(path / FILES[1])
     inputs = {name: _array(file, f"input {name}") for name in INPUTS}
@@ -107,7 +105,7 @@ def require_same_network(a, b):
 
 def _record(path):
     try:
-        record = json_text.parse(path.read_text())
+        record = parse_json(path.read_text())
     except OSError as error:
         raise UserError(f"{path.parent} is no bundle: it has no {path.name}") from error
     except ValueError as error:

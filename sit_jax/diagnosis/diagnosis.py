@@ -10,14 +10,12 @@ from sit_jax.diagnosis import ladder
 from sit_jax.diagnosis.causes import causes
 from sit_jax.diagnosis.effects import BY_NAME, manifest_differences
 from sit_jax.diagnosis.report import PICTURE, markdown
-from sit_jax.drafts import draft
 from sit_jax.errors import UserError
 from sit_jax.evaluation.evaluated import Side, open_side
+from sit_jax.files import atomic_write, local_path, read_json, write_json
 from sit_jax.models.inception_layers import POOL
-from sit_jax.places import local
 from sit_jax.sampling import outputs
 from sit_jax.sampling.pictures import save_png, sheet
-from sit_jax.trainer.workdir import read_json, write_json
 
 NAMES = ("report.json", "report.md", PICTURE)
 SILENT = (".npy", ".png")  # outputs of which only the manifest is read
@@ -38,7 +36,7 @@ def open_evidence(path, width=POOL):
 
     width: as of evaluated.open_side.
     """
-    path = local(path)
+    path = local_path(path)
     if bundles.is_bundle(path):
         found = bundles.read(path)
         samples = open_side(found.features) if found.features else None
@@ -179,7 +177,7 @@ def _swaps(swaps):
 
 def save(out, report, tiles=None):
     """Writes the folder `out` with report.md, report.json and a picture."""
-    with draft(out) as folder:
+    with atomic_write(out) as folder:
         folder.mkdir()
         if tiles is not None:
             save_png(folder / NAMES[2], sheet(tiles, 3))

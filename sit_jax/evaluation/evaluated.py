@@ -11,8 +11,8 @@ from sit_jax.errors import UserError
 from sit_jax.evaluation import summary
 from sit_jax.evaluation.features import StoredFeatures
 from sit_jax.evaluation.image_sets import FolderImages, NpzImages
+from sit_jax.files import as_path, is_remote, local_path
 from sit_jax.models.inception_layers import POOL
-from sit_jax.places import in_bucket, local, place
 from sit_jax.sampling.array_files import ArrayFile
 
 
@@ -97,9 +97,9 @@ def open_side(path, only_features=False, width=POOL):
 
     width: numbers in the features that a network will make of images.
     """
-    path = place(path)
-    if in_bucket(path) and path.is_dir():
-        local(path)  # refuses it, with what to do: pictures are read from a disk
+    path = as_path(path)
+    if is_remote(path) and path.is_dir():
+        local_path(path)  # refuses it, with what to do: pictures are read from a disk
     if path.is_dir() and not only_features:
         return Side(
             path, None, OfImages(FolderImages(path), width), {"all": "its images"}

@@ -8,7 +8,7 @@ import hashlib
 import json
 
 from sit_jax import hosts
-from sit_jax.drafts import require_space, roomy
+from sit_jax.files import require_space
 from sit_jax.manifest import environment
 from sit_jax.sampling.parts import Parts, parts_size
 
@@ -37,14 +37,13 @@ class FeatureParts:
         """Yields the features of every batch, of those that are there from the disk."""
         made = self._source.features(self._extractor, self.todo)
         missing = set(self.todo)
-        with roomy(self._out, self._needed):
-            for batch in range(self.count):
-                if batch not in missing:
-                    yield self._parts.read(batch)
-                    continue
-                features = next(made)
-                self._parts.save(batch, features)
-                yield features
+        for batch in range(self.count):
+            if batch not in missing:
+                yield self._parts.read(batch)
+                continue
+            features = next(made)
+            self._parts.save(batch, features)
+            yield features
 
     def tell(self, name):
         """Says how much is there already of what is called so."""

@@ -12,9 +12,8 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from sit_jax import json_text
-from sit_jax.drafts import draft
 from sit_jax.errors import UserError
+from sit_jax.files import atomic_write, parse_json
 from sit_jax.models.inception import NAME, RESIZE, Inception, prepared
 from sit_jax.parallel.sharding import everywhere, put, split_batch
 from sit_jax.precision import policy
@@ -177,7 +176,7 @@ def remembered(batches, count, store):
 
 def write_features(path, features, record):
     """features: {name: [N, D]}; record: what is known of them, {"pipeline": ...}."""
-    with draft(path) as name:
+    with atomic_write(path) as name:
         np.savez(name, **features, record=np.array(json.dumps(record)))
 
 
@@ -186,7 +185,7 @@ def read_record(file):
     if "record" not in file:
         return {}
     try:
-        found = json_text.parse(str(file.array("record")))
+        found = parse_json(str(file.array("record")))
     except ValueError as error:
         raise UserError(f"{file.path}: its record is no JSON") from error
     if not isinstance(found, dict):

@@ -12,7 +12,7 @@ import numpy as np
 
 from sit_jax.data.images import pillow, rgb
 from sit_jax.errors import UserError
-from sit_jax.places import local
+from sit_jax.files import local_path
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 THREADS = 8
@@ -41,7 +41,7 @@ class FolderImages:
     """The images in a folder and below it, by name; all of one size."""
 
     def __init__(self, path):
-        self.path = local(path)
+        self.path = local_path(path)
         found = (
             each for each in self.path.rglob("*") if each.suffix.lower() in ENDINGS
         )

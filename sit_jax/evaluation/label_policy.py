@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from sit_jax.files import read_json
 from sit_jax.sampling.array_files import ArrayFile
 from sit_jax.sampling.outputs import manifest_path
-from sit_jax.trainer.workdir import read_json
 
 
 def policy(labels, classes):

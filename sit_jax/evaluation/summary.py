@@ -10,11 +10,11 @@ import json
 
 import numpy as np
 
-from sit_jax.drafts import draft
 from sit_jax.errors import UserError
 from sit_jax.evaluation.features import INCEPTION, read_record
 from sit_jax.evaluation.metrics.gaussian import Gaussian, Moments
 from sit_jax.evaluation.metrics.score import InceptionScore
+from sit_jax.files import atomic_write
 from sit_jax.sampling.array_files import ArrayFile
 
 ADM = INCEPTION | {
@@ -112,7 +112,7 @@ def save(path, summary, record):
         "inception_score": summary.score,
         "is_inception": summary.is_inception,
     }
-    with draft(path) as name:
+    with atomic_write(path) as name:
         np.savez(name, **arrays, record=np.array(json.dumps(known | record)))
 
 

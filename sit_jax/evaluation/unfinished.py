@@ -4,11 +4,10 @@ import contextlib
 import dataclasses
 
 from sit_jax import hosts
-from sit_jax.drafts import require_free, roomy
 from sit_jax.evaluation import summary
-from sit_jax.evaluation.feature_parts import FLOAT, FeatureParts
+from sit_jax.evaluation.feature_parts import FeatureParts
 from sit_jax.evaluation.features import remembered, write_features
-from sit_jax.places import absolute
+from sit_jax.files import absolute_path, require_free
 from sit_jax.sampling.parts import is_begun, remove_parts
 
 SIDES = ("samples", "reference", "statistics")  # whose features lie beside the output
@@ -31,7 +30,7 @@ class Unfinished:
     """
 
     def __init__(self, out, overwrite, saved=None):
-        out = absolute(out)
+        out = absolute_path(out)
         self._parts = {side: f"{out}.{side}" for side in SIDES}
         begun = lambda path: any(is_begun(each, path) for each in self._parts.values())
         free = lambda path: require_free(path, overwrite or begun(path))
@@ -72,10 +71,8 @@ class Unfinished:
                 batches, source.count, keep, pipeline, source.is_inception
             )
         if saved:
-            size = sum(array.size for array in store.values()) * FLOAT
-            with roomy(saved, lambda: size):
-                record = {"pipeline": pipeline, "data": str(source.path)}
-                write_features(saved, store, record)
+            record = {"pipeline": pipeline, "data": str(source.path)}
+            write_features(saved, store, record)
             print(f"features of {source.count} images", saved)
         return found
 

@@ -15,9 +15,8 @@ import zlib
 import numpy as np
 from numpy.lib import format as npy
 
-from sit_jax import places
 from sit_jax.errors import UserError
-from sit_jax.places import place
+from sit_jax.files import as_path, file_size
 
 DAMAGED = (
     zipfile.BadZipFile,
@@ -43,7 +42,7 @@ class ArrayFile:
     """An opened .npz; its members by name."""
 
     def __init__(self, path):
-        self.path = place(path)
+        self.path = as_path(path)
         if not self.path.is_file():
             raise UserError(f"no file at {self.path}")
         with _plainly(f"{self.path} is no .npz file, or ends too early"):
@@ -157,13 +156,13 @@ def _read_header(file):
 
 def load(path):
     """The array of a .npy file, whole."""
-    path = place(path)
+    path = as_path(path)
     if not path.is_file():
         raise UserError(f"no file at {path}")
     with _plainly(f"{path} is no whole .npy file"):
         with path.open("rb") as file:
             shape, fortran, dtype = _read_header(file)
-            start, size = file.tell(), places.size(path)
+            start, size = file.tell(), file_size(path)
             _require_numbers(path, dtype)
             _require_size(path, shape, dtype, size - start)
             array = np.frombuffer(file.read(size - start), dtype)
@@ -188,7 +187,7 @@ def _require_tame(path, member):
     if name.startswith("/") or ".." in name.split("/") or "\\" in name:
         raise UserError(f"{path}: {name[:200]!r} leads out of it; save it again")
     packed = member.compress_size
-    if packed > places.size(path):
+    if packed > file_size(path):
         raise UserError(f"{path}: {name[:200]} has {packed} bytes, more than the file")
 
 

@@ -18,9 +18,9 @@ from sit_jax import hosts
 from sit_jax.adapters.applied import apply
 from sit_jax.config import build, to_json
 from sit_jax.diffusion import rng
-from sit_jax.drafts import draft, require_free
 from sit_jax.errors import UserError
 from sit_jax.experiment import check_data, recipe
+from sit_jax.files import atomic_write, require_free, write_json
 from sit_jax.manifest import environment, weights_hash
 from sit_jax.parallel import sharding
 from sit_jax.precision import policy
@@ -33,7 +33,6 @@ from sit_jax.samplers.likelihood import (
     hutchinson_trace,
 )
 from sit_jax.sampling.generation import in_chunks
-from sit_jax.trainer.workdir import write_json
 
 TRACES = {"estimated": hutchinson_trace, "exact": exact_trace}
 SPREAD = 0.25  # of Gaussian dequantization, in steps of 8-bit values
@@ -200,7 +199,7 @@ def _drawn(codec, keys, batch):
 
 
 def _written(out, rows, config, survey, item, params, parts, source):
-    with draft(out) as name, open(name, "w", newline="") as file:
+    with atomic_write(out) as name, open(name, "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["record", "label", "nats", "bits_per_dim", "evaluations"])
         table.writerows(rows)

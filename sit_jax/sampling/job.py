@@ -7,10 +7,9 @@ import json
 import numpy as np
 
 from sit_jax import config as configs
-from sit_jax import json_text
 from sit_jax.adapters.quantized import SKIP
 from sit_jax.errors import UserError
-from sit_jax.places import place
+from sit_jax.files import as_path, parse_json
 
 KINDS = {  # of fields that are no words
     "config": dict,
@@ -91,11 +90,11 @@ class Job:
 
 def of_manifest(path):
     """-> the Job recorded in a manifest.json, and the sha256 of its weights."""
-    path = place(path)
+    path = as_path(path)
     if path.is_dir():
         path = path / "manifest.json"
     try:
-        record = json_text.parse(path.read_text())
+        record = parse_json(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"--from-manifest {path}: no manifest to read") from error
     if not isinstance(record, dict) or "job" not in record:

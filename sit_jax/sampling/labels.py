@@ -6,7 +6,7 @@ import numpy as np
 
 from sit_jax.diffusion import rng
 from sit_jax.errors import UserError
-from sit_jax.places import local
+from sit_jax.files import local_path
 from sit_jax.sampling import array_files
 
 
@@ -29,7 +29,7 @@ def labels(word, number, classes, seed):
         listed = [int(part) for part in word.split(",")]
         return _spread(_checked(listed, classes, "--labels"), number)
     if Path(word).suffix in (".npy", ".txt") or Path(word).exists():
-        found = _checked(_read(local(word)), classes, f"--labels {word}")
+        found = _checked(_read(local_path(word)), classes, f"--labels {word}")
         if number not in (None, len(found)):
             raise UserError(f"--num {number}, but {word} has {len(found)} labels")
         return found

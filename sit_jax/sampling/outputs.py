@@ -10,9 +10,8 @@ import zipfile
 import jax
 import numpy as np
 
-from sit_jax.drafts import clear, draft, is_taken, require_writable
 from sit_jax.errors import UserError
-from sit_jax.places import place
+from sit_jax.files import as_path, atomic_write, is_taken, require_writable
 from sit_jax.sampling import array_files
 from sit_jax.sampling.pictures import captions, save_gif, save_png, sheet
 
@@ -22,7 +21,7 @@ KINDS = (".png", ".npy", ".npz")
 def check(path, overwrite):
     """-> place; refuses what exists already and endings that mean nothing."""
     is_folder = str(path).endswith(("/", os.sep))
-    path = place(path)
+    path = as_path(path)
     if not is_folder and path.suffix not in KINDS:
         raise UserError(
             f"--out {path}: write a name ending in {', '.join(KINDS)}, or a folder/"
@@ -34,8 +33,6 @@ def check(path, overwrite):
         require_writable(path / "any" if is_folder else path)
     except UserError as error:
         raise UserError(f"--out {error}") from error
-    for file in (path, manifest_path(path)):
-        clear(file)
     return path
 
 
@@ -60,7 +57,7 @@ def is_array(path, array):
 
 
 def save_array(path, array):
-    with draft(path) as name:
+    with atomic_write(path) as name:
         np.save(name, array)
 
 
@@ -76,12 +73,15 @@ def assemble(path, parts, count, labels, columns=None, frames=False, names=None)
         images = np.concatenate(list(_all(parts, count)))
         _sheet(path, images, columns, frames, captions(labels, names))
     elif path.suffix == ".npz":
-        with draft(path) as name, zipfile.ZipFile(name, "w", allowZip64=True) as file:
+        with (
+            atomic_write(path) as name,
+            zipfile.ZipFile(name, "w", allowZip64=True) as file,
+        ):
             _stream(file, "arr_0.npy", parts, count, len(labels))
             with file.open("arr_1.npy", "w") as entry:
                 np.lib.format.write_array(entry, np.asarray(labels))
     elif path.suffix == ".npy":
-        with draft(path) as name, open(name, "wb") as file:
+        with atomic_write(path) as name, open(name, "wb") as file:
             for chunk in _npy(parts, count, len(labels)):
                 file.write(chunk)
     else:

@@ -7,12 +7,17 @@ import zipfile
 
 import numpy as np
 
-from sit_jax import json_text, places
-from sit_jax.drafts import draft
 from sit_jax.errors import UserError
-from sit_jax.places import absolute, make_folder, place
+from sit_jax.files import (
+    absolute_path,
+    as_path,
+    atomic_write,
+    list_files,
+    parse_json,
+    remove,
+    write_json,
+)
 from sit_jax.sampling.array_files import DAMAGED
-from sit_jax.trainer.workdir import write_json
 
 MARK = "job.json"
 KEY = "part"  # the array in a batch that says whose it is
@@ -20,7 +25,7 @@ KEY = "part"  # the array in a batch that says whose it is
 
 def parts_mark(out):
     """The file that says whose the parts of an output are."""
-    return place(f"{str(out).rstrip('/')}.parts") / MARK
+    return as_path(f"{str(out).rstrip('/')}.parts") / MARK
 
 
 def parts_size(out):
@@ -30,14 +35,14 @@ def parts_size(out):
 
 def is_begun(out, path):
     """Whether a run that makes `out`, and may write `path`, was not finished."""
-    return str(absolute(path)) in _read_mark(parts_mark(out)).get("writes", ())
+    return str(absolute_path(path)) in _read_mark(parts_mark(out)).get("writes", ())
 
 
 def remove_parts(out):
     """The mark first: what a kill leaves of it then belongs to nobody."""
     mark = parts_mark(out)
     mark.unlink(missing_ok=True)
-    places.remove(mark.parent)
+    remove(mark.parent)
 
 
 class Parts:
@@ -50,7 +55,7 @@ class Parts:
     def __init__(self, out, digest, overwrite=False, writes=()):
         self._out, self._digest = out, digest
         self.folder = parts_mark(out).parent
-        writes = [str(absolute(path)) for path in writes]
+        writes = [str(absolute_path(path)) for path in writes]
         self._mark({"digest": digest, "writes": writes}, overwrite)
 
     def missing(self, count):
@@ -63,9 +68,9 @@ class Parts:
 
         Before any are made, by one process.
         """
-        for name in places.files(self.folder):
-            if re.fullmatch(r"\.\d.*\.npz", name):
-                (self.folder / name).unlink()  # which a kill has left
+        for path in self.folder.iterdir():
+            if path.name.startswith("."):
+                remove(path)  # which a kill has left
         for batch in set(range(count)).difference(self.missing(count)):
             if why := self._damage(batch):
                 _say(f"{self._path(batch)} {why}: it is removed and made again")
@@ -74,7 +79,7 @@ class Parts:
 
     def save(self, batch, arrays):
         """arrays [n, ...] of a batch, by name."""
-        with draft(self._path(batch)) as name:
+        with atomic_write(self._path(batch)) as name:
             np.savez(name, **arrays, **{KEY: self._key(batch)})
 
     def read(self, batch):
@@ -104,8 +109,8 @@ class Parts:
         if self.folder.exists():
             self._require_ours()
             _say(f"{self.folder} holds parts of another run, which are removed")
-            places.remove(self.folder)
-        make_folder(self.folder)
+            remove(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
         write_json(path, mark)
 
     def _require_ours(self):
@@ -149,13 +154,13 @@ class Parts:
 
 def _files(folder):
     """-> {name: bytes} of the batches that are there."""
-    there = places.files(folder).items()
+    there = list_files(folder).items()
     return {name: size for name, size in there if re.fullmatch(r"\d+\.npz", name)}
 
 
 def _read_mark(path):
     try:
-        found = json_text.parse(path.read_text())
+        found = parse_json(path.read_text())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

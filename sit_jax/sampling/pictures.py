@@ -5,8 +5,8 @@ from itertools import groupby
 
 import numpy as np
 
-from sit_jax.drafts import draft
 from sit_jax.errors import UserError
+from sit_jax.files import atomic_write
 
 DARK, LIGHT = 40, 220  # padding, which tells a black tile from the sheet; and words
 LETTERS, LINE = 12, 16  # pixels: size of the font, height of a line of captions
@@ -92,7 +92,7 @@ def save_png(path, image):
     image = np.asarray(image)
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     try:
-        with draft(path) as name:
+        with atomic_write(path) as name:
             picture.save(name, format="PNG")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
@@ -105,7 +105,7 @@ def save_gif(path, images, seconds=4.0, rest=1.5):
     each = [max(int(1000 * seconds / len(images)), 20)] * len(images)
     each[-1] = int(1000 * rest)
     frames = [Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x) for x in images]
-    with draft(path) as name:
+    with atomic_write(path) as name:
         frames[0].save(
             name,
             format="GIF",

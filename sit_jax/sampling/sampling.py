@@ -15,9 +15,9 @@ from sit_jax.adapters import quantizing
 from sit_jax.convert import vae_files
 from sit_jax.convert.adapters import put_all
 from sit_jax.diffusion import guidance
-from sit_jax.drafts import require_space, roomy
 from sit_jax.errors import UserError
 from sit_jax.experiment import recipe
+from sit_jax.files import require_space, write_json
 from sit_jax.manifest import environment, weights_hash
 from sit_jax.models import attention
 from sit_jax.models.codec import Latents
@@ -29,7 +29,6 @@ from sit_jax.sampling.generation import Generator
 from sit_jax.sampling.parts import Parts, parts_mark, parts_size
 from sit_jax.sampling.solved import lines, summary
 from sit_jax.sampling.starts import noise_of
-from sit_jax.trainer.workdir import write_json
 
 STATES = 2 * 2**30  # bytes of a trajectory
 
@@ -101,11 +100,6 @@ def draw(room, out, overwrite=False, columns=None, frames=False):
     draws some of the batches, and process 0 puts them together. frames: the sampler
     keeps states, and out, a .png, becomes a strip of them with an animation beside it.
     """
-    with roomy(out, partial(_needed, room, out)):
-        return _drawn(room, out, overwrite, columns, frames)
-
-
-def _drawn(room, out, overwrite, columns, frames):
     job, begun = room.job, time.perf_counter()
     require_space(out, _needed(room, out))
     start, given, kicks = noise_of(room)

@@ -8,7 +8,7 @@ from sit_jax import hosts
 from sit_jax.diffusion import rng
 from sit_jax.diffusion.guidance import is_unguided
 from sit_jax.errors import UserError
-from sit_jax.places import in_bucket, place
+from sit_jax.files import as_path, is_remote
 from sit_jax.sampling import array_files, outputs
 from sit_jax.sampling.torch_noise import torch_noise
 
@@ -26,8 +26,8 @@ def noise_of(room):
         return None, None, 0
     if not job.noise.startswith("torch:"):
         start = given_noise(job.noise, shape)
-        if not in_bucket(job.noise):
-            hosts.require_same_files(place(job.noise))
+        if not is_remote(job.noise):
+            hosts.require_same_files(as_path(job.noise))
         return start, None, 0
     check(job.noise)
     sampler = room.parts.sampler

@@ -16,7 +16,7 @@ from sit_jax.errors import UserError
 from sit_jax.evaluation import evaluation, summary
 from sit_jax.evaluation.evaluated import open_side
 from sit_jax.evaluation.features import inception_extractor
-from sit_jax.places import place
+from sit_jax.files import as_path
 from sit_jax.sampling.generation import Generator
 from sit_jax.sampling.labels import labels
 
@@ -73,7 +73,7 @@ def check(config):
             "evaluate_every needs a reference: --config.reference=FILE, made by "
             "evaluate.py --stats or ADM's"
         )
-    if isinstance(config.reference, str) and not place(config.reference).is_file():
+    if isinstance(config.reference, str) and not as_path(config.reference).is_file():
         raise UserError(f"reference: no file at {config.reference}")
     build(config.reference)  # a source refuses here what it cannot give
 

@@ -10,14 +10,15 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 
 from sit_jax.errors import one_line
-from sit_jax.mirrors import mirrored
-from sit_jax.places import place
+from sit_jax.files import as_path, download, is_remote, list_files, upload
 from sit_jax.sampling.pictures import save_png
 from sit_jax.trainer.tracking import TensorBoard, Wandb, naming
 
@@ -30,9 +31,9 @@ class RunLog:
     """
 
     def __init__(self, workdir, total_steps, first_step=0, wandb=None, stream=None):
-        self._workdir = self._folder = place(workdir)
+        self._workdir = self._folder = as_path(workdir)
         self._total = total_steps
-        self._sinks, self._console = [], None
+        self._sinks, self._console, self._copied = [], None, {}
         self._opened = contextlib.ExitStack()
         if jax.process_index() == 0:
             with contextlib.ExitStack() as opened:  # closed again if one of them fails
@@ -85,7 +86,7 @@ class RunLog:
     def keep(self):
         """Before a step is saved: what is written of it is to be where the step is."""
         if self._console is not None:
-            self._mirror.send()
+            self._copy()
 
     def close(self):
         """Ends files and bar; safe to call twice."""
@@ -103,9 +104,16 @@ class RunLog:
             return opened.enter_context(contextlib.closing(part))
 
         begun = ("metrics.jsonl", "log.txt", "wandb_id.txt")
-        there = mirrored(self._workdir, begun, besides=("wandb",))
-        self._mirror = opened.enter_context(there)
-        self._workdir = workdir = self._mirror.here
+        if is_remote(self._folder):  # files of a bucket cannot be appended to
+            here = tempfile.TemporaryDirectory(
+                prefix="sit_jax.", ignore_cleanup_errors=True
+            )
+            self._workdir = Path(opened.enter_context(here))
+            for name in begun:
+                if (self._folder / name).exists():
+                    download(self._folder / name, self._workdir / name)
+            opened.callback(self._copy)
+        workdir = self._workdir
         with naming(workdir):
             workdir.mkdir(parents=True, exist_ok=True)
         # the newest step that stays; a run that starts anew keeps nothing
@@ -123,6 +131,15 @@ class RunLog:
         self._console = keep(_Console(stream or sys.stdout, self._total, first_step))
         for line in missing:
             self.say(line)
+
+    def _copy(self):
+        """Uploads the files of a run in a bucket that have changed."""
+        if not is_remote(self._folder):
+            return
+        for name, size in list_files(self._workdir).items():
+            if not name.startswith("wandb/") and self._copied.get(name) != size:
+                upload(self._workdir / name, self._folder / name)
+                self._copied[name] = size
 
     def _tell(self, step, values):
         stamp = f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] "

@@ -9,11 +9,10 @@ import numpy as np
 from sit_jax import checkpoint
 from sit_jax.config import from_json
 from sit_jax.convert.weights import Directory, open_weights
-from sit_jax.drafts import require_space
 from sit_jax.experiment import recipe
+from sit_jax.files import is_remote, require_space
 from sit_jax.parallel import placement
 from sit_jax.parallel.sharding import everywhere, shaped
-from sit_jax.places import in_bucket
 from sit_jax.trainer.transfer import require_kind, same_network, transferred
 from sit_jax.training.state import TrainState, init_state, join_ema, split_ema
 
@@ -69,7 +68,7 @@ def items_of(state, decay):
 
 def require_room(directory, state):
     """Refuses a disk on which not one step has room; a bucket tells nobody."""
-    if not in_bucket(directory):
+    if not is_remote(directory):
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         require_space(directory / "a step", size)
 

