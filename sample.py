@@ -14,7 +14,7 @@ import numpy as np
 from configs import published
 from sit_jax import command, hosts
 from sit_jax import config as configs
-from sit_jax.adapters import quantized
+from sit_jax.adapters.quantize import FORMS, SKIP, make_quantizer
 from sit_jax.convert import adapters
 from sit_jax.convert.given import Given, add_untold
 from sit_jax.errors import UserError
@@ -66,7 +66,7 @@ def sample(args, overrides):
     if args.trajectory is not None and out.suffix != ".png":
         raise UserError(f"--trajectory needs --out x.png, not {args.out}")
     if args.quantize is not None:
-        quantized.storing(args.quantize, args.quantize_skip)
+        make_quantizer(args.quantize, args.quantize_skip)
     wanted, expected = _job(args, overrides)
     room = _studio(wanted, None if args.force else expected)
     outputs.check_codec(out, room.parts)
@@ -141,8 +141,8 @@ def _parser():
     add = how.add_argument
     add("--batch-size", type=COUNT, default=64, metavar="N")
     add("--emulate", metavar="PLATFORM", help=", ".join(EMULATED))
-    add("--quantize", metavar="FORM", help=quantized.WORDS)
-    add("--quantize-skip", default=quantized.SKIP, metavar="REGEX")
+    add("--quantize", metavar="FORM", help=FORMS)
+    add("--quantize-skip", default=SKIP, metavar="REGEX")
     hosts.add_flags(parser)
     planning.add_flags(parser)
     return parser

@@ -14,7 +14,7 @@ import jax
 from configs import published
 from sit_jax import command, hosts, rates
 from sit_jax import config as configs
-from sit_jax.adapters.stored import join
+from sit_jax.adapters.weights import join
 from sit_jax.checkpoint import Checkpoints, steps
 from sit_jax.convert.given import Given, add_flags
 from sit_jax.convert.vae_files import load_vae, with_vae

@@ -26,8 +26,8 @@ import numpy as np
 import optax
 
 from configs.lora_xl2 import get_config
-from sit_jax.adapters.applied import apply
-from sit_jax.adapters.stored import merged, quantize, replace
+from sit_jax.adapters.apply import apply_model
+from sit_jax.adapters.weights import merge_adapters, quantize_int8, replace_weights
 from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.experiment import recipe
 from sit_jax.models.codec import Latents
@@ -56,12 +56,14 @@ def main():
     )
     draw = lambda x: jnp.asarray(0.05 * rng.standard_normal(x.shape), jnp.float32)
     params = jax.tree.map(draw, shapes)
-    adapted = adapter(params, jax.random.key(0))
-    int8 = adapter(replace(params, ".*blocks/.*", quantize), jax.random.key(0))
+    adapted = adapter.add_adapters(params, jax.random.key(0))
+    int8 = adapter(
+        replace_weights(params, ".*blocks/.*", quantize_int8), jax.random.key(0)
+    )
     runs = {
         "full step": lambda: step(model, params, args),
         "LoRA step": lambda: step(model, adapted, args),
-        "forward, merged": lambda: forward(model, merged(adapted), args),
+        "forward, merged": lambda: forward(model, merge_adapters(adapted), args),
         "forward, not merged": lambda: forward(model, adapted, args),
     }
     if args.reference:
@@ -101,7 +103,7 @@ def step(model, params, args):
 def forward(model, params, args):
     x = jnp.asarray(batch(args)["moments"][..., :4])
     t, y = jnp.full(args.batch, 0.5), jnp.arange(args.batch)
-    run = jax.jit(lambda params, *at: apply(model, params, *at))
+    run = jax.jit(lambda params, *at: apply_model(model, params, *at))
     return timed(lambda: run(params, x, t, y), args.repeats)
 
 

@@ -23,8 +23,7 @@ import numpy as np
 
 import score_digits
 from configs.sit_xl2 import get_config
-from sit_jax.adapters.quantized import SKIP
-from sit_jax.adapters.quantizing import quantized, size
+from sit_jax.adapters.quantize import SKIP, quantize_params, tree_bytes
 from sit_jax.config import spec
 from sit_jax.convert.weights import open_weights
 from sit_jax.data.sources import Digits
@@ -74,7 +73,7 @@ def likeness(args, words):
         states, images = draw(form, tree, mesh, labels)
         figures = score_digits.score(images, labels)
         reference = reference or (states, images)
-        rows[word] = {"bytes": size(tree)} | against(*reference, states, images)
+        rows[word] = {"bytes": tree_bytes(tree)} | against(*reference, states, images)
         rows[word] |= {k: figures[k] for k in ("samples_recognised", "frechet_samples")}
     return rows
 
@@ -87,7 +86,7 @@ def stored(parts, params, word):
         model = policy.with_compute_dtype(policy.get_precision("bf16"), parts.model)
         half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
         return dataclasses.replace(parts, model=model), half
-    return _exact(parts), quantized(params, word, SKIP)
+    return _exact(parts), quantize_params(params, word, SKIP)
 
 
 def draw(parts, params, mesh, labels):
@@ -149,7 +148,7 @@ def speed(words, rounds):
             "s2_images_per_second": float(ROWS / np.median(each)),
             "s2_seconds": [min(each), float(np.median(each)), max(each)],
             "s2_times_float32": float(base / np.median(each)),
-            "s2_bytes": size(stored(parts, params, word)[1]),
+            "s2_bytes": tree_bytes(stored(parts, params, word)[1]),
         }
         for word, each in times.items()
     }

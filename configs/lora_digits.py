@@ -7,7 +7,7 @@ White digits on black become black ones on white: docs/lora.md has sheets and fi
 import optax
 
 from configs.digits import get_config as digits
-from sit_jax.adapters.lora import Lora
+from sit_jax.adapters.lora import LoRA
 from sit_jax.config import spec
 from sit_jax.data.sources import Digits
 from sit_jax.data.styles import Styled, inverted
@@ -15,7 +15,7 @@ from sit_jax.data.styles import Styled, inverted
 
 def get_config():
     c = digits()
-    c.adapter = spec(Lora, targets=r"(blocks|head)/.*", rank=8, alpha=16.0)
+    c.adapter = spec(LoRA, targets=r"(blocks|head)/.*", rank=8, alpha=16.0)
     c.source = spec(Styled, source=spec(Digits), style=inverted)
     schedule = spec(
         optax.warmup_cosine_decay_schedule,

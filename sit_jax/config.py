@@ -43,6 +43,7 @@ MOVED = {
     "guidance_scales": "diffusion.guidance",
     "interpolant": "diffusion.interpolant",
     "lora": "adapters.lora",
+    "lora.Lora": "adapters.lora.LoRA",
     "min_snr": "diffusion.loss_weights",
     "paths": "diffusion.paths",
     "predictions": "diffusion.predictions",

@@ -29,7 +29,7 @@ class Recipe:
     guidance_channels: int
     ema_decay: float | tuple = 0.9999
     timesteps: Any = None  # see timesteps.py; None: the process draws its times
-    adapter: Any = None  # lora.Lora; None: the network itself is trained
+    adapter: Any = None  # adapters.lora.LoRA; None: the network itself is trained
 
     @property
     def losses(self):

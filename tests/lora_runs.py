@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import small
 
-from sit_jax.adapters.lora import Lora
+from sit_jax.adapters.lora import LoRA
 from sit_jax.config import spec, to_json
 from sit_jax.convert.base import load_base, trained_shapes
 from sit_jax.experiment import recipe
@@ -18,7 +18,7 @@ FIELDS = dict(targets="blocks/(attn/qkv|mlp/fc2)/kernel", rank=2, alpha=3.0)
 
 def config(adapter=None, **fields):
     c = small.config(**{"steps": 2, "save_every": 2, "preview": 0, **fields})
-    c.adapter = spec(Lora, **{**FIELDS, **(adapter or {})})
+    c.adapter = spec(LoRA, **{**FIELDS, **(adapter or {})})
     return c
 
 

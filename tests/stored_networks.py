@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import optax
 
-from sit_jax.adapters.stored import Adapted, Grown, replace
+from sit_jax.adapters.weights import ExtraRows, LoRAWeight, replace_weights
 from sit_jax.models.dit import DiT, SiT
 from sit_jax.models.mdt import MDT, MDTv2
 from sit_jax.training.state import init_params
@@ -35,7 +35,7 @@ def adapter(path, weight, rank=3, zero=False, dora=False, **settings):
     up = draw(*lead, rank, fan_out) * (not zero)
     magnitude = 1 + draw(*lead, fan_out) if dora and "kernel" in path else None
     down = draw(*lead, fan_in, rank)
-    return Adapted(weight, down, up, magnitude, **{"scale": 0.5, **settings})
+    return LoRAWeight(weight, down, up, magnitude, **{"scale": 0.5, **settings})
 
 
 def inputs(n=2):
@@ -59,6 +59,8 @@ def equal(one, other):
 
 
 def adapted(model=MODELS[0], pattern=r"blocks/(attn/qkv|mlp/fc1)/kernel", **settings):
-    tree = replace(weights(model), pattern, partial(adapter, **settings))
+    tree = replace_weights(weights(model), pattern, partial(adapter, **settings))
     more = np.zeros((2, 16), np.float32)
-    return replace(tree, "cond/label/embedding", lambda _, w: Grown(w, more))
+    return replace_weights(
+        tree, "cond/label/embedding", lambda _, w: ExtraRows(w, more)
+    )

@@ -8,8 +8,8 @@ from networks import SMALL, equations, noisy, quick_jit
 from recorded import relative
 from scores import exact, inputs
 
-from sit_jax.adapters.applied import apply
-from sit_jax.adapters.quantized import eight
+from sit_jax.adapters.apply import apply_model
+from sit_jax.adapters.weights import Int8Weight
 from sit_jax.errors import UserError
 from sit_jax.models import attention
 from sit_jax.models.dit import SiT
@@ -50,8 +50,8 @@ def test_a_network_computes_alike_in_either_layout(form):
     if form == "int8":
         params = jax.tree.map(lambda x: x, params)  # others share it
         kernel = params["blocks"]["attn"]["qkv"]["kernel"]
-        params["blocks"]["attn"]["qkv"]["kernel"] = eight(kernel)
-    run = lambda by: apply(SiT(**SMALL, attention=by), params, *given)
+        params["blocks"]["attn"]["qkv"]["kernel"] = Int8Weight.from_float(kernel)
+    run = lambda by: apply_model(SiT(**SMALL, attention=by), params, *given)
     assert relative(run("heads_first"), run("xla")) < 1e-6  # some 30 operations deep
 
 

@@ -17,11 +17,17 @@ import port_weights
 import sample
 import train
 from sit_jax import checkpoint
-from sit_jax.adapters import quantizing
-from sit_jax.adapters.applied import apply
-from sit_jax.adapters.lora import TABLE, Lora
-from sit_jax.adapters.quantized import SKIP
-from sit_jax.adapters.stored import Adapted, Grown, join, read
+from sit_jax.adapters.apply import apply_model
+from sit_jax.adapters.lora import LoRA
+from sit_jax.adapters.quantize import SKIP, quantize_params
+from sit_jax.adapters.weights import (
+    LABEL_TABLE,
+    ExtraRows,
+    LoRAWeight,
+    join,
+    materialize,
+)
+from sit_jax.cli.quantize import save_quantized
 from sit_jax.config import to_json
 from sit_jax.convert.adapters import put_all
 from sit_jax.convert.base import load_adapted, trained_shapes
@@ -39,20 +45,20 @@ def test_the_start_is_pefts(base):
     """Kaiming-uniform with a = sqrt(5) is U(-1, 1) / sqrt(in)."""
     _, state, _ = begun(base, rank=64, rank_stabilized=True)
     node = state.params["blocks"]["mlp"]["fc2"]["kernel"]
-    down = np.asarray(node.down)
-    assert down.shape == (2, 64, 64) and not np.any(node.up)
+    down = np.asarray(node.lora_a)
+    assert down.shape == (2, 64, 64) and not np.any(node.lora_b)
     assert 0.97 / 8 < down.max() <= 1 / 8 and -1 / 8 <= down.min() < -0.97 / 8
     assert down.std() == pytest.approx(1 / 8 / 3**0.5, rel=0.03)
     assert not np.array_equal(down[0], down[1])
     assert node.scale == 3.0 / 8
-    assert Lora(rank=4, alpha=6.0).scale == 1.5
+    assert LoRA(rank=4, alpha=6.0).scale == 1.5
 
 
 def test_new_classes_begin_as_the_null_label_and_tables_by_their_other_side(base):
-    parts, state, _ = begun(base, new_classes=2, targets=TABLE)
+    parts, state, _ = begun(base, new_classes=2, targets=LABEL_TABLE)
     node = join(state.params, state.frozen)["cond"]["label"]["embedding"]
-    assert isinstance(node, Adapted) and isinstance(node.base, Grown)
-    assert not np.any(node.down) and np.std(node.up) > 0.5
+    assert isinstance(node, LoRAWeight) and isinstance(node.base, ExtraRows)
+    assert not np.any(node.lora_a) and np.std(node.lora_b) > 0.5
     table = np.asarray(node.read())
     assert table.shape == (8, 16)
     np.testing.assert_array_equal(table[5:], np.broadcast_to(table[7], (3, 16)))
@@ -66,7 +72,7 @@ def test_step_0_gives_what_the_base_gives(base, dora):
     plain = jax.tree.map(np.asarray, small.random_params(recipe(small.config()), 10))
     x = np.random.default_rng(0).standard_normal((2, 4, 4, 1)).astype(np.float32)
     at = (x, np.array([0.2, 0.7], np.float32), np.array([1, 5]))
-    run = quick_jit(partial(apply, parts.model))
+    run = quick_jit(partial(apply_model, parts.model))
     ours, theirs = run(stored, *at), run(plain, *at)
     if dora:  # lengths over lengths that were summed in another program
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -152,9 +158,9 @@ def test_int8_stays_int8(base):
 @pytest.mark.parametrize("form", [pytest.param("w8", marks=pytest.mark.slow), "w8a8"])
 def test_a_quantized_checkpoint_can_be_the_base(base, tmp_path, form):
     parts = recipe(small.config())
-    params = quantizing.quantized(small.random_params(parts, 10), form, SKIP)
+    params = quantize_params(small.random_params(parts, 10), form, SKIP)
     meta = {"config": to_json(small.config()), "step": 8}
-    quantizing.save(tmp_path / "q", 8, params, meta, form, SKIP)
+    save_quantized(tmp_path / "q", 8, params, meta, form=form, skip=SKIP)
     if form == "w8a8":
         with pytest.raises(UserError, match="no gradient goes: take w8"):
             begun(tmp_path / "q")
@@ -239,7 +245,7 @@ def wide():
 def test_reading_a_run_gives_the_base_where_nothing_was_adapted(run, base):
     directory, step = checkpoint.find_step(run)
     params, _ = load_adapted(recipe(config()), make_mesh(), directory, step, "ema")
-    ours = flatten_dict(read(params), sep="/")
+    ours = flatten_dict(materialize(params), sep="/")
     theirs = flatten_dict(small.random_params(recipe(small.config()), 10), sep="/")
     changed = {name for name in theirs if not np.array_equal(ours[name], theirs[name])}
     assert changed == {"blocks/attn/qkv/kernel", "blocks/mlp/fc2/kernel"}

@@ -11,10 +11,8 @@ from lora_runs import saved
 import port_weights
 import sample
 from sit_jax import checkpoint
-from sit_jax.adapters import quantizing
-from sit_jax.adapters.lora import TABLE
-from sit_jax.adapters.quantized import SKIP
-from sit_jax.adapters.stored import merged, read
+from sit_jax.adapters.quantize import SKIP, quantize_params
+from sit_jax.adapters.weights import LABEL_TABLE, materialize, merge_adapters
 from sit_jax.config import to_json
 from sit_jax.convert.adapters import new_classes, put_all
 from sit_jax.convert.base import load_adapted
@@ -43,7 +41,7 @@ def more(tmp_path_factory, base):
 def table(tmp_path_factory, base):
     """Adapters of a label table of five classes."""
     workdir = tmp_path_factory.mktemp("table") / "run"
-    return saved(workdir, base, seed=1, targets=TABLE)
+    return saved(workdir, base, seed=1, targets=LABEL_TABLE)
 
 
 @pytest.fixture
@@ -68,10 +66,10 @@ def own(run):
     """The weights of a run of adapters by itself."""
     directory, step = checkpoint.find_step(run)
     parts = recipe(open_weights(run, None).config)
-    return merged(load_adapted(parts, make_mesh(), directory, step, "ema")[0])
+    return merge_adapters(load_adapted(parts, make_mesh(), directory, step, "ema")[0])
 
 
-BOTH = pytest.param(f"{TABLE}|blocks/.*", marks=pytest.mark.slow)
+BOTH = pytest.param(f"{LABEL_TABLE}|blocks/.*", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("targets", ["blocks/attn/qkv/kernel", BOTH])
@@ -133,7 +131,7 @@ def test_pefts_files_bring_their_rows_too(called, base, more, tmp_path):
 
 
 def test_an_adapted_table_with_new_rows_is_not_pefts(called, base, tmp_path):
-    run = saved(tmp_path / "run", base, new_classes=1, targets=TABLE)
+    run = saved(tmp_path / "run", base, new_classes=1, targets=LABEL_TABLE)
     code, _, err = called(port_weights, run, tmp_path / "f", "--adapter", "peft")
     assert code == 2 and "both adapted and longer by 1 rows" in err
     assert not (tmp_path / "f").exists()
@@ -141,12 +139,12 @@ def test_an_adapted_table_with_new_rows_is_not_pefts(called, base, tmp_path):
 
 @pytest.mark.slow  # quantizes a network
 def test_int8_weights_take_new_rows(base, more, tmp_path):
-    weights = quantizing.quantized(params(base), "w8a8", SKIP)
+    weights = quantize_params(params(base), "w8a8", SKIP)
     found, _ = put_all(weights, [str(more)], PARTS.model, None)
     assert found["cond"]["label"]["embedding"].shape == (8, 16)
     node = found["blocks"]["attn"]["qkv"]["kernel"]
     assert node.base.codes.dtype == "int8"
-    assert np.isfinite(np.asarray(read(node))).all()
+    assert np.isfinite(np.asarray(materialize(node))).all()
 
 
 # Data of them

@@ -16,9 +16,15 @@ from recorded import FOLDER, nhwc, relative
 
 import port_weights
 from sit_jax import checkpoint
-from sit_jax.adapters.applied import apply
-from sit_jax.adapters.lora import TABLE, Lora
-from sit_jax.adapters.stored import Adapted, Grown, is_stored, merged, read
+from sit_jax.adapters.apply import apply_model
+from sit_jax.adapters.weights import (
+    LABEL_TABLE,
+    ExtraRows,
+    LoRAWeight,
+    is_weight_leaf,
+    materialize,
+    merge_adapters,
+)
 from sit_jax.config import from_json, to_json
 from sit_jax.convert import lora_files, lora_names
 from sit_jax.convert.adapters import named, open_adapter, put_on
@@ -54,7 +60,7 @@ def port(monkeypatch, capsys):
 
 @cache
 def network():
-    return quick_jit(lambda params, *at: apply(model(), params, *at))
+    return quick_jit(lambda params, *at: apply_model(model(), params, *at))
 
 
 def model():
@@ -80,16 +86,16 @@ def recorded(name):
 def test_adapters_of_peft_give_pefts_output(name):
     """Made by the real peft (tests/slow/record_peft.py); float32 in another order."""
     params = put_on(recorded_params("sit_forward_a"), opened(RECORDED / name))
-    assert relative(output(merged(params)), recorded(name)) < 3e-6
+    assert relative(output(merge_adapters(params)), recorded(name)) < 3e-6
     assert relative(output(recorded_params("sit_forward_a")), recorded(name)) > 0.1
 
 
 def test_ranks_and_alphas_by_pattern_are_understood():
     flat = opened(RECORDED / "lora").flat
-    assert set(flat) == {"blocks/attn/qkv/kernel", "blocks/mlp/fc2/kernel", TABLE}
-    assert flat["blocks/mlp/fc2/kernel"].down.shape == (2, 160, 2)
-    assert not flat["blocks/mlp/fc2/kernel"].down[1, :, 1].any()  # of rank 1 there
-    assert flat[TABLE].down.shape == (11, 2)
+    assert set(flat) == {"blocks/attn/qkv/kernel", "blocks/mlp/fc2/kernel", LABEL_TABLE}
+    assert flat["blocks/mlp/fc2/kernel"].lora_a.shape == (2, 160, 2)
+    assert not flat["blocks/mlp/fc2/kernel"].lora_a[1, :, 1].any()  # of rank 1 there
+    assert flat[LABEL_TABLE].lora_a.shape == (11, 2)
 
 
 @pytest.mark.parametrize("name", ["lora", "dora"])
@@ -101,8 +107,8 @@ def test_peft_to_ours_and_back_is_the_same_adapter(tmp_path, port, base, name):
     assert ours.keys() == theirs.keys()
     for path, node in theirs.items():
         again = ours[path]
-        np.testing.assert_array_equal(again.down, node.down)
-        np.testing.assert_array_equal(again.up, node.up)
+        np.testing.assert_array_equal(again.lora_a, node.lora_a)
+        np.testing.assert_array_equal(again.lora_b, node.lora_b)
         assert again.scale == pytest.approx(node.scale, rel=1e-15)
         if node.magnitude is not None:
             np.testing.assert_array_equal(again.magnitude, node.magnitude)
@@ -127,20 +133,20 @@ def test_diffusers_files_go_out_and_in(tmp_path, port, base):
     assert port(RECORDED / "lora", tmp_path / "ck", "--base", base)[0] == 0
     code, _, err = port(tmp_path / "ck", tmp_path / "d", "--adapter", "diffusers")
     assert code == 2 and "diffusers' files hold no label table" in err
-    del (flat := opened(RECORDED / "lora").flat)[TABLE]
+    del (flat := opened(RECORDED / "lora").flat)[LABEL_TABLE]
     (tmp_path / "d").mkdir()
     lora_files.write_diffusers(tmp_path / "d", lora_names.pairs(DIT_RULES, flat))
     state = safetensors.numpy.load_file(tmp_path / "d" / lora_files.DIFFUSERS)
     assert "transformer.transformer_blocks.1.attn1.to_k.lora_B.weight" in state
     again = opened(tmp_path / "d")
     for path, node in flat.items():
-        ours = again.flat[path].replace(base=0 * node.down @ node.up)
+        ours = again.flat[path].replace(base=0 * node.lora_a @ node.lora_b)
         theirs = node.replace(base=ours.base)
         np.testing.assert_allclose(ours.read(), theirs.read(), rtol=1e-5, atol=1e-7)
     # without the metadata, as older versions read it, alpha is the rank
     safetensors.numpy.save_file(state, tmp_path / "old.safetensors")
     for path, node in opened(tmp_path / "old.safetensors").flat.items():
-        np.testing.assert_array_equal(node.up, again.flat[path].up)
+        np.testing.assert_array_equal(node.lora_b, again.flat[path].lora_b)
         assert node.scale == again.flat[path].scale == 1.0
 
 
@@ -148,15 +154,15 @@ def test_new_rows_travel_as_pefts_whole_module(tmp_path, base):
     params = recorded_params("sit_forward_a")
     table = np.asarray(params["cond"]["label"]["embedding"])
     rows = np.full((2, 40), 3.0, np.float32)
-    grown = np.asarray(read(Grown(table, rows)))
+    grown = np.asarray(materialize(ExtraRows(table, rows)))
     lora_files.write_peft(
         tmp_path, {"blocks.0.attn.proj": pair(1, 40, 40)}, "base", 0.0, grown
     )
     state = safetensors.numpy.load_file(tmp_path / lora_files.WEIGHTS)
     assert state["base_model.model.y_embedder.embedding_table.weight"].shape == (13, 40)
     flat = opened(tmp_path).flat
-    np.testing.assert_array_equal(flat[TABLE].more, rows)
-    assert isinstance(flat["blocks/attn/proj/kernel"], Adapted)
+    np.testing.assert_array_equal(flat[LABEL_TABLE].new_rows, rows)
+    assert isinstance(flat["blocks/attn/proj/kernel"], LoRAWeight)
 
 
 def changed(tmp_path, config=None, **tensors):
@@ -230,8 +236,8 @@ def test_adapters_of_mdt_have_its_names():
     shapes = jax.eval_shape(init, jax.random.key(0))
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     targets = ".*(decoder_blocks/attn/qkv|out_blocks/skip)/kernel"
-    tree = Lora(rank=2, targets=targets)(zeros, jax.random.key(0))
-    flat = flatten_dict(tree, is_leaf=lambda _, node: is_stored(node), sep="/")
+    tree = LoRA(rank=2, targets=targets).add_adapters(zeros, jax.random.key(0))
+    flat = flatten_dict(tree, is_leaf=lambda _, node: is_weight_leaf(node), sep="/")
     found = lora_names.pairs(MDTV2_RULES, flat)
     assert list(found) == [
         "en_outblocks.0.skip_linear",
@@ -239,4 +245,4 @@ def test_adapters_of_mdt_have_its_names():
         "de_blocks.1.attn.qkv",
     ]
     back = lora_names.adapters(MDTV2_RULES, flatten_dict(shapes, sep="/"), found, "x")
-    assert back["out_blocks/skip/kernel"].down.shape == (1, 32, 2)
+    assert back["out_blocks/skip/kernel"].lora_a.shape == (1, 32, 2)

@@ -8,7 +8,7 @@ from lora_runs import config
 
 import train
 from configs.lora_xl2 import get_config as lora_xl2
-from sit_jax.adapters.lora import TABLE
+from sit_jax.adapters.weights import LABEL_TABLE
 from sit_jax.convert.base import base_shapes, trained_shapes
 from sit_jax.convert.given import Given
 from sit_jax.data.styles import inverted, slanted
@@ -36,7 +36,7 @@ def test_adapters_of_xl_are_33_mb():
         (dict(alpha=0.0), "adapter.alpha is 0.0"),
         (dict(dropout=1.0), "adapter.dropout is 1.0"),
         (dict(targets="blocks/atn/.*"), "nearest: blocks/attn/"),
-        (dict(targets=TABLE, dora=True), "is for products"),
+        (dict(targets=LABEL_TABLE, dora=True), "is for products"),
         (dict(new_classes=-1), "new_classes is -1"),
         (dict(new_classes=5), "all of them new"),
     ],

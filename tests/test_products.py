@@ -9,7 +9,7 @@ import pytest
 from networks import SMALL, noisy, quick_jit
 from recorded import relative
 
-from sit_jax.adapters.applied import apply, trained
+from sit_jax.adapters.apply import apply_model, apply_model_for_training
 from sit_jax.models.dit import SiT
 from sit_jax.models.layers import REMAT
 from sit_jax.models.products import product
@@ -70,8 +70,8 @@ def test_training_multiplies_by_it_and_finds_the_same(remat):
         run = quick_jit(lambda params: (net(params), jax.grad(loss)(params)))
         return run(params), run.lower(params).as_text()
 
-    (usual, slopes), as_before = found(apply)
-    (out, others), text = found(trained)
+    (usual, slopes), as_before = found(apply_model)
+    (out, others), text = found(apply_model_for_training)
     assert (out == usual).all()
     for each, other in zip(*map(jax.tree.leaves, (slopes, others)), strict=True):
         assert relative(other, each) < 3e-6

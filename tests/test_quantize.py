@@ -9,11 +9,11 @@ import small
 from small import called
 
 import port_weights
-import quantize
 import sample
-from sit_jax.adapters.quantized import SKIP, Grouped
-from sit_jax.adapters.quantizing import quantized
+from sit_jax.adapters.quantize import SKIP, quantize_params
+from sit_jax.adapters.weights import Int4Weight
 from sit_jax.checkpoint import find_step, read_meta
+from sit_jax.cli import quantize
 from sit_jax.convert.weights import open_weights
 from sit_jax.experiment import recipe
 from sit_jax.files import read_json
@@ -38,9 +38,9 @@ def test_a_checkpoint_is_made_and_read_back(floats, tmp_path, run, monkeypatch, 
     from sit_jax.parallel.sharding import make_mesh
 
     params = opened.load("ema", parts, make_mesh(data=-1, fsdp=1))
-    wanted = quantized(small.random_params(parts, 10), "w4g8", SKIP)
+    wanted = quantize_params(small.random_params(parts, 10), "w4g8", SKIP)
     jax.tree.map(np.testing.assert_array_equal, params, wanted)
-    assert isinstance(params["blocks"]["mlp"]["fc1"]["kernel"], Grouped)
+    assert isinstance(params["blocks"]["mlp"]["fc1"]["kernel"], Int4Weight)
     assert read_meta(*find_step(tmp_path / "q"))["from"] == str(floats)
     # no torch file, and not twice
     words = (tmp_path / "q", tmp_path / "x.pt")

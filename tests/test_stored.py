@@ -19,15 +19,15 @@ from stored_networks import (
     weights,
 )
 
-from sit_jax.adapters.applied import apply
-from sit_jax.adapters.stored import (
-    Grown,
-    Quantized,
-    matched,
-    merged,
-    quantize,
-    read,
-    replace,
+from sit_jax.adapters.apply import apply_model
+from sit_jax.adapters.weights import (
+    ExtraRows,
+    Int8Weight,
+    match_matrices,
+    materialize,
+    merge_adapters,
+    quantize_int8,
+    replace_weights,
 )
 from sit_jax.errors import UserError
 
@@ -43,20 +43,20 @@ EACH = [e if e in KEPT else pytest.param(*e, marks=pytest.mark.slow) for e in EA
 )
 def test_a_network_computes_the_same_with_and_without_merging(model, dora):
     """Float32 products in another order; every layer but the patches is adapted."""
-    stored = replace(weights(model), EVERY, partial(adapter, dora=dora))
-    run = quick_jit(partial(apply, model))
-    unmerged, merged = run(stored, *inputs()), run(read(stored), *inputs())
+    stored = replace_weights(weights(model), EVERY, partial(adapter, dora=dora))
+    run = quick_jit(partial(apply_model, model))
+    unmerged, merged = run(stored, *inputs()), run(materialize(stored), *inputs())
     assert relative(unmerged, merged) < 3e-6
     assert relative(merged, run(weights(model), *inputs())) > 0.05
 
 
 def test_an_adapter_of_zeros_changes_no_bit():
     model = MODELS[0]
-    stored = replace(weights(model), EVERY, partial(adapter, zero=True))
-    run = quick_jit(partial(apply, model))
+    stored = replace_weights(weights(model), EVERY, partial(adapter, zero=True))
+    run = quick_jit(partial(apply_model, model))
     plain = run(weights(model), *inputs())
     np.testing.assert_array_equal(run(stored, *inputs()), plain)
-    np.testing.assert_array_equal(run(read(stored), *inputs()), plain)
+    np.testing.assert_array_equal(run(materialize(stored), *inputs()), plain)
 
 
 def test_what_is_merged_can_be_taken_away_again():
@@ -70,7 +70,7 @@ def test_what_is_merged_can_be_taken_away_again():
 def test_merging_leaves_no_product_to_the_platform():
     """A TPU's default would cut an adapter to 8 bits on its way into the weights."""
     base = flatten_dict(weights(MODELS[0]), sep="/")["blocks/attn/qkv/kernel"]
-    for way in (merged, read):
+    for way in (merge_adapters, materialize):
         program = jax.make_jaxpr(way)(adapter("kernel", base, dora=True))
         found = [e.params for e in program.eqns if e.primitive.name == "dot_general"]
         assert len(found) == 2 and all(set(p["precision"]) == {HIGHEST} for p in found)
@@ -79,7 +79,7 @@ def test_merging_leaves_no_product_to_the_platform():
 def test_int8_in_bfloat16_keeps_the_scale_of_its_channels():
     """Rounding it to 8 bits would make every weight of a channel 0.3 % off."""
     scale = np.float32([[1.00390625 / 127]])  # halfway between two of bfloat16
-    stored = Quantized(np.full((4, 1), 127, np.int8), scale)
+    stored = Int8Weight(np.full((4, 1), 127, np.int8), scale)
     found = stored.product(jnp.full((1, 4), 64.0), jnp.bfloat16)
     assert found.dtype == jnp.bfloat16
     assert float(found[0, 0]) == float(jnp.bfloat16(4 * 64 * 1.00390625))
@@ -90,7 +90,7 @@ def test_adapters_over_adapters_add_up():
     base = flatten_dict(weights(model), sep="/")[path]
     one = adapter(path, base)
     two = adapter("other", one, rank=2, scale=-1.5)
-    sum_of_both = base + 0.5 * one.down @ one.up - 1.5 * two.down @ two.up
+    sum_of_both = base + 0.5 * one.lora_a @ one.lora_b - 1.5 * two.lora_a @ two.lora_b
     np.testing.assert_allclose(two.read(), sum_of_both, rtol=1e-5, atol=1e-6)
     x = np.ones((3, 16), np.float32)
     found = first(two).product(x, jnp.float32)
@@ -100,7 +100,7 @@ def test_adapters_over_adapters_add_up():
 def test_int8_is_within_half_a_step_of_each_channel():
     weight = weights(MODELS[0])["blocks"]["mlp"]["fc1"]["kernel"].copy()
     weight[:, :, 3] = 0
-    stored = quantize("w", weight)
+    stored = quantize_int8("w", weight)
     assert stored.codes.dtype == jnp.int8 and stored.scale.shape == (2, 1, 64)
     step = np.abs(weight).max(axis=1, keepdims=True) / 127
     assert np.all(np.abs(stored.read() - weight) <= 0.501 * step)
@@ -112,7 +112,7 @@ def test_int8_is_within_half_a_step_of_each_channel():
 
 def test_new_rows_stand_before_the_null_label():
     table = np.arange(12, dtype=np.float32).reshape(6, 2)
-    grown = Grown(table, np.full((2, 2), 50.0, np.float32))
+    grown = ExtraRows(table, np.full((2, 2), 50.0, np.float32))
     assert grown.shape == (8, 2)
     both = np.concatenate([table[:5], np.full((2, 2), 50.0), table[5:]])
     np.testing.assert_array_equal(grown.read(), both)
@@ -121,11 +121,11 @@ def test_new_rows_stand_before_the_null_label():
 
 def test_a_pattern_meets_matrices_only():
     paths = list(flatten_dict(weights(MODELS[0]), sep="/"))
-    found = matched(".*", paths)
+    found = match_matrices(".*", paths)
     assert "patch/kernel" not in found and "cond/label/embedding" in found
     assert not [path for path in found if path.endswith("bias")]
     both = {"blocks/attn/qkv/kernel", "blocks/attn/proj/kernel"}
-    assert set(matched("blocks/attn/.*", paths)) == both
+    assert set(match_matrices("blocks/attn/.*", paths)) == both
 
 
 @pytest.mark.parametrize(
@@ -138,10 +138,10 @@ def test_a_pattern_meets_matrices_only():
 )
 def test_a_pattern_that_matches_nothing_is_refused(pattern, told):
     with pytest.raises(UserError, match=told):
-        matched(pattern, flatten_dict(weights(MODELS[0]), sep="/"))
+        match_matrices(pattern, flatten_dict(weights(MODELS[0]), sep="/"))
 
 
 def test_a_weight_that_is_not_finite_is_not_quantized():
     with pytest.raises(UserError, match="w has values that are not finite"):
-        quantize("w", np.array([[1.0, np.nan]]))
-    assert isinstance(quantize("w", np.zeros((2, 2), np.float32)), Quantized)
+        quantize_int8("w", np.array([[1.0, np.nan]]))
+    assert isinstance(quantize_int8("w", np.zeros((2, 2), np.float32)), Int8Weight)

@@ -22,8 +22,15 @@ from stored_networks import (
     weights,
 )
 
-from sit_jax.adapters.applied import apply
-from sit_jax.adapters.stored import Adapted, dropping, join, quantize, replace, split
+from sit_jax.adapters.apply import apply_model
+from sit_jax.adapters.weights import (
+    LoRAWeight,
+    join,
+    quantize_int8,
+    replace_weights,
+    split_trainable,
+    with_dropout_keys,
+)
 from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.models.codec import Pixels
@@ -35,7 +42,7 @@ from sit_jax.training.step import make_train_step
 
 def test_split_and_join_are_inverse():
     tree = adapted(dora=True)
-    trained, frozen = split(tree)
+    trained, frozen = split_trainable(tree)
     names = {"/".join(path) for path in flatten_dict(trained)}
     layers = ("blocks/attn/qkv/kernel", "blocks/mlp/fc1/kernel")
     assert names == {*layers, "cond/label/embedding"}
@@ -49,14 +56,14 @@ def test_split_and_join_are_inverse():
 
 def test_without_adapters_all_is_trained():
     tree = weights(MODELS[0])
-    trained, frozen = split(tree)
+    trained, frozen = split_trainable(tree)
     assert trained is tree and frozen == {} and join(trained, frozen) is tree
 
 
 def test_an_adapter_over_another_trains_both():
     inner = adapter("a", np.ones((4, 5), np.float32))
     tree = {"w": adapter("bb", inner), "v": np.ones(3)}
-    trained, frozen = split(tree)
+    trained, frozen = split_trainable(tree)
     assert len(jax.tree.leaves(trained)) == 4 and len(jax.tree.leaves(frozen)) == 2
     assert equal(join(trained, frozen), tree)
 
@@ -70,11 +77,11 @@ def test_a_step_moves_the_adapters_alone(kind):
     if kind == "int8":
         pattern = "blocks/.*"
         bases = lambda path, w: (
-            w.replace(base=quantize(path, w.base))
-            if isinstance(w, Adapted)
-            else quantize(path, w)
+            w.replace(base=quantize_int8(path, w.base))
+            if isinstance(w, LoRAWeight)
+            else quantize_int8(path, w)
         )
-        tree = replace(tree, pattern, bases)
+        tree = replace_weights(tree, pattern, bases)
     state = create_train_state(TX, jax.tree.map(jnp.asarray, tree))
     rng = np.random.default_rng(0)
     latent = rng.standard_normal((8, *SHAPE)).astype(np.float32)
@@ -101,7 +108,7 @@ SLOWER = [pytest.param(MODELS[i], marks=pytest.mark.slow) for i in (0, 2, 3)]
 )
 def test_every_network_takes_a_step_of_adapters(model):
     """Traced, not run: MDT's second pass has fewer tokens and other keys."""
-    tree = replace(weights(model), EVERY, partial(adapter, dropout=0.1))
+    tree = replace_weights(weights(model), EVERY, partial(adapter, dropout=0.1))
     state = create_train_state(TX, jax.tree.map(jnp.asarray, tree))
     process = Interpolant() if isinstance(model, SiT) else GaussianDiffusion()
     step = make_train_step(model, process, TX, accumulate=2)
@@ -115,21 +122,21 @@ def test_dropout_is_of_a_row_by_its_key_and_keeps_the_mean():
     model = MODELS[0]
     tree = adapted(dropout=0.25)
     keys = jax.random.split(jax.random.key(0), 4)
-    stored = dropping(tree, keys)["blocks"]["attn"]["qkv"]["kernel"]
-    assert stored.keys.shape == (2, 4)  # layers, rows
+    stored = with_dropout_keys(tree, keys)["blocks"]["attn"]["qkv"]["kernel"]
+    assert stored.dropout_keys.shape == (2, 4)  # layers, rows
     layer = first(stored)
     x = np.ones((4, 400, 16), np.float32)
-    found = np.asarray(layer._dropped(x))
+    found = np.asarray(layer._drop(x))
     values, counts = np.unique(found.round(5), return_counts=True)
     np.testing.assert_allclose(values, [0, 1 / 0.75], rtol=1e-4)
     assert abs(counts[0] / found.size - 0.25) < 0.02
     assert not np.array_equal(found[0], found[1])
     other = jax.tree.map(lambda leaf: leaf[1], stored)
-    assert not np.array_equal(found, other._dropped(x))
-    run = quick_jit(partial(apply, model.clone(classes=7)))
+    assert not np.array_equal(found, other._drop(x))
+    run = quick_jit(partial(apply_model, model.clone(classes=7)))
     x, t, y = inputs(4)
-    both = run(dropping(tree, keys), x, t, y)
-    half = run(dropping(tree, keys[2:]), x[2:], t[2:], y[2:])
+    both = run(with_dropout_keys(tree, keys), x, t, y)
+    half = run(with_dropout_keys(tree, keys[2:]), x[2:], t[2:], y[2:])
     np.testing.assert_allclose(half, both[2:], rtol=1e-4, atol=1e-5)
     assert relative(both, run(tree, x, t, y)) > 1e-2
 
@@ -139,13 +146,13 @@ def test_with_lengths_all_that_training_adds_sees_the_dropped_input():
     base = weights(MODELS[0])["blocks"]["attn"]["qkv"]["kernel"][0]
     node = adapter("kernel", base, dora=True, dropout=0.5)
     x = np.random.default_rng(2).standard_normal((3, 5, 16)).astype(np.float32)
-    node = node.replace(keys=jax.random.split(jax.random.key(0), 3))
-    kept = np.asarray(node._dropped(np.ones_like(x)))
+    node = node.replace(dropout_keys=jax.random.split(jax.random.key(0), 3))
+    kept = np.asarray(node._drop(np.ones_like(x)))
     assert set(np.unique(kept)) == {0.0, 2.0}
-    dropped, update = kept * x, 0.5 * node.down @ node.up
+    dropped, update = kept * x, 0.5 * node.lora_a @ node.lora_b
     gain = node.magnitude / np.linalg.norm(base + update, axis=0)
     wanted = x @ base + dropped @ ((gain - 1) * base + gain * update)
     assert relative(node.product(x, jnp.float32), wanted) < 1e-6
-    undropped = node.replace(keys=None)
+    undropped = node.replace(dropout_keys=None)
     wanted = x @ (gain * (base + update))
     assert relative(undropped.product(x, jnp.float32), wanted) < 1e-6

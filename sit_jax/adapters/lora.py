@@ -1,6 +1,7 @@
 """LoRA: which weights are adapted, and how the adapters begin.
 
-Hu et al., arXiv:2106.09685; the names and the start are those of PEFT's LoraConfig.
+Source: Hu et al., arXiv:2106.09685. Names and initial values are those of PEFT's
+LoraConfig.
 """
 
 import dataclasses
@@ -9,32 +10,34 @@ import zlib
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
+from jaxtyping import Array, Key
 
-from sit_jax.adapters.stored import (
-    Adapted,
-    Grown,
-    Quantized,
-    matched,
-    quantize,
-    read,
-    replace,
-    to_int8,
+from sit_jax.adapters.weights import (
+    LABEL_TABLE,
+    ExtraRows,
+    Int8Weight,
+    LoRAWeight,
+    materialize,
+    quantize_int8,
+    replace_weights,
 )
 from sit_jax.errors import UserError
 
-TABLE = "cond/label/embedding"
-
 
 @dataclasses.dataclass(frozen=True)
-class Lora:
+class LoRA:
     """Settings of a run that trains adapters instead of a network's weights.
 
-    targets, int8: regular expressions over the paths of the base's matrices (the
-    label table is cond/label/embedding). An update is alpha / rank times the
-    product of an adapter's two matrices, alpha / sqrt(rank) if rank_stabilized
-    (arXiv:2312.03732). dora: also train lengths (arXiv:2402.09353). new_classes: rows
-    to add to the label table. int8: what of the base is kept so (QLoRA).
+    Args:
+      targets: regular expression over the paths of the base's matrices (the label table
+        is cond/label/embedding).
+      rank: inner size of the two matrices of an adapter.
+      alpha: the update is alpha / rank times the product of the two matrices.
+      rank_stabilized: alpha / sqrt(rank) instead (arXiv:2312.03732).
+      dropout: share of an adapter's input that training drops.
+      dora: also train the length of each output channel (arXiv:2402.09353).
+      new_classes: rows to add to the label table.
+      int8: regular expression of what of the base is kept in int8 (QLoRA).
     """
 
     targets: str = ".*blocks/(attn/(qkv|proj)|mlp/fc[12])/kernel"
@@ -57,49 +60,59 @@ class Lora:
             raise UserError(f"adapter.new_classes is {self.new_classes}; at least 0")
 
     @property
-    def scale(self):
+    def scale(self) -> float:
+        """Factor of the product of an adapter's two matrices."""
         return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
 
-    def compressed(self, base):
-        """The base as it is kept: int8 where the settings say so."""
-        return base if self.int8 is None else replace(base, self.int8, quantize)
+    def quantize_base(self, base: dict) -> dict:
+        """Returns the base as it is kept: in int8 where the settings say so.
 
-    def compressed_shapes(self, base):
-        """The same of shapes."""
+        Raises:
+          UserError: a weight to quantize is not finite.
+        """
         if self.int8 is None:
             return base
-        store = lambda path, weight: Quantized(*to_int8(weight))
-        return jax.eval_shape(lambda base: replace(base, self.int8, store), base)
+        return replace_weights(base, self.int8, quantize_int8)
 
-    def __call__(self, base, key):
-        """The base with adapters that change nothing yet."""
+    def quantized_base_shapes(self, base: dict) -> dict:
+        """Returns the shapes that quantize_base gives for shapes."""
+        if self.int8 is None:
+            return base
+        make = lambda path, weight: Int8Weight.from_float(weight)
+        return jax.eval_shape(lambda base: replace_weights(base, self.int8, make), base)
+
+    def add_adapters(self, base: dict, key: Key[Array, ""]) -> dict:
+        """Returns the base with adapters that change nothing yet."""
         if self.new_classes:
-            base = replace(base, TABLE, self._with_rows)
-        return replace(base, self.targets, lambda *at: self._adapted(*at, key))
+            base = replace_weights(base, LABEL_TABLE, self._add_rows)
+        make = lambda path, weight: self._adapt(path, weight, key)
+        return replace_weights(base, self.targets, make)
 
-    def _with_rows(self, path, table):
+    def _add_rows(self, path, table):
         """New classes begin as the null label."""
-        return Grown(table, jnp.tile(read(table)[-1:], (self.new_classes, 1)))
+        null_row = materialize(table)[-1:]
+        return ExtraRows(table, jnp.tile(null_row, (self.new_classes, 1)))
 
-    def _adapted(self, path, weight, key):
+    def _adapt(self, path, weight, key):
         *lead, fan_in, fan_out = weight.shape
         key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        down, up = (*lead, fan_in, self.rank), (*lead, self.rank, fan_out)
-        if path.endswith("/embedding"):  # a row of `down` is chosen, so that is zero
+        shape_a, shape_b = (*lead, fan_in, self.rank), (*lead, self.rank, fan_out)
+        if path.endswith("/embedding"):  # a row of lora_a is selected, so that is zero
             if self.dora:
                 raise UserError(f"adapter.dora is for products, {path} is a table")
-            down, up = jnp.zeros(down), jax.random.normal(key, up)
+            lora_a, lora_b = jnp.zeros(shape_a), jax.random.normal(key, shape_b)
         else:  # torch's kaiming_uniform_ with a = sqrt(5)
             bound = fan_in**-0.5
-            down = jax.random.uniform(key, down, minval=-bound, maxval=bound)
-            up = jnp.zeros(up)
-        length = jnp.sqrt(jnp.sum(read(weight) ** 2, axis=-2)) if self.dora else None
-        how = {"scale": self.scale, "dropout": self.dropout}
-        return Adapted(weight, down, up, length, **how)
-
-
-def check(settings, shapes):
-    """Refuses settings that do not fit a base of these shapes."""
-    flat = flatten_dict(shapes, sep="/")
-    for pattern in filter(None, (settings.targets, settings.int8)):
-        matched(pattern, flat)
+            lora_a = jax.random.uniform(key, shape_a, minval=-bound, maxval=bound)
+            lora_b = jnp.zeros(shape_b)
+        magnitude = None
+        if self.dora:
+            magnitude = jnp.sqrt(jnp.sum(materialize(weight) ** 2, axis=-2))
+        return LoRAWeight(
+            base=weight,
+            lora_a=lora_a,
+            lora_b=lora_b,
+            magnitude=magnitude,
+            scale=self.scale,
+            dropout=self.dropout,
+        )

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 
 from sit_jax import checkpoint
-from sit_jax.adapters.lora import TABLE, Lora
-from sit_jax.adapters.stored import Grown, read
+from sit_jax.adapters.lora import LoRA
+from sit_jax.adapters.weights import LABEL_TABLE, ExtraRows, materialize
 from sit_jax.config import from_json, spec, to_json
 from sit_jax.convert import lora_files, lora_names
 from sit_jax.convert.adapters import (
@@ -70,7 +70,7 @@ def write_files(source, step, folder, kind):
     adapter = open_adapter(f"{directory}/{step}", parts.model, base_shapes(parts))
     pairs = lora_names.pairs(rules_for(parts.model), adapter.flat)
     if kind == "diffusers":
-        if TABLE in adapter.flat:
+        if LABEL_TABLE in adapter.flat:
             raise UserError(
                 "diffusers' files hold no label table; write --adapter peft"
             )
@@ -90,7 +90,7 @@ def merge(source, step):
     parts = recipe(config)
     adapter = open_adapter(f"{directory}/{step}", parts.model, base_shapes(parts))
     params, record = load_adapted(parts, make_mesh(), directory, step, "ema")
-    params = read(params)
+    params = materialize(params)
     del config["adapter"]
     about = {"config": to_json(config), "step": 0, "merged": record}
     about["merged_adapter"] = {
@@ -161,14 +161,16 @@ def read_files(source, base):
 
 
 def _settings(source, adapter, new):
-    """The spec of a Lora that trains what was read."""
-    nodes = {p: node for p, node in adapter.flat.items() if not isinstance(node, Grown)}
+    """The spec of a LoRA that trains what was read."""
+    nodes = {
+        p: node for p, node in adapter.flat.items() if not isinstance(node, ExtraRows)
+    }
     if not nodes:
         raise UserError(f"{source} holds new rows alone, no adapters")
     first = next(iter(nodes.values()))
-    rank = first.down.shape[-1]
+    rank = first.lora_a.shape[-1]
     return spec(
-        Lora,
+        LoRA,
         targets="|".join(map(re.escape, nodes)),
         rank=rank,
         alpha=float(first.scale * rank),

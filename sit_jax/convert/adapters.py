@@ -9,8 +9,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sit_jax import checkpoint
-from sit_jax.adapters.lora import TABLE
-from sit_jax.adapters.stored import Adapted, Grown, is_stored, merged, read
+from sit_jax.adapters.weights import (
+    LABEL_TABLE,
+    ExtraRows,
+    LoRAWeight,
+    is_weight_leaf,
+    materialize,
+    merge_adapters,
+)
 from sit_jax.config import build, from_json
 from sit_jax.convert import lora_files, lora_names
 from sit_jax.convert.base import trained_shapes
@@ -41,10 +47,10 @@ class Adapter:
     @property
     def more(self):
         """Rows that it adds to the label table [N, D], or None."""
-        node = self.flat.get(TABLE)
-        while isinstance(node, Adapted):
+        node = self.flat.get(LABEL_TABLE)
+        while isinstance(node, LoRAWeight):
             node = node.base
-        return node.more if isinstance(node, Grown) else None
+        return node.new_rows if isinstance(node, ExtraRows) else None
 
     @property
     def new_classes(self):
@@ -63,7 +69,7 @@ def open_adapter(path, model, shapes, item="ema"):
     rules = rules_for(model)
     found = lora_names.adapters(rules, flat, pairs, path) if pairs else {}
     if table is not None:
-        found[TABLE] = _new_rows(path, table, flat)
+        found[LABEL_TABLE] = _new_rows(path, table, flat)
     if not found:
         raise UserError(f"{path} holds no adapter")
     return Adapter(str(path), found, None, dropout, table)
@@ -82,9 +88,9 @@ def put_on(params, adapter, weight=1.0, sha256=None):
         )
     nodes = flattened(params)
     if adapter.more is not None:
-        nodes[TABLE] = _grown(adapter, nodes[TABLE])
+        nodes[LABEL_TABLE] = _grown(adapter, nodes[LABEL_TABLE])
     for path, node in adapter.flat.items():
-        if isinstance(node, Adapted):
+        if isinstance(node, LoRAWeight):
             nodes[path] = _over(adapter.path, path, node, nodes.get(path), weight)
     return unflatten_dict(nodes, sep="/")
 
@@ -120,7 +126,7 @@ def put_all(params, words, model, sha256, item="ema"):
         record = {"path": adapter.path, "weight": weight, "sha256": adapter.sha256}
         record["new_classes"] = adapter.new_classes
         records.append({**record, "base": adapter.base})
-    return merged(params), records
+    return merge_adapters(params), records
 
 
 def taken_out(params, adapter):
@@ -131,17 +137,17 @@ def taken_out(params, adapter):
     """
     nodes = flattened(params)
     for path, node in adapter.flat.items():
-        if not isinstance(node, Adapted):
+        if not isinstance(node, LoRAWeight):
             continue
         if node.magnitude is not None:
             raise UserError(
                 f"{adapter.path} has lengths (DoRA), in whose place the base's are not "
                 "kept: no way back; take the base itself"
             )
-        nodes[path] = nodes[path] - node.scale * (node.down @ node.up)
+        nodes[path] = nodes[path] - node.scale * (node.lora_a @ node.lora_b)
     if new := adapter.new_classes:
-        table = nodes[TABLE]
-        nodes[TABLE] = jnp.concatenate([table[: -1 - new], table[-1:]])
+        table = nodes[LABEL_TABLE]
+        nodes[LABEL_TABLE] = jnp.concatenate([table[: -1 - new], table[-1:]])
     return unflatten_dict(nodes, sep="/")
 
 
@@ -161,22 +167,22 @@ def _grown(adapter, table):
     more, (_, width) = adapter.more, table.shape
     if more.shape[1] != width:
         raise UserError(
-            f"{adapter.path} is for another network: its rows of {TABLE} have "
+            f"{adapter.path} is for another network: its rows of {LABEL_TABLE} have "
             f"{more.shape[1]} values, here they have {width}"
         )
     require_same_rows(adapter, table)
-    return Grown(table, _beside(more, jax.tree.leaves(table)[0]))
+    return ExtraRows(table, _beside(more, jax.tree.leaves(table)[0]))
 
 
 def _over(where, path, node, base, weight):
-    *_, fan_in, _ = node.down.shape
-    size = (*node.down.shape[:-2], fan_in, node.up.shape[-1])
+    *_, fan_in, _ = node.lora_a.shape
+    size = (*node.lora_a.shape[:-2], fan_in, node.lora_b.shape[-1])
     if base is None or tuple(base.shape) != size:
         found = "nothing" if base is None else tuple(base.shape)
         raise UserError(
             f"{where} is for another network: its {path} is {size}, here it is {found}"
         )
-    lengths = isinstance(base, Adapted) and (node.magnitude, base.magnitude)
+    lengths = isinstance(base, LoRAWeight) and (node.magnitude, base.magnitude)
     if lengths and lengths != (None, None):
         raise UserError(
             f"{where}: {path} would have two adapters, one with lengths (DoRA), which "
@@ -213,20 +219,20 @@ def _of_checkpoint(path, item):
 
 def _new_rows(path, table, flat):
     """The rows between the base's classes and the null label."""
-    old, width = flat[TABLE].shape
+    old, width = flat[LABEL_TABLE].shape
     if table.shape[1] != width or len(table) < old:
         raise UserError(
             f"{path} is for another network: its label table is {table.shape}, "
             f"here it is {(old, width)}"
         )
-    return Grown(None, table[old - 1 : -1])
+    return ExtraRows(None, table[old - 1 : -1])
 
 
 def require_same_rows(adapter, table):
     """Refuses a whole table whose old rows were trained too: only new ones are kept."""
     if adapter.table is None:
         return
-    ours, theirs = np.asarray(read(table)), adapter.table
+    ours, theirs = np.asarray(materialize(table)), adapter.table
     old = np.concatenate([theirs[: len(ours) - 1], theirs[-1:]])
     if not np.array_equal(old, ours):
         raise UserError(
@@ -239,15 +245,15 @@ def table_of(adapter, base):
     """The whole label table [K, D] where an adapter adds rows to base's, else None."""
     if adapter.more is None:
         return None
-    node = adapter.flat[TABLE]
-    if isinstance(node, Adapted):
+    node = adapter.flat[LABEL_TABLE]
+    if isinstance(node, LoRAWeight):
         raise UserError(
             f"{adapter.path}: the label table is both adapted and longer by "
             f"{adapter.new_classes} rows, and PEFT's files hold one of the two"
         )
-    return np.asarray(read(node.replace(base=base)))
+    return np.asarray(materialize(node.replace(base=base)))
 
 
 def flattened(tree):
     """-> {path: array or stored weight}"""
-    return flatten_dict(tree, is_leaf=lambda _, node: is_stored(node), sep="/")
+    return flatten_dict(tree, is_leaf=lambda _, node: is_weight_leaf(node), sep="/")

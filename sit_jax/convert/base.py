@@ -9,8 +9,8 @@ from functools import partial
 import jax
 
 from sit_jax import checkpoint
-from sit_jax.adapters import quantizing
-from sit_jax.adapters.stored import join, split
+from sit_jax.adapters.quantize import quantized_shapes
+from sit_jax.adapters.weights import join, split_trainable
 from sit_jax.config import difference, from_json, to_json
 from sit_jax.convert import releases
 from sit_jax.convert.tensor_files import KINDS
@@ -47,7 +47,7 @@ def load_base(parts, mesh, path, record=None):
         raise UserError(f"{path} is {form} already: leave out adapter.int8")
     if "config" in meta:
         _require_same(path, from_json(meta["config"]).model, parts)
-    shapes = quantizing.shapes(shapes, meta)
+    shapes = quantized_shapes(shapes, meta)
     params = _whole(mesh, shapes, directory, step)
     found = weights_hash(params)
     if record and record["sha256"] != found:
@@ -94,7 +94,9 @@ def base_shapes(parts):
 
 def trained_shapes(parts):
     """Shapes of what a checkpoint of a Recipe's adapters holds as params."""
-    return split(jax.eval_shape(partial(_stored, parts), base_shapes(parts)))[0]
+    return split_trainable(jax.eval_shape(partial(_stored, parts), base_shapes(parts)))[
+        0
+    ]
 
 
 def load_adapted(parts, mesh, directory, step, item, path=None):
@@ -108,12 +110,14 @@ def load_adapted(parts, mesh, directory, step, item, path=None):
         shapes := trained_shapes(parts), placement.weights(mesh, shapes)
     )
     trained = checkpoint.load(directory, step, **{item: where})[item]
-    _, frozen = split(parts.adapter(parts.adapter.compressed(base), jax.random.key(0)))
+    _, frozen = split_trainable(
+        parts.adapter.add_adapters(parts.adapter.quantize_base(base), jax.random.key(0))
+    )
     return join(trained, frozen), record
 
 
 def _stored(parts, base):
-    return parts.adapter(base, jax.random.key(0))
+    return parts.adapter.add_adapters(base, jax.random.key(0))
 
 
 def _require_same(path, theirs, parts):

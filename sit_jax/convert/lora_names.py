@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 
-from sit_jax.adapters.stored import Adapted, is_matrix
+from sit_jax.adapters.weights import LoRAWeight, is_matrix
 from sit_jax.convert.rules import join_names
 from sit_jax.errors import UserError
 
@@ -58,14 +58,15 @@ def pairs(rules, flat):
     found = {}
     for torch_name, path, _ in rules:
         node = flat.get(path)
-        if not isinstance(node, Adapted):
+        if not isinstance(node, LoRAWeight):
             continue
         module, stacked = torch_name.removesuffix(".weight"), "*" in torch_name
-        count = len(node.down) if stacked else 1
+        count = len(node.lora_a) if stacked else 1
         for i in range(count):
             at = i if stacked else ...
             mats = (
-                np.ascontiguousarray(np.asarray(m)[at].T) for m in (node.down, node.up)
+                np.ascontiguousarray(np.asarray(m)[at].T)
+                for m in (node.lora_a, node.lora_b)
             )
             length = None if node.magnitude is None else np.asarray(node.magnitude)[at]
             found[module.replace("*", str(i))] = Pair(*mats, node.scale, length)
@@ -185,7 +186,7 @@ def _require_size(where, name, pair, fan_in, fan_out):
 
 
 def _stacked(where, module, own, rank, scale, stacked, shape):
-    """One Adapted, without its base, of a module's pairs in all layers."""
+    """One LoRAWeight, without its base, of a module's pairs in all layers."""
     *_, fan_in, fan_out = shape.shape
     lengths = [pair and pair.magnitude for pair in own]
     if any(x is not None for x in lengths) and any(x is None for x in lengths):
@@ -195,4 +196,4 @@ def _stacked(where, module, own, rank, scale, stacked, shape):
     gather = lambda rows: np.stack(rows) if stacked else rows[0]
     down, up = gather([p.down.T for p in own]), gather([p.up.T for p in own])
     length = None if lengths[0] is None else gather(lengths)
-    return Adapted(None, down, up, length, scale=scale)
+    return LoRAWeight(None, down, up, length, scale=scale)

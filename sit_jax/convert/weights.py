@@ -9,8 +9,8 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sit_jax import checkpoint, hosts
-from sit_jax.adapters import quantizing
-from sit_jax.adapters.stored import merged
+from sit_jax.adapters.quantize import quantized_shapes
+from sit_jax.adapters.weights import merge_adapters
 from sit_jax.config import from_json
 from sit_jax.convert import diffusers_files, releases
 from sit_jax.convert.base import load_adapted
@@ -54,7 +54,7 @@ class Directory:
         """item "ema" or "params" -> the model's parameters, whole on every device."""
         if parts.adapter is not None:
             return self._adapted(item, parts, mesh)
-        shapes = quantizing.shapes(_shapes(parts), self.meta)
+        shapes = quantized_shapes(_shapes(parts), self.meta)
         where = jax.tree.map(lambda _: everywhere(mesh), shapes)
         target = shaped(shapes, where)
         return checkpoint.load(self.path, self.step, **{item: target})[item]
@@ -63,7 +63,7 @@ class Directory:
         """With the adapters of this step merged into their base."""
         params, _ = load_adapted(parts, mesh, self.path, self.step, item)
         params = jax.device_put(params, everywhere(mesh))
-        return merged(params)
+        return merge_adapters(params)
 
 
 def _shapes(parts):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sit_jax.adapters.applied import apply
+from sit_jax.adapters.apply import apply_model
 from sit_jax.models.layers import grid_embedding
 from sit_jax.precision import emulation, policy
 
@@ -46,7 +46,7 @@ def activations(line, params, x, t, y):
         and str(module.name).endswith((*SEEN, "blocks"))
     )
     see = dict(capture_intermediates=wanted, mutable=["intermediates"])
-    run = lambda params, *at: apply(line.model, params, *at, **see)
+    run = lambda params, *at: apply_model(line.model, params, *at, **see)
     found = line.around(run)(params, x, t, y)[1]["intermediates"]
     return jax.tree.map(lambda a: a.astype(jnp.float32), found)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sit_jax.adapters.applied import apply
+from sit_jax.adapters.apply import apply_model
 from sit_jax.diagnosis.activations import Line, activations, named
 from sit_jax.diagnosis.bundle import INPUTS, Bundle
 from sit_jax.diffusion import predictions, rng
@@ -152,7 +152,7 @@ def _latents(line, params, weak, x, t, y):
     """-> {stage: the guided output, one step, all of them}, and evaluations."""
 
     def network(model, weights):
-        return partial(line.around(partial(apply, model)), weights)
+        return partial(line.around(partial(apply_model, model)), weights)
 
     settings = (line.model.classes, line.guidance, line.channels)
     other = None if line.weak is None else network(line.weak, weak)

@@ -58,12 +58,12 @@ def state_shapes(parts, mesh):
     """
 
     def begin(key, base):
-        params = parts.adapter(base, key) if parts.adapter else base
+        params = parts.adapter.add_adapters(base, key) if parts.adapter else base
         return create_train_state(parts.tx, params, parts.ema_decay, parts.losses)
 
     base = base_shapes(parts)
     if parts.adapter:
-        base = parts.adapter.compressed_shapes(base)
+        base = parts.adapter.quantized_base_shapes(base)
     shapes = jax.eval_shape(begin, jax.random.key(0), base)
     return shapes, placement.of_state(mesh, shapes)
 

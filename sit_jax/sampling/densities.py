@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sit_jax import hosts
-from sit_jax.adapters.applied import apply
+from sit_jax.adapters.apply import apply_model
 from sit_jax.config import build, to_json
 from sit_jax.diffusion import rng
 from sit_jax.errors import UserError
@@ -157,7 +157,7 @@ def _run(parts, likelihood, filling, mesh, word):
     draws = rng.step_noise if by_chain else rng.rademacher_probes
 
     def run(params, keys, batch):
-        network = policy.with_precision(word, partial(apply, model))
+        network = policy.with_precision(word, partial(apply_model, model))
         network = in_chunks(network, mesh) if on_cpu else network
         net = lambda x, t: network(params, x, t, batch["label"])
         data, bits = _data(parts, filling, keys, batch, by_chain)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sit_jax.adapters.applied import apply
+from sit_jax.adapters.apply import apply_model
 from sit_jax.diffusion import rng
 from sit_jax.diffusion.guidance import (
     classifier_free_guidance,
@@ -34,7 +34,7 @@ def make_generate(parts, mesh, weak=None, around=lambda fn: fn):
 
     def network(model, params):
         model = attention.settled(model, platform)
-        run = around(partial(apply, model))
+        run = around(partial(apply_model, model))
         return partial(in_chunks(run, mesh) if platform == "cpu" else run, params)
 
     def generate(params, keys, labels, start, given=None):

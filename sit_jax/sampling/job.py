@@ -7,7 +7,7 @@ import json
 import numpy as np
 
 from sit_jax import config as configs
-from sit_jax.adapters.quantized import SKIP
+from sit_jax.adapters.quantize import SKIP
 from sit_jax.errors import UserError
 from sit_jax.files import as_path, parse_json
 

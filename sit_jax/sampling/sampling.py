@@ -11,7 +11,7 @@ import numpy as np
 
 from sit_jax import config as configs
 from sit_jax import hosts
-from sit_jax.adapters import quantizing
+from sit_jax.adapters.quantize import quantize_params
 from sit_jax.convert import vae_files
 from sit_jax.convert.adapters import put_all
 from sit_jax.diffusion import guidance
@@ -66,7 +66,7 @@ def studio(job, opened, weak=None, expected=None):
         params, record["lora"] = worn
         parts = _with_classes(parts, sum(each["new_classes"] for each in worn[1]))
     if job.quantize:
-        params = quantizing.quantized(params, job.quantize, job.quantize_skip)
+        params = quantize_params(params, job.quantize, job.quantize_skip)
     parts = dataclasses.replace(
         parts, model=policy.with_compute_dtype(word, parts.model)
     )

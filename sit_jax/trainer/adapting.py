@@ -21,7 +21,7 @@ def begin_adapted(parts, mesh, seed, directory, given=None):
     """
     base, record = _base(parts, mesh, directory, given)
     make = partial(_state, parts, jax.random.key(seed))
-    base = parts.adapter.compressed(base)
+    base = parts.adapter.quantize_base(base)
     where = placement.of_state(mesh, jax.eval_shape(make, base))
     state = jax.jit(make, out_shardings=where, donate_argnums=0)(base)
     target, frozen = shaped(state, where), state.frozen
@@ -40,7 +40,7 @@ def begin_adapted(parts, mesh, seed, directory, given=None):
 
 
 def _state(parts, key, base):
-    adapted = parts.adapter(base, key)
+    adapted = parts.adapter.add_adapters(base, key)
     return create_train_state(parts.tx, adapted, parts.ema_decay, parts.losses)
 
 

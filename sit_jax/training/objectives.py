@@ -11,8 +11,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from sit_jax.adapters.applied import trained
-from sit_jax.adapters.stored import dropping, join
+from sit_jax.adapters.apply import apply_model_for_training
+from sit_jax.adapters.weights import join, with_dropout_keys
 from sit_jax.diffusion.guidance import drop_labels
 
 
@@ -43,7 +43,12 @@ def gradient(model, process, wants_rows):
     """
 
     def loss(params, frozen, data, t, weights, noise, keys, inputs):
-        net = partial(trained, model, dropping(join(params, frozen), keys), **inputs)
+        net = partial(
+            apply_model_for_training,
+            model,
+            with_dropout_keys(join(params, frozen), keys),
+            **inputs,
+        )
         rows = process.loss(net, data, noise, t)
         weighed = rows
         if weights is not None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from sit_jax.adapters.stored import split
+from sit_jax.adapters.weights import split_trainable
 from sit_jax.errors import UserError
 
 
@@ -99,6 +99,6 @@ def init_state(model, tx, shape, key, decay=0.9999, losses=()):
 def create_train_state(tx, params, decay=0.9999, losses=()):
     """TrainState of step 0 around given parameters, of which adapters may be part."""
     zero, skipped = jnp.zeros((), jnp.int32), jnp.zeros(2, jnp.int32)
-    params, frozen = split(params)
+    params, frozen = split_trainable(params)
     ema = init_ema(params, decay)
     return TrainState(zero, params, ema, tx.init(params), skipped, losses, frozen)

@@ -6,9 +6,9 @@ import pytest
 from record_peft import CASES, adapted, base, inputs
 from recorded import nchw, nhwc, relative
 
-from sit_jax.adapters.applied import apply
-from sit_jax.adapters.lora import Lora
-from sit_jax.adapters.stored import Adapted, is_stored, merged
+from sit_jax.adapters.apply import apply_model
+from sit_jax.adapters.lora import LoRA
+from sit_jax.adapters.weights import LoRAWeight, is_weight_leaf, merge_adapters
 from sit_jax.convert import lora_files, lora_names
 from sit_jax.convert.adapters import flattened, open_adapter, put_on
 from sit_jax.convert.rules import DIT_RULES, to_flax
@@ -32,7 +32,7 @@ def params():
 
 def ours(params):
     x, t, y = (array.numpy() for array in inputs())
-    return nchw(apply(MODEL, params, nhwc(x), t, y))
+    return nchw(apply_model(MODEL, params, nhwc(x), t, y))
 
 
 def theirs(network):
@@ -43,17 +43,17 @@ def theirs(network):
 def random_adapters(**settings):
     """Our adapters, every value of them random."""
     rng = np.random.default_rng(0)
-    tree = Lora(**settings)(params(), jax.random.key(0))
+    tree = LoRA(**settings).add_adapters(params(), jax.random.key(0))
 
     def kicked(node):
-        if not isinstance(node, Adapted):
+        if not isinstance(node, LoRAWeight):
             return node
         draw = lambda x: 0.1 * rng.standard_normal(x.shape).astype(np.float32)
-        node = node.replace(down=draw(node.down), up=draw(node.up))
+        node = node.replace(lora_a=draw(node.lora_a), lora_b=draw(node.lora_b))
         length = node.magnitude
         return node if length is None else node.replace(magnitude=length * 1.3)
 
-    return jax.tree.map(kicked, tree, is_leaf=is_stored)
+    return jax.tree.map(kicked, tree, is_leaf=is_weight_leaf)
 
 
 def written(tree, folder):
@@ -74,7 +74,9 @@ def test_what_we_write_peft_loads_to_the_same_output(tmp_path, targets, more):
     written(tree, tmp_path)
     network = peft.PeftModel.from_pretrained(base(), tmp_path)
     assert relative(ours(tree), theirs(network)) < 3e-6
-    assert relative(ours(merged(tree)), theirs(network.merge_and_unload())) < 3e-6
+    assert (
+        relative(ours(merge_adapters(tree)), theirs(network.merge_and_unload())) < 3e-6
+    )
     assert relative(ours(tree), theirs(base())) > 0.05
 
 
@@ -84,7 +86,9 @@ def test_what_peft_writes_we_load_to_the_same_output(tmp_path, name, seed):
     network = adapted(CASES[name], seed)
     network.save_pretrained(tmp_path)
     found = open_adapter(tmp_path, MODEL, params())
-    assert relative(ours(merged(put_on(params(), found))), theirs(network)) < 3e-6
+    assert (
+        relative(ours(merge_adapters(put_on(params(), found))), theirs(network)) < 3e-6
+    )
 
 
 def test_two_adapters_add_up_as_in_peft(tmp_path):
@@ -102,7 +106,7 @@ def test_two_adapters_add_up_as_in_peft(tmp_path):
     for name in ("one", "two"):
         both = put_on(both, open_adapter(tmp_path / name, MODEL, params()))
     assert relative(ours(both), theirs(network)) < 3e-6
-    assert relative(ours(merged(both)), theirs(network)) < 3e-6
+    assert relative(ours(merge_adapters(both)), theirs(network)) < 3e-6
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -119,7 +123,7 @@ def test_dropout_reaches_what_pefts_reaches(dora):
             weight.copy_(weight + 0.3 * torch.randn_like(weight))
     take = lambda weight: weight.detach().numpy().T
     length = layer.lora_magnitude_vector["default"].weight if dora else None
-    node = Adapted(
+    node = LoRAWeight(
         take(layer.base_layer.weight),
         take(layer.lora_A["default"].weight),
         take(layer.lora_B["default"].weight),

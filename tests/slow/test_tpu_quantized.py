@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import pytest
 from networks import shapes
 
-from sit_jax.adapters import quantizing
-from sit_jax.adapters.applied import apply
-from sit_jax.adapters.quantized import SKIP
+from sit_jax.adapters.apply import apply_model
+from sit_jax.adapters.quantize import SKIP, quantized_shapes
 from sit_jax.models.dit import SiT
 from sit_jax.planning import hlo, topology
 
@@ -29,11 +28,11 @@ def text(word, chip, dtype):
     model = MODEL.clone(dtype=dtype)
     params = shapes(model)
     if word != "plain":
-        params = quantizing.shapes(params, {"quantized": {"form": word, "skip": SKIP}})
+        params = quantized_shapes(params, {"quantized": {"form": word, "skip": SKIP}})
     at = (jnp.ones((8, 16, 16, 4)), jnp.ones(8), jnp.ones(8, jnp.int32))
     one = jax.sharding.SingleDeviceSharding(topology.devices(chip)[0])
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one)
-    run = jax.jit(lambda params, *at: apply(model, params, *at))
+    run = jax.jit(lambda params, *at: apply_model(model, params, *at))
     return topology.compiled(run.lower(*jax.tree.map(place, (params, *at)))).as_text()
 
 
@@ -71,10 +70,10 @@ def test_w4_becomes_floats_a_layer_at_a_time(chip):
 
 
 def test_a_cpu_multiplies_the_integers_too():
-    params = quantizing.shapes(
+    params = quantized_shapes(
         shapes(MODEL), {"quantized": {"form": "w8a8", "skip": SKIP}}
     )
     at = (jnp.ones((8, 16, 16, 4)), jnp.ones(8), jnp.ones(8, jnp.int32))
-    run = jax.jit(lambda params, *at: apply(MODEL, params, *at))
+    run = jax.jit(lambda params, *at: apply_model(MODEL, params, *at))
     program = run.lower(params, *at).compile().as_text()
     assert count(program, "s8", "s8", "s32") == 4
