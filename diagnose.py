@@ -5,12 +5,10 @@ machine by diagnose.py --collect OUT --from-manifest M; taking --inputs of the o
 side's, both compute the same images.
 """
 
-import sit_jax.opening
-
 import dataclasses
 
 from configs import published
-from sit_jax import command, hosts
+from sit_jax.cli.main import entry_point, make_parser, parse_args
 from sit_jax.convert.given import Given
 from sit_jax.diagnosis import bundle, diagnosis, paired
 from sit_jax.diagnosis.stages import collect
@@ -22,6 +20,7 @@ from sit_jax.evaluation.evaluated import OfFeatures, of_images, open_side
 from sit_jax.evaluation.features import StoredFeatures
 from sit_jax.evaluation.judges import Evaluator
 from sit_jax.files import as_path, local_path, read_json, require_free
+from sit_jax.parallel import multihost
 from sit_jax.ranges import COUNT, AtLeast
 from sit_jax.sampling import job, sampling
 from sit_jax.sampling.array_files import ArrayFile
@@ -33,16 +32,17 @@ OF_FIGURES = (
 )
 
 
+@entry_point
 def main():
-    args, rest = command.parse(_parser())
+    args, rest = parse_args(_parser())
     if rest:
         raise UserError(f"{rest[0]}: this script has no config")
-    hosts.join(args)
+    multihost.initialize(args)
     program_cache.begin()
     target = args.collect or args.out
     if not target:
         raise UserError("name A and B and --out FOLDER, or --collect OUT")
-    with hosts.making(target):
+    with multihost.lock_output(target):
         return make_bundle(args) if args.collect else report(args)
 
 
@@ -57,8 +57,8 @@ def make_bundle(args):
     room, manifest = studio(args)
     eye = _judge(args)
     made = collect(room, manifest, out, args.images, args.steps, given, eye)
-    hosts.wait()  # until all have seen that this place is free
-    if hosts.first():
+    multihost.barrier()  # until all have seen that this place is free
+    if multihost.is_primary():
         bundle.write(made, args.features)
     size = sum(stage.nbytes for stage in made.stages.values()) / 1e6
     print(f"{len(made.stages)} stages of {len(made.inputs['t'])} images, {size:.3g} MB")
@@ -108,8 +108,8 @@ def report(args):
         gap, swaps = _statistics(args, eye, a, b, pairs, reference)
     worst, tiles = worst_pairs(*sets) if pictured else ((), None)
     found = diagnosis.diagnose(a, b, gap, swaps, worst, reference)
-    hosts.wait()
-    if hosts.first():
+    multihost.barrier()
+    if multihost.is_primary():
         diagnosis.save(out, found, tiles)
     print(found["verdict"], *filter(None, [found["first"]]), out, sep="\n")
     return 0
@@ -122,7 +122,7 @@ def job_file(path):
 
 
 def _parser():
-    parser = command.parser(__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("sides", nargs="*", metavar="A B", help="bundles, or samples with manifests")
     add("--out", metavar="FOLDER", help="of the report")
@@ -155,7 +155,7 @@ def _parser():
     add("--steps", type=COUNT, default=50, metavar="N", help="of the fixed grid")
     add("--features", metavar="X.npz", help="of the samples, to go with them")
     add("--force", action="store_true", help="other weights than the manifest's")
-    hosts.add_flags(parser)
+    multihost.add_flags(parser)
     return parser
 
 
@@ -244,4 +244,4 @@ def _open(path, family=None, heads=None):
 
 
 if __name__ == "__main__":
-    command.script(main)
+    main()

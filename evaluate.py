@@ -6,12 +6,10 @@ reference; --features takes features that were stored, and needs no network. Kil
 the same command goes on. The likelihood of a data set is sample.py --likelihood's.
 """
 
-import sit_jax.opening
-
 from functools import partial
 from pathlib import Path
 
-from sit_jax import command, hosts
+from sit_jax.cli.main import entry_point, make_parser, parse_args
 from sit_jax.convert import inception_weights
 from sit_jax.errors import UserError
 from sit_jax.evaluation import evaluation, label_policy, summary
@@ -21,6 +19,7 @@ from sit_jax.evaluation.features import inception_extractor
 from sit_jax.evaluation.unfinished import unfinished
 from sit_jax.files import read_json, write_json
 from sit_jax.manifest import environment
+from sit_jax.parallel import multihost
 from sit_jax.parallel.sharding import make_mesh
 from sit_jax.ranges import COUNT, AtLeast
 from sit_jax.sampling import outputs
@@ -30,11 +29,12 @@ KEPT = 10_000  # features in a statistics file: as many as ADM's references have
 LONG = 16  # a list in a manifest that is left out of the record
 
 
+@entry_point
 def main():
-    args, rest = command.parse(_parser())
+    args, rest = parse_args(_parser())
     if rest:
         raise UserError(f"{rest[0]}: this script has no config")
-    hosts.join(args)
+    multihost.initialize(args)
     program_cache.begin()
     return make_reference(args) if args.stats else evaluate(args)
 
@@ -71,7 +71,7 @@ def _judged(args, work, samples, reference, wanted):
     ours = work.complete(samples, missing[0], extractor, "samples")
     theirs = work.complete(reference, missing[1], extractor, "reference")
     shares = _overlap(ours, theirs, wanted)
-    if hosts.first():
+    if multihost.is_primary():
         found = _figures(args, samples, ours, theirs, wanted, shares)
         notes = evaluation.notes(ours.count, wanted, found)
         print(*evaluation.lines(found), *notes, sep="\n")
@@ -83,7 +83,7 @@ def _judged(args, work, samples, reference, wanted):
 
 
 def _parser():
-    parser = command.parser(__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0])
     parser.epilog = None  # there is no config
     add = parser.add_argument
     add("samples", nargs="?", metavar="SAMPLES", help=".npz with arr_0, or a folder")
@@ -105,7 +105,7 @@ def _parser():
     add("--network", choices=list(WIDTHS), default="inception", help="of the features")
     add("--force", action="store_true", help="compare what is not comparable")
     add("--overwrite", action="store_true")
-    hosts.add_flags(parser)
+    multihost.add_flags(parser)
     return parser
 
 
@@ -113,9 +113,11 @@ def _overlap(ours, theirs, wanted):
     """Summaries, which process 0 has -> precision and recall, in all processes."""
     if not set(evaluation.SHARES) & set(wanted):
         return {}
-    if hosts.first():
+    if multihost.is_primary():
         evaluation.require_widths(ours.widths(), theirs.widths())
-    sides = [hosts.told_array(each and each.features) for each in (ours, theirs)]
+    sides = [
+        multihost.broadcast_array(each and each.features) for each in (ours, theirs)
+    ]
     return evaluation.overlap(*sides, wanted, _bar("blocks"))
 
 
@@ -147,7 +149,7 @@ def make_reference(args):
             evaluation.require_enough(["fid"], side)
         extractor = _extractor(args, [side], [side.source])
         found = work.summarized(side.source, extractor, "statistics", KEPT)
-        if hosts.first():
+        if multihost.is_primary():
             record = {"data": str(side.path), "environment": environment()}
             summary.save(work.out, found, record)
             work.finish()
@@ -168,7 +170,9 @@ def _extractor(args, sides, missing):
     found = _network(args, sides, missing)
     # what only some hosts compute would hang the others
     weights = found and (found.pipeline or {}).get("weights", args.network)
-    hosts.require_same("Inception weights found", weights, "give the same to all hosts")
+    multihost.assert_equal(
+        "Inception weights found", weights, "give the same to all hosts"
+    )
     return found
 
 
@@ -230,4 +234,4 @@ def _short(value):
 
 
 if __name__ == "__main__":
-    command.script(main)
+    main()

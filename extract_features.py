@@ -3,13 +3,11 @@
 python extract_features.py --data DIR --vae sd-vae-ft-mse --size 256 --out latents
 """
 
-import sit_jax.opening
-
 import sys
 import time
 from functools import partial
 
-from sit_jax import cluster, command, hosts
+from sit_jax.cli.main import entry_point, make_parser, parse_args
 from sit_jax.data.archives import ImageNetTar, WebdatasetTars
 from sit_jax.data.cache import LatentCache
 from sit_jax.data.cifar import CifarBinary, CifarFolder
@@ -21,6 +19,7 @@ from sit_jax.data.sources import LatentFolder
 from sit_jax.errors import UserError, one_line
 from sit_jax.files import local_path, require_writable, write_json
 from sit_jax.manifest import environment
+from sit_jax.parallel import multihost
 from sit_jax.precision.policy import get_precision
 from sit_jax.ranges import COUNT, SEED, AtLeast, Between
 from sit_jax.trainer import program_cache
@@ -45,15 +44,16 @@ PAIRS = {
 USUAL = (0.7, 1.4)  # the standard deviation of latents that fit their scale
 
 
+@entry_point
 def main():
-    args, rest = command.parse(_parser())
+    args, rest = parse_args(_parser())
     if rest:
         raise UserError(f"unknown argument {rest[0]!r}; see --help")
     require_writable(local_path(args.out) / "any")
     if args.kind in PAIRS:
         return convert(args)
-    if not cluster.apart(args):
-        hosts.join(args)
+    if not multihost.shares_work_only(args):
+        multihost.initialize(args)
         program_cache.begin()
     return run(args, load(args.vae, args.precision))
 
@@ -86,7 +86,7 @@ def run(args, codec):
     if about is None:
         print(f"{args.out} waits for the shards of the other processes")
         return 0
-    if hosts.first():
+    if multihost.is_primary():
         vae = {"path": args.vae, **codec.record()}
         write_json(f"{args.out}/manifest.json", {"vae": vae, **environment()})
     _check(about)
@@ -122,7 +122,7 @@ def load(vae, precision):
 
 
 def _parser():
-    parser = command.parser(__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("--data", required=True, metavar="DIR", help="images; a tar; a name for tfds")
     add("--kind", default="folder", choices=(*KINDS, *PAIRS), help=_kinds())
@@ -147,15 +147,15 @@ def _parser():
         default=0,
         help="of draws and flips, for --kind cache",
     )
-    hosts.add_flags(parser)
+    multihost.add_flags(parser)
     return parser
 
 
 def _share(args):
     """-> which process this is, of how many that share the work."""
-    if cluster.apart(args):
+    if multihost.shares_work_only(args):
         return args.process, args.processes
-    return hosts.index(), hosts.count()
+    return multihost.process_index(), multihost.process_count()
 
 
 def _kinds():
@@ -212,4 +212,4 @@ class Bar:
 
 
 if __name__ == "__main__":
-    command.script(main)
+    main()

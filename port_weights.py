@@ -4,8 +4,6 @@ python port_weights.py SiT-XL-2-256.pt sit-xl2 --family sit
 python port_weights.py runs/digits digits.pt
 """
 
-import sit_jax.opening
-
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no accelerator is needed, so none held
@@ -15,8 +13,9 @@ import time
 import jax
 
 from configs import published
-from sit_jax import checkpoint, command, hosts
+from sit_jax import checkpoint
 from sit_jax import config as configs
+from sit_jax.cli.main import entry_point, make_parser, parse_args
 from sit_jax.convert import (
     adapter_exchange,
     conversion,
@@ -44,12 +43,13 @@ from sit_jax.files import (
 )
 from sit_jax.manifest import weights_hash
 from sit_jax.models.mdt import MDT
-from sit_jax.parallel import chips
+from sit_jax.parallel import chips, multihost
 from sit_jax.ranges import AtLeast
 
 
+@entry_point
 def main():
-    args, overrides = command.parse(_parser())
+    args, overrides = parse_args(_parser())
     begun = time.perf_counter()
     _fetch(args)
     is_adapter = directions.is_adapter(args)
@@ -59,7 +59,7 @@ def main():
         directions.refuse_beside_adapters(args)
     _figures(args)  # refused before anything is read
     original = args.reference and reference.original(args.reference)
-    with hosts.making(args.target):
+    with multihost.lock_output(args.target):
         if is_adapter:
             how = (args.step, args.adapter, args.base, args.unmerge, args.overwrite)
             print(*adapter_exchange.port(args.source, args.target, *how), sep="\n")
@@ -75,7 +75,7 @@ def main():
 
 
 def _parser():
-    parser = command.parser(__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("source", metavar="SOURCE", help="x.pt, diffusers folder, workdir, name ...")
     add("target", metavar="TARGET", help="the other kind; written whole or not at all")
@@ -235,4 +235,4 @@ def _require_equal(found):
 
 
 if __name__ == "__main__":
-    command.script(main)
+    main()

@@ -3,10 +3,7 @@
 What sample.py takes by --weights; a fourth of the bytes on disk and in memory, or less.
 """
 
-import sit_jax.opening
-
-from sit_jax import command
 from sit_jax.cli import quantize
 
 if __name__ == "__main__":
-    command.script(quantize.main)
+    quantize.main()

@@ -4,21 +4,20 @@ The network comes from the weights; sampler and guidance from there too, or from
 preset, a config or the flags. Image i follows from the seed, its label and i alone.
 """
 
-import sit_jax.opening
-
 import dataclasses
 from pathlib import Path
 
 import numpy as np
 
 from configs import published
-from sit_jax import command, hosts
 from sit_jax import config as configs
 from sit_jax.adapters.quantize import FORMS, SKIP, make_quantizer
+from sit_jax.cli.main import entry_point, make_parser, parse_args
 from sit_jax.convert import adapters
 from sit_jax.convert.given import Given, add_untold
 from sit_jax.errors import UserError
 from sit_jax.models import rounding
+from sit_jax.parallel import multihost
 from sit_jax.planning import planning
 from sit_jax.precision.emulation import EMULATED
 from sit_jax.ranges import COUNT, SEED
@@ -39,20 +38,21 @@ from sit_jax.trainer.preview import rows
 # flags beside --from-manifest: where things are, and what runs on how many hosts
 REPEATED = set(
     "from_manifest weights out overwrite force save_noise coordinator processes "
-    "process join_timeout heartbeat_timeout".split()
+    "process heartbeat".split()
 )
 
 
+@entry_point
 def main():
-    args, overrides = command.parse(_parser())
+    args, overrides = parse_args(_parser())
     planning.check(args)
     if args.plan:
         return plan(args, overrides)
     if not args.out:
         raise UserError("--out X is needed: x.png, x.npy, x.npz or folder/")
-    hosts.join(args)
+    multihost.initialize(args)
     program_cache.begin()
-    with hosts.making(args.out):
+    with multihost.lock_output(args.out):
         if args.likelihood:
             return likelihood(args, overrides)
         return sample(args, overrides)
@@ -113,7 +113,7 @@ def likelihood(args, overrides):
 
 
 def _parser():
-    parser = command.parser(__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0])
     what = parser.add_argument_group("what")
     add = what.add_argument
     add("--weights", metavar="PATH", help="workdir, checkpoint, .pt ... or a name")
@@ -143,7 +143,7 @@ def _parser():
     add("--emulate", metavar="PLATFORM", help=", ".join(EMULATED))
     add("--quantize", metavar="FORM", help=FORMS)
     add("--quantize-skip", default=SKIP, metavar="REGEX")
-    hosts.add_flags(parser)
+    multihost.add_flags(parser)
     planning.add_flags(parser)
     return parser
 
@@ -249,4 +249,4 @@ def _columns(args, wanted):
 
 
 if __name__ == "__main__":
-    command.script(main)
+    main()

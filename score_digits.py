@@ -5,11 +5,9 @@ that was asked for, and its hidden layer gives the features for a Frechet distan
 same two figures for real digits stand beside them.
 """
 
-import sit_jax.opening
-
 import numpy as np
 
-from sit_jax import command
+from sit_jax.cli.main import entry_point, make_parser, parse_args
 from sit_jax.data.sources import Digits
 from sit_jax.errors import UserError
 from sit_jax.evaluation.digit_features import DigitFeatures
@@ -18,13 +16,14 @@ from sit_jax.files import as_path, atomic_write, require_free, write_json
 from sit_jax.sampling.array_files import ArrayFile
 
 
+@entry_point
 def main():
-    parser = command.parser(__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("samples", metavar="X.npz", help="from sample.py")
     parser.add_argument("--out", metavar="X.json", help="default: score.json beside it")
     parser.add_argument("--held-out", metavar="X.npz", help="write those digits too")
     parser.add_argument("--overwrite", action="store_true")
-    args, rest = command.parse(parser)
+    args, rest = parse_args(parser)
     if rest:
         raise UserError(f"{rest[0]}: this script has no config")
     out = args.out or as_path(args.samples).with_name("score.json")
@@ -84,4 +83,4 @@ def _samples(path):
 
 
 if __name__ == "__main__":
-    command.script(main)
+    main()

@@ -3,8 +3,6 @@
 The same command in the same workdir goes on where its last checkpoint left off.
 """
 
-import sit_jax.opening
-
 import contextlib
 from functools import partial
 from pathlib import Path
@@ -12,10 +10,11 @@ from pathlib import Path
 import jax
 
 from configs import published
-from sit_jax import command, hosts, rates
 from sit_jax import config as configs
+from sit_jax import rates
 from sit_jax.adapters.weights import join
 from sit_jax.checkpoint import Checkpoints, steps
+from sit_jax.cli.main import StopSignal, entry_point, make_parser, parse_args
 from sit_jax.convert.given import Given, add_flags
 from sit_jax.convert.vae_files import load_vae, with_vae
 from sit_jax.data.cache import about_data, check_cache
@@ -26,7 +25,7 @@ from sit_jax.experiment import check_batch, check_data, check_training
 from sit_jax.files import write_json
 from sit_jax.manifest import environment
 from sit_jax.models.kinds import kind_of
-from sit_jax.parallel import chips, sharding
+from sit_jax.parallel import chips, multihost, sharding
 from sit_jax.planning import planning, program
 from sit_jax.planning.introduction import introduce
 from sit_jax.trainer import curve, heap, program_cache
@@ -38,23 +37,24 @@ from sit_jax.trainer.meter import Meter
 from sit_jax.trainer.replicas import Replicas
 from sit_jax.trainer.start import begin, require_room
 from sit_jax.trainer.watching import Views
-from sit_jax.trainer.workdir import advice, held, open_workdir
+from sit_jax.trainer.workdir import held, open_workdir
 from sit_jax.training.state import ema_item_names, sampled_ema
 from sit_jax.training.step import tensor_names
 
 
+@entry_point
 def main():
-    parser = command.parser(__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, metavar="FILE")
     parser.add_argument("--workdir", metavar="DIR", help="default: runs/CONFIG")
     parser.add_argument("--wandb", metavar="PROJECT", help="also log to wandb")
     add_flags(parser)
-    hosts.add_flags(parser)
+    multihost.add_flags(parser)
     planning.add_flags(parser)
-    args, overrides = command.parse(parser)
+    args, overrides = parse_args(parser)
     planning.check(args)
     if not args.plan:
-        hosts.join(args)
+        multihost.initialize(args, heed_sigterm=True)
         program_cache.begin()
     config = configs.load(args.config)
     configs.override(config, overrides)
@@ -86,7 +86,6 @@ def train(config, workdir, given=NOTHING, wandb=None):
         past = history(folder, first, stored, mesh)
         watch = Replicas(config.get("check_replicas", 0), state)
         workdir = open_workdir(workdir, stored)  # from here on it is this run's
-        hosts.on_loss(partial(advice, folder))
         items = ema_item_names(parts.ema_decay)
         saved = Checkpoints(folder, config.keep_last, config.keep_every, items)
         stack.callback(saved.close)
@@ -94,7 +93,7 @@ def train(config, workdir, given=NOTHING, wandb=None):
         stack.callback(log.close)
         for line in (f"{workdir} {origin}", *past.changes):
             log.say(line)
-        if hosts.first():
+        if multihost.is_primary():
             write_json(workdir / "manifest.json", {"config": stored, **environment()})
         if first >= config.steps:
             log.say(f"nothing to do: config.steps is {config.steps}")
@@ -106,7 +105,7 @@ def train(config, workdir, given=NOTHING, wandb=None):
         introduce(log.say, config, parts, mesh, state, source)
         names = getattr(source, "class_names", None)
         look = Views(log, config, parts, mesh, names)
-        stop = stack.enter_context(command.Stop())
+        stop = stack.enter_context(StopSignal())
         about = {"config": stored, **about_data(source, parts.codec), **more}
         keeper = Keeper(saved, watch, past, about, parts.ema_decay)
         run = (state, feed, log, saved, keeper, look, stop)
@@ -150,11 +149,9 @@ def _loop(config, parts, mesh, source, state, feed, log, saved, keeper, look, st
     first, key = int(state.step), jax.random.key(config.seed)
     names = tensor_names(state)
     shapes = abstract_batch(source, config.batch_size, mesh)
-    with stop.compiling(first):
-        step = _compiled(log, config, parts, mesh, state, shapes, key)
-        keeper.compile(state)
-        look.catch_up(first, _average(state, parts))
-    stop.outlook = keeper.outlook
+    step = _compiled(log, config, parts, mesh, state, shapes, key)
+    keeper.compile(state)
+    look.catch_up(first, _average(state, parts))
     batch = next(feed)  # was read meanwhile
     meter = _meter(config, parts)
     feed.waited()
@@ -165,15 +162,14 @@ def _loop(config, parts, mesh, source, state, feed, log, saved, keeper, look, st
         _report(log, meter.add(at, metrics, feed.waited()), names, config, saved)
         log.progress(at)
         keeper.look(at, state)
-        asked = stop.after(at - first)
+        asked = multihost.reached_stop(at - first, stop.is_set)
         saves = asked or at == config.steps or at % config.save_every == 0
         if saves:
             _report(log, meter.flush(), names, config, saved)
             log.keep()
             meter.pause(keeper.save(at, state))
-        ends = asked or (saves and stop.now())  # if meanwhile, this step is saved
-        meter.pause(look(at, _average(state, parts), ends))
-        if ends or (saves and stop.now()):
+        meter.pause(look(at, _average(state, parts), asked))
+        if asked:
             log.say(f"stopped at step {at}; the same command goes on from there")
             break
     saved.wait()
@@ -238,4 +234,4 @@ def _source(config):
 
 if __name__ == "__main__":
     heap.keep()
-    command.script(main)
+    main()

@@ -24,7 +24,7 @@ from absent import stand_in
 from torch_judge import TorchJudge
 
 import diagnose
-from sit_jax import command
+from sit_jax.cli.main import entry_point, make_parser, parse_args
 from sit_jax.convert import inception_weights
 from sit_jax.convert import reference as originals
 from sit_jax.convert.released import Released
@@ -42,8 +42,9 @@ PACKAGES = ("torch", "timm", "torchdiffeq", "diffusers", "torch-fidelity", "nump
 WIDTHS = ((1,), (3,))  # of pictures
 
 
+@entry_point
 def main():
-    parser = command.parser(__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("--reference", required=True, metavar="DIR", help="a clone of the original")
     add("--collect", required=True, metavar="OUT", help="the bundle, a folder")
@@ -57,7 +58,7 @@ def main():
     add("--tf32", action="store_true", help="as the originals' scripts set it")
     add("--force", action="store_true", help="other weights than the manifest's")
     add("--overwrite", action="store_true")
-    args, rest = command.parse(parser)
+    args, rest = parse_args(parser)
     if rest:
         raise UserError(f"{rest[0]}: this script has no config")
     _check_device(args.device)
@@ -205,4 +206,4 @@ def _device_name(args):
 
 
 if __name__ == "__main__":
-    command.script(main)
+    main()

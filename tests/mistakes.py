@@ -32,8 +32,7 @@ HOSTS = {  # of several processes
     "--coordinator": ("nonsense", ""),
     "--processes": COUNT,
     "--process": WHOLE,
-    "--join-timeout": SECONDS,
-    "--heartbeat-timeout": SECONDS,
+    "--heartbeat": COUNT,
 }
 PLAN = {  # of a run that is only planned
     "--plan": SWITCH,

@@ -90,11 +90,9 @@ def script(*arguments, **options):
 
 def called(main, monkeypatch, capsys, *arguments):
     """Runs a script's main in this process; -> exit code, stdout, stderr."""
-    from sit_jax import command
-
     monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
     try:
-        command.run(main)
+        main()
     except SystemExit as end:
         out, err = capsys.readouterr()
         return end.code, out, err

@@ -124,7 +124,7 @@ def test_configs_have_the_fields_that_are_set(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_names_of_modules_are_in_them(page):
-    """`hosts.heed_stops`, `training.adan`: as written, of our own modules."""
+    """`multihost.barrier`, `training.adan`: as written, of our own modules."""
     modules = {}
     for name in FILES:
         if name.startswith("sit_jax/") and name.endswith(".py"):

@@ -5,9 +5,9 @@ import types
 import numpy as np
 import pytest
 
-from sit_jax import hosts
 from sit_jax.convert import lora_files
 from sit_jax.errors import UserError
+from sit_jax.parallel import multihost
 from sit_jax.sampling import starts
 
 
@@ -16,7 +16,7 @@ def compared(monkeypatch):
     """-> names of the files that hosts would compare, which only several do."""
     names = []
     note = lambda *paths: names.extend(path.name for path in paths)
-    monkeypatch.setattr(hosts, "require_same_files", note)
+    monkeypatch.setattr(multihost, "assert_equal_files", note)
     return names
 
 

@@ -24,27 +24,28 @@ def interrupted(monkeypatch, owner, name, at):
     monkeypatch.setattr(owner, name, calling)
 
 
-@pytest.mark.parametrize("name, at", [("save", 4), ("look", 5)])
-def test_a_signal_finds_the_step_saved(tmp_path, monkeypatch, capfd, name, at):
-    """Once: a step that is being saved is the last one, and no sheet is begun."""
+@pytest.mark.parametrize("name, at, last", [("look", 5, 5), ("save", 4, 5)])
+def test_signal_saves_the_step_in_progress(
+    tmp_path, monkeypatch, capfd, name, at, last
+):
+    """During a step it is the last one; during a save the next one is."""
     interrupted(monkeypatch, Keeper, name, at)
-    config = small.config(save_every=4, sample_every=4 if at == 4 else 99)
+    config = small.config(save_every=4, sample_every=99)
     assert train.train(config, tmp_path) == 0
-    assert checkpoint.steps(tmp_path / "checkpoints") == sorted({4, at})
-    assert list(small.losses(tmp_path)) == list(range(1, at + 1))
+    assert checkpoint.steps(tmp_path / "checkpoints") == [4, last]
+    assert list(small.losses(tmp_path)) == list(range(1, last + 1))
     out, err = capfd.readouterr()
-    assert "ends when this step is saved (" in err and "Ctrl-C again" in err
-    assert f"stopped at step {at}" in out
-    assert ("no samples of step 4 were drawn" in out) == (at == 4)
+    assert "stops after this step and saves it; Ctrl-C again" in err
+    assert f"stopped at step {last}; the same command goes on" in out
 
 
-def test_a_sheet_that_a_stop_left_out_is_drawn_when_the_run_goes_on(
+def test_signal_leaves_out_a_sheet_that_the_resumed_run_draws(
     tmp_path, monkeypatch, capfd
 ):
     config = lambda: small.config(save_every=4, sample_every=4)
     sheet = lambda work: (work / "samples" / "0000004.png").read_bytes()
     with monkeypatch.context() as patch:
-        interrupted(patch, Keeper, "save", 4)
+        interrupted(patch, Keeper, "look", 4)
         assert train.train(config(), tmp_path / "broken") == 0
     assert "step 4 were drawn; a run that goes on does" in capfd.readouterr().out
     assert not (tmp_path / "broken" / "samples").exists()
@@ -58,7 +59,7 @@ def test_a_sheet_that_a_stop_left_out_is_drawn_when_the_run_goes_on(
     assert "drew the samples of step 8" not in capfd.readouterr().out  # it has one
 
 
-def test_a_save_compiles_nothing(tmp_path, monkeypatch):
+def test_save_compiles_nothing(tmp_path, monkeypatch):
     """With copies to be compared: what is compiled after Ctrl-C is waited for."""
     built, saving = [], []
     save = Keeper.save
@@ -84,17 +85,3 @@ def test_a_save_compiles_nothing(tmp_path, monkeypatch):
     finally:
         jax.monitoring.unregister_event_duration_listener(hear)
     assert checkpoint.steps(tmp_path / "checkpoints") == [1, 2] and not built
-
-
-def test_a_signal_during_a_picture_finds_its_step_saved(tmp_path, monkeypatch):
-    """Of a step that has no save of its own, the next one is taken and saved."""
-
-    def look(self, at, average, ends):
-        if at == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return 0.0
-
-    monkeypatch.setattr(train.Views, "__call__", look)
-    assert train.train(small.config(save_every=99), tmp_path) == 0
-    assert checkpoint.steps(tmp_path / "checkpoints") == [4]
-    assert list(small.losses(tmp_path)) == [1, 2, 3, 4]

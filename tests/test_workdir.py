@@ -6,7 +6,6 @@ import os
 
 import pytest
 
-from sit_jax import hosts
 from sit_jax.errors import UserError
 from sit_jax.files import lock
 from sit_jax.trainer.workdir import (
@@ -67,16 +66,6 @@ def test_what_is_refused_leaves_nothing(tmp_path):
         assert place == new and (new / ".lock").exists()
         raise UserError("no such weights")
     assert tree(tmp_path) == before
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_process_0_holds_the_lock_before_another_looks(tmp_path, monkeypatch, first):
-    seen = []
-    monkeypatch.setattr(hosts, "first", lambda: first)
-    monkeypatch.setattr(hosts, "wait", lambda: seen.append(os.listdir(tmp_path)))
-    with held(tmp_path, CONFIG):
-        pass
-    assert seen == [[".lock"] if first else []] and os.listdir(tmp_path) == []
 
 
 def test_the_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):

@@ -21,11 +21,10 @@ from PIL import Image
 RUN = """
 import sys, time
 import {script}
-from sit_jax import command
 {patch}
 sys.argv[0] = "{script}.py"
 print("ready", file=sys.stderr, flush=True)
-command.script({script}.main)
+{script}.main()
 """
 ENCODER = """
 from toy_codec import toy

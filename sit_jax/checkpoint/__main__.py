@@ -4,18 +4,19 @@ python -m sit_jax.checkpoint verify DIR ends with exit code 0 if no step is dama
 if one is, and 2 if there is no step.
 """
 
-from sit_jax import command
 from sit_jax.checkpoint.checksums import damages, has_checksums
 from sit_jax.checkpoint.store import find_step, steps
+from sit_jax.cli.main import entry_point, make_parser, parse_args
 from sit_jax.errors import UserError
 from sit_jax.files import absolute_path
 
 
+@entry_point
 def main():
-    parser = command.parser(__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("what", choices=["verify"])
     parser.add_argument("directory", metavar="DIR", help="workdir, checkpoints or step")
-    args, rest = command.parse(parser)
+    args, rest = parse_args(parser)
     if rest:
         raise UserError(f"{rest[0]}: this command has no config")
     directory, newest = find_step(args.directory)
@@ -42,4 +43,4 @@ def _report(step):
 
 
 if __name__ == "__main__":
-    command.script(main)
+    main()

@@ -19,10 +19,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import type_handlers
 
-from sit_jax import hosts
 from sit_jax.checkpoint.checksums import damages, has_checksums, write_checksums
 from sit_jax.errors import UserError
 from sit_jax.files import absolute_path as as_path
+from sit_jax.parallel import multihost
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates; it also raises
 
@@ -340,7 +340,7 @@ def _require_intact_everywhere(directory, step, older):
     has_older = any(has_checksums(directory / str(number)) for number in older)
     if has_older and not has_checksums(directory / str(step)):
         reason = "it has no checksums, though an older step has"
-    for process, other in enumerate(hosts.exchange(reason)):
+    for process, other in enumerate(multihost.all_gather(reason)):
         if other is not None and reason is None:
             reason = f"process {process} says: {other}"
     if reason is not None:
@@ -355,10 +355,10 @@ def _set_aside(directory, step):
         for n in itertools.count(1)
         if (name := f"{step}.damaged{n if n > 1 else ''}") not in taken
     )
-    hosts.wait()  # all have looked before the first process renames
-    if hosts.first():
+    multihost.barrier()  # all have looked before the first process renames
+    if multihost.is_primary():
         (directory / str(step)).rename(directory / aside)
-    hosts.wait()
+    multihost.barrier()
     return aside
 
 

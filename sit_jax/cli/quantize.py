@@ -11,20 +11,22 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no accelerator is needed, so no
 from typing import Any
 
 from configs import published
-from sit_jax import checkpoint, command, hosts
+from sit_jax import checkpoint
 from sit_jax.adapters.quantize import FORMS, SKIP, make_quantizer, quantize_stream
+from sit_jax.cli.main import entry_point, make_parser, parse_args
 from sit_jax.config import to_json
 from sit_jax.convert import conversion
 from sit_jax.convert.given import Given, add_untold
 from sit_jax.errors import UserError
 from sit_jax.files import atomic_write, require_free, require_space
 from sit_jax.manifest import weights_hash
-from sit_jax.parallel import chips
+from sit_jax.parallel import chips, multihost
 
 
+@entry_point
 def main() -> int:
     """Runs quantize.py with the arguments of the process; returns the exit code."""
-    parser = command.parser(__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("source", metavar="SOURCE", help="workdir, checkpoint, .pt ... or a name")
     add("target", metavar="TARGET", help="directory; written whole or not at all")
@@ -33,11 +35,11 @@ def main() -> int:
     add("--no-ema", action="store_true", help="the weights themselves, not their EMA")
     add_untold(add)
     add("--overwrite", action="store_true")
-    args, overrides = command.parse(parser)
+    args, overrides = parse_args(parser)
     if overrides:
         raise UserError(f"{overrides[0]}: the config is that of the weights")
     make_quantizer(args.form, args.skip)  # refuses a wrong form before anything is read
-    with hosts.making(args.target):
+    with multihost.lock_output(args.target):
         quantize(args)
     return 0
 

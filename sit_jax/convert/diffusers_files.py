@@ -10,12 +10,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from sit_jax import hosts
 from sit_jax.convert import torch_files
 from sit_jax.convert.rules import join_names
 from sit_jax.errors import UserError
 from sit_jax.files import as_path, local_path
 from sit_jax.models.layers import grid_embedding
+from sit_jax.parallel import multihost
 
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second until 2024
 STEM = "diffusion_pytorch_model"
@@ -67,7 +67,7 @@ def read(path):
     file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if file is None:
         raise UserError(f"{folder} has no {' and no '.join(WEIGHTS)}")
-    hosts.require_same_files(file, folder / "config.json")
+    multihost.assert_equal_files(file, folder / "config.json")
     found = torch_files.read(file)
     state = Released(file, found.ema, config)
     return dataclasses.replace(

@@ -10,13 +10,13 @@ import re
 
 import numpy as np
 
-from sit_jax import hosts
 from sit_jax.convert.lora_names import Pair, from_diffusers, to_diffusers
 from sit_jax.convert.lora_numbers import require_numbers
 from sit_jax.convert.rules import join_names
 from sit_jax.convert.tensor_files import Tensors, open_file
 from sit_jax.errors import UserError
 from sit_jax.files import as_path, local_path, parse_json
+from sit_jax.parallel import multihost
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DIFFUSERS = "pytorch_lora_weights.safetensors"
@@ -74,7 +74,7 @@ def read(path):
     told = file.parent / CONFIG
     beside = [told] if told.is_file() and file.name != DIFFUSERS else []
     config = _config(told) if beside else {}
-    hosts.require_same_files(file, *beside)
+    multihost.assert_equal_files(file, *beside)
     opened = open_file(file)
     if not opened.is_state(opened.content()):
         raise UserError(f"{file} holds no table of tensors")

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from sit_jax import hosts
 from sit_jax.convert import torch_files
 from sit_jax.convert.infer_config import mdt_family
 from sit_jax.convert.tensor_files import INDEX, open_file
 from sit_jax.errors import UserError
+from sit_jax.parallel import multihost
 
 
 def read(path):
@@ -24,7 +24,7 @@ def read(path):
     Also of all other kinds, as torch_files.read.
     """
     file = torch_files.read(path)
-    hosts.require_same_files(file.path, *_beside(file.path))
+    multihost.assert_equal_files(file.path, *_beside(file.path))
     number = number_of(file.path)
     if number is None or mdt_family(file.model) is None:
         return file

@@ -6,7 +6,6 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from sit_jax import hosts
 from sit_jax.convert import releases, torch_files
 from sit_jax.convert.rules import (
     join_names,
@@ -20,6 +19,7 @@ from sit_jax.errors import UserError
 from sit_jax.files import parse_json
 from sit_jax.models.codec import Latents, Vae
 from sit_jax.models.vae import AutoencoderKL
+from sit_jax.parallel import multihost
 from sit_jax.parallel.sharding import put
 from sit_jax.precision import policy
 
@@ -57,7 +57,7 @@ def load_vae(source, word="exact", place=None, **fields):
     path, config = _files(source)
     model, scale = described(config) if config else (AutoencoderKL(), SCALE)
     params = _params(path, model, config)
-    hosts.require_same_files(path, *filter(None, [config]))
+    multihost.assert_equal_files(path, *filter(None, [config]))
     chosen = policy.get_precision(word)
     return Vae(
         params=put(params, place),

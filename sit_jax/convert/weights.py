@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sit_jax import checkpoint, hosts
+from sit_jax import checkpoint
 from sit_jax.adapters.quantize import quantized_shapes
 from sit_jax.adapters.weights import merge_adapters
 from sit_jax.config import from_json
@@ -19,6 +19,7 @@ from sit_jax.convert.tensor_files import KINDS
 from sit_jax.errors import UserError
 from sit_jax.experiment import recipe
 from sit_jax.files import as_path
+from sit_jax.parallel import multihost
 from sit_jax.parallel.sharding import everywhere, shaped
 from sit_jax.training.state import init_params
 
@@ -93,7 +94,7 @@ def open_weights(path, torch_file):
     found = Directory(*checkpoint.find_step(path))
     step = found.path / str(found.step)
     same = checkpoint.step_digest(step)
-    hosts.require_same(f"sums of {step}", same, "all processes need the same step")
+    multihost.assert_equal(f"sums of {step}", same, "all processes need the same step")
     if same is None:
         line = f"{step} has no sums: damage would not be noticed"
         print(line, file=sys.stderr)

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sit_jax import hosts
 from sit_jax.data.filling import finish, missing, open_plan, shard
 from sit_jax.data.images import CROP
 from sit_jax.data.reading import Broken, read_with_gaps
@@ -23,6 +22,7 @@ from sit_jax.data.tags import PLAN, Tags, default_shards
 from sit_jax.data.workers import Workers
 from sit_jax.errors import UserError
 from sit_jax.files import local_path
+from sit_jax.parallel import multihost
 from sit_jax.parallel.sharding import BATCH, everywhere, make_mesh, split_batch
 
 MOST = 1024  # shards of a cache
@@ -86,8 +86,10 @@ def extract(
     as other processes' shards are missing. show(images, of) hears of every batch.
     """
     # processes that never meet have a lock each: only none may be there twice
-    name = "lock" if count == hosts.count() else f"lock.{process}-of-{count}"
-    with hosts.alone(local_path(out), name):
+    name = (
+        "lock" if count == multihost.process_count() else f"lock.{process}-of-{count}"
+    )
+    with multihost.lock(local_path(out), name):
         return _extracted(
             source,
             codec,
@@ -120,22 +122,22 @@ def _extracted(
                     broken.add(batch.broken, "it is left out")
                     filled.add(*_whole(batch, source), batch.broken)
                     show(len(batch.ids), total)
-    hosts.wait()
-    about = finish(path, tags, source.class_names) if hosts.first() else None
-    if hosts.several() and hosts.first() and about is None:
+    multihost.barrier()
+    about = finish(path, tags, source.class_names) if multihost.is_primary() else None
+    if multihost.process_count() > 1 and multihost.is_primary() and about is None:
         raise UserError(
             f"{path} lacks shards that other processes have written; it must be on a "
             "file system that all hosts share"
         )
-    return total, hosts.told(about)
+    return total, multihost.broadcast(about)
 
 
 def _planned(out, tags):
     """-> the folder of the cache, which process 0 makes and the others see."""
     path = local_path(out)
-    if hosts.first():
+    if multihost.is_primary():
         open_plan(out, tags)
-    hosts.require_shared(path / PLAN)
+    multihost.assert_shared(path / PLAN)
     return open_plan(out, tags)
 
 

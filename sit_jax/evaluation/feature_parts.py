@@ -7,9 +7,9 @@ same to the bit: a batch comes back from the disk as it was made.
 import hashlib
 import json
 
-from sit_jax import hosts
 from sit_jax.files import require_space
 from sit_jax.manifest import environment
+from sit_jax.parallel import multihost
 from sit_jax.sampling.parts import Parts, parts_size
 
 FLOAT = 4  # bytes
@@ -26,12 +26,12 @@ class FeatureParts:
         self._source, self._extractor, self._out = source, extractor, out
         self.count = -(-source.count // extractor.batch_size)
         self._parts, todo = None, None
-        if hosts.first():
+        if multihost.is_primary():
             digest = _digest(source, extractor)
             self._parts = Parts(out, digest, overwrite=True, writes=writes)
             todo = self._parts.checked(self.count)
             require_space(out, self._needed())
-        self.todo = hosts.told(todo)
+        self.todo = multihost.broadcast(todo)
 
     def __iter__(self):
         """Yields the features of every batch, of those that are there from the disk."""

@@ -3,11 +3,11 @@
 import contextlib
 import dataclasses
 
-from sit_jax import hosts
 from sit_jax.evaluation import summary
 from sit_jax.evaluation.feature_parts import FeatureParts
 from sit_jax.evaluation.features import remembered, write_features
 from sit_jax.files import absolute_path, require_free
+from sit_jax.parallel import multihost
 from sit_jax.sampling.parts import is_begun, remove_parts
 
 SIDES = ("samples", "reference", "statistics")  # whose features lie beside the output
@@ -16,9 +16,9 @@ SIDES = ("samples", "reference", "statistics")  # whose features lie beside the 
 @contextlib.contextmanager
 def unfinished(out, overwrite, saved=None):
     """Gives an Unfinished whose output no other run makes meanwhile."""
-    with hosts.making(out):
+    with multihost.lock_output(out):
         work = Unfinished(out, overwrite, saved)
-        hosts.wait()  # until all have seen that these places are free
+        multihost.barrier()  # until all have seen that these places are free
         yield work
 
 
@@ -61,7 +61,7 @@ class Unfinished:
             features.tell(name)
         else:
             features = source.features()
-        if not hosts.first():
+        if not multihost.is_primary():
             return features.compute() if source.needs_network else None
         with tqdm(total=source.count, unit="image", disable=None) as bar:
             batches, store = summary.counted(features, bar.update), {}

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sit_jax import hosts
 from sit_jax.adapters.apply import apply_model
 from sit_jax.config import build, to_json
 from sit_jax.diffusion import rng
@@ -22,7 +21,7 @@ from sit_jax.errors import UserError
 from sit_jax.experiment import check_data, recipe
 from sit_jax.files import atomic_write, require_free, write_json
 from sit_jax.manifest import environment, weights_hash
-from sit_jax.parallel import sharding
+from sit_jax.parallel import multihost, sharding
 from sit_jax.precision import policy
 from sit_jax.ranges import COUNT
 from sit_jax.samplers.adaptive_ode import AdaptiveODE
@@ -99,7 +98,7 @@ def measure(weights, config, out, item, survey):
     rows = []
     with _bar(len(ids)) as bar:
         firsts = range(0, len(ids), batch)
-        for first in firsts[hosts.index() :: hosts.count()]:
+        for first in firsts[multihost.process_index() :: multihost.process_count()]:
             index = np.minimum(np.arange(first, first + batch), len(ids) - 1)
             real = min(batch, len(ids) - first)
             records = [source[int(ids[i])] for i in index]
@@ -118,8 +117,8 @@ def measure(weights, config, out, item, survey):
                 for j, i in enumerate(index[:real])
             ]
             bar.update(real)
-    rows = sorted(row for some in hosts.exchange(rows) for row in some)
-    if not hosts.first():
+    rows = sorted(row for some in multihost.all_gather(rows) for row in some)
+    if not multihost.is_primary():
         return []
     return _written(out, rows, config, survey, item, params, parts, source)
 

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from sit_jax import config as configs
-from sit_jax import hosts
 from sit_jax.adapters.quantize import quantize_params
 from sit_jax.convert import vae_files
 from sit_jax.convert.adapters import put_all
@@ -22,7 +21,7 @@ from sit_jax.manifest import environment, weights_hash
 from sit_jax.models import attention
 from sit_jax.models.codec import Latents
 from sit_jax.models.rounding import ROUNDINGS
-from sit_jax.parallel import sharding
+from sit_jax.parallel import multihost, sharding
 from sit_jax.precision import emulation, policy, probe
 from sit_jax.sampling import outputs
 from sit_jax.sampling.generation import Generator
@@ -108,11 +107,11 @@ def draw(room, out, overwrite=False, columns=None, frames=False):
     make = Generator(room.parts, room.params, room.mesh, batch_size, **beside)
     parts = _parts(out, job, overwrite)
     count = -(-len(job.labels) // make.batch_size)
-    todo = hosts.told(parts.checked(count) if hosts.first() else None)
+    todo = multihost.broadcast(parts.checked(count) if multihost.is_primary() else None)
     some = partial(make, job.seed, job.labels, start, given=given)
     mine, seconds = _draw_share(room, out, parts, some, make.batch_size, todo)
-    drawn = sum(hosts.exchange(mine))
-    if not hosts.first():
+    drawn = sum(multihost.all_gather(mine))
+    if not multihost.is_primary():
         return []
     _require_all(parts, count)
     found = summary(parts, count)
@@ -140,7 +139,7 @@ def _draw_share(room, out, parts, some, batch_size, todo):
     length = len(room.job.labels)
     sizes = np.diff([*range(0, length, batch_size), length])
     there = length - int(sizes[todo].sum())
-    todo = todo[hosts.index() :: hosts.count()]
+    todo = todo[multihost.process_index() :: multihost.process_count()]
     mine = int(sizes[todo].sum())
     begun = time.perf_counter()
     with _bar(there, mine) as bar:
@@ -170,9 +169,9 @@ def _needed(room, out):
 
 def _parts(out, job, overwrite):
     """-> Parts, made by process 0; two processes must not start over in turn."""
-    hosts.require_same("the job", job.digest[:12], "their configs or files differ")
-    ours = Parts(out, job.digest, overwrite, [out]) if hosts.first() else None
-    hosts.require_shared(parts_mark(out))
+    multihost.assert_equal("the job", job.digest[:12], "their configs or files differ")
+    ours = Parts(out, job.digest, overwrite, [out]) if multihost.is_primary() else None
+    multihost.assert_shared(parts_mark(out))
     return ours or Parts(out, job.digest)
 
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from sit_jax import hosts
 from sit_jax.diffusion import rng
 from sit_jax.diffusion.guidance import is_unguided
 from sit_jax.errors import UserError
 from sit_jax.files import as_path, is_remote
+from sit_jax.parallel import multihost
 from sit_jax.sampling import array_files, outputs
 from sit_jax.sampling.torch_noise import torch_noise
 
@@ -27,7 +27,7 @@ def noise_of(room):
     if not job.noise.startswith("torch:"):
         start = given_noise(job.noise, shape)
         if not is_remote(job.noise):
-            hosts.require_same_files(as_path(job.noise))
+            multihost.assert_equal_files(as_path(job.noise))
         return start, None, 0
     check(job.noise)
     sampler = room.parts.sampler
@@ -79,6 +79,6 @@ def save(path, room, overwrite):
         overwrite = outputs.is_array(path, array)  # of a run that was killed
     path = outputs.check(path, overwrite)
     array = starts(room) if array is None else array
-    hosts.wait()  # until all have seen that the place is free
-    if hosts.first():
+    multihost.barrier()  # until all have seen that the place is free
+    if multihost.is_primary():
         outputs.save_array(path, array)

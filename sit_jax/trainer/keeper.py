@@ -30,11 +30,3 @@ class Keeper:
         meta = {**self._about, **self._past.meta(step), **meta}
         self._saved.save(step, meta, **items)
         return time.perf_counter() - begun
-
-    def outlook(self):
-        """What a run that is asked to stop waits for, in words."""
-        took = self._saved.save_seconds
-        known = (
-            "nothing was saved yet" if took is None else f"the last took {took:.1f} s"
-        )
-        return f"ends when this step is saved ({known})"

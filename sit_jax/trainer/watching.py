@@ -1,7 +1,7 @@
 """What is seen of a network in training: sheets of samples and a curve of FIDs."""
 
-from sit_jax import hosts
 from sit_jax.errors import UserError
+from sit_jax.parallel import multihost
 from sit_jax.planning.program import as_sampled
 from sit_jax.trainer.curve import curve
 from sit_jax.trainer.preview import Preview
@@ -22,7 +22,7 @@ class Views:
             (config.get("evaluate_every", 0), _curve(log, config, mesh, *sampled)),
         ]
         able = [each is not _nothing for _, each in self._looks]
-        hosts.require_same(
+        multihost.assert_equal(
             "able to draw sheets and FIDs", able, "give all hosts the Inception weights"
         )
         self._able = able[0]
@@ -45,7 +45,7 @@ class Views:
         A stop leaves it out, and a kill may have come before it.
         """
         due = self._able and self._sheets and at and at % self._sheets == 0
-        if due and hosts.told(self._log.lacks(at, "samples")):
+        if due and multihost.broadcast(self._log.lacks(at, "samples")):
             self(at, average)
 
 

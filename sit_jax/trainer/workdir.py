@@ -4,11 +4,11 @@ import contextlib
 import hashlib
 import json
 
-from sit_jax import hosts
 from sit_jax.checkpoint import steps
 from sit_jax.config import difference
 from sit_jax.errors import UserError
 from sit_jax.files import as_path, read_json, write_json
+from sit_jax.parallel import multihost
 
 # Fields that a run may be continued with at other values than it began with. None of
 # them changes what a training step computes, but for the batch's size: history.py.
@@ -48,7 +48,7 @@ def held(path, config):
     That comes before the first look into it: another run may be replacing what is
     there. Afterwards a folder that is not free for this JSON config is refused.
     """
-    with hosts.alone(path):
+    with multihost.lock(path):
         path = check_workdir(path, config)
         agree(config, path / "checkpoints")
         yield path
@@ -74,13 +74,13 @@ def open_workdir(path, config):
     """
     path = check_workdir(path, config)
     try:
-        if hosts.first():
+        if multihost.is_primary():
             path.mkdir(parents=True, exist_ok=True)
             write_json(path / "config.json", config)
     except OSError as error:
         reason = f"{error.filename or path}: {error.strerror or error}"
         raise UserError(f"{reason}; take another --workdir") from error
-    hosts.require_shared(path / "config.json")
+    multihost.assert_shared(path / "config.json")
     return path
 
 
@@ -90,20 +90,11 @@ def agree(config, folder):
         :12
     ]
     remedy = "their config files differ: bring them to the same version"
-    hosts.require_same("the config's sha256", digest, remedy)
+    multihost.assert_equal("the config's sha256", digest, remedy)
     remedy = "the workdir must be on a file system that all hosts share"
-    hosts.require_same(f"newest step in {folder}", steps(folder)[-1:], remedy)
-    if hosts.several():
+    multihost.assert_equal(f"newest step in {folder}", steps(folder)[-1:], remedy)
+    if multihost.process_count() > 1:
         print(f"config {digest} on all of them", flush=True)
-
-
-def advice(folder):
-    """How to go on when a host is lost."""
-    newest = steps(folder)[-1:] or ["no step"]
-    return (
-        f"{newest[0]} is the newest checkpoint in {folder}; the same command goes on "
-        "from there, on as many processes as there are"
-    )
 
 
 def check_same(path, before, now):

@@ -21,9 +21,8 @@ assert libc.unshare(0x00020000) == 0, ctypes.get_errno()  # CLONE_NEWNS
 subprocess.run(["mount", "--make-rprivate", "/"], check=True)
 subprocess.run(["mount", "--bind", bad, good], check=True)
 import train
-from sit_jax import command
 sys.argv = ["train.py", *argv]
-command.script(train.main)
+train.main()
 """
 FIELDS = ("--config.save_every=3", "--config.preview=0")
 

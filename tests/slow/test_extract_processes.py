@@ -16,14 +16,13 @@ from sit_jax.data.cache import LatentCache
 RUN = """
 import time
 import extract_features
-from sit_jax import command
 from toy_codec import toy
 
 slow = {slow}
 read = extract_features.ImageFolder.read
 extract_features.ImageFolder.read = lambda s, i: (time.sleep(slow), read(s, i))[1]
 extract_features.load = lambda vae, precision: toy()
-command.script(extract_features.main)
+extract_features.main()
 """
 IMAGES = 240
 

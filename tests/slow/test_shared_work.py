@@ -18,19 +18,17 @@ from sit_jax.data.sources import Digits
 
 EXTRACT = """
 import extract_features
-from sit_jax import command
 from toy_codec import toy
 extract_features.load = lambda vae, precision: toy()
-command.script(extract_features.main)
+extract_features.main()
 """
 EVALUATE = """
 import evaluate
-from sit_jax import command
 import judged as t
 evaluate.inception_weights.load = lambda path: t.weights()
 evaluate.inception_extractor = t.extractor
 t.evaluation.LEAST = 205
-command.script(evaluate.main)
+evaluate.main()
 """
 
 
