@@ -11,24 +11,23 @@ import jax
 
 from configs import published
 from sit_jax import config as configs
-from sit_jax import rates
 from sit_jax.adapters.weights import join
 from sit_jax.checkpoint import Checkpoints, steps
 from sit_jax.cli.main import StopSignal, entry_point, make_parser, parse_args
 from sit_jax.convert.given import Given, add_flags
 from sit_jax.convert.vae_files import load_vae, with_vae
-from sit_jax.data.cache import about_data, check_cache
+from sit_jax.data.cache import about_data
 from sit_jax.data.feed import abstract_batch, batches
 from sit_jax.data.sources import Synthetic
 from sit_jax.errors import UserError
-from sit_jax.experiment import check_batch, check_data, check_training
+from sit_jax.experiment import validate
 from sit_jax.files import write_json
 from sit_jax.manifest import environment
 from sit_jax.models.kinds import kind_of
 from sit_jax.parallel import chips, multihost, sharding
 from sit_jax.planning import planning, program
 from sit_jax.planning.introduction import introduce
-from sit_jax.trainer import curve, heap, program_cache
+from sit_jax.trainer import heap, program_cache
 from sit_jax.trainer.adapting import begin_adapted
 from sit_jax.trainer.history import history
 from sit_jax.trainer.keeper import Keeper
@@ -113,17 +112,12 @@ def train(config, workdir, given=NOTHING, wandb=None):
 
 
 def _made(config, mesh):
-    """-> source and recipe of a config that fit each other and the mesh."""
+    """-> source and experiment of a config that fit each other and the mesh."""
     source = _source(config)
     if config.get("count_classes"):
         config.model.classes = source.classes
-    rates.check(config)
-    parts = _recipe(config, mesh)
-    check_training(config, source)
-    check_batch(config, sharding.rows(mesh))
-    curve.check(config)
-    check_cache(source, parts.codec, parts.shape)
-    check_data(parts, source)
+    parts = _experiment(config, mesh)
+    validate(config, parts, source, mesh)
     return source, parts
 
 
@@ -136,8 +130,8 @@ def _begin(config, parts, mesh, folder, given):
     return begin_adapted(*where, given.path)
 
 
-def _recipe(config, mesh):
-    """The recipe with its VAE, and a model that computes as training shall."""
+def _experiment(config, mesh):
+    """The experiment with its VAE, and a model that computes as training shall."""
     parts = program.training_recipe(config)
     if config.get("vae"):
         place = sharding.everywhere(mesh)

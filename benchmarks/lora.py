@@ -29,7 +29,7 @@ from configs.lora_xl2 import get_config
 from sit_jax.adapters.apply import apply_model
 from sit_jax.adapters.weights import merge_adapters, quantize_int8, replace_weights
 from sit_jax.diffusion.interpolant import Interpolant
-from sit_jax.experiment import recipe
+from sit_jax.experiment import build_experiment
 from sit_jax.models.codec import Latents
 from sit_jax.models.dit import SIZES, SiT
 from sit_jax.models.layers import REMAT
@@ -48,7 +48,7 @@ def main():
     parser.add_argument("--reference", metavar="DIR", help="models.py of SiT in torch")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    adapter = recipe(get_config()).adapter
+    adapter = build_experiment(get_config()).adapter
     model = SiT(patch=2, remat=args.remat, **SIZES[args.size])
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(

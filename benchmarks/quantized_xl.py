@@ -26,9 +26,9 @@ from functools import partial
 from configs.sit_xl2 import get_config
 from sit_jax import checkpoint
 from sit_jax.config import to_json
-from sit_jax.recipe import recipe
+from sit_jax.experiment import build_experiment
 from sit_jax.training.state import init_params
-parts, rng = recipe(get_config()), np.random.default_rng(0)
+parts, rng = build_experiment(get_config()), np.random.default_rng(0)
 like = jax.eval_shape(partial(init_params, parts.model, parts.shape), jax.random.key(0))
 def draw(path, leaf):
     width = leaf.shape[-2] ** -0.5 if path[-1].key == "kernel" else 0.02

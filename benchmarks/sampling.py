@@ -22,7 +22,7 @@ from absent import stand_in
 
 from configs.sit_xl2 import get_config
 from sit_jax.config import spec
-from sit_jax.experiment import recipe
+from sit_jax.experiment import build_experiment
 from sit_jax.models.dit import SIZES, SiT
 from sit_jax.parallel import sharding
 from sit_jax.samplers.adaptive_ode import AdaptiveODE
@@ -67,7 +67,7 @@ def ours(size, sampler, batch, repeats):
     config.guidance = 1.5
     with config.ignore_type():
         config.sampler = sampler
-    parts = recipe(config)
+    parts = build_experiment(config)
     mesh = sharding.make_mesh(data=-1, fsdp=1)
     params = random_params(parts)
     begun = time.perf_counter()

@@ -154,7 +154,7 @@ def chain(parts, net, z, guided, steps, found):
 def pictures(codec, vae, latents):
     """-> decoded floats and bytes, if there is a way to pictures.
 
-    codec: of a Recipe; vae: autoencoder(codec).
+    codec: of an Experiment; vae: autoencoder(codec).
     """
     if isinstance(codec, Latents):
         return {}

@@ -2,8 +2,9 @@
 
 A spec lists every field of make with its default, so each of them can be set from the
 command line (--config.model.depth=4) and a misspelled one is refused. As JSON a
-constructor is its full name; only names of ALLOWED packages are turned back into
-constructors, so a config that comes with a checkpoint cannot name anything else.
+constructor is its full name. A stored config is a stranger's data: from_json looks a
+name up only if ROLES allows it for the field in which it stands, and leaves any other
+as an Unavailable, which build() refuses.
 """
 
 import dataclasses
@@ -19,19 +20,38 @@ from pathlib import Path
 from sit_jax.errors import UserError
 from sit_jax.ranges import ONLY_FILE, check_fields
 
-# Of data only the sources: other modules there also write.
-OURS = (
-    "training.optimizers models.codec data.archives data.arrays data.cache data.cifar "
-    "data.folders data.further data.prepared data.sources data.styles "
-    "evaluation.digit_features diffusion adapters.lora models models.rounding samplers"
-)
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """What the constructors are like that a stored config may name in one field.
+
+    packages: where they are defined. attribute: what each of their classes has.
+    functions: whether a function may be called too, as optax's are.
+    """
+
+    packages: tuple[str, ...]
+    attribute: str = "__init__"
+    functions: bool = False
+
+
+ROLES = {  # field of a config -> what may stand there, and in its fields
+    "model": Role(("sit_jax.models",), "classes"),
+    "process": Role(("sit_jax.diffusion",)),
+    "timesteps": Role(("sit_jax.diffusion",)),
+    "guidance": Role(("sit_jax.diffusion",)),
+    "sampler": Role(("sit_jax.samplers", "sit_jax.diffusion", "diffrax")),
+    "codec": Role(("sit_jax.models",), "decode"),
+    "adapter": Role(("sit_jax.adapters",)),
+    "optimizer": Role(("sit_jax.training", "optax"), functions=True),
+    "source": Role(("sit_jax.data",), "__getitem__"),
+    "reference": Role(("sit_jax.data",), "__getitem__"),
+    "features": Role(("sit_jax.evaluation",), "__call__"),
+}
 REASONS = {  # how absl's words begin: what they mean
     "('Non-boolean argument": "it must be True or False",
     "invalid literal for int()": "it must be a whole number, in digits",
     "could not convert string to float": "it must be a number",
 }
-ALLOWED = (*(f"sit_jax.{name}" for name in OURS.split()), "optax", "diffrax")
-
 # Names in configs stored by sit_jax 0.1, below sit_jax -> what they are now: a module,
 # or a class of its own; and fields of a class that had another name.
 MOVED = {
@@ -94,7 +114,15 @@ RENAMED_FIELDS = {}  # new name of a class, below sit_jax -> {old field: new fie
 
 
 def spec(make, **fields):
-    """-> ConfigDict of make and all its fields; unknown ones are refused."""
+    """Returns the ConfigDict of a constructor and all its fields.
+
+    Args:
+      make: a class or function.
+      **fields: what differs from its defaults.
+
+    Raises:
+      UserError: there is no such field.
+    """
     from ml_collections import ConfigDict
 
     known = _fields(make)
@@ -107,15 +135,29 @@ def spec(make, **fields):
     return ConfigDict({"make": make, **values}, convert_dict=False)
 
 
+class Unavailable:
+    """A name in a stored config that is not allowed where it stands, and why."""
+
+    def __init__(self, name, reason):
+        self.__name__, self.reason = name, reason
+
+
 def build(node):
-    """The object a spec stands for; anything else is returned as it is."""
+    """Returns the object that a spec stands for; anything else as it is.
+
+    Raises:
+      UserError: a field does not fit its annotation, is missing, or is refused by the
+        constructor; or a stored config names what it may not.
+    """
     from ml_collections import ConfigDict
 
+    if isinstance(node, Unavailable):
+        raise UserError(node.reason)
     if isinstance(node, (tuple, list)):
         return type(node)([build(item) for item in node])
     if not isinstance(node, ConfigDict):
         return node
-    make = node.get("make", dict)
+    make = build(node.get("make", dict))
     if not callable(make):
         raise UserError(f"make is {make!r}; only a config file can name a constructor")
     fields = {name: _value(node, name) for name in node if name != "make"}
@@ -129,7 +171,7 @@ def build(node):
 
 
 def load(path):
-    """The config of a Python file with a get_config(), run as a module."""
+    """Returns the config of a Python file with a get_config(), run as a module."""
     path = Path(path)
     if not path.is_file():
         beside = sorted(file.name for file in path.parent.glob("*.py"))
@@ -176,7 +218,7 @@ def override(config, arguments):
 
 
 def to_json(node):
-    """A config as plain JSON values; constructors become their full names."""
+    """Returns a config as plain JSON values; constructors become their full names."""
     from ml_collections import ConfigDict, FieldReference
 
     if isinstance(node, FieldReference):
@@ -189,6 +231,8 @@ def to_json(node):
         return node.item()
     if node is None or isinstance(node, (bool, int, float, str)):
         return node
+    if isinstance(node, Unavailable):
+        return {"name": node.__name__}
     if callable(node) and hasattr(node, "__qualname__"):
         if "<" in node.__qualname__:  # <lambda>, <locals>
             raise UserError(f"{node.__qualname__} has no name; define it in a module")
@@ -196,20 +240,34 @@ def to_json(node):
     raise UserError(f"a config cannot hold {node!r}; write it as a spec")
 
 
-def from_json(value):
-    """The config that to_json wrote; names outside ALLOWED are refused."""
+def from_json(value, role=None):
+    """Returns the config that to_json wrote, with every default of its time.
+
+    Args:
+      value: JSON of a whole config, or of the one field `role`.
+      role: a key of ROLES, which says which names may be looked up. Names that may
+        not become Unavailable: nothing of theirs is imported, and build() refuses them.
+
+    Raises:
+      UserError: the JSON is no config.
+    """
     from ml_collections import ConfigDict
 
     if isinstance(value, list):
-        return tuple(from_json(item) for item in value)
+        return tuple(from_json(item, role) for item in value)
     if not isinstance(value, dict):
         return value
     if set(value) == {"name"}:
-        return _named(value["name"])
-    items = {key: _settable(from_json(item)) for key, item in value.items()}
-    if callable(make := items.get("make")):
-        fields = RENAMED_FIELDS.get(_full_name(make).removeprefix("sit_jax."), {})
-        items = {fields.get(key, key): item for key, item in items.items()}
+        return _look_up(value["name"], role)
+    items = {
+        key: _settable(from_json(item, role or key)) for key, item in value.items()
+    }
+    make = items.get("make")
+    if callable(make):
+        renamed = RENAMED_FIELDS.get(_full_name(make).removeprefix("sit_jax."), {})
+        items = {renamed.get(key, key): item for key, item in items.items()}
+        if not _is_constructor(make, role):
+            items["make"] = _unavailable(_full_name(make), role)
     try:
         return ConfigDict(items, convert_dict=False)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -217,7 +275,7 @@ def from_json(value):
 
 
 def difference(one, other):
-    """Fields in which two JSON configs differ: [(dotted name, value, value)]."""
+    """Returns [(dotted name, value, value)] of what differs in two JSON configs."""
     one, other = _flat(one), _flat(other)
     names = sorted(set(one) | set(other))
     absent = "(absent)"
@@ -259,19 +317,36 @@ def _value(node, name):
         raise UserError(f"{make} needs a value for its field {name!r}") from error
 
 
-def _named(name):
-    """The object of that full name; a name that only leads to another is refused."""
+def _look_up(name, role):
+    """Returns the class or function of that full name, or an Unavailable."""
     name = _moved(str(name))
-    if not name.startswith(tuple(f"{package}." for package in ALLOWED)):
-        raise UserError(f"a stored config names {name!r}, which is not a known object")
+    packages = ROLES[role].packages if role in ROLES else ()
+    if not name.startswith(tuple(f"{package}." for package in packages)):
+        return _unavailable(name, role)
     module, _, attribute = name.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"this version has no {name!r}") from error
-    if not callable(found) or _full_name(found) != name:
-        raise UserError(f"a stored config names {name!r}, which is no constructor")
-    return found
+        value = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError):
+        return Unavailable(name, f"this version has no {name!r}, a {role}")
+    # a name may lead to what a module only imports
+    if not callable(value) or _full_name(value) != name:
+        return _unavailable(name, role)
+    return value
+
+
+def _is_constructor(make, role):
+    """Whether a stored config may have this callable called in a role."""
+    if getattr(make, "named_by_user_only", False):  # as it runs what its fields name
+        return False
+    role = ROLES[role]
+    is_kind = isinstance(make, type) and role.attribute in dir(make)
+    return role.functions or is_kind
+
+
+def _unavailable(name, role):
+    where = f"the role {role}" if role in ROLES else repr(role)
+    reason = f"a stored config names {name!r}, which may not stand for {where}"
+    return Unavailable(name, f"{reason}; name it in a --config FILE of your own")
 
 
 def _moved(name):

@@ -1,35 +1,117 @@
-"""What a config describes, built, and checked part against part."""
+"""What a config describes, built; and the one place that checks it as a whole."""
 
 import dataclasses
-import math
-from typing import Any
+import json
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 
-from sit_jax.config import build
+from sit_jax.config import build, difference, from_json, to_json
+from sit_jax.data.cache import check_cache
 from sit_jax.errors import UserError
+from sit_jax.files import as_path
 from sit_jax.models.codec import data_of
+from sit_jax.parallel import sharding
 from sit_jax.precision.policy import PRECISIONS
+from sit_jax.ranges import FINITE, SEED, Above, AtLeast, Between
 from sit_jax.training.state import check_ema_decay
+
+SAMPLING = ("model", "process", "sampler", "codec", "guidance", "adapter")
+TRAINING = (*SAMPLING, "optimizer", "timesteps")
+MOST_POSITIONS = 2**28  # numbers in a table of position embeddings, a GB of them
+
+
+class Field(NamedTuple):
+    """A field of a config: what it means, its range, and whether a begun run minds.
+
+    may_change: a run may be continued with another value, as no training step computes
+    anything else; "set" if only where there was None.
+    """
+
+    meaning: str
+    range: Between | None = None
+    may_change: bool | str = False
+
+
+COUNT = AtLeast(1)
+FIELDS = {
+    "shape": Field("(height, width, channels) of what the network works on"),
+    "model": Field("the network: SiT, DiT, MDT or MDTv2"),
+    "model.remat": Field("what is computed twice to save memory", None, True),
+    "model.unroll": Field("layers compiled in a row", None, True),
+    "model.sizes": Field("programs for numbers of visible tokens (MDT)", None, True),
+    "model.attention": Field("the program that computes attention", None, True),
+    "process": Field("Interpolant or Diffusion: the times, the noise and the loss"),
+    "timesteps": Field("how times are drawn; None: as the process does"),
+    "codec": Field("between images and what the network works on"),
+    "vae": Field("VAE by name or path, to encode images and draw sheets", None, "set"),
+    "source": Field("the data"),
+    "source.path": Field("where the data is", None, True),
+    "source.broken_share": Field("of images that may be damaged", None, True),
+    "count_classes": Field("whether model.classes becomes the number in the data"),
+    "synthetic": Field("whether random latents take the place of the data"),
+    "optimizer": Field("an optax optimizer, with its learning rate or schedule"),
+    "clip": Field("largest global norm of the gradient; None: any", Above(0.0)),
+    "adapter": Field("Lora: trains adapters over --init; None: the whole network"),
+    "workers": Field("processes that decode images; 0: threads", AtLeast(0), True),
+    "batch_size": Field("images a step, over all devices", COUNT, True),
+    "accumulate": Field("parts that a batch is gone through in", COUNT, True),
+    "ema_decay": Field("rate of the moving average of weights, or several rates"),
+    "label_drop": Field("share of labels replaced by none", Between(0.0, 1.0)),
+    "seed": Field("of weights, times, noise and the order of the data", SEED),
+    "steps": Field("training steps", COUNT, True),
+    "max_skipped": Field("steps in a row that may be not finite", COUNT, True),
+    "check_replicas": Field("steps between comparisons of copies", AtLeast(0), True),
+    "log_every": Field("steps between lines of the log", COUNT, True),
+    "log_quartiles": Field("whether losses are logged by quarters of time", None, True),
+    "save_every": Field("steps between checkpoints", COUNT, True),
+    "keep_last": Field("newest checkpoints kept; None: all", COUNT, True),
+    "keep_every": Field("steps between checkpoints kept for good", COUNT, True),
+    "sample_every": Field("steps between sheets of samples; 0: none", AtLeast(0), True),
+    "preview": Field("images on such a sheet; 0: none", AtLeast(0), True),
+    "evaluate_every": Field("steps between FIDs of a run; 0: none", AtLeast(0), True),
+    "evaluate_images": Field("samples that such a FID is of", AtLeast(2), True),
+    "reference": Field("what they are compared with: a file or a source", None, True),
+    "features": Field("of which network; None: Inception", None, True),
+    "sampler": Field("how samples are drawn", None, True),
+    "guidance": Field("scale of classifier-free guidance", FINITE, True),
+    "guidance_channels": Field("channels that are guided", COUNT, True),
+    "precision.training": Field("exact, fast or bf16: of training steps"),
+    "precision.model": Field("exact, fast or bf16: of sampling", None, True),
+    "precision.vae": Field("exact, fast or bf16: of the VAE", None, True),
+    "mesh": Field("devices along data, fsdp and tensor", None, True),
+}
+OPTIMIZER_RANGES = {  # optax's names, of optimizers and schedules
+    **dict.fromkeys(("learning_rate", "weight_decay"), Between(0.0, 100.0)),
+    **dict.fromkeys(("b1", "b2", "b3", "eps", "eps_root"), Between(0.0, 1.0)),
+    **dict.fromkeys(("init_value", "peak_value", "end_value"), Between(0.0, 100.0)),
+    **dict.fromkeys(("warmup_steps", "transition_begin"), AtLeast(0)),
+    **dict.fromkeys(("transition_steps", "decay_steps"), COUNT),
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """The built parts that training and sampling share; see configs/sit_xl2.py."""
+class Experiment:
+    """The built parts of a config; None where a role was not asked for.
 
-    model: Any
-    process: Any
-    sampler: Any
-    codec: Any
-    tx: optax.GradientTransformation
+    shape: (height, width, channels) of the data. guidance: a number, or a function of
+    time. ema_decay: a rate or a tuple of rates. timesteps: None where the process
+    draws its times. adapter: None where the network itself is trained.
+    """
+
     shape: tuple[int, int, int]
-    guidance: Any
     guidance_channels: int
-    ema_decay: float | tuple = 0.9999
-    timesteps: Any = None  # see timesteps.py; None: the process draws its times
-    adapter: Any = None  # adapters.lora.LoRA; None: the network itself is trained
+    ema_decay: float | tuple[float, ...] = 0.9999
+    model: Any = None
+    process: Any = None
+    sampler: Any = None
+    codec: Any = None
+    guidance: Any = None
+    optimizer: optax.GradientTransformation | None = None
+    timesteps: Any = None
+    adapter: Any = None
 
     @property
     def losses(self):
@@ -37,56 +119,53 @@ class Recipe:
         return () if self.timesteps is None else self.timesteps.begin(self.process)
 
 
-def recipe(config):
-    """-> Recipe of a config; parts that do not fit each other are refused."""
-    tx = build(config.optimizer)
-    if config.clip is not None:
-        if not config.clip > 0:
-            raise UserError(f"clip is {config.clip}; it must be positive, or None")
-        tx = optax.chain(optax.clip_by_global_norm(config.clip), tx)
-    parts = Recipe(
-        model=build(config.model),
-        process=build(config.process),
-        sampler=build(config.sampler),
-        codec=build(config.codec),
-        tx=tx,
-        shape=tuple(config.shape),
-        guidance=build(config.guidance),
+def build_experiment(config, roles=SAMPLING):
+    """Returns the Experiment of a config, of which only some roles are built.
+
+    Args:
+      config: a ConfigDict, of a file or of from_json.
+      roles: fields to build; what opens weights or draws samples asks for no optimizer.
+
+    Raises:
+      UserError: a part cannot be built, or parts do not fit each other.
+    """
+    experiment = Experiment(
+        shape=_shape(config),
         guidance_channels=config.guidance_channels,
         ema_decay=config.ema_decay,
-        timesteps=build(config.get("timesteps")),
-        adapter=build(config.get("adapter")),
+        **{role: build(config.get(role)) for role in roles},
     )
-    _check(parts)
-    return parts
+    if "optimizer" in roles and config.clip is not None:
+        if config.clip not in (bounds := FIELDS["clip"].range):
+            raise UserError(f"clip is {config.clip}; it takes {bounds}, or None")
+        clip = optax.clip_by_global_norm(config.clip)
+        chained = optax.chain(clip, experiment.optimizer)
+        experiment = dataclasses.replace(experiment, optimizer=chained)
+    check_ema_decay(experiment.ema_decay)
+    _ = experiment.losses  # refuses a process without steps to choose among
+    scale = getattr(experiment.codec, "scale", 1.0)
+    if isinstance(scale, float | int) and scale not in Above(0.0):
+        raise UserError(f"codec.scale is {scale}; it takes {Above(0.0)}")
+    guidance = experiment.guidance
+    if isinstance(guidance, float | int) and guidance not in FINITE:
+        raise UserError(f"guidance is {guidance}; it takes {FINITE}")
+    return experiment
 
 
-POSITIVE = (
-    *("batch_size", "steps", "accumulate", "log_every", "save_every"),
-    *("max_skipped", "guidance_channels"),
-)
+def validate(config, experiment, source, mesh):
+    """Refuses a config that cannot be trained with this data on these devices.
 
+    Args:
+      config: the ConfigDict.
+      experiment: built from it, with the roles of TRAINING.
+      source: the data; one record of it is read.
+      mesh: the devices.
 
-def check_training(config, source):
-    """Refuses numbers that training cannot honour."""
-    for name in POSITIVE:
-        if config[name] < 1:
-            raise UserError(f"{name} is {config[name]}; it must be at least 1")
-    for name in ("keep_last", "keep_every"):
-        if config[name] is not None and config[name] < 1:
-            raise UserError(f"{name} is {config[name]}; at least 1, or None for all")
-    if not 0 <= config.label_drop <= 1:
-        raise UserError(f"label_drop is {config.label_drop}; it must be in [0, 1]")
-    for name in ("sample_every", "preview", "check_replicas", "workers"):
-        if (value := config.get(name, 0)) < 0:
-            raise UserError(f"{name} is {value}; 0 is none, else at least 1")
-    for part, word in config.get("precision", {}).items():
-        if word not in PRECISIONS:
-            words = ", ".join(PRECISIONS)
-            raise UserError(f"precision.{part} is {word!r}; there are {words}")
-    check_seed("seed", config.seed)
-    if isinstance(config.optimizer.get("mask"), str):
-        raise UserError("optimizer.mask is a function: only a config file can set it")
+    Raises:
+      UserError: with the field, its value and what it takes.
+    """
+    _check_fields(config)
+    check_optimizer(config)
     if config.label_drop and not config.model.null_label:
         raise UserError("label_drop needs model.null_label=True; or set label_drop=0")
     if source.classes != config.model.classes:
@@ -94,43 +173,143 @@ def check_training(config, source):
             f"the data has {source.classes} classes, the model {config.model.classes}; "
             f"set --config.model.classes={source.classes}"
         )
+    check_batch(config, sharding.rows(mesh))
+    check_reference(config)
+    check_cache(source, experiment.codec, experiment.shape)
+    check_data(experiment, source)
+    check_reload(config)
 
 
-def check_batch(config, rows):
-    """Refuses a batch that cannot be split into so many rows of devices."""
-    parts = rows * max(config.accumulate, 1)
+def check_optimizer(config):
+    """Refuses numbers and a schedule of the optimizer that train nothing."""
+    nodes = {"optimizer": config.optimizer}
+    rate = _value(config.optimizer, "learning_rate")
+    if hasattr(rate, "keys"):
+        nodes["optimizer.learning_rate"] = rate
+    for where, node in nodes.items():
+        for name, bounds in OPTIMIZER_RANGES.items():
+            value = _value(node, name)
+            if isinstance(value, int | float) and value not in bounds:
+                raise UserError(f"{where}.{name} is {value}; it takes {bounds}")
+    if isinstance(config.optimizer.get("mask"), str):
+        raise UserError("optimizer.mask is a function: only a config file can set it")
+    schedule = build(rate)
+    if callable(schedule):
+        steps = np.unique(np.linspace(0, config.steps - 1, 512).astype(np.int32))
+        rates = np.asarray(jax.jit(jax.vmap(schedule))(steps))
+        wrong = ~((rates > -1e-9) & (rates < 100))  # float32 may round below 0
+        if wrong.any():
+            raise UserError(
+                f"optimizer.learning_rate is {rates[wrong][0]:g} at step "
+                f"{steps[wrong][0]}; it takes {Between(0.0, 100.0)}"
+            )
+
+
+def check_batch(config, num_shards):
+    """Refuses a batch that does not split over the devices.
+
+    Args:
+      config: its batch_size and accumulate are read.
+      num_shards: parts that the mesh splits a batch into.
+    """
+    parts = num_shards * max(config.accumulate, 1)
     if config.batch_size < 1 or config.batch_size % parts:
         raise UserError(
             f"batch_size {config.batch_size} is not divisible by {parts} "
-            f"({rows} parts of the mesh x accumulate {config.accumulate}); "
+            f"({num_shards} parts of the mesh x accumulate {config.accumulate}); "
             f"the nearest that is: {max(config.batch_size // parts, 1) * parts}"
         )
 
 
-def check_seed(name, seed):
-    if not 0 <= seed < 2**32:
-        raise UserError(f"{name} is {seed}; it must be in 0..{2**32 - 1}")
-
-
-def check_data(parts, source):
-    """Refuses data that the network is not made for."""
+def check_data(experiment, source):
+    """Refuses data of another shape than the network's; reads one record."""
     batch = {name: np.asarray(value)[None] for name, value in source[0].items()}
-    data = jax.eval_shape(data_of, parts.codec, jax.random.key(0), batch)
-    found = data.shape[1:]
-    if found != parts.shape:
+    data = jax.eval_shape(data_of, experiment.codec, jax.random.key(0), batch)
+    if data.shape[1:] != experiment.shape:
         raise UserError(
-            f"the data is {found}, but config.shape is {parts.shape}; "
-            f"set --config.shape='{found}', or take other data"
+            f"the data is {data.shape[1:]}, but config.shape is {experiment.shape}; "
+            f"set --config.shape='{data.shape[1:]}', or take other data"
         )
 
 
-def _check(parts):
-    check_ema_decay(parts.ema_decay)
-    _ = parts.losses  # refuses a process without steps to choose among
-    if len(parts.shape) != 3 or min(parts.shape) < 1:
-        raise UserError(f"shape {parts.shape} is not (height, width, channels)")
-    scale = getattr(parts.codec, "scale", 1.0)
-    if isinstance(scale, float | int) and not (scale > 0 and math.isfinite(scale)):
-        raise UserError(f"codec.scale is {scale}; it must be positive and finite")
-    if isinstance(parts.guidance, float | int) and not math.isfinite(parts.guidance):
-        raise UserError(f"guidance is {parts.guidance}; it must be a finite number")
+def check_reload(config):
+    """Refuses a config from whose stored form samples could not be drawn."""
+    stored = json.loads(json.dumps(to_json(config)))
+    try:
+        build_experiment(from_json(stored), SAMPLING)
+    except UserError as error:
+        raise UserError(f"what this run stores could not be sampled: {error}") from None
+
+
+def fixed_differences(before, now):
+    """Returns [(dotted name, old, new)] of what a run may not be continued with.
+
+    Args:
+      before: JSON of the config that the run began with.
+      now: JSON of the config that it shall go on with.
+    """
+    fixed = []
+    for name, old, new in difference(before, now):
+        parts = name.split(".")
+        names = [".".join(parts[: i + 1]) for i in range(len(parts))]
+        may = [FIELDS[each].may_change for each in names if each in FIELDS]
+        is_new = old in ("(absent)", "null")
+        idle = old == "(absent)" and new in ("null", "false")
+        if not (True in may or "set" in may and is_new or idle):
+            fixed.append((name, old, new))
+    return fixed
+
+
+def _shape(config):
+    """Returns config.shape, before anything of its size is made."""
+    shape = tuple(config.shape)
+    is_whole = all(isinstance(side, int) and side in COUNT for side in shape)
+    if len(shape) != 3 or not is_whole:
+        raise UserError(f"shape {shape} is not (height, width, channels)")
+    model = config.model
+    patch, width = (_value(model, name) for name in ("patch", "width"))
+    if all(isinstance(value, int) and value > 0 for value in (patch, width)):
+        if (shape[0] // patch) * (shape[1] // patch) * width > MOST_POSITIONS:
+            raise UserError(f"shape {shape} is too large for patches of {patch}")
+    return shape
+
+
+def _check_fields(config):
+    for name, field in FIELDS.items():
+        value = _value(config, name)
+        if field.range and isinstance(value, int | float) and value not in field.range:
+            is_optional = name in ("clip", "keep_last", "keep_every")
+            words = ", or None for all" if is_optional else ""
+            raise UserError(f"{name} is {value}; it takes {field.range}{words}")
+    for part, word in config.get("precision", {}).items():
+        if word not in PRECISIONS:
+            words = ", ".join(PRECISIONS)
+            raise UserError(f"precision.{part} is {word!r}; there are {words}")
+
+
+def check_reference(config):
+    """Refuses what a curve of FIDs cannot be compared with."""
+    if not config.get("evaluate_every", 0):
+        return
+    if isinstance(config.features, str):
+        raise UserError("features is a constructor: only a config file can set it")
+    if config.reference is None:
+        raise UserError(
+            "evaluate_every needs a reference: --config.reference=FILE, made by "
+            "evaluate.py --stats or ADM's"
+        )
+    if isinstance(config.reference, str) and not as_path(config.reference).is_file():
+        raise UserError(f"reference: no file at {config.reference}")
+    build(config.reference)  # a source refuses here what it cannot give
+
+
+def _value(node, name):
+    """Returns a field's value by its dotted name; None where there is none (yet)."""
+    from ml_collections.config_dict import RequiredValueError
+
+    for part in name.split("."):
+        try:
+            node = node.get(part) if hasattr(node, "keys") else None
+        except RequiredValueError:  # build() says which field needs a value
+            return None
+    return node.item() if isinstance(node, np.number) else node

@@ -7,7 +7,7 @@ import small
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sit_jax.config import spec
-from sit_jax.experiment import recipe
+from sit_jax.experiment import build_experiment
 from sit_jax.samplers.fixed_ode import FixedStepODE, euler, heun
 
 STEPS, IMAGES = 6, 4
@@ -23,7 +23,10 @@ def config(method=heun, channels=3, word="exact"):
 
 @pytest.fixture(scope="module")
 def tensors():
-    params, rng = small.random_params(recipe(config()), 0), np.random.default_rng(1)
+    params, rng = (
+        small.random_params(build_experiment(config()), 0),
+        np.random.default_rng(1),
+    )
     kicked = lambda w: w + 0.1 * rng.standard_normal(w.shape, np.float32)
     return {"params": params, "ema": jax.tree.map(kicked, params)}
 

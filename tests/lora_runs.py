@@ -9,7 +9,7 @@ import small
 from sit_jax.adapters.lora import LoRA
 from sit_jax.config import spec, to_json
 from sit_jax.convert.base import load_base, trained_shapes
-from sit_jax.experiment import recipe
+from sit_jax.experiment import build_experiment
 from sit_jax.parallel.sharding import make_mesh
 from sit_jax.trainer.adapting import begin_adapted
 
@@ -31,14 +31,14 @@ def grown(adapter):
 
 def begun(base, **adapter):
     """-> the recipe, the state and the base's record of a run that begins."""
-    parts = recipe(grown(adapter))
+    parts = build_experiment(grown(adapter))
     state, _, about = begin_adapted(parts, make_mesh(), 0, "nowhere", str(base))
     return parts, state, about["base"]
 
 
 def saved(workdir, base, seed=0, **adapter):
     """-> workdir, with a checkpoint of step 2 whose adapters are random."""
-    parts = recipe(grown(adapter))
+    parts = build_experiment(grown(adapter))
     _, record = load_base(parts, make_mesh(), str(base))
     rng = np.random.default_rng(seed)
     draw = lambda x: 0.1 * rng.standard_normal(x.shape).astype(np.float32)

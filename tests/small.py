@@ -13,7 +13,7 @@ from conftest import ROOT
 from configs.sit_xl2 import get_config as sit_xl2
 from sit_jax.checkpoint import Checkpoints
 from sit_jax.config import spec, to_json
-from sit_jax.experiment import recipe
+from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.models.codec import Pixels
 from sit_jax.models.dit import SiT
 from sit_jax.samplers.fixed_ode import FixedStepODE, heun
@@ -52,7 +52,7 @@ def save(directory, step, meta, **items):
 
 def checkpoint(directory, config):
     """Saves random parameters, and others as their average, as step 8 of a run."""
-    parts = recipe(config)
+    parts = build_experiment(config, TRAINING)
     meta = {"config": to_json(config), "step": 8}
     items = {"params": random_params(parts, 0), "ema": random_params(parts, 10)}
     save(directory, 8, meta, **items)

@@ -16,7 +16,7 @@ from sit_jax.convert.weights import open_weights
 from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.diffusion.timesteps import LossSecondMoment
 from sit_jax.errors import UserError
-from sit_jax.experiment import recipe
+from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.models.dit import DiT
 from sit_jax.models.mdt import MDT, MDTv2
 from sit_jax.parallel.sharding import make_mesh
@@ -36,7 +36,7 @@ def test_impossible_rates_are_named(decay, told):
     with c.ignore_type():
         c.ema_decay = decay
     with pytest.raises(UserError, match=f"ema_decay.*{told}"):
-        recipe(c)
+        build_experiment(c, TRAINING)
 
 
 def config(*rates):
@@ -55,7 +55,7 @@ def config(*rates):
 def saved(tmp_path_factory):
     """A state of step 3 with nothing in it equal, and its checkpoint."""
     c = config(0.9, 0.5)
-    parts, mesh = recipe(c), make_mesh()
+    parts, mesh = build_experiment(c, TRAINING), make_mesh()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "jit", quick_jit)
         state, told = start.begin(parts, mesh, 0, "nowhere")
@@ -71,7 +71,9 @@ def saved(tmp_path_factory):
 
 
 def begun(given, *rates):
-    return start.begin(recipe(config(*rates)), make_mesh(), 0, "nowhere", given)[0]
+    return start.begin(
+        build_experiment(config(*rates), TRAINING), make_mesh(), 0, "nowhere", given
+    )[0]
 
 
 def equal(one, other):
@@ -83,13 +85,15 @@ def test_every_average_and_what_chose_the_times_come_back(saved):
     items = {"params", "ema", "ema_0.5", "opt_state", "losses", "meta"}
     assert items <= checkpoint.items(folder, 3)
     assert equal(begun(folder, 0.9, 0.5), state)
-    own, told = start.begin(recipe(config(0.9, 0.5)), make_mesh(), 0, folder)
+    own, told = start.begin(
+        build_experiment(config(0.9, 0.5), TRAINING), make_mesh(), 0, folder
+    )
     assert equal(own, state) and told == "goes on from step 3"
 
 
 def test_what_is_sampled_is_the_first_average(saved):
     folder, state = saved
-    parts = recipe(config(0.9, 0.5))
+    parts = build_experiment(config(0.9, 0.5), TRAINING)
     ours = open_weights(folder, None).load("ema", parts, make_mesh(-1, 1))
     assert equal(ours, state.ema["0.9"]) and not equal(ours, state.ema["0.5"])
 
@@ -109,7 +113,7 @@ def test_weights_of_the_other_version_are_refused_by_both_names(kind, tmp_path):
     meta = {"config": to_json(c), "step": 0}
     small.save(tmp_path / "given", 0, meta, params=few, ema=few)
     parts = dataclasses.replace(
-        recipe(c), model=other(depth=3, decoder=1, width=8, heads=1)
+        build_experiment(c, TRAINING), model=other(depth=3, decoder=1, width=8, heads=1)
     )
     names = f"an {kind.__name__}, but the config's network is an {other.__name__}$"
     with pytest.raises(UserError, match=f"given holds the weights of {names}"):

@@ -219,6 +219,10 @@ def test_as_a_config():
     for sampler in (DDPM(10, clip=True), DDIM((5, 5), eta=0.5)):
         fields = {k: getattr(sampler, k) for k in sampler.__dataclass_fields__}
         node = config.spec(type(sampler), **fields)
-        assert config.build(config.from_json(config.to_json(node))) == sampler
+        assert (
+            config.build(config.from_json(config.to_json(node), "sampler")) == sampler
+        )
     node = config.spec(DDIM, steps=config.spec(DDIMSpacing, steps=25))
-    assert config.build(config.from_json(config.to_json(node))) == DDIM(DDIMSpacing(25))
+    assert config.build(config.from_json(config.to_json(node), "sampler")) == DDIM(
+        DDIMSpacing(25)
+    )

@@ -216,7 +216,7 @@ def test_the_rule_of_rounding_is_part_of_a_config(codec):
     assert to_json(config)["rounding"] == {
         "name": "sit_jax.models.rounding.to_uint8_darker"
     }
-    assert from_json(to_json(config)).rounding is to_uint8_darker
+    assert from_json(to_json(config), "codec").rounding is to_uint8_darker
     dark = Pixels(rounding=to_uint8_darker).decode(np.float32([[0.0]]))
     assert (
         int(dark[0, 0]) == 127

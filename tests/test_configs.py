@@ -16,7 +16,7 @@ from sit_jax.diffusion.gaussian import hybrid_loss, learned_range
 from sit_jax.diffusion.guidance import classifier_free_guidance
 from sit_jax.diffusion.loss_weights import mdt_min_snr_loss
 from sit_jax.diffusion.schedules import linear_betas
-from sit_jax.experiment import recipe
+from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.models.mdt import MDT as MDT1
 from sit_jax.models.mdt import MDTv2
 from sit_jax.models.rounding import to_uint8_darker
@@ -93,13 +93,13 @@ MDT_VALUES |= {"mdtv2_s2": V2_S2}
 
 @cache
 def parts(name):
-    return recipe(load(FOLDER / f"{name}.py"))
+    return build_experiment(load(FOLDER / f"{name}.py"), TRAINING)
 
 
 @cache
 def abstract_state(name):
     p = parts(name)
-    init = partial(init_state, p.model, p.tx, p.shape)
+    init = partial(init_state, p.model, p.optimizer, p.shape)
     return jax.eval_shape(init, jax.random.key(0))
 
 
@@ -122,7 +122,7 @@ def test_json_and_back_is_the_same_config(name):
     stored = json.dumps(to_json(load(FOLDER / f"{name}.py")))
     again = from_json(json.loads(stored))
     assert json.dumps(to_json(again)) == stored
-    ours, theirs = parts(name), recipe(again)
+    ours, theirs = parts(name), build_experiment(again, TRAINING)
     for field in ("model", "process", "sampler", "shape", "guidance"):
         assert getattr(ours, field) == getattr(theirs, field), field
 
@@ -161,7 +161,7 @@ def test_a_training_step_traces_for_every_way_of_training():
     assert len(ways) >= 12
     for name in ways.values():
         p, state = parts(name), abstract_state(name)
-        step = make_train_step(p.model, p.process, p.tx)
+        step = make_train_step(p.model, p.process, p.optimizer)
         batch = {
             "latent": jax.ShapeDtypeStruct((8, *p.shape), jnp.float32),
             "label": jax.ShapeDtypeStruct((8,), jnp.int32),

@@ -11,11 +11,11 @@ from sit_jax.errors import UserError
 from sit_jax.evaluation import evaluation
 from sit_jax.evaluation.digit_features import DigitFeatures
 from sit_jax.evaluation.metrics import Gaussian, frechet
-from sit_jax.experiment import recipe
+from sit_jax.experiment import build_experiment, check_reference
 from sit_jax.parallel.sharding import make_mesh
 from sit_jax.planning.program import training_recipe
 from sit_jax.sampling.generation import Generator
-from sit_jax.trainer import curve, watching
+from sit_jax.trainer import watching
 
 
 class Toy:
@@ -57,7 +57,7 @@ def config(**fields):
 
 def test_points_of_a_curve(monkeypatch):
     c, log, mesh = config(), Log(), make_mesh(data=-1, fsdp=1)
-    parts = recipe(c)
+    parts = build_experiment(c)
     params = small.random_params(parts, 0)
     look = watching.Views(log, c, parts, mesh)
     seconds = [look(step, params) for step in range(1, 9)]
@@ -87,7 +87,7 @@ def test_a_point_is_of_images_as_sample_py_draws_them():
 def test_without_weights_there_is_one_line_and_no_curve(monkeypatch, tmp_path):
     monkeypatch.setattr(inception_weights, "places", lambda: [tmp_path / "none"])
     c, log = config(features=None), Log()
-    look = watching.Views(log, c, recipe(c), make_mesh(data=-1, fsdp=1))
+    look = watching.Views(log, c, build_experiment(c), make_mesh(data=-1, fsdp=1))
     assert look(3, None) == 0 and log.values == {}
     (line,) = log.said
     assert line.startswith("no curve of FIDs: no Inception weights; put pt_inception")
@@ -97,22 +97,20 @@ def test_latents_have_no_curve():
     from sit_jax.models.codec import Latents
 
     c, log = config(codec=spec(Latents)), Log()
-    watching.Views(log, c, recipe(c), make_mesh(data=-1, fsdp=1))
+    watching.Views(log, c, build_experiment(c), make_mesh(data=-1, fsdp=1))
     assert log.said[0].startswith("no curve of FIDs: latents need a VAE")
 
 
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(evaluate_every=-1), "evaluate_every is -1"),
-        (dict(evaluate_images=1), "evaluate_images is 1; at least 2"),
         (dict(reference=None), "evaluate_every needs a reference"),
         (dict(reference="nowhere.npz"), "no file at nowhere.npz"),
     ],
 )
 def test_what_makes_no_curve_is_refused(fields, message):
     with pytest.raises(UserError, match=message):
-        curve.check(config(**fields))
+        check_reference(config(**fields))
 
 
 def test_digits_have_features_of_their_own():

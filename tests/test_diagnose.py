@@ -17,7 +17,7 @@ from sit_jax.diagnosis import bundle, ladder, stages
 from sit_jax.diagnosis.causes import causes
 from sit_jax.diagnosis.diagnosis import diagnose as judge
 from sit_jax.diagnosis.diagnosis import open_evidence
-from sit_jax.experiment import recipe
+from sit_jax.experiment import build_experiment
 from sit_jax.manifest import environment
 from sit_jax.sampling import sampling
 from sit_jax.sampling.job import Job
@@ -109,7 +109,7 @@ def test_given_noise_is_where_the_stages_begin(tmp_path):
     np.save(tmp_path / "noise.npy", array)
     c = config()
     job = Job("w", to_json(c), np.arange(6), noise=str(tmp_path / "noise.npy"))
-    room = types.SimpleNamespace(job=job, parts=recipe(c))
+    room = types.SimpleNamespace(job=job, parts=build_experiment(c))
     found = stages.inputs(room, 4)
     np.testing.assert_array_equal(found["noise"], array[:4])
 
@@ -117,7 +117,7 @@ def test_given_noise_is_where_the_stages_begin(tmp_path):
 def test_stages_are_those_of_the_network(good, tensors):
     """Against the model and the sampler called directly."""
     found = bundle.read(good)
-    parts = recipe(config())
+    parts = build_experiment(config())
     x, t, y = (found.inputs[n] for n in ("noise", "t", "labels"))
     net = quick_jit(lambda y: parts.model.apply({"params": tensors["ema"]}, x, t, y))
     out, free = net(y), net(np.full_like(y, 5))

@@ -244,5 +244,5 @@ def test_as_a_config():
     )
     node = config.spec(GaussianDiffusion, objective=d.rescaled_kl_loss, **settings)
     node.kept = (0, 10, 999)
-    assert config.build(config.from_json(config.to_json(node))) == process
+    assert config.build(config.from_json(config.to_json(node), "process")) == process
     assert config.build(config.spec(GaussianDiffusion)) == FULL != process

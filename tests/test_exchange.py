@@ -25,7 +25,7 @@ from sit_jax.convert.exchange import Stored, open_torch
 from sit_jax.convert.released import Released
 from sit_jax.convert.rules import DIT_RULES, to_torch
 from sit_jax.errors import UserError
-from sit_jax.experiment import recipe
+from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.models.dit import SiT
 from sit_jax.parallel import sharding
 from sit_jax.trainer import start
@@ -72,7 +72,7 @@ def test_sampling_loads_average_or_model_on_every_device():
     mesh = sharding.make_mesh(data=-1, fsdp=1)
     theirs = loaded(golden("train_sit_full"))
     for item, key in (("ema", "ema"), ("params", "model")):
-        params = weights_.load(item, recipe(weights_.config), mesh)
+        params = weights_.load(item, build_experiment(weights_.config, TRAINING), mesh)
         kernel = params["cond"]["time_in"]["kernel"]
         np.testing.assert_array_equal(kernel.T, theirs[key]["t_embedder.mlp.0.weight"])
         assert len(kernel.sharding.device_set) == jax.device_count()
@@ -81,7 +81,7 @@ def test_sampling_loads_average_or_model_on_every_device():
 def test_training_goes_on_from_a_ported_run(tmp_path):
     weights_ = opened("train_dit_full")
     stored(weights_, tmp_path / "ck")
-    parts = recipe(weights_.config)
+    parts = build_experiment(weights_.config, TRAINING)
     mesh = sharding.make_mesh()
     state, origin = start.begin(parts, mesh, 0, tmp_path / "run", tmp_path / "ck")
     assert "step 20" in origin
@@ -102,7 +102,7 @@ def test_an_own_run_goes_on_in_torch_as_here(tmp_path):
     schedule = spec(optax.linear_schedule, init_value=1e-2, end_value=0.0)
     schedule.transition_steps = 10
     c.optimizer = spec(optax.adamw, learning_rate=schedule, b2=0.99, weight_decay=0.1)
-    parts, count = recipe(c), 4
+    parts, count = build_experiment(c, TRAINING), 4
     released = Released(parts.model, parts.shape)
     rng = np.random.default_rng(0)
     tree = lambda draw: released.tree(
@@ -111,7 +111,7 @@ def test_an_own_run_goes_on_in_torch_as_here(tmp_path):
     normal = lambda shape: rng.normal(size=shape)
     params, mu, grads = tree(normal), tree(normal), tree(normal)
     nu = tree(lambda shape: rng.uniform(size=shape))
-    state = moments.place(parts.tx, params, jnp.int32(count), mu, nu)
+    state = moments.place(parts.optimizer, params, jnp.int32(count), mu, nu)
     meta = {"config": to_json(c), "step": 5}  # one more was skipped
     small.save(tmp_path / "ck", 5, meta, params=params, ema=params, opt_state=state)
 
@@ -135,7 +135,7 @@ def test_an_own_run_goes_on_in_torch_as_here(tmp_path):
         if tensor.requires_grad:
             tensor.grad = torch.from_numpy(gradient[name])
     optimizer.step()
-    updates, _ = jax.jit(parts.tx.update)(grads, state, params)
+    updates, _ = jax.jit(parts.optimizer.update)(grads, state, params)
     ours = to_torch(DIT_RULES, optax.apply_updates(params, updates))
     for name, tensor in network.named_parameters():
         if name in ours:
@@ -153,7 +153,7 @@ def test_other_optimizers_leave_the_average_alone(tmp_path):
         (optax.adamw, {"nesterov": True}),
     ):
         c.optimizer = spec(make, learning_rate=1e-3, **more)
-        state = recipe(c).tx.init(items["params"])
+        state = build_experiment(c, TRAINING).optimizer.init(items["params"])
         meta["config"] = to_json(c)
         directory = tmp_path / make.__name__
         small.save(directory, 0, meta, **items, opt_state=state)

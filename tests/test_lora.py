@@ -33,7 +33,7 @@ from sit_jax.convert.adapters import put_all
 from sit_jax.convert.base import load_adapted, trained_shapes
 from sit_jax.convert.given import Given
 from sit_jax.errors import UserError
-from sit_jax.experiment import recipe
+from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.parallel.sharding import make_mesh
 
 base = lora_bases.base
@@ -69,7 +69,9 @@ def test_new_classes_begin_as_the_null_label_and_tables_by_their_other_side(base
 def test_step_0_gives_what_the_base_gives(base, dora):
     parts, state, _ = begun(base, dora=dora, targets="blocks/.*")
     stored = join(state.params, state.frozen)
-    plain = jax.tree.map(np.asarray, small.random_params(recipe(small.config()), 10))
+    plain = jax.tree.map(
+        np.asarray, small.random_params(build_experiment(small.config(), TRAINING), 10)
+    )
     x = np.random.default_rng(0).standard_normal((2, 4, 4, 1)).astype(np.float32)
     at = (x, np.array([0.2, 0.7], np.float32), np.array([1, 5]))
     run = quick_jit(partial(apply_model, parts.model))
@@ -85,7 +87,7 @@ def test_a_checkpoint_holds_adapters_and_says_what_they_are_of(run, base):
     meta = checkpoint.read_meta(directory, step)
     assert meta["base"]["path"] == str(base) and meta["base"]["step"] == 8
     assert len(meta["base"]["sha256"]) == 64
-    parts = recipe(config())
+    parts = build_experiment(config(), TRAINING)
     shapes = trained_shapes(parts)
     held = checkpoint.load(directory, step, params=placed(shapes))["params"]
     sizes = {name: x.shape for name, x in checkpoint.leaves_by_name(held).items()}
@@ -134,7 +136,7 @@ def test_a_run_begins_over_its_base_and_goes_on_without_being_told(base, tmp_pat
 
 
 def test_another_base_is_refused_by_its_hash(run, tmp_path):
-    parts = recipe(small.config())
+    parts = build_experiment(small.config(), TRAINING)
     other = small.random_params(parts, 3)
     meta = {"config": json.loads((run / "config.json").read_text())}
     del meta["config"]["adapter"]
@@ -143,7 +145,12 @@ def test_another_base_is_refused_by_its_hash(run, tmp_path):
     told = f"{tmp_path}/other/8 is not the base of these adapters"
     with pytest.raises(UserError, match=told):
         load_adapted(
-            recipe(config()), make_mesh(), directory, step, "ema", tmp_path / "other"
+            build_experiment(config(), TRAINING),
+            make_mesh(),
+            directory,
+            step,
+            "ema",
+            tmp_path / "other",
         )
 
 
@@ -157,7 +164,7 @@ def test_int8_stays_int8(base):
 
 @pytest.mark.parametrize("form", [pytest.param("w8", marks=pytest.mark.slow), "w8a8"])
 def test_a_quantized_checkpoint_can_be_the_base(base, tmp_path, form):
-    parts = recipe(small.config())
+    parts = build_experiment(small.config(), TRAINING)
     params = quantize_params(small.random_params(parts, 10), form, SKIP)
     meta = {"config": to_json(small.config()), "step": 8}
     save_quantized(tmp_path / "q", 8, params, meta, form=form, skip=SKIP)
@@ -215,9 +222,9 @@ def test_merging_writes_a_network_that_draws_the_same(called, run, tmp_path):
 
 
 def test_adapters_where_they_do_not_belong(called, run, base, tmp_path):
-    parts = recipe(small.config())
+    parts = build_experiment(small.config(), TRAINING)
     params = small.random_params(parts, 10)
-    wider = small.random_params(recipe(wide()), 10)
+    wider = small.random_params(build_experiment(wide(), TRAINING), 10)
     told = [
         ((params, [str(run)], "0" * 64), "belongs to other weights"),
         ((wider, [str(run)], None), r"another network: its blocks/attn/qkv/kernel is"),
@@ -244,8 +251,12 @@ def wide():
 
 def test_reading_a_run_gives_the_base_where_nothing_was_adapted(run, base):
     directory, step = checkpoint.find_step(run)
-    params, _ = load_adapted(recipe(config()), make_mesh(), directory, step, "ema")
+    params, _ = load_adapted(
+        build_experiment(config(), TRAINING), make_mesh(), directory, step, "ema"
+    )
     ours = flatten_dict(materialize(params), sep="/")
-    theirs = flatten_dict(small.random_params(recipe(small.config()), 10), sep="/")
+    theirs = flatten_dict(
+        small.random_params(build_experiment(small.config(), TRAINING), 10), sep="/"
+    )
     changed = {name for name in theirs if not np.array_equal(ours[name], theirs[name])}
     assert changed == {"blocks/attn/qkv/kernel", "blocks/mlp/fc2/kernel"}

@@ -20,10 +20,10 @@ from sit_jax.convert.weights import open_weights
 from sit_jax.data.further import Further
 from sit_jax.data.sources import Synthetic
 from sit_jax.errors import UserError
-from sit_jax.experiment import recipe
+from sit_jax.experiment import build_experiment
 from sit_jax.parallel.sharding import make_mesh
 
-PARTS = recipe(small.config())
+PARTS = build_experiment(small.config())
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def equal(one, other):
 def own(run):
     """The weights of a run of adapters by itself."""
     directory, step = checkpoint.find_step(run)
-    parts = recipe(open_weights(run, None).config)
+    parts = build_experiment(open_weights(run, None).config)
     return merge_adapters(load_adapted(parts, make_mesh(), directory, step, "ema")[0])
 
 

@@ -30,7 +30,7 @@ from sit_jax.convert import lora_files, lora_names
 from sit_jax.convert.adapters import named, open_adapter, put_on
 from sit_jax.convert.base import trained_shapes
 from sit_jax.convert.rules import DIT_RULES, MDTV2_RULES
-from sit_jax.experiment import recipe
+from sit_jax.experiment import build_experiment
 from sit_jax.models.mdt import MDTv2
 from sit_jax.training.state import init_params
 
@@ -120,7 +120,7 @@ def test_the_checkpoint_of_foreign_adapters_can_be_trained_on(tmp_path, port, ba
     assert port(RECORDED / "lora", tmp_path / "ck", "--base", base)[0] == 0
     meta = checkpoint.read_meta(tmp_path / "ck", 0)
     assert meta["base"]["path"] == str(base)
-    parts = recipe(from_json(meta["config"]))
+    parts = build_experiment(from_json(meta["config"]))
     assert parts.adapter.rank == 2
     names = {
         name.rpartition("/")[0]

@@ -13,14 +13,14 @@ from sit_jax.convert.base import base_shapes, trained_shapes
 from sit_jax.convert.given import Given
 from sit_jax.data.styles import inverted, slanted
 from sit_jax.errors import UserError
-from sit_jax.experiment import recipe
+from sit_jax.experiment import build_experiment
 
 base = lora_bases.base
 
 
 def test_adapters_of_xl_are_33_mb():
     """Of 2.7 GB; the widths are 1152, 3456 and 4608, the depth is 28."""
-    parts = recipe(lora_xl2())
+    parts = build_experiment(lora_xl2())
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
     d, rank = 1152, 16
     pairs = [(d, 3 * d), (d, d), (d, 4 * d), (4 * d, d)]

@@ -17,7 +17,7 @@ from sit_jax.convert import mdt_files, tensor_files
 from sit_jax.convert.exchange import Stored, open_torch
 from sit_jax.convert.rules import to_torch
 from sit_jax.errors import UserError
-from sit_jax.experiment import recipe
+from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.models.mdt import MDT, MDTv2
 from sit_jax.training.optimizers import AdanState
 
@@ -134,7 +134,7 @@ def test_the_moments_are_where_the_optimizer_looks_for_them(run, there):
     """Under our names, in our layout, and torch's count, which is the true one."""
     name, folder = run
     opt = loaded(folder / "opt000019.pt")
-    tx = recipe(there.config).tx
+    tx = build_experiment(there.config, TRAINING).optimizer
     params = there.ema()
     shapes = jax.eval_shape(tx.init, params)
     state = checkpoint.load(there.directory, 20, opt_state=shapes)["opt_state"]

@@ -55,7 +55,7 @@ def run(family, mesh, steps=5):
     """-> losses of a few steps as train.py takes them, and the state after them."""
     c = config(family)
     parts = program.training_recipe(c)
-    begin = partial(create_train_state, parts.tx, decay=parts.ema_decay)
+    begin = partial(create_train_state, parts.optimizer, decay=parts.ema_decay)
     _, where = program.state_shapes(parts, mesh)
     params = small.random_params(parts, 0)
     state = jax.jit(begin, out_shardings=where, compiler_options=QUICK)(params)

@@ -7,7 +7,7 @@ from sit_jax.config import from_json, to_json
 from sit_jax.convert.releases import RELEASES
 from sit_jax.diffusion.guidance import PowerCosine
 from sit_jax.errors import UserError
-from sit_jax.experiment import recipe
+from sit_jax.experiment import build_experiment
 from sit_jax.models.rounding import ROUNDINGS
 from sit_jax.samplers.adaptive_ode import AdaptiveODE
 from sit_jax.samplers.ddpm import DDPM
@@ -28,8 +28,8 @@ def configured(name):
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_each_is_a_recipe_that_can_be_recorded(name):
     chosen, config = configured(name)
-    parts = recipe(config)
-    assert recipe(from_json(to_json(config))).sampler == parts.sampler
+    parts = build_experiment(config)
+    assert build_experiment(from_json(to_json(config))).sampler == parts.sampler
     assert chosen.weights in RELEASES and chosen.vae in RELEASES
     assert chosen.rounding in ROUNDINGS
     said = presets.described(name, chosen)
@@ -38,7 +38,10 @@ def test_each_is_a_recipe_that_can_be_recorded(name):
 
 def test_the_papers_ode_takes_250_evaluations():
     _, config = configured("sit-paper-ode")
-    assert recipe(config).sampler == FixedStepODE(heun, 125) and config.guidance == 1.5
+    assert (
+        build_experiment(config).sampler == FixedStepODE(heun, 125)
+        and config.guidance == 1.5
+    )
 
 
 def test_an_unknown_one_lists_the_known():
@@ -91,7 +94,7 @@ PUBLISHED = {
 def test_each_has_the_values_of_the_original(name):
     weights, sampler, guidance, rounding, drawn = PUBLISHED[name]
     chosen, config = configured(name)
-    parts = recipe(config)
+    parts = build_experiment(config)
     assert (chosen.weights, chosen.rounding) == (weights, rounding)
     assert {field: getattr(chosen, field) for field in drawn} == drawn
     assert parts.sampler == sampler

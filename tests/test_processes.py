@@ -7,7 +7,7 @@ import small
 
 import train
 from sit_jax import checkpoint
-from sit_jax.experiment import recipe
+from sit_jax.experiment import TRAINING, build_experiment
 
 SIZE = {"steps": 3, "save_every": 3, "preview": 0}
 
@@ -29,7 +29,7 @@ def test_two_processes_train_as_one(tmp_path):
     np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-6)
     folders = [tmp_path / name / "checkpoints" for name in ("one", "two")]
     assert checkpoint.steps(folders[1]) == [3]
-    parts = recipe(config)
+    parts = build_experiment(config, TRAINING)
     like = jax.eval_shape(lambda: small.random_params(parts, 0))
     pairs = (
         dict(checkpoint.iter_leaves(folder, 3, "params", like)) for folder in folders

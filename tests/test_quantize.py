@@ -15,7 +15,7 @@ from sit_jax.adapters.weights import Int4Weight
 from sit_jax.checkpoint import find_step, read_meta
 from sit_jax.cli import quantize
 from sit_jax.convert.weights import open_weights
-from sit_jax.experiment import recipe
+from sit_jax.experiment import build_experiment
 from sit_jax.files import read_json
 
 
@@ -34,7 +34,7 @@ def test_a_checkpoint_is_made_and_read_back(floats, tmp_path, run, monkeypatch, 
     assert (code, err) == (0, ""), err
     assert re.search(r"blocks/mlp/fc1/kernel +8,192 +\d,\d+ +\d.\d+e-0[12]", out)
     opened = open_weights(tmp_path / "q", None)
-    parts = recipe(opened.config)
+    parts = build_experiment(opened.config)
     from sit_jax.parallel.sharding import make_mesh
 
     params = opened.load("ema", parts, make_mesh(data=-1, fsdp=1))

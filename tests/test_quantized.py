@@ -26,12 +26,12 @@ from sit_jax.adapters.weights import (
     materialize,
 )
 from sit_jax.errors import UserError
-from sit_jax.experiment import recipe
+from sit_jax.experiment import build_experiment
 
 RNG = np.random.default_rng(0)
 WEIGHT = RNG.standard_normal((3, 64, 24)).astype(np.float32)
 X = RNG.standard_normal((5, 7, 64)).astype(np.float32)
-PARTS = recipe(small.config())
+PARTS = build_experiment(small.config())
 PARAMS = small.random_params(PARTS, 0)
 
 
@@ -166,7 +166,7 @@ def test_xl_takes_a_fourth():
     from configs.dit_xl2 import get_config
     from sit_jax.training.state import init_params
 
-    parts = recipe(get_config())
+    parts = build_experiment(get_config())
     like = jax.eval_shape(
         lambda k: init_params(parts.model, parts.shape, k), jax.random.key(0)
     )

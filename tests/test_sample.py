@@ -13,7 +13,7 @@ from recorded import FOLDER
 from configs import published
 from sit_jax.convert.exchange import open_torch
 from sit_jax.diffusion import rng
-from sit_jax.experiment import recipe
+from sit_jax.experiment import build_experiment
 from sit_jax.parallel import sharding
 from sit_jax.sampling.generation import Generator
 
@@ -92,7 +92,7 @@ def test_given_noise_is_where_it_starts(run, tmp_path):
 
 
 def test_same_bytes_for_any_batch_size_and_number_of_devices():
-    parts = recipe(small.config(guidance=2.0))
+    parts = build_experiment(small.config(guidance=2.0))
     params = small.random_params(parts, 0)
     labels = np.asarray(rng.sample_labels(rng.image_keys(3, np.arange(40)), 5))
 

@@ -10,7 +10,7 @@ import small
 from sample_runs import manifest
 
 from sit_jax.diffusion import predictions
-from sit_jax.experiment import recipe
+from sit_jax.experiment import build_experiment
 from sit_jax.sampling import sampling
 from sit_jax.sampling.parts import Parts
 
@@ -71,7 +71,7 @@ def test_the_same_again_from_the_manifest(run, tmp_path):
 def test_other_weights_than_the_manifests_need_force(run, tmp_path):
     out, other = tmp_path / "a.npy", small.config()
     assert run("--num", "1", "--out", out)[0] == 0
-    parts = recipe(other)
+    parts = build_experiment(other)
     from sit_jax.config import to_json
 
     small.save(

@@ -9,7 +9,7 @@ import pytest
 import small
 
 from sit_jax import checkpoint
-from sit_jax.experiment import recipe
+from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.parallel.sharding import make_mesh
 from sit_jax.trainer.start import begin, pack
 from sit_jax.training.state import create_train_state
@@ -17,7 +17,7 @@ from sit_jax.training.state import create_train_state
 
 @pytest.fixture(scope="module")
 def parts():
-    return recipe(small.config())
+    return build_experiment(small.config(), TRAINING)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def weights(parts):
 def pristine(parts, weights, tmp_path_factory):
     """-> a checkpoint directory with steps 3, 5 and 8: the weights and that number."""
     directory = tmp_path_factory.mktemp("pristine")
-    fresh = create_train_state(parts.tx, weights, parts.ema_decay)
+    fresh = create_train_state(parts.optimizer, weights, parts.ema_decay)
     for step in (3, 5, 8):
         params = jax.tree.map(partial(np.add, np.float32(step)), weights)
         state = fresh.replace(params=params, step=np.int32(step))

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hostile import Runs, npy
 
-from sit_jax import config
 from sit_jax.errors import UserError
 from sit_jax.sampling import array_files
 from sit_jax.sampling.array_files import ArrayFile, load
@@ -67,22 +66,3 @@ def test_json_that_is_none_is_one_line(tmp_path, text):
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match="no manifest|not the manifest"):
         of_manifest(path)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "os.system",
-        "sit_jax.checkpoint.Checkpoints",
-        "sit_jax.data.filling.open_plan",
-        "sit_jax.data.pairs.to_pairs",
-        "sit_jax.data.sources.os.mkdir",
-        "sit_jax.models.codec.jax.jit",
-        "optax.__builtins__.eval",
-        "sit_jax.data",
-        3,
-    ],
-)
-def test_a_config_beside_weights_names_constructors_only(name):
-    with pytest.raises(UserError, match="a stored config names|this version has no"):
-        config.from_json({"make": {"name": name}})

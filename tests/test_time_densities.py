@@ -21,7 +21,7 @@ from sit_jax.diffusion.timesteps import (
     uniform,
 )
 from sit_jax.errors import UserError
-from sit_jax.experiment import recipe
+from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.training.state import init_state
 from sit_jax.training.step import make_train_step
 
@@ -80,13 +80,15 @@ def test_the_mode_is_in_the_middle_and_every_time_is_covered():
 
 
 def test_a_step_takes_them_with_and_without_weights():
-    parts = recipe(small.config())
-    init = lambda key: init_state(parts.model, parts.tx, parts.shape, key)
+    parts = build_experiment(small.config(), TRAINING)
+    init = lambda key: init_state(parts.model, parts.optimizer, parts.shape, key)
     state = jax.eval_shape(init, jax.random.key(0))
     batch = {"image": np.zeros((8, 4, 4, 1), np.uint8), "label": np.zeros(8, int)}
     for weighted in (False, True):
         times = DensityTimesteps(LogitNormal(), weighted)
-        step = make_train_step(parts.model, parts.process, parts.tx, timesteps=times)
+        step = make_train_step(
+            parts.model, parts.process, parts.optimizer, timesteps=times
+        )
         new, _ = jax.eval_shape(step, state, parts.codec, batch, jax.random.key(3))
         assert new.losses == ()
 
@@ -96,7 +98,7 @@ def test_a_config_holds_them():
     c.timesteps = spec(
         DensityTimesteps, quantile=spec(LogitNormal, mean=0.3), weighted=True
     )
-    found = recipe(from_json(to_json(c))).timesteps
+    found = build_experiment(from_json(to_json(c)), TRAINING).timesteps
     assert found == DensityTimesteps(LogitNormal(0.3), True)
 
 

@@ -11,7 +11,7 @@ from sit_jax.config import spec
 from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.diffusion.timesteps import LossSecondMoment, quartile_means
 from sit_jax.errors import UserError
-from sit_jax.experiment import recipe
+from sit_jax.experiment import TRAINING, build_experiment
 
 STEPS = 6
 PROCESS = GaussianDiffusion().respaced(STEPS)
@@ -85,4 +85,4 @@ def test_a_process_without_steps_is_refused():
     c = small.config()
     c.timesteps = spec(LossSecondMoment)
     with pytest.raises(UserError, match="needs a Diffusion; Interpolant has no steps"):
-        recipe(c)
+        build_experiment(c, TRAINING)

@@ -67,7 +67,7 @@ def test_torch_beside_jax(tmp_path, run):
     assert names[-7:] == [*wanted, "decoded", "uint8"]
     assert found["solver"][1]["fixed grid"] == found["solver"][0]["fixed grid"]
 
-    params = small.random_params(small.recipe(c), 10)
+    params = small.random_params(small.build_experiment(c), 10)
     kernel = np.array(params["blocks"]["mlp"]["fc1"]["kernel"])
     kernel[1, 3] *= 1.5
     params["blocks"]["mlp"]["fc1"]["kernel"] = kernel

@@ -12,7 +12,7 @@ from train_steps import TX, equal
 
 from sit_jax.config import spec
 from sit_jax.diffusion.interpolant import Interpolant
-from sit_jax.experiment import recipe
+from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.models.codec import Latents
 from sit_jax.training.state import create_train_state
 from sit_jax.training.step import make_train_step
@@ -76,7 +76,7 @@ def length_of_update(learning_rate, clip=None, after=0):
     """What a config's optimizer makes of a gradient of length 2."""
     c = small.config(clip=clip)
     c.optimizer = spec(optax.sgd, learning_rate=learning_rate)
-    tx, gradient = recipe(c).tx, {"w": jnp.array([1.2, 1.6])}
+    tx, gradient = build_experiment(c, TRAINING).optimizer, {"w": jnp.array([1.2, 1.6])}
     state = tx.init(gradient)
     for _ in range(after + 1):
         update, state = tx.update(gradient, state, gradient)

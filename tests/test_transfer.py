@@ -20,7 +20,7 @@ from sit_jax.convert.exchange import open_torch
 from sit_jax.data.folders import ImageFolder
 from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.errors import UserError
-from sit_jax.experiment import recipe
+from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.models.dit import DiT
 from sit_jax.parallel.sharding import make_mesh
 from sit_jax.samplers.ddpm import DDIM
@@ -48,7 +48,9 @@ def thousand(tmp_path_factory):
 
 def begun(c, given, monkeypatch, **more):
     monkeypatch.setattr(jax, "jit", quick_jit)
-    return start.begin(recipe(c), make_mesh(), 3, "nowhere", given, **more)
+    return start.begin(
+        build_experiment(c, TRAINING), make_mesh(), 3, "nowhere", given, **more
+    )
 
 
 def flat(tree):
@@ -57,7 +59,9 @@ def flat(tree):
 
 def given(directory, item):
     opened = start.open_weights(directory, None)
-    return flat(opened.load(item, recipe(opened.config), make_mesh(-1, 1)))
+    return flat(
+        opened.load(item, build_experiment(opened.config, TRAINING), make_mesh(-1, 1))
+    )
 
 
 def test_of_other_classes_only_the_label_table_is_new(thousand, monkeypatch):
@@ -69,7 +73,9 @@ def test_of_other_classes_only_the_label_table_is_new(thousand, monkeypatch):
         assert {name for name, same in rest.items() if not same} == {TABLE}
         assert new[TABLE].shape == (11, 16)
         np.testing.assert_array_equal(new[TABLE][10], old[TABLE][1000])  # the null row
-    fresh = init_params(recipe(config(10)).model, (4, 4, 1), jax.random.key(3))
+    fresh = init_params(
+        build_experiment(config(10), TRAINING).model, (4, 4, 1), jax.random.key(3)
+    )
     np.testing.assert_allclose(
         state.params["cond"]["label"]["embedding"][:10],
         fresh["cond"]["label"]["embedding"][:10],
@@ -92,7 +98,7 @@ def test_another_resolution_takes_every_parameter(thousand, monkeypatch):
 
 def test_the_published_512_network_has_the_parameters_of_256():
     def shapes(name):
-        parts = recipe(load(f"{small.ROOT}/configs/{name}.py"))
+        parts = build_experiment(load(f"{small.ROOT}/configs/{name}.py"), TRAINING)
         init = functools.partial(init_params, parts.model, parts.shape)
         return parts.shape, jax.eval_shape(init, jax.random.key(0))
 
@@ -124,8 +130,10 @@ def test_what_does_not_fit_is_listed(thousand, monkeypatch):
 
 def test_weights_only_leaves_the_optimizer(tmp_path, monkeypatch):
     c = config(5)
-    parts = recipe(c)
-    state = create_train_state(parts.tx, small.random_params(parts, 0)).replace(step=7)
+    parts = build_experiment(c, TRAINING)
+    state = create_train_state(parts.optimizer, small.random_params(parts, 0)).replace(
+        step=7
+    )
     state = jax.tree.map(np.asarray, state)
     items, meta = start.pack(state, parts.ema_decay)
     small.save(tmp_path, 7, {"config": to_json(c), **meta}, **items)

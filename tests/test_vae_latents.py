@@ -12,7 +12,7 @@ from vae_folders import GOLDEN
 from sit_jax.config import spec
 from sit_jax.convert.vae_files import load_vae, strange, with_vae
 from sit_jax.errors import UserError
-from sit_jax.experiment import recipe
+from sit_jax.experiment import build_experiment
 from sit_jax.manifest import weights_hash
 from sit_jax.models.codec import Latents
 from sit_jax.models.rounding import to_uint8_darker
@@ -40,7 +40,7 @@ def test_encoder_and_decoder_are_hashed_apart():
 def parts(codec=Latents, channels=4, **fields):
     config = small.config(shape=(4, 4, channels))
     config.codec = spec(codec, **fields)
-    return recipe(config)
+    return build_experiment(config)
 
 
 def test_a_vae_takes_the_place_of_latents_and_rounds_as_they_say():

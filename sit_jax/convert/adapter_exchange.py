@@ -21,7 +21,7 @@ from sit_jax.convert.released import nest
 from sit_jax.convert.rules import rules_for
 from sit_jax.convert.weights import Directory
 from sit_jax.errors import UserError
-from sit_jax.experiment import recipe
+from sit_jax.experiment import build_experiment
 from sit_jax.files import atomic_write, require_free
 from sit_jax.manifest import weights_hash
 from sit_jax.parallel.sharding import make_mesh
@@ -66,7 +66,7 @@ def write_files(source, step, folder, kind):
     directory, step = _found(source, step)
     meta = checkpoint.read_meta(directory, step)
     config = from_json(meta["config"])
-    parts = recipe(config)
+    parts = build_experiment(config)
     adapter = open_adapter(f"{directory}/{step}", parts.model, base_shapes(parts))
     pairs = lora_names.pairs(rules_for(parts.model), adapter.flat)
     if kind == "diffusers":
@@ -87,7 +87,7 @@ def merge(source, step):
     directory, step = _found(source, step)
     meta = checkpoint.read_meta(directory, step)
     config = from_json(meta["config"])
-    parts = recipe(config)
+    parts = build_experiment(config)
     adapter = open_adapter(f"{directory}/{step}", parts.model, base_shapes(parts))
     params, record = load_adapted(parts, make_mesh(), directory, step, "ema")
     params = materialize(params)
@@ -116,7 +116,7 @@ def unmerge(source, step, away):
         )
     config = from_json(meta["config"])
     config.model.classes -= told["new_classes"]
-    parts = recipe(config)
+    parts = build_experiment(config)
     adapter = open_adapter(away, parts.model, base_shapes(parts))
     if adapter.base and adapter.base["sha256"] != base["sha256"]:
         raise UserError(
@@ -130,7 +130,9 @@ def unmerge(source, step, away):
             f"is {told['sha256'][:12]}, of {told['path']}"
         )
     there = Directory(directory, step)
-    params = there.load("ema", recipe(there.config), make_mesh(data=-1, fsdp=1))
+    params = there.load(
+        "ema", build_experiment(there.config), make_mesh(data=-1, fsdp=1)
+    )
     params = taken_out(params, adapter)
     about = {"config": to_json(config), "step": 0, "unmerged": base}
     return {"params": params, "ema": params}, about
@@ -146,12 +148,12 @@ def read_files(source, base):
     if "config" not in meta:
         raise UserError(f"{base} has no config in its meta")
     config = from_json(meta["config"])
-    below = recipe(config)
+    below = build_experiment(config)
     adapter = open_adapter(source, below.model, base_shapes(below))
     new = adapter.new_classes
     config.adapter = _settings(source, adapter, new)
     config.model.classes += new
-    parts = recipe(config)
+    parts = build_experiment(config)
     params, record = load_base(parts, make_mesh(), base)
     require_same_rows(adapter, params["cond"]["label"]["embedding"])
     tree = jax.tree.map(np.asarray, nest(adapter.flat))

@@ -22,7 +22,7 @@ from sit_jax.convert import lora_files, lora_names
 from sit_jax.convert.base import trained_shapes
 from sit_jax.convert.rules import rules_for
 from sit_jax.errors import UserError
-from sit_jax.experiment import recipe
+from sit_jax.experiment import build_experiment
 from sit_jax.manifest import weights_hash
 from sit_jax.parallel.sharding import everywhere
 
@@ -207,7 +207,7 @@ def _of_checkpoint(path, item):
         raise UserError(
             f"{path} holds a network of its own, no adapters: use --weights"
         )
-    like = trained_shapes(recipe(from_json(meta["config"])))
+    like = trained_shapes(build_experiment(from_json(meta["config"])))
     where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
     like = jax.tree.map(put, like)

@@ -27,7 +27,7 @@ FREE = ("remat", "unroll", "dtype", "hide", "spread", "classes")
 def load_base(parts, mesh, path, record=None):
     """-> the averaged weights of a workdir or checkpoint, and their record.
 
-    parts: a Recipe with an adapter; record: one that the weights must agree with.
+    parts: an Experiment with an adapter; record: one that the weights must agree with.
     """
     shapes = base_shapes(parts)
     require_checkpoint(path)
@@ -79,7 +79,7 @@ def _whole(mesh, shapes, directory, step):
 
 
 def base_shapes(parts):
-    """The parameters' shapes of the network, below a Recipe's adapter if it has one."""
+    """Shapes of the parameters of the network, below an adapter if there is one."""
     new = 0 if parts.adapter is None else parts.adapter.new_classes
     classes = parts.model.classes - new
     if classes < 1:
@@ -93,7 +93,7 @@ def base_shapes(parts):
 
 
 def trained_shapes(parts):
-    """Shapes of what a checkpoint of a Recipe's adapters holds as params."""
+    """Shapes of what a checkpoint of an Experiment's adapters holds as params."""
     return split_trainable(jax.eval_shape(partial(_stored, parts), base_shapes(parts)))[
         0
     ]

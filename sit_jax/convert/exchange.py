@@ -18,9 +18,17 @@ from sit_jax.convert.infer_config import args_of, config_of, group_of
 from sit_jax.convert.released import Released, nest
 from sit_jax.convert.rules import to_torch
 from sit_jax.errors import UserError
-from sit_jax.experiment import recipe
+from sit_jax.experiment import build_experiment
 from sit_jax.parallel.sharding import everywhere, put
 from sit_jax.training.state import ema_item_names
+
+OPTIMIZED = ("model", "optimizer")
+
+OPTIMIZED = ("model", "optimizer")
+
+OPTIMIZED = ("model", "optimizer")
+
+OPTIMIZED = ("model", "optimizer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +66,8 @@ class TorchWeights:
         if adam:
             group_of(self.config, step)  # refuses optimizers that mean something else
             trees = [tree(moment) for moment in adam.moments.values()]
-            tx, count = recipe(self.config).tx, put(np.asarray(step, np.int32))
+            tx = build_experiment(self.config, OPTIMIZED).optimizer
+            count = put(np.asarray(step, np.int32))
             items["opt_state"] = moments.place(tx, items["params"], count, *trees)
         step = step if file.updates is None else file.updates
         if drifted := self._drifted():
@@ -122,8 +131,8 @@ class Stored:
                 "--adapter peft, diffusers or merged"
             )
         self.config = from_json(self.meta["config"])
-        self._recipe = recipe(self.config)
-        self.released = Released(self._recipe.model, self._recipe.shape)
+        self._experiment = build_experiment(self.config, OPTIMIZED)
+        self.released = Released(self._experiment.model, self._experiment.shape)
         self.no_moments = self._no_moments()
 
     def ema(self):
@@ -145,7 +154,7 @@ class Stored:
 
     def _moments(self):
         """-> shapes of the optimizer's state, and "PART PATH" by name of the leaf."""
-        tx, shapes = self._recipe.tx, nest(self.released.params)
+        tx, shapes = self._experiment.optimizer, nest(self.released.params)
         trees = (
             nest({path: f"{part} {path}" for path in self.released.params})
             for part in self._kinds()
@@ -154,7 +163,7 @@ class Stored:
         return jax.eval_shape(tx.init, shapes), checkpoint.leaves_by_name(labels)
 
     def _kinds(self):
-        return moments.names(self._recipe.tx, nest(self.released.params))
+        return moments.names(self._experiment.optimizer, nest(self.released.params))
 
     def tensors(self, *parts):
         """Yields (part, torch name, array) for the parts asked for, a stack at a time.
@@ -163,7 +172,7 @@ class Stored:
         torch's names, and step with the one entry "step".
         """
         shapes = nest(self.released.params)
-        items = ema_item_names(self._recipe.ema_decay)
+        items = ema_item_names(self._experiment.ema_decay)
         for part, item in (("model", "params"), *zip(items, items, strict=True)):
             if part in parts:
                 yield from ((part, *each) for each in self._constants(part).items())
@@ -187,7 +196,7 @@ class Stored:
 
     def run_of_mdt(self):
         """-> {name: content} of what MDT's train script saves, and the parts."""
-        decay, group = self._recipe.ema_decay, None
+        decay, group = self._experiment.ema_decay, None
         wanted = ["model", *ema_item_names(decay)]
         if self.no_moments is None:
             wanted += [*self._kinds(), "step"]

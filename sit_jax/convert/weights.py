@@ -17,7 +17,7 @@ from sit_jax.convert.base import load_adapted
 from sit_jax.convert.infer_config import FAMILIES
 from sit_jax.convert.tensor_files import KINDS
 from sit_jax.errors import UserError
-from sit_jax.experiment import recipe
+from sit_jax.experiment import build_experiment
 from sit_jax.files import as_path
 from sit_jax.parallel import multihost
 from sit_jax.parallel.sharding import everywhere, shaped
@@ -43,7 +43,7 @@ class Directory:
 
     def shapes(self):
         """Shapes of the parameters as floats, by path."""
-        parts = recipe(self.config)
+        parts = build_experiment(self.config)
         return flatten_dict(_shapes(parts), sep="/")
 
     def leaves(self, item):

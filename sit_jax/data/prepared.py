@@ -18,6 +18,9 @@ class Tfds(Images):
     tfds's own by default.
     """
 
+    # tfds imports the module that `dataset` names: a stored config may not have it
+    named_by_user_only = True
+
     def __init__(
         self,
         dataset: str,

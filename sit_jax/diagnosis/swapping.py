@@ -12,7 +12,7 @@ from sit_jax import config as configs
 from sit_jax.errors import UserError
 from sit_jax.evaluation.evaluated import of_images
 from sit_jax.evaluation.image_sets import starts
-from sit_jax.experiment import recipe
+from sit_jax.experiment import build_experiment
 from sit_jax.models.codec import Latents
 from sit_jax.parallel.sharding import make_mesh
 from sit_jax.sampling import sampling
@@ -57,7 +57,10 @@ def decoded(path, manifest):
     """-> Decoded of a .npy whose manifest says by which VAE; None without a VAE."""
     job = Job.from_json(manifest["job"], path)
     config = configs.from_json(job.config)
-    parts, mesh = recipe(config), make_mesh(1, 1, devices=jax.local_devices()[:1])
+    parts, mesh = (
+        build_experiment(config),
+        make_mesh(1, 1, devices=jax.local_devices()[:1]),
+    )
     parts, _ = sampling.with_codec(parts, job, config.precision.vae, mesh)
     if isinstance(parts.codec, Latents):
         return None

@@ -150,7 +150,7 @@ class PowerCosine:
 
 
 def check_guiding_model(parts, other, path):
-    """Refuses a worse network (a Recipe) from which nothing can be led away."""
+    """Refuses a worse network (an Experiment) from which nothing can be led away."""
     if other.shape != parts.shape or other.model.classes != parts.model.classes:
         raise UserError(
             f"--autoguidance {path} is for {other.shape} in {other.model.classes} "

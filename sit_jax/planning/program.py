@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from sit_jax.convert.base import base_shapes
-from sit_jax.experiment import recipe
+from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.models import attention
 from sit_jax.parallel import placement, sharding
 from sit_jax.precision import policy
@@ -39,7 +39,7 @@ def compiler_options(platform):
 
 def training_recipe(config):
     """The recipe, with a model that computes in bfloat16 if training shall."""
-    parts, word = recipe(config), training_precision(config)
+    parts, word = build_experiment(config, TRAINING), training_precision(config)
     if word.dtype == "float32":  # then model.dtype decides
         return parts
     model = policy.with_compute_dtype(word, parts.model)
@@ -59,7 +59,9 @@ def state_shapes(parts, mesh):
 
     def begin(key, base):
         params = parts.adapter.add_adapters(base, key) if parts.adapter else base
-        return create_train_state(parts.tx, params, parts.ema_decay, parts.losses)
+        return create_train_state(
+            parts.optimizer, params, parts.ema_decay, parts.losses
+        )
 
     base = base_shapes(parts)
     if parts.adapter:
@@ -70,7 +72,7 @@ def state_shapes(parts, mesh):
 
 def sampling_recipe(config, platform):
     """-> the recipe with a model of the config's sampling precision, and fn -> fn."""
-    parts, around = as_sampled(config, recipe(config), platform)
+    parts, around = as_sampled(config, build_experiment(config, TRAINING), platform)
     model = attention.settled(parts.model, platform)
     return dataclasses.replace(parts, model=model), around
 
@@ -116,7 +118,7 @@ def train_step(config, parts, mesh, where, platform=None):
     step = make_train_step(
         attention.settled(parts.model, platform),
         parts.process,
-        parts.tx,
+        parts.optimizer,
         parts.ema_decay,
         config.label_drop,
         config.accumulate,

@@ -18,7 +18,7 @@ from sit_jax.adapters.apply import apply_model
 from sit_jax.config import build, to_json
 from sit_jax.diffusion import rng
 from sit_jax.errors import UserError
-from sit_jax.experiment import check_data, recipe
+from sit_jax.experiment import build_experiment, check_data
 from sit_jax.files import atomic_write, require_free, write_json
 from sit_jax.manifest import environment, weights_hash
 from sit_jax.parallel import multihost, sharding
@@ -84,7 +84,7 @@ class Survey:
 
 def measure(weights, config, out, item, survey):
     """Writes the table and its manifest; -> lines that say what came out."""
-    parts = recipe(config)
+    parts = build_experiment(config)
     source = _source(config)
     check_data(parts, source)
     ids = _chosen(len(source), survey)

@@ -25,7 +25,7 @@ CHUNK = 4  # rows of a batch that go through the network together on a CPU
 def make_generate(parts, mesh, weak=None, around=lambda fn: fn):
     """-> generate(params, keys [B], labels [B], start [B, H, W, C]) -> (data, stats).
 
-    parts: a Recipe; keys: noise.image_keys; start: the noise the sampler begins from.
+    parts: an Experiment; keys: noise.image_keys; start: the sampler's first noise.
     weak: a second model, to be led away from; params is then a pair. given: noise of
     the sampler's steps [steps, B, H, W, C], instead of the keys'. around: fn -> fn,
     put around each network: its precision.

@@ -15,7 +15,7 @@ from sit_jax.convert import vae_files
 from sit_jax.convert.adapters import put_all
 from sit_jax.diffusion import guidance
 from sit_jax.errors import UserError
-from sit_jax.experiment import recipe
+from sit_jax.experiment import build_experiment
 from sit_jax.files import require_space, write_json
 from sit_jax.manifest import environment, weights_hash
 from sit_jax.models import attention
@@ -37,7 +37,7 @@ class Studio:
     """What a job needs in memory: networks with weights, codec, devices."""
 
     job: Any
-    parts: Any  # a Recipe
+    parts: Any  # an Experiment
     params: Any
     mesh: Any
     weak: tuple | None  # (model, params) to lead away from
@@ -48,7 +48,7 @@ class Studio:
 def studio(job, opened, weak=None, expected=None):
     """-> Studio. opened, weak: opened weights; expected: sha256 they must have."""
     config = configs.from_json(job.config)
-    parts = recipe(config)
+    parts = build_experiment(config)
     around, measured, warning = _around(job, config.precision)
     mesh = sharding.make_mesh(data=-1, fsdp=1, devices=jax.local_devices())
     word = policy.get_precision(config.precision.model)
@@ -76,7 +76,7 @@ def studio(job, opened, weak=None, expected=None):
     parts, record["codec"] = with_codec(parts, job, config.precision.vae, mesh)
     strange = vae_files.strange(job.vae, record["codec"], job.weights, opened.meta)
     if weak is not None:
-        other = recipe(weak.config)
+        other = build_experiment(weak.config)
         guidance.check_guiding_model(parts, other, job.weak)
         loaded = weak.load(job.item, other, mesh)
         weak = policy.with_compute_dtype(word, other.model), loaded

@@ -41,7 +41,7 @@ def begin_adapted(parts, mesh, seed, directory, given=None):
 
 def _state(parts, key, base):
     adapted = parts.adapter.add_adapters(base, key)
-    return create_train_state(parts.tx, adapted, parts.ema_decay, parts.losses)
+    return create_train_state(parts.optimizer, adapted, parts.ema_decay, parts.losses)
 
 
 def _base(parts, mesh, directory, given):

@@ -16,7 +16,6 @@ from sit_jax.errors import UserError
 from sit_jax.evaluation import evaluation, summary
 from sit_jax.evaluation.evaluated import open_side
 from sit_jax.evaluation.features import inception_extractor
-from sit_jax.files import as_path
 from sit_jax.sampling.generation import Generator
 from sit_jax.sampling.labels import labels
 
@@ -54,28 +53,6 @@ class Curve:
         images = (_coloured(self._parts.codec.decode(data)) for data, _ in drawn)
         found = evaluation.fid(images, self._extractor, self._reference)
         return found, time.perf_counter() - begun
-
-
-def check(config):
-    """Refuses what a curve cannot be made of, but for weights that are not there."""
-    if config.get("evaluate_every", 0) < 0:
-        raise UserError(
-            f"evaluate_every is {config.evaluate_every}; 0 is never, else at least 1"
-        )
-    if not config.get("evaluate_every", 0):
-        return
-    if config.evaluate_images < 2:
-        raise UserError(f"evaluate_images is {config.evaluate_images}; at least 2")
-    if isinstance(config.features, str):
-        raise UserError("features is a constructor: only a config file can set it")
-    if config.reference is None:
-        raise UserError(
-            "evaluate_every needs a reference: --config.reference=FILE, made by "
-            "evaluate.py --stats or ADM's"
-        )
-    if isinstance(config.reference, str) and not as_path(config.reference).is_file():
-        raise UserError(f"reference: no file at {config.reference}")
-    build(config.reference)  # a source refuses here what it cannot give
 
 
 def curve(config, parts, mesh, around=lambda fn: fn):

@@ -9,7 +9,7 @@ import numpy as np
 from sit_jax import checkpoint
 from sit_jax.config import from_json
 from sit_jax.convert.weights import Directory, open_weights
-from sit_jax.experiment import recipe
+from sit_jax.experiment import build_experiment
 from sit_jax.files import is_remote, require_space
 from sit_jax.parallel import placement
 from sit_jax.parallel.sharding import everywhere, shaped
@@ -28,7 +28,7 @@ def begin(
     of the same network is taken too, with its step, unless weights_only; else the
     weights start a run at step 0.
     """
-    model, tx, decay = parts.model, parts.tx, parts.ema_decay
+    model, tx, decay = parts.model, parts.optimizer, parts.ema_decay
     init = partial(init_state, model, tx, parts.shape, decay=decay, losses=parts.losses)
     key = jax.random.key(seed)
     shapes = jax.eval_shape(init, key)
@@ -87,7 +87,7 @@ def restored(parts, directory, step, target, needed):
         if name.startswith("ema"):
             found[name] = jax.tree.map(jnp.copy, found["ema"])  # each has its memory
             continue
-        fresh = parts.tx.init if name == "opt_state" else lambda _: parts.losses
+        fresh = parts.optimizer.init if name == "opt_state" else lambda _: parts.losses
         where = jax.tree.map(lambda x: x.sharding, wanted[name])
         found[name] = jax.jit(fresh, out_shardings=where)(found["params"])
     meta = checkpoint.read_meta(directory, step) if "opt_state" in held else {}
@@ -107,8 +107,8 @@ def _theirs(opened):
     """The recipe of opened weights; None of a checkpoint that does not tell."""
     if isinstance(opened, Directory):
         meta = checkpoint.read_meta(opened.path, opened.step)
-        return recipe(from_json(meta["config"])) if "config" in meta else None
-    return recipe(opened.config)
+        return build_experiment(from_json(meta["config"])) if "config" in meta else None
+    return build_experiment(opened.config)
 
 
 def _same(opened, theirs, parts, given):

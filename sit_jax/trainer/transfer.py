@@ -68,7 +68,7 @@ def transferred(parts, theirs, load, key, where, given):
                 flat[path] = _with_null(parts, theirs, fresh[path], flat[path])
         new = {item: unflatten_dict(flat, sep="/") for item, flat in old.items()}
         state = create_train_state(
-            parts.tx, new["params"], parts.ema_decay, parts.losses
+            parts.optimizer, new["params"], parts.ema_decay, parts.losses
         )
         return state.replace(ema=init_ema(new["ema"], parts.ema_decay))
 

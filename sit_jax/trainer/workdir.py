@@ -5,40 +5,10 @@ import hashlib
 import json
 
 from sit_jax.checkpoint import steps
-from sit_jax.config import difference
 from sit_jax.errors import UserError
+from sit_jax.experiment import fixed_differences
 from sit_jax.files import as_path, read_json, write_json
 from sit_jax.parallel import multihost
-
-# Fields that a run may be continued with at other values than it began with. None of
-# them changes what a training step computes, but for the batch's size: history.py.
-MAY_CHANGE = (
-    "batch_size",
-    "accumulate",
-    "check_replicas",
-    "steps",
-    "log_every",
-    "log_quartiles",
-    "save_every",
-    "keep_last",
-    "keep_every",
-    "sample_every",
-    "preview",
-    "max_skipped",
-    "guidance",
-    "guidance_channels",
-    "sampler",
-    "mesh",
-    "workers",
-    "source.path",
-    "source.broken_share",
-    "precision.model",
-    "precision.vae",
-    "model.remat",
-    "model.unroll",
-    "model.sizes",
-    "model.attention",
-)
 
 
 @contextlib.contextmanager
@@ -102,12 +72,9 @@ def check_same(path, before, now):
 
     A field that came after the run was begun is none of its own while it does nothing.
     """
-    idle = (("(absent)", "null"), ("(absent)", "false"))
     fixed = [
         f"{name} was {old}, is {new}"
-        for name, old, new in difference(before, now)
-        if not any(name == free or name.startswith(free + ".") for free in MAY_CHANGE)
-        and (old, new) not in idle
+        for name, old, new in fixed_differences(before, now)
     ]
     if fixed:
         raise UserError(

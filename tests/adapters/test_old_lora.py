@@ -15,7 +15,7 @@ from sit_jax.adapters.weights import merge_adapters
 from sit_jax.config import from_json
 from sit_jax.convert.adapters import open_adapter, put_all
 from sit_jax.convert.base import base_shapes, load_adapted
-from sit_jax.experiment import recipe
+from sit_jax.experiment import build_experiment
 from sit_jax.parallel.sharding import make_mesh
 
 FOLDER = ROOT / "tests" / "data" / "old_version" / "lora"
@@ -42,7 +42,9 @@ def expected(name):
 def test_old_run_of_adapters_loads_over_its_base(base):
     """By hash and by output; the base has moved since."""
     directory, step = checkpoint.find_step(FOLDER / "run")
-    experiment = recipe(from_json(checkpoint.read_meta(directory, step)["config"]))
+    experiment = build_experiment(
+        from_json(checkpoint.read_meta(directory, step)["config"])
+    )
     params, record = load_adapted(
         experiment, make_mesh(), directory, step, "ema", path=str(base)
     )
@@ -58,7 +60,7 @@ def test_old_run_of_adapters_loads_over_its_base(base):
 
 
 def test_old_peft_folder_loads(base):
-    experiment = recipe(small.config())
+    experiment = build_experiment(small.config())
     params = small.random_params(experiment, 10)
     words = [f"{FOLDER}/peft:0.5"]
     params, (record,) = put_all(params, words, experiment.model, SHA256["base"])

@@ -27,7 +27,7 @@ from sit_jax.checkpoint import (
     store,
 )
 from sit_jax.errors import UserError
-from sit_jax.experiment import recipe
+from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.parallel.sharding import everywhere
 from sit_jax.trainer.start import pack
 from sit_jax.training.state import init_state
@@ -170,9 +170,11 @@ def test_save_compiles_nothing(tmp_path):
 
 def test_save_writes_every_item_that_is_restored():
     """The items of a run are named in one place, for saving and for restoring."""
-    parts = recipe(small.config())
+    parts = build_experiment(small.config(), TRAINING)
     state = jax.eval_shape(
-        lambda key: init_state(parts.model, parts.tx, parts.shape, key, (0.9, 0.99)),
+        lambda key: init_state(
+            parts.model, parts.optimizer, parts.shape, key, (0.9, 0.99)
+        ),
         jax.random.key(0),
     )
     concrete = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)

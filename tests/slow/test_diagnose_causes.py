@@ -22,7 +22,7 @@ from sit_jax.diagnosis.diagnosis import open_evidence
 from sit_jax.diagnosis.ladder import EQUAL
 from sit_jax.evaluation.features import inception_extractor
 from sit_jax.evaluation.metrics import Gaussian
-from sit_jax.experiment import recipe
+from sit_jax.experiment import build_experiment
 from sit_jax.manifest import environment
 from sit_jax.models import inception
 from sit_jax.models.codec import Latents
@@ -51,7 +51,10 @@ def half_pixel(images, shape=(inception.SIDE, inception.SIDE)):
 
 @pytest.fixture(scope="module")
 def tensors():
-    params, rng = small.random_params(recipe(config()), 0), np.random.default_rng(1)
+    params, rng = (
+        small.random_params(build_experiment(config()), 0),
+        np.random.default_rng(1),
+    )
     kicked = lambda w: w + 0.1 * rng.standard_normal(w.shape, np.float32)
     return {"params": params, "ema": jax.tree.map(kicked, params)}
 

@@ -14,7 +14,7 @@ from sit_jax.diagnosis import bundle, stages
 from sit_jax.diagnosis.diagnosis import diagnose as judge
 from sit_jax.diagnosis.diagnosis import open_evidence
 from sit_jax.diffusion.gaussian import GaussianDiffusion
-from sit_jax.experiment import recipe
+from sit_jax.experiment import build_experiment
 from sit_jax.manifest import environment
 from sit_jax.models.codec import Latents
 from sit_jax.models.dit import DiT
@@ -74,7 +74,7 @@ def test_other_kinds_have_their_stages(kind, tmp_path):
     c.model = spec(make, width=16, heads=2, patch=2, classes=5, **fields)
     c.process, c.sampler = spec(GaussianDiffusion), spec(DDPM, steps=3)
     c.codec = spec(Latents)
-    params = small.random_params(recipe(c), 0)
+    params = small.random_params(build_experiment(c), 0)
     for name, emulate in (("a", None), ("b", "gpu-tf32")):
         labels = np.arange(4, dtype=np.int32)
         job = Job("w", to_json(c), labels, emulate=emulate)

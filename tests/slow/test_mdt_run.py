@@ -11,7 +11,7 @@ from sit_jax.config import from_json, spec
 from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.diffusion.loss_weights import mdt_min_snr_loss
 from sit_jax.diffusion.timesteps import LossSecondMoment
-from sit_jax.experiment import recipe
+from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.models.mdt import MDTv2
 from sit_jax.parallel.sharding import make_mesh
 from sit_jax.samplers.ddpm import DDPM
@@ -46,7 +46,9 @@ def test_a_run_goes_on_as_if_never_stopped_and_logs_both_passes(tmp_path):
     for where in (run, other):
         assert train.train(config(), where) == 0
         assert (where / "samples" / "0000004.png").is_file()
-    parts = recipe(from_json(checkpoint.read_meta(folder, 4)["config"]))
+    parts = build_experiment(
+        from_json(checkpoint.read_meta(folder, 4)["config"]), TRAINING
+    )
     ends = [
         start.begin(parts, make_mesh(), 0, where / "checkpoints")[0]
         for where in (run, other)

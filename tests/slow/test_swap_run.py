@@ -57,7 +57,7 @@ def inception(path, change=1.0):
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     small.checkpoint(folder / "w", config())
-    parts = small.recipe(config())
+    parts = small.build_experiment(config())
     other = {"config": small.to_json(config()), "step": 8}
     params = small.random_params(parts, 10)
     kick = np.random.default_rng(5).standard_normal
