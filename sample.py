@@ -16,7 +16,7 @@ from sit_jax.cli.main import entry_point, make_parser, parse_args
 from sit_jax.convert import adapters
 from sit_jax.convert.given import Given, add_untold
 from sit_jax.errors import UserError
-from sit_jax.models import rounding
+from sit_jax.models.codec import rounding_name
 from sit_jax.parallel import multihost
 from sit_jax.planning import planning
 from sit_jax.precision.emulation import EMULATED
@@ -131,7 +131,7 @@ def _parser():
     add("--autoguidance", metavar="PATH", help="worse weights, to lead away from")
     add("--no-ema", action="store_true", help="the weights themselves, not their mean")
     add("--vae", metavar="PATH", help="or sd-vae-ft-mse, sd-vae-ft-ema")
-    add("--rounding", metavar="RULE", help="brighter (DiT, SiT) | darker (MDT)")
+    add("--rounding", metavar="RULE", help="dit (DiT, SiT) | mdt (MDT)")
     add_untold(add)
     add("--overwrite", action="store_true")
     add("--force", action="store_true", help="other weights than the manifest's")
@@ -182,7 +182,7 @@ def _job(args, overrides):
         weak=args.autoguidance,
         vae=args.vae or (published.vae if published else _own_vae(args, config)),
         rounding=args.rounding
-        or (published.rounding if published else rounding.name(config.codec.rounding)),
+        or (published.rounding if published else rounding_name(config.codec.rounding)),
         emulate=args.emulate,
         lora=tuple(args.lora),
         quantize=args.quantize,

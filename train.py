@@ -23,7 +23,7 @@ from sit_jax.errors import UserError
 from sit_jax.experiment import validate
 from sit_jax.files import write_json
 from sit_jax.manifest import environment
-from sit_jax.models.kinds import kind_of
+from sit_jax.models.flops import step_macs
 from sit_jax.parallel import chips, multihost, sharding
 from sit_jax.planning import planning, program
 from sit_jax.planning.introduction import introduce
@@ -213,7 +213,7 @@ def _report(log, arrived, names, config, saved):
 
 def _meter(config, parts):
     """Rates; a training step is reckoned as three forward passes, as in the papers."""
-    macs = kind_of(type(parts.model)).step_macs(parts.model, parts.shape)
+    macs = step_macs(parts.model, parts.shape)
     flops = 6 * macs * config.batch_size
     peak = chips.peak_flops()
     peak = peak and peak * jax.device_count()

@@ -27,8 +27,7 @@ from sit_jax.convert.inception_weights import Weights
 from sit_jax.evaluation.features import Extractor, inception_extractor
 from sit_jax.evaluation.metrics import Gaussian, frechet
 from sit_jax.evaluation.metrics.manifold import precision_recall
-from sit_jax.models.inception import SPATIAL
-from sit_jax.models.inception_layers import CLASSES, POOL, SHAPES
+from sit_jax.models.inception import CLASSES, POOL, SHAPES, SPATIAL
 from sit_jax.parallel import chips
 from sit_jax.parallel.sharding import make_mesh
 

@@ -51,8 +51,8 @@ def networks(depth, width, heads):
     sizes = dict(depth=depth, width=width, heads=heads, classes=10)
     return {
         "DiT": DiT(**sizes),
-        "MDTv2, plain pass": MDTv2(**sizes, decoder=2, hide=None),
-        "MDTv2, two plain passes": TwoPlain(**sizes, decoder=2, hide=None),
+        "MDTv2, plain pass": MDTv2(**sizes, decoder=2, mask_ratio=None),
+        "MDTv2, two plain passes": TwoPlain(**sizes, decoder=2, mask_ratio=None),
         "MDTv2, plain and masked": MDTv2(**sizes, decoder=2),
     }
 

@@ -36,7 +36,7 @@ def ours(case):
 
     from sit_jax.models import attention
     from sit_jax.models.codec import Pixels
-    from sit_jax.models.kinds import kind_of
+    from sit_jax.models.flops import step_macs
     from sit_jax.parallel import chips
     from sit_jax.planning.program import compiler_options
     from sit_jax.trainer import heap
@@ -71,10 +71,10 @@ def ours(case):
     facts = {
         "device": jax.devices()[0].device_kind,
         "version": f"jax {jax.__version__}",
-        "attention": attention.of(model),
+        "attention": attention.attention_name(model),
         "compile_s": compiling,
         "temporaries_gb": step.memory_analysis().temp_size_in_bytes / 1e9,
-        "gflop_per_image": 6e-9 * kind_of(type(model)).step_macs(model, SHAPE),
+        "gflop_per_image": 6e-9 * step_macs(model, SHAPE),
         "peak_tflops": (chips.peak_flops() or 0) / 1e12,
     }
     return facts, run, chips.peak_memory

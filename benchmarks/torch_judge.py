@@ -16,7 +16,7 @@ import torch
 from sit_jax.convert.rules import to_torch
 from sit_jax.errors import UserError
 from sit_jax.evaluation.features import pipeline
-from sit_jax.models.inception_layers import RULES
+from sit_jax.models.inception import RULES
 
 PACKAGE = "torch_fidelity"
 NAMES = ("2048", "logits_unbiased")

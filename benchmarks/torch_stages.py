@@ -16,9 +16,8 @@ from sit_jax.diffusion.gaussian import GaussianDiffusion, hybrid_loss
 from sit_jax.diffusion.guidance import PowerCosine, is_unguided
 from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.errors import UserError
-from sit_jax.models.codec import Latents, Pixels
+from sit_jax.models.codec import Latents, Pixels, to_uint8_mdt
 from sit_jax.models.mdt import MDT
-from sit_jax.models.rounding import to_uint8_darker
 from sit_jax.samplers import fixed_ode
 
 PATHS = {paths.linear: "Linear", paths.gvp: "GVP", paths.VP(): "VP"}
@@ -162,7 +161,7 @@ def pictures(codec, vae, latents):
     if vae is not None:
         with torch.no_grad():
             floats = vae.to(latents.device).decode(latents / codec.scale).sample
-    darker = codec.rounding is to_uint8_darker
+    darker = codec.rounding is to_uint8_mdt
     levels = (floats + 1) * 127.5 if darker else 127.5 * floats + 128
     levels = levels.clamp(0, 255).to(torch.uint8)
     return {"decoded": nhwc(floats), "uint8": nhwc(levels)}

@@ -10,18 +10,17 @@ import optax
 from configs.dit_xl2 import get_config as dit_xl2
 from sit_jax.config import spec
 from sit_jax.diffusion.guidance import PowerCosine
-from sit_jax.models.codec import Latents
+from sit_jax.models.codec import Latents, to_uint8_mdt
 from sit_jax.models.dit import SIZES
 from sit_jax.models.mdt import MDT
-from sit_jax.models.rounding import to_uint8_darker
 
 
 def get_config():
     c = dit_xl2()
     # [image_sample.py: (x + 1) 127.5 to bytes, half a level less than DiT's rule]
-    c.codec = spec(Latents, rounding=to_uint8_darker)
+    c.codec = spec(Latents, rounding=to_uint8_mdt)
     # [run.sh: --mask_ratio 0.30 --decode_layer 2, of all sizes; models.py: sizes]
-    c.model = spec(MDT, patch=2, decoder=2, hide=0.3, remat="dots", **SIZES["XL"])
+    c.model = spec(MDT, patch=2, decoder=2, mask_ratio=0.3, remat="dots", **SIZES["XL"])
     # [image_train.py: lr 3e-4, weight_decay 0, lr_anneal_steps 0, which means constant;
     # train_util.py: torch's AdamW]. --lr_anneal_steps N would be spec(
     # optax.linear_schedule, init_value=3e-4, end_value=0.0, transition_steps=N,

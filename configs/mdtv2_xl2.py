@@ -20,7 +20,8 @@ def get_config():
     c = mdt_xl2()
     c.model = spec(MDTv2, patch=2, remat="dots", **SIZES["XL"])
     c.model.decoder = 4  # [run_sample.sh, infer_mdt.py and the weights]
-    c.model.update(hide=0.3, spread=0.2)  # [--mask_ratio 0.30; models.py: + 0.2 U(0,1)]
+    # [--mask_ratio 0.30; models.py: + 0.2 U(0,1)]
+    c.model.update(mask_ratio=0.3, mask_ratio_range=0.2)
     c.process = spec(
         GaussianDiffusion, objective=mdt_min_snr_loss
     )  # [gaussian_diffusion.py]

@@ -67,7 +67,8 @@ MOVED = {
     "min_snr": "diffusion.loss_weights",
     "paths": "diffusion.paths",
     "predictions": "diffusion.predictions",
-    "rounding": "models.rounding",
+    "rounding": "models.codec",
+    "rounding.to_uint8_darker": "models.codec.to_uint8_mdt",
     "samplers.adams": "samplers.fixed_ode",
     "samplers.adaptive": "samplers.adaptive_ode",
     "samplers.chain": "samplers.ddpm",
@@ -110,7 +111,13 @@ MOVED = {
     "schedules.DdimSpacing": "diffusion.schedules.DDIMSpacing",
     "time_densities.Times": "diffusion.timesteps.DensityTimesteps",
 }
-RENAMED_FIELDS = {}  # new name of a class, below sit_jax -> {old field: new field}
+_MDT = {
+    "hide": "mask_ratio",
+    "spread": "mask_ratio_range",
+    "sizes": "mask_buckets",
+}
+# new name of a class, below sit_jax -> {old field: new field}
+RENAMED_FIELDS = {"models.mdt.MDT": _MDT, "models.mdt.MDTv2": _MDT}
 
 
 def spec(make, **fields):

@@ -12,7 +12,7 @@ from sit_jax.config import build, difference, from_json, to_json
 from sit_jax.data.cache import check_cache
 from sit_jax.errors import UserError
 from sit_jax.files import as_path
-from sit_jax.models.codec import data_of
+from sit_jax.models.codec import codec_sample
 from sit_jax.parallel import sharding
 from sit_jax.precision.policy import PRECISIONS
 from sit_jax.ranges import FINITE, SEED, Above, AtLeast, Between
@@ -41,7 +41,9 @@ FIELDS = {
     "model": Field("the network: SiT, DiT, MDT or MDTv2"),
     "model.remat": Field("what is computed twice to save memory", None, True),
     "model.unroll": Field("layers compiled in a row", None, True),
-    "model.sizes": Field("programs for numbers of visible tokens (MDT)", None, True),
+    "model.mask_buckets": Field(
+        "programs for numbers of visible tokens (MDT)", None, True
+    ),
     "model.attention": Field("the program that computes attention", None, True),
     "process": Field("Interpolant or Diffusion: the times, the noise and the loss"),
     "timesteps": Field("how times are drawn; None: as the process does"),
@@ -224,7 +226,7 @@ def check_batch(config, num_shards):
 def check_data(experiment, source):
     """Refuses data of another shape than the network's; reads one record."""
     batch = {name: np.asarray(value)[None] for name, value in source[0].items()}
-    data = jax.eval_shape(data_of, experiment.codec, jax.random.key(0), batch)
+    data = jax.eval_shape(codec_sample, experiment.codec, jax.random.key(0), batch)
     if data.shape[1:] != experiment.shape:
         raise UserError(
             f"the data is {data.shape[1:]}, but config.shape is {experiment.shape}; "

@@ -20,7 +20,7 @@ SMALL = GaussianDiffusion(variance=fixed_small)
 def model(monkeypatch):
     """net(x, t, y) with the recorded weights and frequency table."""
     table = arrays("dit_forward_a")["freqs_f32"]
-    monkeypatch.setattr(layers, "frequencies", lambda half, shift: table)
+    monkeypatch.setattr(layers, "timestep_frequencies", lambda half, shift: table)
     params, _ = to_flax(DIT_RULES, weights("dit_a"))
     made = dit.DiT(depth=2, width=40, heads=4, classes=10)
     return partial(made.apply, {"params": params})

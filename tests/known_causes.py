@@ -57,7 +57,7 @@ CASES = {
         dict(emulate="tpu-default"),
         ("precision", "time embedding", "24 and 8 bits"),
     ),
-    "rounding": (dict(rounding="darker"), ("rounding", "uint8", "brighter and darker")),
+    "rounding": (dict(rounding="mdt"), ("rounding", "uint8", "dit and mdt")),
     "channels": (
         dict(settings=dict(channels=4)),
         ("guided channels", "guidance", "3 and 4"),

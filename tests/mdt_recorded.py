@@ -19,7 +19,10 @@ def mask(name, noise):
     order = np.argsort(noise, axis=1, kind="stable")
     if name == "mdt1":
         return {"order": order}
-    return {"order": order, "kept": np.full(len(noise), case(name)["mask"]["len_keep"])}
+    return {
+        "order": order,
+        "num_visible": np.full(len(noise), case(name)["mask"]["len_keep"]),
+    }
 
 
 @functools.cache
@@ -30,7 +33,7 @@ def program(name):
     def run(params, table, x, t, y, masks):
         see = dict(capture_intermediates=True, mutable="intermediates")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(layers, "frequencies", lambda half, shift: table)
+            patch.setattr(layers, "timestep_frequencies", lambda half, shift: table)
             return model.apply({"params": params}, x, t, y, **masks, **see)
 
     return quick_jit(run)

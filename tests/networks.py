@@ -29,7 +29,7 @@ FIELDS = {
     "mlp_ratio": "mlp_ratio",
     "num_classes": "classes",
     "learn_sigma": "learn_sigma",
-    "mask_ratio": "hide",
+    "mask_ratio": "mask_ratio",
     "decode_layer": "decoder",
 }
 

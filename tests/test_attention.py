@@ -11,7 +11,7 @@ from scores import exact, inputs
 from sit_jax.adapters.apply import apply_model
 from sit_jax.adapters.weights import Int8Weight
 from sit_jax.errors import UserError
-from sit_jax.models import attention
+from sit_jax.models import attention, attention_cpu, attention_tpu
 from sit_jax.models.dit import SiT
 from sit_jax.models.mdt import MDT
 from sit_jax.planning.residuals import saved_bytes
@@ -20,21 +20,23 @@ from sit_jax.planning.residuals import saved_bytes
 @pytest.mark.parametrize("n", [3, 4, 5])  # without and with a bias and a mask
 @pytest.mark.parametrize("by", ["xla", "head_by_head", "heads_first", "auto"])
 def test_every_program_computes_the_formula(by, n, monkeypatch):
-    monkeypatch.setattr(attention, "CACHE", 0)  # as if these were large
-    monkeypatch.setattr(attention, "TURN", 0)
+    monkeypatch.setattr(attention_cpu, "CACHE", 0)  # as if these were large
+    monkeypatch.setattr(attention_tpu, "SCORES_PER_TURN", 0)
     q, k, v, *more = inputs()[:n]
-    out = attention.attend(q, k, v, *more, by=by)
+    out = attention.attention(q, k, v, *more, implementation=by)
     # ten float32 operations deep
     assert relative(out, exact(q, k, v, *more)) < 1e-6
 
 
 def test_head_head_by_head_has_the_same_derivatives(monkeypatch):
-    monkeypatch.setattr(attention, "CACHE", 0)
-    monkeypatch.setattr(attention, "TURN", 0)
+    monkeypatch.setattr(attention_cpu, "CACHE", 0)
+    monkeypatch.setattr(attention_tpu, "SCORES_PER_TURN", 0)
     q, k, v, bias, mask = inputs(keys=5)
 
     def slopes(by):
-        loss = lambda *a: jnp.square(attention.attend(*a, mask, by=by)).sum()
+        loss = lambda *a: jnp.square(
+            attention.attention(*a, mask, implementation=by)
+        ).sum()
         return quick_jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(q, k, v, bias)
 
     usual = slopes("xla")
@@ -66,8 +68,8 @@ def test_dots_keeps_what_a_tpus_attention_gave():
 
 
 def test_the_field_reaches_every_block(monkeypatch):
-    monkeypatch.setattr(attention, "CACHE", 0)
-    monkeypatch.setattr(attention, "TURN", 0)
+    monkeypatch.setattr(attention_cpu, "CACHE", 0)
+    monkeypatch.setattr(attention_tpu, "SCORES_PER_TURN", 0)
     params, *given = noisy()
 
     def loops(by):
@@ -94,19 +96,26 @@ def test_the_field_reaches_every_block(monkeypatch):
     ],
 )
 def test_auto_takes_what_the_device_can(platform, dtype, head, biased, name):
-    assert attention.chosen("auto", dtype, head, biased, platform) == name
+    assert (
+        attention.choose_attention(
+            "auto", dtype, head, has_bias=biased, platform=platform
+        )
+        == name
+    )
 
 
 def test_a_program_for_another_platform_is_named_beforehand():
     model = SiT(**SMALL, dtype="bfloat16")
-    assert attention.of(model) == "head_by_head"  # on this CPU
-    assert attention.settled(model, "tpu") == model.clone(attention="heads_first")
-    assert MDT(**SMALL, dtype="bfloat16").biased  # and hence not for cuDNN
+    assert attention.attention_name(model) == "head_by_head"  # on this CPU
+    assert attention.resolve_attention(model, "tpu") == model.clone(
+        attention="heads_first"
+    )
+    assert MDT(**SMALL, dtype="bfloat16").has_attention_bias  # and hence not for cuDNN
 
 
 def test_an_unknown_program_lists_the_known_ones():
     with pytest.raises(UserError, match="'flash': choose one of auto, xla, cudnn, "):
-        attention.attend(*inputs()[:3], by="flash")
+        attention.attention(*inputs()[:3], implementation="flash")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +129,9 @@ def test_an_unknown_program_lists_the_known_ones():
 )
 def test_cudnn_is_refused_where_it_cannot_run(platform, dtype, head, biased, found):
     with pytest.raises(UserError, match=f"{found}: choose auto"):
-        attention.chosen("cudnn", dtype, head, biased, platform)
+        attention.choose_attention(
+            "cudnn", dtype, head, has_bias=biased, platform=platform
+        )
 
 
 @pytest.mark.parametrize("by", ["xla", "heads_first"])
@@ -129,7 +140,7 @@ def test_attention_scores_are_not_rounded_to_bfloat16(by):
     array = lambda *rows: jnp.array(rows, jnp.bfloat16)[None, :, None]
     q, k, v = array([1, 1]), array([256, 0], [256, 1]), array([0, 0], [1, 1])
     exact = 1 / (1 + np.exp(-np.sqrt(0.5)))  # 0.670 against 0.731
-    ours = attention.attend(q, k, v, by=by)
+    ours = attention.attention(q, k, v, implementation=by)
     assert ours.dtype == jnp.bfloat16
     assert abs(float(ours[0, 0, 0, 0]) - exact) < 4e-3  # result is one bfloat16
 
@@ -141,7 +152,7 @@ def test_attention_is_torchs():
     by_head = (torch.tensor(x).transpose(1, 2) for x in (q, k, v))
     theirs = torch.nn.functional.scaled_dot_product_attention(*by_head).transpose(1, 2)
     # ten float32 operations deep, on either side
-    assert relative(attention.attend(q, k, v), np.asarray(theirs)) < 1e-6
+    assert relative(attention.attention(q, k, v), np.asarray(theirs)) < 1e-6
 
 
 def test_the_gradient_of_q_k_and_v_is_put_together_not_summed():

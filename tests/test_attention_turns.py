@@ -10,7 +10,7 @@ from networks import equations, quick_jit
 from recorded import relative
 from scores import exact, inputs
 
-from sit_jax.models import attention
+from sit_jax.models import attention, attention_cpu, attention_tpu
 from sit_jax.models.layers import REMAT
 from sit_jax.parallel import sharding
 
@@ -19,7 +19,7 @@ from sit_jax.parallel import sharding
 def test_heads_take_turns_together_as_the_scores_allow(most, length, monkeypatch):
     q, k, v, *_ = inputs(heads=6)
     size = 2 * 6 * 6 * 4  # of the scores of a head
-    monkeypatch.setattr(attention, "TURN", most * size)
+    monkeypatch.setattr(attention_tpu, "SCORES_PER_TURN", most * size)
     program = jax.make_jaxpr(lambda *a: attention.heads_first(*a))(q, k, v)  # anew
     loops = [e for e in equations(program.jaxpr) if e.primitive.name == "scan"]
     assert [e.params["length"] for e in loops] == length
@@ -29,8 +29,8 @@ def test_heads_take_turns_together_as_the_scores_allow(most, length, monkeypatch
 
 @pytest.mark.parametrize("chip, length", [("TPU v4", [4]), ("TPU v5p", [8])])
 def test_a_v4_takes_more_heads_a_turn(chip, length, monkeypatch):
-    monkeypatch.setattr(attention, "TURN", size := 2 * 6 * 6 * 4)
-    monkeypatch.setitem(attention.TURNS, "TPU v4", 3 * size)
+    monkeypatch.setattr(attention_tpu, "SCORES_PER_TURN", size := 2 * 6 * 6 * 4)
+    monkeypatch.setitem(attention_tpu.SCORES_PER_TURN_OF, "TPU v4", 3 * size)
     device = jax.sharding.AbstractDevice(chip, 1, "tpu")
     mesh = jax.sharding.AbstractMesh((1, 1, 1), sharding.AXES, abstract_device=device)
     q, k, v, *_ = inputs(heads=8)
@@ -47,7 +47,7 @@ def test_small_scores_are_taken_at_once():
 
 
 def test_large_scores_are_taken_head_head_by_head_and_not_kept(monkeypatch):
-    monkeypatch.setattr(attention, "CACHE", 2 * 3 * 6 * 6 * 4 - 1)
+    monkeypatch.setattr(attention_cpu, "CACHE", 2 * 3 * 6 * 6 * 4 - 1)
     q, k, v, *_ = inputs()
     slope = jax.grad(lambda q: attention.head_by_head(q, k, v).sum())
     loops = [
@@ -65,8 +65,8 @@ def test_large_scores_are_taken_head_head_by_head_and_not_kept(monkeypatch):
 @pytest.mark.parametrize("masks", [0, 1, 3])  # none, for all heads, for each its own
 def test_packed_attention_is_that_of_its_parts(by, biases, masks, monkeypatch):
     """Each head is read from where it is, and its gradient is written over it."""
-    monkeypatch.setattr(attention, "CACHE", 0)
-    monkeypatch.setattr(attention, "TURN", 0)
+    monkeypatch.setattr(attention_cpu, "CACHE", 0)
+    monkeypatch.setattr(attention_tpu, "SCORES_PER_TURN", 0)
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal(shape, np.float32)
     qkv, bias = draw(2, 6, 3, 3, 4), draw(*biases, 6, 6)
@@ -75,7 +75,7 @@ def test_packed_attention_is_that_of_its_parts(by, biases, masks, monkeypatch):
         mask[..., 0] = True  # who sees nothing has no meaningful gradient
 
     def packed(qkv, bias):
-        return attention.attend_packed(qkv, bias, mask, by=by)
+        return attention.packed_attention(qkv, bias, mask, implementation=by)
 
     def exactly(qkv, bias):
         return attention.xla(*(qkv[:, :, n] for n in range(3)), bias, mask)
@@ -90,9 +90,9 @@ def test_packed_attention_is_that_of_its_parts(by, biases, masks, monkeypatch):
 @pytest.mark.parametrize("by", ["head_by_head", "heads_first"])
 def test_gradients_are_written_over_what_they_are_of(by, monkeypatch):
     """What a loop stacks begins as zeros; what it carries on does not."""
-    monkeypatch.setattr(attention, "CACHE", 0)
-    monkeypatch.setattr(attention, "TURN", 0)
-    loss = lambda *a: jnp.square(attention.attend(*a, by=by)).sum()
+    monkeypatch.setattr(attention_cpu, "CACHE", 0)
+    monkeypatch.setattr(attention_tpu, "SCORES_PER_TURN", 0)
+    loss = lambda *a: jnp.square(attention.attention(*a, implementation=by)).sum()
     program = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(*inputs()[:3])
     loops = [e for e in equations(program.jaxpr) if e.primitive.name == "scan"]
     backward = loops[-1]
@@ -102,12 +102,12 @@ def test_gradients_are_written_over_what_they_are_of(by, monkeypatch):
 @pytest.mark.parametrize("by", ["head_by_head", "heads_first"])
 def test_the_gradient_inherits_the_precision(by, monkeypatch):
     """Of what stands around attention alone, as it does around a sampled network."""
-    monkeypatch.setattr(attention, "CACHE", 0)
-    monkeypatch.setattr(attention, "TURN", 0)
+    monkeypatch.setattr(attention_cpu, "CACHE", 0)
+    monkeypatch.setattr(attention_tpu, "SCORES_PER_TURN", 0)
 
     def exactly(*a):
         with jax.default_matmul_precision("highest"):
-            return attention.attend(*a, by=by).sum()
+            return attention.attention(*a, implementation=by).sum()
 
     traced = jax.jit(jax.grad(exactly, (0, 1, 2))).trace(*inputs()[:3])
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
@@ -117,7 +117,7 @@ def test_the_gradient_inherits_the_precision(by, monkeypatch):
 
 
 def test_kept_results_spare_the_loop_forward_a_second_time(monkeypatch):
-    monkeypatch.setattr(attention, "CACHE", 0)
+    monkeypatch.setattr(attention_cpu, "CACHE", 0)
     q, k, v, *_ = inputs()
 
     def loops(policy):
@@ -131,11 +131,13 @@ def test_kept_results_spare_the_loop_forward_a_second_time(monkeypatch):
 
 
 def test_head_by_head_sums_bfloat16_in_float32(monkeypatch):
-    monkeypatch.setattr(attention, "CACHE", 0)
+    monkeypatch.setattr(attention_cpu, "CACHE", 0)
     given = [jnp.asarray(x, jnp.bfloat16) for x in inputs(length=40, keys=40)[:3]]
 
     def slopes(by, given):
-        loss = lambda *a: attention.attend(*a, by=by).astype(jnp.float32).sum()
+        loss = lambda *a: (
+            attention.attention(*a, implementation=by).astype(jnp.float32).sum()
+        )
         return quick_jit(jax.grad(loss, argnums=(0, 1, 2)))(*given)
 
     exactly = slopes("xla", [x.astype(jnp.float32) for x in given])

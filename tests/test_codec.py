@@ -12,8 +12,15 @@ from test_vae import SMALL, random_params
 
 from sit_jax.config import from_json, spec, to_json
 from sit_jax.errors import UserError
-from sit_jax.models.codec import Latents, Pixels, Vae, data_of
-from sit_jax.models.rounding import ROUNDINGS, to_uint8, to_uint8_darker
+from sit_jax.models.codec import (
+    ROUNDINGS,
+    Latents,
+    Pixels,
+    Vae,
+    codec_sample,
+    to_uint8,
+    to_uint8_mdt,
+)
 from sit_jax.models.vae import AutoencoderKL
 from sit_jax.parallel.sharding import make_mesh, split_batch
 from sit_jax.precision.policy import EXACT
@@ -41,9 +48,9 @@ def test_pixels_span_minus_one_to_one_and_come_back():
 
 def test_codecs_are_pytrees_that_jit_takes_as_arguments():
     batch = {"moments": moments(2, 3, 3)}
-    draw = jax.jit(data_of)
+    draw = jax.jit(codec_sample)
     np.testing.assert_allclose(
-        draw(Latents(), KEY, batch), data_of(Latents(), KEY, batch), rtol=1e-6
+        draw(Latents(), KEY, batch), codec_sample(Latents(), KEY, batch), rtol=1e-6
     )  # one compiled against one interpreted: the last bit of exp
     image = {"image": np.full((2, 3, 3, 1), 200, np.uint8)}
     np.testing.assert_allclose(draw(Pixels(), KEY, image), 200 / 127.5 - 1, rtol=1e-6)
@@ -53,15 +60,15 @@ def test_drawn_latents_are_the_scaled_posterior():
     m = moments(2, 3, 5)
     eps = jax.random.normal(KEY, (2, 3, 5, 4))
     wanted = 0.18215 * (m[..., :4] + np.exp(m[..., 4:] / 2) * eps)
-    np.testing.assert_allclose(Latents().draw(KEY, m), wanted, rtol=1e-5, atol=1e-6)
-    other = Latents().draw(jax.random.key(4), m)
+    np.testing.assert_allclose(Latents().sample(KEY, m), wanted, rtol=1e-5, atol=1e-6)
+    other = Latents().sample(jax.random.key(4), m)
     assert np.abs(other - wanted).min() > 0  # another key, other noise everywhere
-    half = Latents(scale=0.18215 / 2).draw(KEY, m)
+    half = Latents(scale=0.18215 / 2).sample(KEY, m)
     np.testing.assert_allclose(2 * half, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_log_variance_is_bounded_as_in_stable_diffusion():
-    at = lambda log_var: Latents(scale=1.0).draw(
+    at = lambda log_var: Latents(scale=1.0).sample(
         KEY, jnp.stack([jnp.zeros(64), jnp.full(64, log_var)], -1)
     )
     np.testing.assert_array_equal(at(-1e9), at(-30.0))
@@ -73,14 +80,14 @@ def test_log_variance_is_bounded_as_in_stable_diffusion():
 
 def test_data_comes_from_whatever_the_batch_holds():
     latent = np.ones((2, 3, 3, 4), np.float32)
-    assert data_of(Latents(), KEY, {"latent": latent, "label": 0}) is latent
+    assert codec_sample(Latents(), KEY, {"latent": latent, "label": 0}) is latent
     m = moments(2, 3, 3)
     np.testing.assert_array_equal(
-        data_of(Latents(), KEY, {"moments": m}), Latents().draw(KEY, m)
+        codec_sample(Latents(), KEY, {"moments": m}), Latents().sample(KEY, m)
     )
     image = np.arange(18, dtype=np.uint8).reshape(2, 3, 3, 1)
     np.testing.assert_array_equal(
-        data_of(Pixels(), KEY, {"image": image}), Pixels().encode(image)
+        codec_sample(Pixels(), KEY, {"image": image}), Pixels().encode(image)
     )
 
 
@@ -88,7 +95,7 @@ def test_latents_say_that_pictures_need_a_vae():
     with pytest.raises(UserError, match=r"VAE to become pictures; --out x\.npy"):
         Latents().decode(np.zeros((1, 2, 2, 4), np.float32))
     with pytest.raises(UserError, match="VAE to become latents"):
-        data_of(Latents(), KEY, {"image": np.zeros((1, 8, 8, 3), np.uint8)})
+        codec_sample(Latents(), KEY, {"image": np.zeros((1, 8, 8, 3), np.uint8)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,15 +126,15 @@ def test_a_vae_encodes_what_pixels_are_and_decodes_what_was_scaled():
 
 def test_a_vae_draws_as_latents_do():
     m = moments(2, 3, 3)
-    ours, theirs = (codec.draw(KEY, m) for codec in (straight(), Latents()))
+    ours, theirs = (codec.sample(KEY, m) for codec in (straight(), Latents()))
     np.testing.assert_array_equal(ours, theirs)
 
 
 def test_images_become_the_data_of_a_vae():
     image = {"image": np.full((2, 2, 2, 3), 200, np.uint8)}
     vae = straight(scale=0.5)
-    data = data_of(vae, KEY, image)
-    np.testing.assert_array_equal(data, vae.draw(KEY, vae.encode(image["image"])))
+    data = codec_sample(vae, KEY, image)
+    np.testing.assert_array_equal(data, vae.sample(KEY, vae.encode(image["image"])))
     assert data.shape == (2, 2, 2, 3)
 
 
@@ -195,9 +202,9 @@ def test_recorded_roundings():
     g = arrays("vae")
     x = g["post.in"]
     np.testing.assert_array_equal(to_uint8(x), g["post.sit_dit_uint8"])
-    np.testing.assert_array_equal(to_uint8_darker(x), g["post.mdt_uint8"])
+    np.testing.assert_array_equal(to_uint8_mdt(x), g["post.mdt_uint8"])
     assert (g["post.sit_dit_uint8"] != g["post.mdt_uint8"]).mean() > 0.3
-    assert ROUNDINGS == {"brighter": to_uint8, "darker": to_uint8_darker}
+    assert ROUNDINGS == {"dit": to_uint8, "mdt": to_uint8_mdt}
 
 
 def test_recorded_draw():
@@ -206,18 +213,16 @@ def test_recorded_draw():
     pixels = lambda name: some(name).reshape(2, 3, 3, -1)
     noise = jax.random.normal(KEY, (2, 3, 3, 4))
     theirs = pixels("sample") + pixels("std") * (noise - pixels("sample_noise"))
-    found = straight(scale=1.0).draw(KEY, pixels("moments"))
+    found = straight(scale=1.0).sample(KEY, pixels("moments"))
     assert relative(found, theirs) < 1e-6
 
 
 @pytest.mark.parametrize("codec", [Pixels, Latents])
 def test_the_rule_of_rounding_is_part_of_a_config(codec):
-    config = spec(codec, rounding=to_uint8_darker)
-    assert to_json(config)["rounding"] == {
-        "name": "sit_jax.models.rounding.to_uint8_darker"
-    }
-    assert from_json(to_json(config), "codec").rounding is to_uint8_darker
-    dark = Pixels(rounding=to_uint8_darker).decode(np.float32([[0.0]]))
+    config = spec(codec, rounding=to_uint8_mdt)
+    assert to_json(config)["rounding"] == {"name": "sit_jax.models.codec.to_uint8_mdt"}
+    assert from_json(to_json(config), "codec").rounding is to_uint8_mdt
+    dark = Pixels(rounding=to_uint8_mdt).decode(np.float32([[0.0]]))
     assert (
         int(dark[0, 0]) == 127
         and int(Pixels().decode(np.float32([[0.0]]))[0, 0]) == 128
@@ -225,12 +230,12 @@ def test_the_rule_of_rounding_is_part_of_a_config(codec):
 
 
 def test_a_vae_is_a_pytree_with_its_weights_as_leaves():
-    vae = straight(rounding=to_uint8_darker)
+    vae = straight(rounding=to_uint8_mdt)
     leaves, structure = jax.tree.flatten(vae)
     assert len(leaves) == 3 and structure == jax.tree.structure(
-        straight(rounding=to_uint8_darker)
+        straight(rounding=to_uint8_mdt)
     )
     assert structure != jax.tree.structure(straight())
     assert hash(AutoencoderKL()) == hash(AutoencoderKL())
     doubled = jax.tree.map(lambda leaf: 2 * leaf, vae)
-    assert float(doubled.params["gain"]) == 4 and doubled.rounding is to_uint8_darker
+    assert float(doubled.params["gain"]) == 4 and doubled.rounding is to_uint8_mdt

@@ -17,9 +17,9 @@ from sit_jax.diffusion.guidance import classifier_free_guidance
 from sit_jax.diffusion.loss_weights import mdt_min_snr_loss
 from sit_jax.diffusion.schedules import linear_betas
 from sit_jax.experiment import TRAINING, build_experiment
+from sit_jax.models.codec import to_uint8_mdt
 from sit_jax.models.mdt import MDT as MDT1
 from sit_jax.models.mdt import MDTv2
-from sit_jax.models.rounding import to_uint8_darker
 from sit_jax.training.optimizers import adan
 from sit_jax.training.state import init_state
 from sit_jax.training.step import make_train_step
@@ -66,7 +66,7 @@ V1 = {
         **{"steps": 1000, "schedule": linear_betas, "variance": learned_range},
         **{"objective": hybrid_loss, "predicts": predictions.noise},
     },
-    "codec": {"scale": 0.18215, "rounding": to_uint8_darker},
+    "codec": {"scale": 0.18215, "rounding": to_uint8_mdt},
     "guidance": {"scale": 3.8, "power": 4.0, "steps": 1000},
     "sampler": {"steps": 250, "clip": False},
     **{"batch_size": 256, "ema_decay": 0.9999, "label_drop": 0.1, "clip": None},

@@ -174,8 +174,8 @@ def test_a_declared_difference_that_does_nothing_is_no_cause(good, made):
 
 def test_the_larger_effect_comes_first():
     """Of two declared causes, without any bundle."""
-    one = {"job": {"guidance": 1, "labels": [0, 1, 1], "rounding": "brighter"}}
-    other = {"job": {**one["job"], "labels": [1, 0, 1], "rounding": "darker"}}
+    one = {"job": {"guidance": 1, "labels": [0, 1, 1], "rounding": "dit"}}
+    other = {"job": {**one["job"], "labels": [1, 0, 1], "rounding": "mdt"}}
     found = causes((one, other))
     assert [cause.name for cause in found] == ["labels", "rounding"]
     many = {"job": {**other["job"], "labels": [1, 0, 1, 1]}}

@@ -103,7 +103,7 @@ def test_both_ways_to_compute_agree_with_what_was_recorded():
 
 def test_the_shifted_frequencies_are_those_of_the_formula():
     wanted = 10_000.0 ** (-np.arange(128) / 127)
-    np.testing.assert_allclose(layers.frequencies(128, 1.0), wanted, rtol=1e-6)
+    np.testing.assert_allclose(layers.timestep_frequencies(128, 1.0), wanted, rtol=1e-6)
 
 
 def test_the_difference_is_measured_and_stands_in_the_card(exported, tmp_path, port):

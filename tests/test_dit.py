@@ -29,7 +29,7 @@ def captured(name, table):
     with pytest.MonkeyPatch.context() as patch:
         if table == "recorded":
             patch.setattr(
-                layers, "frequencies", lambda half, shift: golden["freqs_f32"]
+                layers, "timestep_frequencies", lambda half, shift: golden["freqs_f32"]
             )
         inputs = nhwc(golden["x"]), golden["t"], golden["y"]
         out, seen = jax.jit(run)(recorded_params(name), *inputs)
@@ -44,7 +44,7 @@ def activations(name, seen):
     side = patches.shape[1]
     acts = {
         "x_embedder": tokens,
-        "x_plus_pos": tokens + layers.grid_embedding(side, tokens.shape[-1])[None],
+        "x_plus_pos": tokens + layers.sincos_pos_embed_2d(side, tokens.shape[-1])[None],
         "t_embedder": result("cond", "time_out"),
         "y_embedder": result("cond", "label"),
         "c": result("cond"),
@@ -80,7 +80,9 @@ def test_every_activation_and_the_output_are_as_recorded(name, table, tolerance)
 @pytest.mark.parametrize("name", ["sit_forward_a", "sit_forward_b", *DIT])
 def test_guided_outputs_are_as_recorded(name, monkeypatch):
     golden, model = arrays(name), recorded_model(name)
-    monkeypatch.setattr(layers, "frequencies", lambda half, shift: golden["freqs_f32"])
+    monkeypatch.setattr(
+        layers, "timestep_frequencies", lambda half, shift: golden["freqs_f32"]
+    )
 
     @jax.jit
     def run(params, scale, x, t, y):
@@ -105,7 +107,7 @@ def test_guided_outputs_are_as_recorded(name, monkeypatch):
 def test_null_label_gives_the_recorded_dropped_embedding(name):
     golden, model = arrays(name), recorded_model(name)
     y = np.where(golden["drop_ids"] == 1, model.classes, golden["y"])
-    module = layers.Conditioning(model.width, model.classes + 1)
+    module = layers.TimeLabelEmbed(model.width, model.classes + 1)
     params = {"params": recorded_params(name)["cond"]}
     see = dict(capture_intermediates=True, mutable="intermediates")
     _, seen = module.apply(params, jnp.zeros(len(y)), y, **see)

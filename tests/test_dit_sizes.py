@@ -10,7 +10,8 @@ from networks import equations, quick_jit, shapes
 from recorded import arrays, case, relative
 
 from sit_jax.convert.rules import DIT_RULES, to_torch, torch_constants
-from sit_jax.models.dit import SIZES, DiT, SiT, macs
+from sit_jax.models.dit import SIZES, DiT, SiT
+from sit_jax.models.flops import forward_macs
 
 # Parameters as train.py logs them (with the position table): at 256 pixels, of these
 # trainable, at 256 without sigma, at 512; then 1e9 multiply-adds at 256 and 512.
@@ -41,7 +42,7 @@ def test_published_sizes(kind, name):
     assert count(model) == trainable == logged - fixed(32) == large - fixed(64)
     assert count(model.clone(learn_sigma=False)) + fixed(32) == plain
     for side, published in ((32, gmacs), (64, large_gmacs)):
-        assert abs(macs(model, (side, side, 4)) / 1e9 - published) <= 0.0051
+        assert abs(forward_macs(model, (side, side, 4)) / 1e9 - published) <= 0.0051
 
 
 def test_macs_are_those_of_the_products_in_the_program():
@@ -57,7 +58,7 @@ def test_macs_are_those_of_the_products_in_the_program():
             total += eqn.outvars[0].aval.size * math.prod(shape(0)[i] for i in axes)
         if eqn.primitive.name == "conv_general_dilated":
             total += eqn.outvars[0].aval.size * math.prod(shape(1)[:3])
-    assert total == macs(model, (8, 8, 4))
+    assert total == forward_macs(model, (8, 8, 4))
 
 
 # name ends -> half-width of a uniform or standard deviation of a normal distribution.

@@ -9,8 +9,15 @@ import pytest
 from recorded import arrays, case, nchw, nhwc, relative
 
 from sit_jax.convert.rules import to_flax, to_torch
-from sit_jax.models.inception import Inception, prepared, resized
-from sit_jax.models.inception_layers import PLACES, RULES, SHAPES, TF_RULES
+from sit_jax.models.inception import (
+    CONVS,
+    RULES,
+    SHAPES,
+    TF_RULES,
+    Inception,
+    preprocess,
+    resize_tf1,
+)
 
 G = arrays("inception")
 NAMES = {"pool": "2048", "spatial": "spatial7", "logits": "logits_unbiased"}
@@ -59,7 +66,7 @@ def flax():
 
 @cache
 def features(image):
-    return network(flax(), jax.jit(prepared)(nhwc(G[image])))
+    return network(flax(), jax.jit(preprocess)(nhwc(G[image])))
 
 
 @pytest.mark.parametrize("image", ["img0", "img1"])
@@ -82,14 +89,14 @@ def test_the_bias_is_kept_and_not_added():
 def test_recorded_resizes(number):
     """TF1's rule up, down and not at all."""
     before, after = G[f"resize{number}.in"], G[f"resize{number}.out"]
-    found = nchw(jax.jit(resized, static_argnums=1)(nhwc(before), after.shape[2:]))
+    found = nchw(jax.jit(resize_tf1, static_argnums=1)(nhwc(before), after.shape[2:]))
     # an ulp of 255 is 1.5e-5; two roundings may differ where a multiply-add is fused
     np.testing.assert_allclose(found, after, rtol=0, atol=4e-5)
 
 
 @pytest.mark.parametrize("image", ["img0", "img1"])
 def test_recorded_resizes_to_299(image):
-    found = nchw(jax.jit(resized)(nhwc(G[image])))
+    found = nchw(jax.jit(resize_tf1)(nhwc(G[image])))
     want, sums = G[f"resize299.{image}.sub"], case("inception")["abs_means"]
     np.testing.assert_allclose(found[:, :, ::13, ::13], want, rtol=0, atol=4e-5)
     total = found.astype(np.float64).sum()  # 4e-10 found
@@ -98,8 +105,8 @@ def test_recorded_resizes_to_299(image):
 
 def test_images_of_299_pixels_stay_as_they_are():
     image = np.random.default_rng(0).integers(0, 256, (1, 299, 299, 3)).astype(np.uint8)
-    np.testing.assert_array_equal(jax.jit(resized)(image), image)
-    scaled = jax.jit(prepared)(image)
+    np.testing.assert_array_equal(jax.jit(resize_tf1)(image), image)
+    scaled = jax.jit(preprocess)(image)
     np.testing.assert_array_equal(scaled, (image.astype(np.float32) - 128) / 128)
 
 
@@ -140,4 +147,4 @@ def test_torch_to_flax_to_torch_is_bit_equal():
     ],
 )
 def test_names_in_the_tensorflow_graph(torch, scope):
-    assert scope in [place[1] for place in PLACES if place[0] == torch]
+    assert scope in [place[1] for place in CONVS if place[0] == torch]

@@ -15,7 +15,7 @@ from sit_jax.convert.inception_weights import CONVERTED, FILE, SIZE, load
 from sit_jax.convert.rules import to_torch
 from sit_jax.errors import UserError
 from sit_jax.manifest import weights_hash
-from sit_jax.models import inception_layers
+from sit_jax.models import inception
 
 SHAPES = {  # the first layer and the last one, narrow
     "Conv2d_1a_3x3/kernel": (3, 3, 3, 4),
@@ -28,7 +28,7 @@ SHAPES = {  # the first layer and the last one, narrow
 }
 RULES, TF_RULES = (
     tuple(rule for rule in rules if rule[1] in SHAPES)
-    for rules in (inception_layers.RULES, inception_layers.TF_RULES)
+    for rules in (inception.RULES, inception.TF_RULES)
 )
 FLOAT, INT32 = 1, 3  # TensorFlow's numbers for them
 

@@ -13,7 +13,7 @@ from sit_jax.models import layers
 @pytest.mark.parametrize("name", ["g16_d1152", "g32_d1152", "g4_d40"])
 def test_position_table_is_the_recorded_one(name):
     golden, table = arrays("pos_embed"), case("pos_embed")["tables"][name]
-    ours = layers.grid_embedding(table["grid"], table["dim"])
+    ours = layers.sincos_pos_embed_2d(table["grid"], table["dim"])
     assert ours.shape == tuple(table["shape"]) and ours.dtype == np.float32
     rows, spots = golden[f"{name}.rows"], golden[f"{name}.idx"]
     # Both are float64 sines rounded once, so 1e-7 is the rounding of the last bit.
@@ -25,14 +25,17 @@ def test_position_table_is_the_recorded_one(name):
 
 
 def test_position_table_tells_the_column_first():
-    one, down = layers.grid_embedding(4, 8)[[1, 4]]
+    one, down = layers.sincos_pos_embed_2d(4, 8)[[1, 4]]
     expected = [0.8414710, 0.0099998, 0.5403023, 0.9999500, 0, 0, 1, 1]
     np.testing.assert_allclose(one, expected, atol=1e-7)
     np.testing.assert_array_equal(down, np.roll(one, 4))
 
 
 def test_frequencies_are_within_one_rounding_of_torch():
-    theirs, ours = arrays("dit_forward_a")["freqs_f32"], layers.frequencies(128)
+    theirs, ours = (
+        arrays("dit_forward_a")["freqs_f32"],
+        layers.timestep_frequencies(128),
+    )
     assert ours.dtype == np.float32
     # Torch's vectorised exp is not correctly rounded in 3 of the 128 entries.
     assert np.count_nonzero(ours != theirs) <= 3
@@ -42,21 +45,25 @@ def test_frequencies_are_within_one_rounding_of_torch():
 def test_time_is_embedded_as_recorded():
     for name, tolerance in (("sit_forward_a", 1e-7), ("dit_forward_a", 3e-6)):
         golden = arrays(name)  # t in [0, 1]; t up to 999, where one ulp is 6e-5
-        ours = jax.jit(layers.fourier)(golden["t"])
+        ours = jax.jit(layers.timestep_embedding)(golden["t"])
         assert relative(ours, golden["t_freq"]) < tolerance, name
 
 
 def test_time_embedding_has_cosines_first():
     # From running the released code at t = 0.3; columns 0, 1, 127, 128, 129, 255.
-    ours = layers.fourier(jnp.array([0.3]))[0, np.array([0, 1, 127, 128, 129, 255])]
+    ours = layers.timestep_embedding(jnp.array([0.3]))[
+        0, np.array([0, 1, 127, 128, 129, 255])
+    ]
     theirs = [0.9553365, 0.9612840, 1.0, 0.2955202, 0.2755594, 3.2238229e-05]
     np.testing.assert_allclose(ours, theirs, rtol=2e-7)
 
 
 def test_integer_times_are_embedded_in_float32():
-    whole = layers.fourier(jnp.array([3, 700]))
+    whole = layers.timestep_embedding(jnp.array([3, 700]))
     assert whole.dtype == jnp.float32
-    np.testing.assert_array_equal(whole, layers.fourier(jnp.array([3.0, 700.0])))
+    np.testing.assert_array_equal(
+        whole, layers.timestep_embedding(jnp.array([3.0, 700.0]))
+    )
 
 
 def test_gelu_and_its_slope_are_those_of_the_formula():
@@ -87,14 +94,14 @@ def test_norm_keeps_small_variations_on_a_large_offset(dtype):
     x = jnp.asarray(np.random.default_rng(0).normal(3000, 30, (4, 40)), dtype)
     wide = np.asarray(x, np.float64)
     exact = (wide - wide.mean(1, keepdims=True)) / wide.std(1, keepdims=True)
-    ours = layers.norm("n").apply({}, x)
+    ours = layers.layer_norm("n").apply({}, x)
     assert ours.dtype == jnp.float32 and relative(ours, exact) < 2e-5
 
 
 def test_norm_uses_the_biased_variance_and_epsilon_1e_6():
     x = np.array([[1.0, 2.0, 3.0, 6.0]], np.float32) * 1e-3  # variance 3.5e-6
     exact = (x - x.mean()) / np.sqrt(x.astype(np.float64).var() + 1e-6)
-    assert relative(layers.norm("n").apply({}, x), exact) < 1e-6
+    assert relative(layers.layer_norm("n").apply({}, x), exact) < 1e-6
 
 
 def test_modulation_scale_is_not_rounded_before_one_is_added():

@@ -10,13 +10,12 @@ from networks import equations, quick_jit, shapes
 
 from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.errors import UserError
-from sit_jax.models import masking
-from sit_jax.models.mdt import MDT, MDTv2
-from sit_jax.models.mdt_cost import step_macs
+from sit_jax.models.flops import step_macs
+from sit_jax.models.mdt import MDT, MDTv2, bucket_sizes
 from sit_jax.training import objectives
 
 SMALL = dict(depth=3, decoder=1, width=24, heads=3, patch=1, classes=5)
-ONE, THREE = MDTv2(**SMALL), MDTv2(sizes=3, **SMALL)
+ONE, THREE = MDTv2(**SMALL), MDTv2(mask_buckets=3, **SMALL)
 SHAPE = (2, 8, 8, 4)  # 64 tokens, of which 32 to 44 are seen
 
 
@@ -33,34 +32,38 @@ def gradient(model, key):
     drawn = objectives.drawn(model, key, keys, SHAPE, jnp.array([1, 4]), 0.1)
     grad = objectives.gradient(model, GaussianDiffusion(), False)
     found = grad({}, weights(), data, jnp.array([20, 700]), None, drawn)
-    return found, drawn["m_"][0]["kept"][0]
+    return found, drawn["m_"][0]["num_visible"][0]
 
 
 def test_sizes_are_evenly_spaced_up_to_the_most():
-    assert masking.sizes(256, 0.3, 0.2, 1) == [179]
-    assert masking.sizes(256, 0.3, 0.2, 4) == [141, 154, 167, 179]
-    assert masking.sizes(16, 0.3, 0.2, 100) == [9, 10, 11]  # not one twice
-    assert masking.sizes(256, 0.3, 0.0, 4) == [179]
+    assert bucket_sizes(MDTv2(mask_buckets=1), 256) == [179]
+    assert bucket_sizes(MDTv2(mask_buckets=4), 256) == [141, 154, 167, 179]
+    assert bucket_sizes(MDTv2(mask_buckets=100), 16) == [9, 10, 11]  # not one twice
+    assert bucket_sizes(MDTv2(mask_ratio_range=0.0, mask_buckets=4), 256) == [179]
 
 
 def test_the_smallest_size_that_holds_all_seen_tokens_is_run():
-    model, sizes = MDTv2(sizes=4), masking.sizes(256, 0.3, 0.2, 4)
+    model = MDTv2(mask_buckets=4)
+    sizes = bucket_sizes(model, 256)
     for kept in range(128, 180):
-        inputs = {"kept": jnp.full(2, kept), "order": None}
+        inputs = {"num_visible": jnp.full(2, kept), "order": None}
         index, each = model.ways(inputs, (2, 32, 32, 4))
-        assert [way["size"] for way in each] == sizes
+        assert [way["bucket_size"] for way in each] == sizes
         size = sizes[int(index)]
         assert kept <= size and not any(kept <= s < size for s in sizes)
 
 
 def test_a_pass_without_a_drawn_share_has_one_program():
-    for model, inputs in ((THREE, {"y": 1}), (MDT(sizes=3), {"y": 1, "order": 2})):
+    for model, inputs in (
+        (THREE, {"y": 1}),
+        (MDT(mask_buckets=3), {"y": 1, "order": 2}),
+    ):
         assert model.ways(inputs, SHAPE) == (0, [inputs])
 
 
 def test_every_size_has_the_gradient_of_the_largest():
     one, three = (quick_jit(partial(gradient, model)) for model in (ONE, THREE))
-    sizes, met = masking.sizes(64, 0.3, 0.2, 3), set()
+    sizes, met = bucket_sizes(MDTv2(mask_buckets=3), 64), set()
     for seed in range(20):
         key = jax.random.key(seed)
         ((exact, terms), kept), ((found, others), _) = one(key), three(key)
@@ -91,12 +94,14 @@ def test_a_smaller_size_is_less_work():
     ]
     for size, found in zip((36, 40, 44), rows, strict=True):
         assert {n for n in (36, 40, 44) if (n,) in found} == {size}
-    at = lambda sizes: step_macs(MDTv2(sizes=sizes, **SMALL), SHAPE[1:])
+    at = lambda sizes: step_macs(MDTv2(mask_buckets=sizes, **SMALL), SHAPE[1:])
     assert at(1) > at(3) > at(100)
 
 
 @pytest.mark.parametrize("sizes", [0, 2.0])
 def test_no_whole_number_of_sizes_is_refused(sizes):
-    model = MDTv2(sizes=sizes, **SMALL)
-    with pytest.raises(UserError, match=f"model.sizes {sizes} must be a whole number"):
+    model = MDTv2(mask_buckets=sizes, **SMALL)
+    with pytest.raises(
+        UserError, match=f"model.mask_buckets {sizes} must be a whole number"
+    ):
         model.passes(jax.random.key(0), SHAPE)

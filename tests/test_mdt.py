@@ -11,12 +11,15 @@ from mdt_recorded import BOTH, FREQUENCIES, TINY, forward, mask, program
 from networks import quick_jit, recorded_model, recorded_params, shapes
 from recorded import arrays, nhwc, relative
 
-from sit_jax.models import layers, masking, mdt
+from sit_jax.models import layers, mdt
 from sit_jax.models.mdt import MDTv2
 
 # With our own table t = 999 multiplies the last-bit difference of three frequencies;
 # with the recorded one only rounding is left, of which 7e-7 was seen.
-TABLES = {"own": (layers.frequencies(128), 2e-5), "recorded": (FREQUENCIES, 2e-6)}
+TABLES = {
+    "own": (layers.timestep_frequencies(128), 2e-5),
+    "recorded": (FREQUENCIES, 2e-6),
+}
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
@@ -68,10 +71,12 @@ def one_block():
     c = dense(hidden, found["cond"]["time_out"])
     c = c + found["cond"]["label"]["embedding"][golden["y"]]
     second = jax.tree.map(lambda w: jnp.asarray(w[1]), found["blocks"])
-    block = mdt.Block(heads=5, side=4)
+    block = mdt.MDTBlock(heads=5, side=4)
 
     def run(tokens, noise, masked):
-        seen = masking.seen(jnp.argsort(noise, axis=1), None, 11) if masked else None
+        seen = (
+            mdt.visible_tokens(jnp.argsort(noise, axis=1), None, 11) if masked else None
+        )
         return block.apply({"params": second}, tokens, None, c, seen)[0]
 
     return quick_jit(run, static_argnums=2)
@@ -91,7 +96,10 @@ def test_the_encoders_last_block_gets_what_its_first_one_left():
         seen = model.apply({"params": drawn}, x, t, y, **see)[1]["intermediates"]
         first, last = (seen[k]["__call__"][0][0] for k in ("in_blocks", "out_blocks"))
         second = jax.tree.map(lambda w: w[1], drawn["out_blocks"])
-        block, c = mdt.Block(heads=3, side=4, joins=True), seen["cond"]["__call__"][0]
+        block, c = (
+            mdt.MDTBlock(heads=3, side=4, merges_skip=True),
+            seen["cond"]["__call__"][0],
+        )
         again = lambda skip: block.apply({"params": second}, last[0], skip, c, None)[0]
         return last[1], again(first[0]), again(first[1])
 
@@ -100,24 +108,25 @@ def test_the_encoders_last_block_gets_what_its_first_one_left():
 
 
 def test_the_order_is_a_permutation_and_the_share_that_of_the_release():
-    draw = lambda key: masking.draw(key, 2, 256, 0.3, 0.2)
+    draw = lambda key: mdt.sample_masks(MDTv2(), key, 2, 256)
     drawn = quick_jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), 200))
-    order, kept = np.asarray(drawn["order"]), np.asarray(drawn["kept"])
+    order, kept = np.asarray(drawn["order"]), np.asarray(drawn["num_visible"])
     np.testing.assert_array_equal(np.sort(order, axis=2)[7, 1], np.arange(256))
     assert not np.array_equal(*order[7])
     assert (kept[:, 0] == kept[:, 1]).all()  # one share for the batch
     assert 128 <= kept.min() <= 132 and 176 <= kept.max() <= 179
-    assert masking.most(256, 0.3) == 179 and masking.most(16, 0.3) == 11
+    assert mdt.max_visible(256, 0.3) == 179 and mdt.max_visible(16, 0.3) == 11
     # uniform: the mean of 200 draws is within 5 standard errors of the middle
     assert abs(kept.mean() - 153.1) < 5 * 51.2 / 12**0.5 / 200**0.5
-    assert set(masking.draw(jax.random.key(0), 2, 256, 0.3, 0)) == {"order"}
+    assert set(mdt.sample_masks(mdt.MDT(), jax.random.key(0), 2, 256)) == {"order"}
 
 
 def test_no_more_is_kept_than_is_gathered(monkeypatch):
     """100 (1 - 0.9) is 9 in float64 and 10 in float32."""
     monkeypatch.setattr(jax.random, "uniform", lambda key, shape=(): jnp.zeros(shape))
-    drawn = masking.draw(jax.random.key(0), 2, 100, 0.9, 0.05)
-    assert drawn["kept"].tolist() == [masking.most(100, 0.9)] * 2 == [9, 9]
+    model = MDTv2(mask_ratio=0.9, mask_ratio_range=0.05)
+    drawn = mdt.sample_masks(model, jax.random.key(0), 2, 100)
+    assert drawn["num_visible"].tolist() == [mdt.max_visible(100, 0.9)] * 2 == [9, 9]
 
 
 def test_what_is_hidden_is_not_seen_by_the_first_version():
@@ -145,12 +154,12 @@ def test_tokens_hidden_by_a_larger_draw_are_as_if_not_gathered():
     x, t, y = nhwc(golden["x"]), golden["t"], golden["y"]
     drawn = lambda kept: program("mdt2")(
         *(recorded_params("mdt2"), FREQUENCIES, x, t, y),
-        {"order": order, "kept": np.full(2, kept)},
+        {"order": order, "num_visible": np.full(2, kept)},
     )[0]
-    exact = model.clone(hide=0.45, spread=0.0)
-    assert masking.most(16, 0.45) == 8
+    exact = model.clone(mask_ratio=0.45, mask_ratio_range=0.0)
+    assert mdt.max_visible(16, 0.45) == 8
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "frequencies", lambda half, shift: FREQUENCIES)
+        patch.setattr(layers, "timestep_frequencies", lambda half, shift: FREQUENCIES)
         static = quick_jit(exact.apply)(
             {"params": recorded_params("mdt2")}, *(x, t, y), order=order
         )

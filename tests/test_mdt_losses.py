@@ -26,7 +26,7 @@ def recorded_masks(name):
     masks = mask(name, golden["loss.rand_noise"])
     if name == "mdt2":
         share = np.float32(0.3) + np.float32(0.2) * golden["loss.rand_ratio"]
-        masks["kept"] = np.full(3, int((16 * (1 - share)).item()))
+        masks["num_visible"] = np.full(3, int((16 * (1 - share)).item()))
     return masks
 
 

@@ -62,7 +62,7 @@ def test_a_chain_of_eight_steps_ends_as_recorded(name, run, cfg):
         return chain(lambda i: noise[i], GaussianDiffusion(), net, start)[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "frequencies", lambda half, shift: FREQUENCIES)
+        patch.setattr(layers, "timestep_frequencies", lambda half, shift: FREQUENCIES)
         ours = sample(recorded_params(name), nhwc(golden["sample.z"]), noise)
     floor, size = told["f32_vs_f64"]
     theirs = golden[f"sample.{run}.final"][:1]

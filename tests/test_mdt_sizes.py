@@ -11,7 +11,8 @@ from networks import equations, quick_jit, shapes
 
 from sit_jax.diffusion.guidance import PowerCosine
 from sit_jax.errors import UserError
-from sit_jax.models import dit, layers, mdt_cost
+from sit_jax.models import dit, layers
+from sit_jax.models.flops import forward_macs, step_macs
 from sit_jax.models.mdt import MDT, MDTv2
 
 
@@ -60,12 +61,10 @@ def test_macs_are_those_of_the_products_in_the_program(kind):
                 total += eqn.outvars[0].aval.size * math.prod(shape[:3])
         return total
 
-    assert products({}) == mdt_cost.macs(model, (16, 16, 4))
+    assert products({}) == forward_macs(model, (16, 16, 4))
     both = products({}) + products(masks)
-    assert both == mdt_cost.step_macs(model, (16, 16, 4))
-    assert mdt_cost.step_macs(kind(), (32, 32, 4)) < 1.8 * mdt_cost.macs(
-        kind(), (32, 32, 4)
-    )
+    assert both == step_macs(model, (16, 16, 4))
+    assert step_macs(kind(), (32, 32, 4)) < 1.8 * forward_macs(kind(), (32, 32, 4))
 
 
 @pytest.mark.slow
@@ -80,7 +79,7 @@ def test_initial_weights_are_distributed_as_published():
     assert np.abs(table).max() > 0.05  # not cut off at two deviations
     assert np.std(drawn["hidden_token"]) == pytest.approx(0.02, rel=0.35)
     for name in ("positions", "decoder_positions"):
-        np.testing.assert_array_equal(drawn[name][0], layers.grid_embedding(8, 64))
+        np.testing.assert_array_equal(drawn[name][0], layers.sincos_pos_embed_2d(8, 64))
 
 
 @pytest.mark.parametrize(
@@ -90,9 +89,19 @@ def test_initial_weights_are_distributed_as_published():
         (MDT, dict(decoder=0), 8, "decoder 0 of 3 .*model.decoder in 1..2"),
         (MDTv2, dict(decoder=2), 8, "decoder 2 of 3 .*MDTv2 needs .* in 1..1"),
         (MDTv2, dict(depth=4, decoder=1), 8, "depth 4 - decoder 1 is odd"),
-        (MDT, dict(hide=1.0), 8, "hide 1.0 and model.spread 0.0 must be from 0 on"),
-        (MDTv2, dict(hide=0.9, spread=0.2), 8, "leave one of 16 tokens"),
-        (MDT, dict(hide=-0.1), 8, "model.hide -0.1"),
+        (
+            MDT,
+            dict(mask_ratio=1.0),
+            8,
+            "mask_ratio 1.0 and model.mask_ratio_range 0.0 must be from 0 on",
+        ),
+        (
+            MDTv2,
+            dict(mask_ratio=0.9, mask_ratio_range=0.2),
+            8,
+            "leave one of 16 tokens",
+        ),
+        (MDT, dict(mask_ratio=-0.1), 8, "model.mask_ratio -0.1"),
         (MDT, {}, 9, "side 9 is not divisible by patch 2"),
         (MDT, dict(heads=5), 8, "width 24 is not divisible by heads 5"),
     ],
@@ -105,11 +114,11 @@ def test_impossible_settings_are_named(kind, fields, side, message):
 
 
 def test_a_network_without_a_masked_pass_has_one_pass_and_takes_no_mask():
-    model = MDT(depth=2, decoder=1, hide=None, **TINY)
+    model = MDT(depth=2, decoder=1, mask_ratio=None, **TINY)
     assert model.passes(jax.random.key(0), (2, 8, 8, 4)) == {"": {}}
     x, t, y = jnp.ones((1, 8, 8, 4)), jnp.ones(1), jnp.ones(1, int)
     order = jnp.arange(16)[None]
-    with pytest.raises(UserError, match="model.hide is None"):
+    with pytest.raises(UserError, match="model.mask_ratio is None"):
         jax.eval_shape(lambda: model.init(jax.random.key(0), x, t, y, order=order))
 
 

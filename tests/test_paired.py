@@ -213,7 +213,7 @@ def test_pairs_of_pictures_on_the_command_line(tmp_path, run):
     manifest = {"job": {"seed": 0, "labels": [1] * 10, "noise": None}}
     for name, shift in (("a", 0), ("b", 3)):
         np.savez(tmp_path / f"{name}.npz", arr_0=images + np.uint8(shift))
-        manifest["job"]["rounding"] = ("brighter", "darker")[shift > 0]
+        manifest["job"]["rounding"] = ("dit", "mdt")[shift > 0]
         text = json.dumps(manifest)
         (tmp_path / f"{name}.npz.manifest.json").write_text(text)
     sides = (tmp_path / "a.npz", tmp_path / "b.npz")

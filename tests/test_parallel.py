@@ -12,7 +12,7 @@ import small
 from sit_jax.config import spec
 from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.diffusion.interpolant import Interpolant
-from sit_jax.models import attention, layers, masking, mdt
+from sit_jax.models import attention_tpu, layers, mdt
 from sit_jax.models.dit import DiT, SiT
 from sit_jax.models.mdt import MDTv2
 from sit_jax.parallel import placement, sharding
@@ -115,7 +115,7 @@ def test_a_tpus_attention_on_eight_devices(preset, monkeypatch):
     alone("SiT")  # by the usual program
     model = spec(SiT, **SIZE, attention="heads_first")
     monkeypatch.setitem(FAMILIES, "SiT", (model, FAMILIES["SiT"][1]))
-    monkeypatch.setattr(attention, "TURN", 0)
+    monkeypatch.setattr(attention_tpu, "SCORES_PER_TURN", 0)
     check("SiT", preset)
 
 
@@ -124,7 +124,7 @@ class Biased(nn.Module):
 
     @nn.compact
     def __call__(self, x, seen):
-        attention = mdt.Attention(8, 16, program=self.by, name="attn")
+        attention = mdt.PositionAttention(8, 16, implementation=self.by, name="attn")
         return sharding.by_rows(x + attention(x, seen)), None
 
 
@@ -133,12 +133,14 @@ def test_a_bias_by_position_is_not_sent_around(by):
     """Its table, 964 x 8 a layer, is split by heads where 8 devices divide them."""
     rows, tokens, width, depth = 16, 256, 64, 4
     mesh = sharding.make_mesh(**sharding.fully_sharded())
-    stack = layers.stack(Biased, depth)(by)
-    size = masking.most(tokens, 0.3)
+    stack = layers.scan_blocks(Biased, depth)(by)
+    size = mdt.max_visible(tokens, 0.3)
 
     def loss(params, x, order):
-        seen = masking.seen(order, None, size)
-        out, _ = stack.apply({"params": params["blocks"]}, masking.take(x, seen), seen)
+        seen = mdt.visible_tokens(order, None, size)
+        out, _ = stack.apply(
+            {"params": params["blocks"]}, mdt.gather_tokens(x, seen), seen
+        )
         return jnp.sum(jnp.square(out))
 
     shape = lambda dtype, *dims: jax.ShapeDtypeStruct(
@@ -171,6 +173,6 @@ def test_every_family_under_every_preset(family, preset):
 def test_a_masked_pass_of_two_sizes_on_eight_devices(preset, monkeypatch):
     """All devices take the same branch."""
     _, process = FAMILIES["MDTv2"]
-    model = spec(MDTv2, **SIZE | {"depth": 3}, decoder=1, sizes=2)
+    model = spec(MDTv2, **SIZE | {"depth": 3}, decoder=1, mask_buckets=2)
     monkeypatch.setitem(FAMILIES, "two sizes", (model, process))
     check("two sizes", preset)

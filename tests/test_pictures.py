@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from sit_jax.errors import UserError
-from sit_jax.models.codec import Pixels
-from sit_jax.models.rounding import to_uint8
+from sit_jax.models.codec import Pixels, to_uint8
 from sit_jax.sampling import outputs
 from sit_jax.sampling.parts import Parts
 from sit_jax.sampling.pictures import DARK, LINE, captions, save_png, sheet

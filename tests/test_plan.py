@@ -99,7 +99,9 @@ def test_activations_grow_with_the_images_and_with_what_is_kept():
 def test_hidden_passes_are_counted():
     size = dict(depth=3, width=64, heads=4, classes=5, decoder=1, remat="full")
     both = saved_bytes(MDTv2(**size), (8, 8, 2), 4)
-    plain = saved_bytes(MDTv2(**size, hide=None, spread=0.0), (8, 8, 2), 4)
+    plain = saved_bytes(
+        MDTv2(**size, mask_ratio=None, mask_ratio_range=0.0), (8, 8, 2), 4
+    )
     assert 1.5 * plain < both < 3 * plain
 
 

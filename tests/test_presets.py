@@ -8,7 +8,7 @@ from sit_jax.convert.releases import RELEASES
 from sit_jax.diffusion.guidance import PowerCosine
 from sit_jax.errors import UserError
 from sit_jax.experiment import build_experiment
-from sit_jax.models.rounding import ROUNDINGS
+from sit_jax.models.codec import ROUNDINGS
 from sit_jax.samplers.adaptive_ode import AdaptiveODE
 from sit_jax.samplers.ddpm import DDPM
 from sit_jax.samplers.fixed_ode import FixedStepODE, heun
@@ -58,7 +58,7 @@ SPECIES = dict(vae="sd-vae-ft-mse", num=None, seed=1, labels="19,23,106,108,278,
 # What the originals drew with: the defaults of sample.py, sample_ddp.py (SiT and DiT),
 # image_sample.py and infer_mdt.py (MDT), and what SiT's author says of the paper's ODE.
 PUBLISHED = {
-    "sit-paper-ode": ("sit-xl2-256", FixedStepODE(heun, 125), 1.5, "brighter", DRAWN),
+    "sit-paper-ode": ("sit-xl2-256", FixedStepODE(heun, 125), 1.5, "dit", DRAWN),
     "sit-paper-sde": (
         "sit-xl2-256",
         SDE(
@@ -69,22 +69,22 @@ PUBLISHED = {
             last=0.04,
         ),
         1.5,
-        "brighter",
+        "dit",
         DRAWN,
     ),
-    "sit-repo-default": ("sit-xl2-256", DOPRI5, 1.0, "brighter", DRAWN),
-    "sit-repo-guided": ("sit-xl2-256", DOPRI5, 1.5, "brighter", DRAWN),
-    "sit-pictures": ("sit-xl2-256", DOPRI5, 4.0, "brighter", SHOWN),
-    "dit-256": ("dit-xl2-256", DDPM(250), 1.5, "brighter", DRAWN),
-    "dit-512": ("dit-xl2-512", DDPM(250), 1.5, "brighter", DRAWN),
-    "dit-pictures": ("dit-xl2-256", DDPM(250), 4.0, "brighter", SHOWN),
-    "mdt": ("mdt-xl2", DDPM(250), PowerCosine(3.8, 4.0), "darker", DRAWN),
-    "mdtv2": ("mdtv2-xl2", DDPM(250), PowerCosine(3.8, 4.0), "darker", DRAWN),
+    "sit-repo-default": ("sit-xl2-256", DOPRI5, 1.0, "dit", DRAWN),
+    "sit-repo-guided": ("sit-xl2-256", DOPRI5, 1.5, "dit", DRAWN),
+    "sit-pictures": ("sit-xl2-256", DOPRI5, 4.0, "dit", SHOWN),
+    "dit-256": ("dit-xl2-256", DDPM(250), 1.5, "dit", DRAWN),
+    "dit-512": ("dit-xl2-512", DDPM(250), 1.5, "dit", DRAWN),
+    "dit-pictures": ("dit-xl2-256", DDPM(250), 4.0, "dit", SHOWN),
+    "mdt": ("mdt-xl2", DDPM(250), PowerCosine(3.8, 4.0), "mdt", DRAWN),
+    "mdtv2": ("mdtv2-xl2", DDPM(250), PowerCosine(3.8, 4.0), "mdt", DRAWN),
     "mdtv2-pictures": (
         "mdtv2-xl2",
         DDPM(250),
         PowerCosine(4.0, 0.01),
-        "brighter",  # a picture by save_image, which adds 0.5
+        "dit",  # a picture by save_image, which adds 0.5
         SPECIES,
     ),
 }

@@ -10,9 +10,9 @@ from networks import SMALL, noisy, quick_jit
 from recorded import relative
 
 from sit_jax.adapters.apply import apply_model, apply_model_for_training
+from sit_jax.models.attention_cpu import training_product
 from sit_jax.models.dit import SiT
 from sit_jax.models.layers import REMAT
-from sit_jax.models.products import product
 
 rng = np.random.default_rng(0)
 
@@ -25,8 +25,8 @@ def slopes(multiply, x, weight):
 @pytest.mark.parametrize("shape", [(7, 3), (2, 5, 3), (2, 2, 5, 3)])
 def test_it_is_jaxs_with_both_its_gradients(shape):
     x, weight = (rng.standard_normal(s, np.float32) for s in (shape, (3, 4)))
-    assert (product(x, weight) == jnp.dot(x, weight)).all()
-    of_x, of_weight = slopes(product, x, weight)
+    assert (training_product(x, weight) == jnp.dot(x, weight)).all()
+    of_x, of_weight = slopes(training_product, x, weight)
     assert of_weight.shape == weight.shape
     usual = slopes(jnp.dot, x, weight)
     assert relative(of_x, usual[0]) == 0
@@ -41,9 +41,9 @@ def test_only_a_cpu_gets_the_other_product():
         text = run.lower(lowering_platforms=(platform,)).as_text()
         return sorted(re.findall(r"dot_general.*?(contracting_dims.*)", text))
 
-    assert dots(product, "tpu") == dots(jnp.dot, "tpu")
-    assert dots(product, "cuda") == dots(jnp.dot, "cuda")
-    assert dots(product, "cpu") != dots(jnp.dot, "cpu")
+    assert dots(training_product, "tpu") == dots(jnp.dot, "tpu")
+    assert dots(training_product, "cuda") == dots(jnp.dot, "cuda")
+    assert dots(training_product, "cpu") != dots(jnp.dot, "cpu")
 
 
 def test_its_gradient_inherits_the_precision():
@@ -51,7 +51,7 @@ def test_its_gradient_inherits_the_precision():
 
     def exactly(*a):
         with jax.default_matmul_precision("highest"):
-            return product(*a)
+            return training_product(*a)
 
     run = jax.jit(lambda *a: slopes(exactly, *a)).trace(x, weight)
     for platform in ("cpu", "tpu"):

@@ -54,7 +54,7 @@ def test_manifest_says_how_it_was_made(run, weights, tmp_path):
     }
     assert record["stats"]["evaluations"] == {"min": 3, "mean": 3.0, "max": 3}
     assert record["stats"]["unfinished"] == [] and len(record["weights_sha256"]) == 64
-    assert record["codec"] == {"kind": "Pixels", "rounding": "brighter"}
+    assert record["codec"] == {"kind": "Pixels", "rounding": "dit"}
     assert record["precision"]["model dot"] == 24
     keys = rng.image_keys(5, np.arange(2))
     assert job["labels"] == rng.sample_labels(keys, 5).tolist()

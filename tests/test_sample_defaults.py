@@ -9,8 +9,7 @@ import sample
 from configs import mdt_xl2
 from sit_jax.config import spec
 from sit_jax.diffusion.guidance import PowerCosine
-from sit_jax.models.codec import Pixels
-from sit_jax.models.rounding import to_uint8_darker
+from sit_jax.models.codec import Pixels, to_uint8_mdt
 from sit_jax.samplers.fixed_ode import FixedStepODE, euler
 from sit_jax.sampling import presets
 from sit_jax.sampling.presets import Preset
@@ -20,7 +19,7 @@ from sit_jax.sampling.presets import Preset
 def weights(tmp_path_factory):
     """A network whose run was guided and rounded as MDT's."""
     guidance = spec(PowerCosine, scale=3.0, power=4.0, steps=1)
-    config = small.config(codec=spec(Pixels, rounding=to_uint8_darker))
+    config = small.config(codec=spec(Pixels, rounding=to_uint8_mdt))
     with config.ignore_type():
         config.guidance, config.sampler = (
             guidance,
@@ -46,9 +45,9 @@ def job(monkeypatch, capsys, weights, tmp_path):
 
 
 def test_bytes_are_rounded_as_the_config_of_the_weights_says(job):
-    assert job("--labels", "1")["rounding"] == "darker"
-    assert job("--labels", "1", "--rounding", "brighter")["rounding"] == "brighter"
-    assert mdt_xl2.get_config().codec.rounding is to_uint8_darker
+    assert job("--labels", "1")["rounding"] == "mdt"
+    assert job("--labels", "1", "--rounding", "dit")["rounding"] == "dit"
+    assert mdt_xl2.get_config().codec.rounding is to_uint8_mdt
 
 
 def test_a_seed_of_0_is_not_the_presets(job, monkeypatch):

@@ -205,7 +205,7 @@ BAD = {
     "precision": (["--precision", "double"], "there are exact, fast, bf16", ...),
     "emulate": (["--emulate", "tpu"], "there are tpu-default, gpu-tf32", ...),
     "torch": (["--noise", "torch:x"], "torch:SEED with a whole number", ...),
-    "rounding": (["--rounding", "up"], "brighter or darker", ...),
+    "rounding": (["--rounding", "up"], "dit or mdt", ...),
     "vae": (["--vae", "sd-vae-ft-mse"], "not on latents; leave out --vae", ...),
     "guided likelihood": (
         ["--likelihood", "--guidance", "2"],

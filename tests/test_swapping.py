@@ -10,7 +10,7 @@ from flax import struct
 import diagnose
 from sit_jax.config import to_json
 from sit_jax.diagnosis.swapping import Decoded, exchanged
-from sit_jax.models.rounding import to_uint8, to_uint8_darker
+from sit_jax.models.codec import to_uint8, to_uint8_mdt
 from sit_jax.sampling.job import Job
 
 
@@ -31,14 +31,14 @@ def pictures(images):
 def test_one_component_is_exchanged_at_a_time():
     rng = np.random.default_rng(0)
     x, y, z = rng.uniform(-1, 1, (3, 5, 2, 2, 1)).astype(np.float32)
-    a, b = Decoded("a", Scaled(0.5), x), Decoded("b", Scaled(0.7, to_uint8_darker), y)
+    a, b = Decoded("a", Scaled(0.5), x), Decoded("b", Scaled(0.7, to_uint8_mdt), y)
     by = lambda latents, gain, rule: np.asarray(rule(gain * latents)).repeat(3, -1)
     want = {
         "A": by(x, 0.5, to_uint8),
         "noise and labels": by(z, 0.5, to_uint8),
         "latents": by(y, 0.5, to_uint8),
         "decode": by(y, 0.7, to_uint8),
-        "rounding": by(y, 0.7, to_uint8_darker),
+        "rounding": by(y, 0.7, to_uint8_mdt),
     }
     found = exchanged(a, b, Decoded("z", a.codec, z))
     assert [name for name, _ in found] == list(want) and found[-1][1] is b
@@ -68,7 +68,7 @@ def test_the_steps_add_up_to_the_gap(tmp_path, run):
     rng = np.random.default_rng(0)
     x = rng.uniform(-1, 1, (200, 8, 8, 1)).astype(np.float32)
     a = side(tmp_path / "a.npy", x)
-    b = side(tmp_path / "b.npy", x + np.float32(0.1), rounding="darker")
+    b = side(tmp_path / "b.npy", x + np.float32(0.1), rounding="mdt")
     images = rng.integers(0, 256, (150, 8, 8, 1)).astype(np.uint8)
     np.savez(tmp_path / "ref", arr_0=images)
     np.savez(tmp_path / "ref_b", arr_0=images // 2)

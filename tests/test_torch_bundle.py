@@ -177,7 +177,7 @@ def test_mdts_models_are_found_in_their_folder(tmp_path):
     code = "class MDTv2:\n    def __init__(self, **told):\n        raise KeyError(told)"
     (tmp_path / "masked_diffusion" / "models.py").write_text(code)
     module = reference.original(tmp_path)
-    model = MDTv2(decoder=4, hide=0.3)
+    model = MDTv2(decoder=4, mask_ratio=0.3)
     with pytest.raises(KeyError) as told:
         reference.network(module, model, (32, 32, 4), {})
     told = told.value.args[0]

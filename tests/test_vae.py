@@ -21,11 +21,15 @@ from sit_jax.convert.rules import (
     vae_rules,
 )
 from sit_jax.errors import UserError
-from sit_jax.models import vae_layers
-from sit_jax.models.codec import Vae
-from sit_jax.models.rounding import to_uint8
-from sit_jax.models.vae import AutoencoderKL
-from sit_jax.models.vae_layers import Double, Norm, PixelAttention, Residual
+from sit_jax.models import vae
+from sit_jax.models.codec import Vae, to_uint8
+from sit_jax.models.vae import (
+    AutoencoderKL,
+    PixelAttention,
+    Residual,
+    Upsample,
+    group_norm,
+)
 
 G = arrays("vae")
 TINY = AutoencoderKL(channels=(4, 8, 8, 8), groups=4)
@@ -168,7 +172,7 @@ def test_doubling_is_repetition_then_the_kernel():
     x, kernel = RNG.normal(size=(2, 3, 4, 5)), RNG.normal(size=(3, 3, 5, 5))
     params = {"kernel": kernel, "bias": RNG.normal(size=5)}
     params = jax.tree.map(np.float32, params)
-    found = Double(jnp.float32).apply({"params": params}, np.float32(x))
+    found = Upsample(jnp.float32).apply({"params": params}, np.float32(x))
     wide = np.pad(x.repeat(2, 1).repeat(2, 2), ((0, 0), (1, 1), (1, 1), (0, 0)))
     wanted = sum(
         wide[:, i : i + 6, j : j + 8] @ kernel[i, j] for i in range(3) for j in range(3)
@@ -180,12 +184,12 @@ def test_norm_keeps_its_digits_far_from_zero():
     # E[x^2] - E[x]^2 would lose 1e6 / 2^24 = 6 % of the variance
     x = (RNG.normal(size=(2, 5, 7, 6)) + 1000).astype(np.float32)
     params = {"scale": np.full(6, 2, np.float32), "bias": np.ones(6, np.float32)}
-    found = Norm(3).apply({"params": params}, x)
+    found = group_norm(3, "norm").apply({"params": params}, x)
     groups = x.astype(np.float64).reshape(2, 35, 3, 2)
     mean, var = (f(groups, (1, 3), keepdims=True) for f in (np.mean, np.var))
     wanted = 2 * ((groups - mean) / np.sqrt(var + 1e-6)).reshape(x.shape) + 1
-    # a mean of 1000 is rounded to 6e-5, which is what is left of a deviation of 1
-    assert relative(found, wanted) < 1e-4
+    # a sum of 70 values of 1000 is rounded to 4e-3, and this a few times
+    assert relative(found, wanted) < 2e-4
 
 
 def test_attention_by_parts_is_the_whole(monkeypatch):
@@ -197,7 +201,7 @@ def test_attention_by_parts_is_the_whole(monkeypatch):
     )
     whole = quick_jit(layer.apply)(params, x)
     assert relative(whole, x) > 0.05
-    monkeypatch.setattr(vae_layers, "QUERIES", 7)  # does not divide the 18 pixels
+    monkeypatch.setattr(vae, "MAX_QUERIES", 7)  # does not divide the 18 pixels
     parts = quick_jit(lambda *given: layer.apply(*given))(params, x)
     assert relative(parts, whole) < 1e-6  # another order of sums
 

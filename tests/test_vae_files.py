@@ -13,7 +13,7 @@ from vae_folders import BIN, CONFIG, GOLDEN, SAFE, folder, same
 from sit_jax.convert import releases
 from sit_jax.convert.vae_files import described, load_vae
 from sit_jax.errors import UserError
-from sit_jax.models.rounding import to_uint8, to_uint8_darker
+from sit_jax.models.codec import to_uint8, to_uint8_mdt
 from sit_jax.models.vae import AutoencoderKL
 
 
@@ -80,9 +80,9 @@ def test_without_config_json_it_is_the_published_size(tmp_path):
 def test_settings_go_into_the_codec(tmp_path):
     config = CONFIG | {"scaling_factor": 0.5}
     path = folder(tmp_path, config=config)
-    vae = load_vae(path, "bf16", rounding=to_uint8_darker, group=3)
+    vae = load_vae(path, "bf16", rounding=to_uint8_mdt, group=3)
     assert vae.model.dtype == "bfloat16" and vae.precision.word == "bf16"
-    assert (vae.scale, vae.group, vae.rounding) == (0.5, 3, to_uint8_darker)
+    assert (vae.scale, vae.group, vae.rounding) == (0.5, 3, to_uint8_mdt)
     assert load_vae(path, scale=1.0).scale == 1.0
     with pytest.raises(UserError, match="no precision 'half'"):
         load_vae(path, "half")

@@ -14,8 +14,7 @@ from sit_jax.convert.vae_files import load_vae, strange, with_vae
 from sit_jax.errors import UserError
 from sit_jax.experiment import build_experiment
 from sit_jax.manifest import weights_hash
-from sit_jax.models.codec import Latents
-from sit_jax.models.rounding import to_uint8_darker
+from sit_jax.models.codec import Latents, to_uint8_mdt
 
 
 def test_encoder_and_decoder_are_hashed_apart():
@@ -32,7 +31,6 @@ def test_encoder_and_decoder_are_hashed_apart():
         "scale": 0.18215,
         "rounding": "to_uint8",
         "precision": "exact",
-        "decoding": "whole",
     }
 
 
@@ -45,8 +43,8 @@ def parts(codec=Latents, channels=4, **fields):
 
 def test_a_vae_takes_the_place_of_latents_and_rounds_as_they_say():
     vae = load_vae(GOLDEN)
-    found = with_vae(parts(rounding=to_uint8_darker), vae)
-    assert found.codec == vae.replace(rounding=to_uint8_darker)
+    found = with_vae(parts(rounding=to_uint8_mdt), vae)
+    assert found.codec == vae.replace(rounding=to_uint8_mdt)
     out = jax.eval_shape(found.codec.decode, jnp.zeros((1, *found.shape)))
     assert out.shape == (1, 32, 32, 3) and out.dtype == jnp.uint8
 

@@ -21,8 +21,8 @@ from sit_jax.adapters.weights import (
     is_weight_leaf,
     select_rows,
 )
+from sit_jax.models.attention_cpu import training_product
 from sit_jax.models.layers import Dense
-from sit_jax.models.products import product
 
 
 def apply_model(model: nn.Module, params: dict, *inputs: Any, **options: Any) -> Array:
@@ -48,8 +48,8 @@ def apply_model_for_training(
 
 
 def _intercept_product(call, inputs, options, context):
-    if context.method_name == "times" and isinstance(context.module, Dense):
-        return product(*inputs)
+    if context.method_name == "product" and isinstance(context.module, Dense):
+        return training_product(*inputs)
     return call(*inputs, **options)
 
 

@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int, Int8, Key, UInt8
 
 from sit_jax.errors import UserError
-from sit_jax.models.products import product as training_product
+from sit_jax.models.attention_cpu import training_product
 
 LABEL_TABLE = "cond/label/embedding"
 PATTERN_SECONDS = 2.0  # for all matches of one pattern; a sane one takes microseconds

@@ -14,7 +14,7 @@ from sit_jax.convert import torch_files
 from sit_jax.convert.rules import join_names
 from sit_jax.errors import UserError
 from sit_jax.files import as_path, local_path
-from sit_jax.models.layers import grid_embedding
+from sit_jax.models.layers import sincos_pos_embed_2d
 from sit_jax.parallel import multihost
 
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second until 2024
@@ -100,7 +100,7 @@ class Released(Mapping):
         _require_copies(path, state, config["num_layers"])
         patch = config["patch_size"]
         width = config["num_attention_heads"] * config["attention_head_dim"]
-        self._table = grid_embedding(config["sample_size"] // patch, width)[None]
+        self._table = sincos_pos_embed_2d(config["sample_size"] // patch, width)[None]
         self.shapes = {"pos_embed": self._table.shape} | {
             name: _joined_shape([state.shapes[source] for source in sources])
             for name, sources in self._sources.items()

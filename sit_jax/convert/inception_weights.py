@@ -20,7 +20,7 @@ from sit_jax.convert.rules import join_names, require_match, to_flax, to_torch
 from sit_jax.errors import UserError
 from sit_jax.files import atomic_write, read_json, sha256, write_json
 from sit_jax.manifest import weights_hash
-from sit_jax.models.inception_layers import RULES, SHAPES, TF_RULES
+from sit_jax.models.inception import RULES, SHAPES, TF_RULES
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 SIZE = 95_628_359  # bytes

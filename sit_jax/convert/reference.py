@@ -70,7 +70,7 @@ def network(module, model, shape, state):
         )
     more = {}
     if isinstance(model, MDT):
-        more = {"mask_ratio": model.hide, "decode_layer": model.decoder}
+        more = {"mask_ratio": model.mask_ratio, "decode_layer": model.decoder}
     made = getattr(module, name)(
         input_size=shape[0],
         patch_size=model.patch,

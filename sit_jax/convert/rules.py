@@ -15,11 +15,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sit_jax.errors import UserError
-from sit_jax.models import masking
 from sit_jax.models.dit import DiT
-from sit_jax.models.layers import grid_embedding
-from sit_jax.models.mdt import MDT, MDTv2
-from sit_jax.models.vae import first_tiled
+from sit_jax.models.layers import sincos_pos_embed_2d
+from sit_jax.models.mdt import MDT, MDTv2, relative_positions
+from sit_jax.models.vae import first_level_of_finish
 
 
 class WeightRule(NamedTuple):
@@ -269,8 +268,10 @@ def torch_constants(model: DiT | MDT, side: int) -> dict[str, np.ndarray]:
         Torch names to tables: positions for DiT and SiT, bias indices for MDT.
     """
     if not isinstance(model, MDT):
-        return {"pos_embed": grid_embedding(side // model.patch, model.width)[None]}
-    index = masking.offsets(side // model.patch)
+        return {
+            "pos_embed": sincos_pos_embed_2d(side // model.patch, model.width)[None]
+        }
+    index = relative_positions(side // model.patch)
     half = (model.depth - model.decoder) // 2
     runs = {"blocks": model.depth}
     if isinstance(model, MDTv2):
@@ -368,9 +369,8 @@ def _vae_encoder(model) -> Iterator[WeightRule]:
 
 def _vae_decoder(model) -> Iterator[WeightRule]:
     torch, last = "decoder", len(model.channels) - 1
-    part = lambda level: (
-        f"decoder/{'begin' if level < first_tiled(model) else 'finish'}"
-    )
+    first = first_level_of_finish(model.channels)
+    part = lambda level: f"decoder/{'begin' if level < first else 'finish'}"
     yield from _conv_rules(f"{torch}.conv_in", "decoder/begin/conv_in")
     before = model.channels[-1]
     for i, width in enumerate(reversed(model.channels)):

@@ -51,7 +51,7 @@ def load_vae(source, word="exact", place=None, **fields):
     """-> codec.Vae of a folder, a file, a name of releases.py or hf:owner/repo/file.
 
     word: see precision.py. place: a device or sharding for the weights. fields: others
-    of Vae's, as rounding=to_uint8_darker, decoding=Tiles(). A folder is diffusers', or
+    of Vae's, as rounding=to_uint8_mdt. A folder is diffusers', or
     a pipeline's that has one named vae. config.json is read where it is beside.
     """
     path, config = _files(source)

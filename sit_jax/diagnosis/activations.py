@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sit_jax.adapters.apply import apply_model
-from sit_jax.models.layers import grid_embedding
+from sit_jax.models.layers import sincos_pos_embed_2d
 from sit_jax.precision import emulation, policy
 
 SEEN = ("time_out", "label", "patch", "head")  # modules whose output is a stage
@@ -58,7 +58,7 @@ def named(found, params):
     tokens = patches.reshape(len(patches), -1, patches.shape[-1])
     table = params.get("positions")
     if table is None:
-        table = grid_embedding(patches.shape[1], patches.shape[-1])[None]
+        table = sincos_pos_embed_2d(patches.shape[1], patches.shape[-1])[None]
     stages = {
         "time embedding": first(found["cond"]["time_out"]),
         "label embedding": first(found["cond"]["label"]),

@@ -13,7 +13,7 @@ from sit_jax.diagnosis.report import PICTURE, markdown
 from sit_jax.errors import UserError
 from sit_jax.evaluation.evaluated import Side, open_side
 from sit_jax.files import atomic_write, local_path, read_json, write_json
-from sit_jax.models.inception_layers import POOL
+from sit_jax.models.inception import POOL
 from sit_jax.sampling import outputs
 from sit_jax.sampling.pictures import save_png, sheet
 

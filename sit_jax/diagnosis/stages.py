@@ -195,7 +195,7 @@ def _judged(judge, images):
     found = next(judge([images]))
     stages = {"features": found["pool"]}
     if "spatial" in found:  # Inception, which looks at enlarged pictures
-        resized = {"resized": np.asarray(inception.prepared(images))}
+        resized = {"resized": np.asarray(inception.preprocess(images))}
         stages = resized | stages | {"spatial features": found["spatial"]}
     return stages
 

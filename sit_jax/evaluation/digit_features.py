@@ -8,7 +8,7 @@ import numpy as np
 
 from sit_jax.data.sources import Digits
 from sit_jax.errors import UserError
-from sit_jax.models.inception_layers import POOL
+from sit_jax.models.inception import POOL
 
 WIDTH = 64  # features
 WIDTHS = {"inception": POOL, "digits": WIDTH}  # by names for the command line

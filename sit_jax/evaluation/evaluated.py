@@ -12,7 +12,7 @@ from sit_jax.evaluation import summary
 from sit_jax.evaluation.features import StoredFeatures
 from sit_jax.evaluation.image_sets import FolderImages, NpzImages
 from sit_jax.files import as_path, is_remote, local_path
-from sit_jax.models.inception_layers import POOL
+from sit_jax.models.inception import POOL
 from sit_jax.sampling.array_files import ArrayFile
 
 

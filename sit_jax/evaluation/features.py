@@ -14,7 +14,7 @@ import numpy as np
 
 from sit_jax.errors import UserError
 from sit_jax.files import atomic_write, parse_json
-from sit_jax.models.inception import NAME, RESIZE, Inception, prepared
+from sit_jax.models.inception import NAME, RESIZE, Inception, preprocess
 from sit_jax.parallel.sharding import everywhere, put, split_batch
 from sit_jax.precision import policy
 
@@ -87,7 +87,9 @@ class Extractor:
 def inception_extractor(weights, mesh, batch_size=64):
     """-> Extractor of the 2015 network; weights: inception_weights.load()."""
     return Extractor(
-        lambda params, images: Inception().apply({"params": params}, prepared(images)),
+        lambda params, images: Inception().apply(
+            {"params": params}, preprocess(images)
+        ),
         weights.params,
         mesh,
         batch_size,

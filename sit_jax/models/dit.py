@@ -1,29 +1,33 @@
 """DiT and SiT: one transformer, two readings of its output.
 
 Peebles and Xie, arXiv:2212.09748; Ma et al., arXiv:2401.08740. The blocks are stacked:
-every block weight is one array with a leading axis L.
+every block weight is one array with a leading axis for the layer.
+
+Shapes: b images, t tokens, d features.
 """
 
 import math
+from typing import ClassVar
 
 import flax.linen as nn
-import jax.numpy as jnp
 from einops import rearrange
+from flax.typing import Dtype
+from jaxtyping import Array, Float, Int
 
 from sit_jax.errors import UserError
 from sit_jax.models.layers import (
     DTYPES,
     Attention,
-    Conditioning,
-    Head,
+    FinalLayer,
     Mlp,
-    Patches,
+    PatchEmbed,
+    TimeLabelEmbed,
+    adaln_params,
     choose,
-    grid_embedding,
+    layer_norm,
     modulate,
-    modulation,
-    norm,
-    stack,
+    scan_blocks,
+    sincos_pos_embed_2d,
 )
 from sit_jax.parallel.sharding import by_rows
 
@@ -35,30 +39,49 @@ SIZES = {
 }
 
 
-class Block(nn.Module):
+class DiTBlock(nn.Module):
+    """Attention and MLP, each with adaLN-Zero: scaled, shifted and gated by c."""
+
     heads: int
-    mlp_ratio: float = 4.0
-    dtype: jnp.dtype = jnp.float32
-    norm2_epsilon: float = 1e-6
-    attention: str = "auto"
+    mlp_ratio: float
+    dtype: Dtype
+    norm2_epsilon: float
+    attention: str
 
     @nn.compact
-    def __call__(self, x, c):
-        """tokens [B, T, D], c [B, D] -> tokens, and nothing to stack."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation(6, c, self.dtype)
-        y = modulate(norm("norm1")(x), shift1, scale1)
+    def __call__(
+        self, x: Float[Array, "b t d"], c: Float[Array, "b d"]
+    ) -> tuple[Float[Array, "b t d"], None]:
+        shift1, scale1, gate1, shift2, scale2, gate2 = adaln_params(6, c, self.dtype)
         attention = Attention(self.heads, self.dtype, self.attention, name="attn")
+        y = modulate(layer_norm("norm1")(x), shift1, scale1)
         x = by_rows(x + gate1 * attention(y))
-        y = modulate(norm("norm2", self.norm2_epsilon)(x), shift2, scale2)
+        y = modulate(layer_norm("norm2", self.norm2_epsilon)(x), shift2, scale2)
         x = by_rows(x + gate2 * Mlp(self.mlp_ratio, self.dtype, name="mlp")(y))
-        return x, None
+        return x, None  # nothing for the scan to stack
 
 
 class DiT(nn.Module):
-    """Fields default to XL/2 on ImageNet; `classes` is also the null label's number.
+    """Diffusion transformer; fields default to XL/2 on ImageNet.
 
     diffusers' DiTTransformer2DModel computes with frequency_shift=1 and
     norm2_epsilon=1e-5, with whatever weights.
+
+    Attributes:
+      depth: number of blocks.
+      width: features of a token.
+      heads: attention heads.
+      patch: pixels along a side of a patch.
+      mlp_ratio: hidden units of an MLP for each feature.
+      classes: number of classes, which is also the null label.
+      null_label: whether the table has a row for it; without one there is no guidance.
+      learn_sigma: whether the output has a second half of channels, for the variance.
+      frequency_shift: see layers.timestep_frequencies.
+      norm2_epsilon: of the norms before the MLPs.
+      dtype: "float32" or "bfloat16", of products and the residual stream.
+      remat: what the backward pass keeps, a name in layers.REMAT.
+      unroll: blocks in one turn of the loop over blocks.
+      attention: a name in attention.NAMES.
     """
 
     depth: int = 28
@@ -67,63 +90,81 @@ class DiT(nn.Module):
     patch: int = 2
     mlp_ratio: float = 4.0
     classes: int = 1000
-    null_label: bool = True  # a row for it; without one there is no guidance
+    null_label: bool = True
     learn_sigma: bool = True
     frequency_shift: float = 0.0
     norm2_epsilon: float = 1e-6
     dtype: str = "float32"
     remat: str = "none"
     unroll: int = 1
-    attention: str = "auto"  # the program that computes it, of attention.NAMES
-    biased = False  # its scores get no bias
+    attention: str = "auto"
+    has_attention_bias: ClassVar[bool] = False
 
     @nn.compact
-    def __call__(self, x, t, y):
-        """x [B, H, W, C], t [B], y [B] -> float32 [B, H, W, 2C], or C without sigma."""
-        check(self, x.shape)
+    def __call__(
+        self, x: Float[Array, "b s s c"], t: Float[Array, "b"], y: Int[Array, "b"]
+    ) -> Float[Array, "b s s out"]:
+        """Predicts from noisy data x at times t, given labels y.
+
+        Args:
+          x: noisy data.
+          t: times; SiT's in [0, 1], DiT's are step numbers.
+          y: labels; `classes` is the null label.
+
+        Returns:
+          The prediction in float32, with 2 c channels if learn_sigma, else c.
+
+        Raises:
+          UserError: fields that no network can have, or that do not fit x.
+        """
+        check_shapes(self, x.shape)
         dtype = choose(DTYPES, self.dtype, "dtype")
         side, p = x.shape[1] // self.patch, self.patch
         out = x.shape[-1] * (2 if self.learn_sigma else 1)
-        x = Patches(self.width, (p, p), (p, p), dtype=dtype, name="patch")(x)
+        x = PatchEmbed(self.width, (p, p), (p, p), dtype=dtype, name="patch")(x)
         x = rearrange(x, "b h w d -> b (h w) d")
-        x = by_rows((x + grid_embedding(side, self.width)[None]).astype(dtype))
-        labels = self.classes + self.null_label
-        shift, epsilon = self.frequency_shift, self.norm2_epsilon
-        c = Conditioning(self.width, labels, shift, name="cond")(t, y)
-        blocks = stack(Block, self.depth, self.remat, self.unroll)
-        block = (self.heads, self.mlp_ratio, dtype, epsilon, self.attention)
-        x, _ = blocks(*block, name="blocks")(x, c)
-        x = Head(p * p * out, name="head")(x, c)
-        return rearrange(
-            x, "b (h w) (p q c) -> b (h p) (w q) c", h=side, p=p, q=p, c=out
+        x = by_rows((x + sincos_pos_embed_2d(side, self.width)[None]).astype(dtype))
+        num_labels = self.classes + self.null_label
+        embed = TimeLabelEmbed(
+            self.width, num_labels, self.frequency_shift, name="cond"
         )
+        c = embed(t, y)  # (b, d)
+        blocks = scan_blocks(DiTBlock, self.depth, self.remat, self.unroll)(
+            heads=self.heads,
+            mlp_ratio=self.mlp_ratio,
+            dtype=dtype,
+            norm2_epsilon=self.norm2_epsilon,
+            attention=self.attention,
+            name="blocks",
+        )
+        x, _ = blocks(x, c)
+        x = FinalLayer(p * p * out, name="head")(x, c)  # (b, t, p * p * out)
+        return unpatchify(x, side, p)
 
 
 class SiT(DiT):
-    """Drops the variance half, which the released weights carry but never use."""
+    """DiT without the variance half, which released weights carry but never use."""
 
-    def __call__(self, x, t, y):
-        """x [B, H, W, C], t [B], y [B] -> float32 [B, H, W, C]."""
+    def __call__(
+        self, x: Float[Array, "b s s c"], t: Float[Array, "b"], y: Int[Array, "b"]
+    ) -> Float[Array, "b s s c"]:
+        """Predicts as DiT does; returns only the first c channels."""
         return super().__call__(x, t, y)[..., : x.shape[-1]]
 
 
-def macs(model, shape):
-    """Multiply-adds of one forward pass over one image [H, W, C], attention included.
+def unpatchify(
+    x: Float[Array, "b t pixels"], side: int, patch: int
+) -> Float[Array, "b height width c"]:
+    """Returns images from the pixels of side * side patches."""
+    return rearrange(x, "b (h w) (p q c) -> b (h p) (w q) c", h=side, p=patch, q=patch)
 
-    What the papers' tables call GFLOPs; floating-point operations are twice as many.
+
+def check_shapes(model: nn.Module, shape: tuple[int, ...]) -> None:
+    """Checks a network's fields against each other and data of shape [b, h, w, c].
+
+    Raises:
+      UserError: they do not fit; the error names the remedy.
     """
-    height, width, channels = shape
-    d, pixels = model.width, model.patch**2 * channels
-    tokens = height * width // model.patch**2
-    out = pixels * (2 if model.learn_sigma else 1)
-    hidden = int(d * model.mlp_ratio)
-    block = tokens * (4 * d * d + 2 * d * hidden + 2 * tokens * d) + 6 * d * d
-    ends = tokens * d * (pixels + out) + 256 * d + d * d + 2 * d * d
-    return model.depth * block + ends
-
-
-def check(model, shape):
-    """Refuses what no network can be, or cannot do with data [B, H, W, C]."""
     _, height, width, _ = shape
     for name in ("depth", "width", "heads", "patch", "classes", "unroll"):
         if (value := getattr(model, name)) < 1:
@@ -133,10 +174,6 @@ def check(model, shape):
             f"model.mlp_ratio is {model.mlp_ratio}: a layer of width {model.width} "
             "needs a number that leaves it units"
         )
-    for name in ("frequency_shift", "norm2_epsilon"):
-        value = getattr(model, name, 0)
-        if not 0 <= value < math.inf:
-            raise UserError(f"model.{name} is {value}: a number from 0 on")
     if height != width:
         raise UserError(f"input is {height} x {width}: only square inputs work")
     if height % model.patch:

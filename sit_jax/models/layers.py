@@ -3,10 +3,13 @@
 Parameters are always float32. `dtype` is what the wide matrix products of the blocks
 and the residual stream run in; norms, softmax, the time embedding and the output stay
 in float32, where bfloat16 would lose digits that nothing downstream restores.
+
+Shapes: b images, t tokens, d features, h heads.
 """
 
 import math
-from functools import partial
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,25 +17,29 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax.linen.dtypes import promote_dtype
+from flax.typing import Dtype
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
 
 from sit_jax.errors import UserError
-from sit_jax.models.attention import attend_packed, chosen, turns
-from sit_jax.models.by_head import KEPT
+from sit_jax.models.attention import SAVED_NAME, choose_attention, packed_attention
+from sit_jax.models.attention_tpu import heads_first_attention
 from sit_jax.parallel.sharding import HEADS, by_heads, by_rows, gathered
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
-# What the backward pass keeps of a block: everything (none), the results of products
-# with weights (dots; of qkv with its bias, and of attention by turns), those
-# moved to host memory (offload), only its input (full).
-REMAT = {
+# What the backward pass keeps of a block.
+REMAT: dict[str, Callable | None] = {
+    # everything
     "none": None,
+    # products with weights (of qkv with its bias) and the results of attention
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(KEPT),
+        jax.checkpoint_policies.save_only_these_names(SAVED_NAME),
     ),
+    # only the block's input
     "full": jax.checkpoint_policies.nothing_saveable,
+    # products with weights, moved to the host's memory
     "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims(
         "device", "pinned_host"
     ),
@@ -40,10 +47,13 @@ REMAT = {
 
 
 class Dense(nn.Dense):
-    """Xavier-uniform weight [in, out], zero bias: torch's Linear as DiT starts it.
+    """Linear layer with Xavier-uniform weights [in, out] and zero bias, as in DiT.
 
-    split: mesh axes over which the weight stays split while it is multiplied. heads:
-    the result of [B, T, in] is heads_first's, and never lies there in another layout.
+    Attributes:
+      split: mesh axes over which the weight stays split while it is multiplied.
+      heads: if given, the layer computes q, k and v of so many heads at once and
+        returns them as [3, heads, b, d / heads, t], the layout of attention_tpu.py;
+        they never exist in another layout.
     """
 
     kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
@@ -51,7 +61,7 @@ class Dense(nn.Dense):
     heads: int | None = None
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "*b in"]) -> Float[Array, "..."]:
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         bias = self.param("bias", self.bias_init, shape[1:], self.param_dtype)
@@ -61,19 +71,23 @@ class Dense(nn.Dense):
             kernel = rearrange(kernel, "i (n h d) -> i n h d", n=3, h=self.heads)
             bias = rearrange(bias, "(n h d) -> n h 1 d 1", n=3, h=self.heads)
             return jnp.einsum("bti,inhd->nhbdt", x, kernel) + bias
-        out = self.times(x, kernel)
+        out = self.product(x, kernel)
         return out + jnp.expand_dims(bias, range(out.ndim - 1))
 
-    def times(self, x, kernel):
-        """Of its own, since applied.trained puts another product in its place."""
+    def product(self, x: Array, kernel: Array) -> Array:
+        """Returns x times the weight.
+
+        It is a method of its own because adapters.applied replaces it in training by
+        attention_cpu.training_product.
+        """
         return jnp.dot(x, kernel)
 
 
-class Patches(nn.Conv):
-    """x [B, H, W, C] -> [B, H/p, W/p, D], the linear map of non-overlapping patches.
+class PatchEmbed(nn.Conv):
+    """Maps each patch of [b, h, w, c] to a token: [b, h / p, w / p, d].
 
-    Xavier's fans are those of the [p * p * C, D] matrix; over a convolution kernel the
-    default would count D once per pixel.
+    Xavier's fans are those of the [p * p * c, d] matrix; over a convolution kernel the
+    default would count d once per pixel.
     """
 
     padding: str = "VALID"
@@ -83,100 +97,134 @@ class Patches(nn.Conv):
 
 
 class Attention(nn.Module):
-    """tokens [B, T, D] -> [B, T, D]; the columns of qkv are ordered (q k v, head)."""
+    """Multi-head self-attention: tokens [b, t, d] -> [b, t, d]."""
 
     heads: int
-    dtype: jnp.dtype = jnp.float32
-    program: str = "auto"  # of attention.NAMES
+    dtype: Dtype = jnp.float32
+    implementation: str = "auto"  # of attention.NAMES
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        bias: Float[Array, "#b #h t t"] | None = None,
+        mask: Any = None,
+    ) -> Float[Array, "b t d"]:
         width = x.shape[-1]
-        x = attended(x, self.heads, self.dtype, self.program)
-        kept = (HEADS, None)
-        return Dense(width, dtype=self.dtype, split=kept, name="proj")(x)
+        x = self_attention(
+            x,
+            heads=self.heads,
+            dtype=self.dtype,
+            implementation=self.implementation,
+            bias=bias,
+            mask=mask,
+        )
+        return Dense(width, dtype=self.dtype, split=(HEADS, None), name="proj")(x)
 
 
 class Mlp(nn.Module):
-    ratio: float = 4.0
-    dtype: jnp.dtype = jnp.float32
+    """Two linear layers with GELU between them."""
+
+    ratio: float = 4.0  # hidden units for each feature
+    dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         width = x.shape[-1]
-        hidden, how = int(width * self.ratio), {"dtype": self.dtype}
-        x = Dense(hidden, split=(None, HEADS), name="fc1", **how)(x)
+        hidden = int(width * self.ratio)
+        x = Dense(hidden, dtype=self.dtype, split=(None, HEADS), name="fc1")(x)
         x = gelu(by_rows(x, None, HEADS))
-        return Dense(width, split=(HEADS, None), name="fc2", **how)(x)
+        return Dense(width, dtype=self.dtype, split=(HEADS, None), name="fc2")(x)
 
 
-class Conditioning(nn.Module):
-    """t [B], y int [B] -> [B, D] float32, from a table of `labels` rows."""
+class TimeLabelEmbed(nn.Module):
+    """Embeds times and labels, and adds the two: the condition c of all blocks."""
 
     width: int
-    labels: int
-    frequency_shift: float = 0.0  # see frequencies
+    num_labels: int  # rows of the table, the null label's among them
+    frequency_shift: float = 0.0  # see timestep_frequencies
 
     @nn.compact
-    def __call__(self, t, y):
-        small = nn.initializers.normal(0.02)
-        waves = fourier(t, shift=self.frequency_shift)
-        t = nn.Dense(self.width, kernel_init=small, name="time_in")(waves)
-        t = nn.Dense(self.width, kernel_init=small, name="time_out")(nn.silu(t))
-        table = nn.Embed(self.labels, self.width, embedding_init=small, name="label")
+    def __call__(self, t: Float[Array, "b"], y: Int[Array, "b"]) -> Float[Array, "b d"]:
+        normal = nn.initializers.normal(0.02)
+        waves = timestep_embedding(t, shift=self.frequency_shift)
+        t = nn.Dense(self.width, kernel_init=normal, name="time_in")(waves)
+        t = nn.Dense(self.width, kernel_init=normal, name="time_out")(nn.silu(t))
+        table = nn.Embed(
+            self.num_labels, self.width, embedding_init=normal, name="label"
+        )
         return by_rows(t + table(y))
 
 
-class Head(nn.Module):
-    """tokens [B, T, D], c [B, D] -> [B, T, out], in float32 throughout."""
+class FinalLayer(nn.Module):
+    """Maps tokens [b, t, d] to pixels of patches [b, t, out], in float32."""
 
     out: int
 
     @nn.compact
-    def __call__(self, x, c):
-        shift, scale = modulation(2, c)
-        x = modulate(norm("norm")(x), shift, scale)
+    def __call__(
+        self, x: Float[Array, "b t d"], c: Float[Array, "b d"]
+    ) -> Float[Array, "b t out"]:
+        shift, scale = adaln_params(2, c)
+        x = modulate(layer_norm("norm")(x), shift, scale)
         return nn.Dense(self.out, kernel_init=nn.initializers.zeros, name="out")(x)
 
 
 @jax.custom_jvp
-def gelu(x):
-    """x (1 + tanh(u)) / 2, u = sqrt(2 / pi) (x + 0.044715 x^3), as torch has it."""
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns x (1 + tanh(u)) / 2, u = sqrt(2 / pi) (x + 0.044715 x^3), as torch."""
     return nn.gelu(x, approximate=True)
 
 
 @gelu.defjvp
-def _gelu_slope(primals, tangents):
-    """By the logistic function, (1 + tanh(u)) / 2 = s(2 u), in float32 at least.
+def _gelu_jvp(primals, tangents):
+    """Differentiates by (1 + tanh(u)) / 2 = sigmoid(2 u), in float32 at least.
 
-    Were it tanh, a CPU would write it down for this and for what is computed again.
+    XLA on a CPU would store tanh(u) for this derivative, and again when it is
+    recomputed; the logistic function it computes anew.
     """
-    (x,), (move,) = primals, tangents
+    (x,), (tangent,) = primals, tangents
     wide = x.astype(jnp.promote_types(x.dtype, "float32"))
     root = math.sqrt(2 / math.pi)
     s = nn.sigmoid(2 * root * (wide + 0.044715 * wide**3))
     slope = s + wide * s * (1 - s) * 2 * root * (1 + 3 * 0.044715 * wide**2)
-    return gelu(x), slope.astype(x.dtype) * move
+    return gelu(x), slope.astype(x.dtype) * tangent
 
 
-def attended(x, heads, dtype, program, bias=None, mask=None):
-    """tokens [B, T, D] -> [B, T, D], through a layer "qkv" and attention; in a module.
+def self_attention(
+    x: Float[Array, "b t d"],
+    *,
+    heads: int,
+    dtype: Dtype,
+    implementation: str,
+    bias: Float[Array, "#b #h t t"] | None = None,
+    mask: Any = None,
+) -> Float[Array, "b t d"]:
+    """Computes a layer "qkv" and attention; call it in a compact module.
 
-    The columns of qkv are ordered (q k v, head).
+    The columns of the layer are ordered (q k v, head).
     """
     width = x.shape[-1]
-    layer = partial(Dense, 3 * width, dtype=dtype, name="qkv")
-    if chosen(program, dtype, width // heads, bias is not None) == "heads_first":
-        parts = checkpoint_name(layer(heads=heads)(x), KEPT)
-        q, k, v = (by_heads(part) for part in parts)
-        return rearrange(turns(q, k, v, bias, mask), "h b d t -> b t (h d)")
-    x = checkpoint_name(layer()(x), KEPT)
-    parts = rearrange(x, "b t (n h d) -> b t n h d", n=3, h=heads)
-    return rearrange(attend_packed(parts, bias, mask, program), "b t h d -> b t (h d)")
+    implementation = choose_attention(
+        implementation, dtype, width // heads, has_bias=bias is not None
+    )
+    if implementation == "heads_first":
+        qkv = Dense(3 * width, dtype=dtype, heads=heads, name="qkv")(x)
+        q, k, v = (by_heads(part) for part in checkpoint_name(qkv, SAVED_NAME))
+        out = heads_first_attention(q, k, v, bias, mask)
+        return rearrange(out, "h b d t -> b t (h d)")
+    qkv = Dense(3 * width, dtype=dtype, name="qkv")(x)
+    qkv = checkpoint_name(qkv, SAVED_NAME)
+    qkv = rearrange(qkv, "b t (n h d) -> b t n h d", n=3, h=heads)
+    out = packed_attention(qkv, bias, mask, implementation=implementation)
+    return rearrange(out, "b t h d -> b t (h d)")
 
 
-def norm(name, epsilon=1e-6):
-    """No affine part, two passes as in torch: E[x^2] - E[x]^2 cancels in float32."""
+def layer_norm(name: str, epsilon: float = 1e-6) -> nn.LayerNorm:
+    """Returns a layer norm without scale and bias, in float32.
+
+    It takes two passes as torch does: E[x^2] - E[x]^2 cancels in float32.
+    """
     return nn.LayerNorm(
         epsilon=epsilon,
         use_bias=False,
@@ -187,20 +235,29 @@ def norm(name, epsilon=1e-6):
     )
 
 
-def modulate(x, shift, scale):
-    """x float32 [B, T, D]; 1 + scale must not be rounded to bfloat16."""
+def modulate(
+    x: Float[Array, "b t d"], shift: Float[Array, "b 1 d"], scale: Float[Array, "b 1 d"]
+) -> Float[Array, "b t d"]:
+    """Returns x (1 + scale) + shift in x's float32, where 1 + scale is not rounded."""
     return x * (1 + scale.astype(x.dtype)) + shift.astype(x.dtype)
 
 
-def modulation(n, c, dtype=jnp.float32):
-    """c [B, D] -> n arrays [B, 1, D], all zero at initialization."""
+def adaln_params(
+    count: int, c: Float[Array, "b d"], dtype: Dtype = jnp.float32
+) -> list[Float[Array, "b 1 d"]]:
+    """Returns `count` modulations computed from c, all zero at initialization.
+
+    Call it in a compact module; the layer is named "adaLN".
+    """
     zeros = nn.initializers.zeros
-    dense = Dense(n * c.shape[-1], dtype=dtype, kernel_init=zeros, name="adaLN")
-    return jnp.split(dense(nn.silu(c))[:, None], n, axis=-1)
+    dense = Dense(count * c.shape[-1], dtype=dtype, kernel_init=zeros, name="adaLN")
+    return jnp.split(dense(nn.silu(c))[:, None], count, axis=-1)
 
 
-def frequencies(half, shift=0.0, period=10_000.0):
-    """period^(-i / (half - shift)), i < half, as float32 [half].
+def timestep_frequencies(
+    half: int, shift: float = 0.0, period: float = 10_000.0
+) -> Float[np.ndarray, "half"]:
+    """Returns period^(-i / (half - shift)) for i < half, in float32.
 
     shift is 0 in the releases of DiT, SiT and MDT, and 1 in diffusers' DiT.
 
@@ -213,26 +270,44 @@ def frequencies(half, shift=0.0, period=10_000.0):
     return np.exp(exponent).astype(np.float32)
 
 
-def fourier(t, width=256, shift=0.0):
-    """t [B] -> cosines then sines of t at geometric frequencies, [B, width]."""
-    angles = t[:, None].astype(jnp.float32) * frequencies(width // 2, shift)[None]
+def timestep_embedding(
+    t: Float[Array, "b"], width: int = 256, shift: float = 0.0
+) -> Float[Array, "b width"]:
+    """Returns cosines, then sines, of t times geometric frequencies."""
+    frequencies = timestep_frequencies(width // 2, shift)
+    angles = t[:, None].astype(jnp.float32) * frequencies[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def grid_embedding(side, width):
-    """Fixed sine-cosine embedding of a side x side grid, float32 [side * side, width].
+def sincos_pos_embed_2d(side: int, width: int) -> Float[np.ndarray, "t d"]:
+    """Returns the fixed sine-cosine embedding of a grid, [side * side, width].
 
-    The first half of the channels tells the column, the second the row.
+    The first half of the channels encodes the column, the second the row; each half
+    holds sines, then cosines.
     """
     columns, rows = np.meshgrid(np.arange(side), np.arange(side))
     omega = 1 / 10_000 ** (np.arange(width // 4) / (width / 4))
-    axis = lambda position: np.outer(position.ravel(), omega)
-    waves = [f(axis(p)) for p in (columns, rows) for f in (np.sin, np.cos)]
+    angles = (np.outer(position.ravel(), omega) for position in (columns, rows))
+    waves = [fn(angle) for angle in angles for fn in (np.sin, np.cos)]
     return np.concatenate(waves, axis=1).astype(np.float32)
 
 
-def stack(block, length, remat="none", unroll=1, in_axes=nn.broadcast):
-    """`length` blocks whose weights are stacked along a leading axis, run by a scan."""
+def scan_blocks(
+    block: type[nn.Module],
+    length: int,
+    remat: str = "none",
+    unroll: int = 1,
+    in_axes: Any = nn.broadcast,
+) -> Callable[..., nn.Module]:
+    """Returns `length` blocks as one module, whose weights have a leading axis.
+
+    Args:
+      block: its __call__(x, *inputs) returns the new x, and what is to be stacked.
+      length: number of blocks.
+      remat: a name in REMAT.
+      unroll: blocks in one turn of the loop.
+      in_axes: for each of *inputs, nn.broadcast or the axis that the blocks share out.
+    """
     policy = choose(REMAT, remat, "remat")
     if policy is not None:
         # A loop already keeps XLA from merging the recomputation with the forward
@@ -248,8 +323,12 @@ def stack(block, length, remat="none", unroll=1, in_axes=nn.broadcast):
     )
 
 
-def choose(table, name, field):
-    """table[name], or a UserError with the names there are."""
+def choose(table: Mapping[str, Any], name: str, field: str) -> Any:
+    """Returns table[name].
+
+    Raises:
+      UserError: there is no such name; the error lists those there are.
+    """
     if name not in table:
         raise UserError(f"{field} is {name!r}: choose one of {', '.join(table)}")
     return table[name]

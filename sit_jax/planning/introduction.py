@@ -3,7 +3,7 @@
 import jax
 
 from sit_jax.models import attention
-from sit_jax.models.kinds import kind_of
+from sit_jax.models.flops import forward_macs
 from sit_jax.planning.plan import held_whole
 
 
@@ -15,13 +15,13 @@ def introduce(say, config, parts, mesh, state, source):
     )
     kept = f", {rest:,} more are frozen" if rest else ""
     device = jax.devices()[0].device_kind
-    macs = kind_of(type(parts.model)).macs(parts.model, parts.shape)
+    macs = forward_macs(parts.model, parts.shape)
     say(
         f"{type(parts.model).__name__} with {count:,} parameters{kept}, "
         f"{macs / 1e9:.3g} GMAC an image; {len(source):,} "
         f"records; batch {config.batch_size} on {jax.device_count()} x {device}; "
         f"EMA decay {config.ema_decay}; "
-        f"attention {attention.of(parts.model)}"
+        f"attention {attention.attention_name(parts.model)}"
     )
     for line in (*getattr(source, "remarks", ()), *held_whole(mesh, state.params)):
         say(line)

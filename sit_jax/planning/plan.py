@@ -9,7 +9,7 @@ import math
 
 import jax
 
-from sit_jax.models.kinds import kind_of
+from sit_jax.models.flops import step_macs
 from sit_jax.parallel import placement
 from sit_jax.parallel.sharding import rows
 from sit_jax.planning import program
@@ -60,7 +60,7 @@ def plan(config, parts, mesh):
         "batch": _batch(config, parts, mesh),
         f"activations ({parts.model.remat})": _activations(config, parts, mesh),
     }
-    macs = kind_of(type(parts.model)).step_macs(parts.model, parts.shape)
+    macs = step_macs(parts.model, parts.shape)
     return Plan(
         mesh=mesh,
         model=parts.model,

@@ -73,7 +73,7 @@ def state_shapes(parts, mesh):
 def sampling_recipe(config, platform):
     """-> the recipe with a model of the config's sampling precision, and fn -> fn."""
     parts, around = as_sampled(config, build_experiment(config, TRAINING), platform)
-    model = attention.settled(parts.model, platform)
+    model = attention.resolve_attention(parts.model, platform)
     return dataclasses.replace(parts, model=model), around
 
 
@@ -116,7 +116,7 @@ def train_step(config, parts, mesh, where, platform=None):
     if not on this process's backend.
     """
     step = make_train_step(
-        attention.settled(parts.model, platform),
+        attention.resolve_attention(parts.model, platform),
         parts.process,
         parts.optimizer,
         parts.ema_decay,

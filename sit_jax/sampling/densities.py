@@ -193,7 +193,7 @@ def _drawn(codec, keys, batch):
     """Each record by its own key: not by who is beside it, on how many devices."""
     if "latent" in batch:
         return batch["latent"]
-    draw = jax.vmap(lambda key, one: codec.draw(key, one[None])[0])
+    draw = jax.vmap(lambda key, one: codec.sample(key, one[None])[0])
     return draw(keys, batch["moments"])
 
 

@@ -33,7 +33,7 @@ def make_generate(parts, mesh, weak=None, around=lambda fn: fn):
     platform = mesh.devices.flat[0].platform
 
     def network(model, params):
-        model = attention.settled(model, platform)
+        model = attention.resolve_attention(model, platform)
         run = around(partial(apply_model, model))
         return partial(in_chunks(run, mesh) if platform == "cpu" else run, params)
 

@@ -42,7 +42,7 @@ class Job:
     batch_size: int = 64
     weak: str | None = None
     vae: str | None = None
-    rounding: str = "brighter"
+    rounding: str = "dit"
     emulate: str | None = None
     lora: tuple[str, ...] = ()  # PATH or PATH:WEIGHT of adapters put on the weights
     quantize: str | None = None  # a form of quantized.py

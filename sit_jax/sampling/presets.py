@@ -34,7 +34,7 @@ class Preset:
     labels: str = "random"
     num: int | None = 50_000
     seed: int = 0
-    rounding: str = "brighter"
+    rounding: str = "dit"
     tolerance: str = "0.05 in FID"
 
 
@@ -110,7 +110,7 @@ PRESETS = {
         weights="mdt-xl2",
         sampler=spec(DDPM, steps=250),
         guidance=spec(PowerCosine, scale=3.8, power=4.0),
-        rounding="darker",
+        rounding="mdt",
         figure="FID-50K 1.79, inception score 283.01",
         source="MDT README",
     ),
@@ -118,7 +118,7 @@ PRESETS = {
         weights="mdtv2-xl2",
         sampler=spec(DDPM, steps=250),
         guidance=spec(PowerCosine, scale=3.8, power=4.0),
-        rounding="darker",
+        rounding="mdt",
         figure="FID-50K 1.58, inception score 314.73",
         source="MDT README",
     ),

@@ -19,8 +19,7 @@ from sit_jax.experiment import build_experiment
 from sit_jax.files import require_space, write_json
 from sit_jax.manifest import environment, weights_hash
 from sit_jax.models import attention
-from sit_jax.models.codec import Latents
-from sit_jax.models.rounding import ROUNDINGS
+from sit_jax.models.codec import Latents, get_rounding, rounding_name
 from sit_jax.parallel import multihost, sharding
 from sit_jax.precision import emulation, policy, probe
 from sit_jax.sampling import outputs
@@ -81,7 +80,7 @@ def studio(job, opened, weak=None, expected=None):
         loaded = weak.load(job.item, other, mesh)
         weak = policy.with_compute_dtype(word, other.model), loaded
         record["weak_sha256"] = weights_hash(weak[1])
-    program = f"attention: {attention.of(parts.model)}"
+    program = f"attention: {attention.attention_name(parts.model)}"
     print(measured["line"], program, *filter(None, [warning, strange]), sep="\n")
     return Studio(job, parts, params, mesh, weak, around, record)
 
@@ -200,8 +199,7 @@ def _around(job, words):
 
 def with_codec(parts, job, word, mesh):
     """-> the recipe with the job's VAE and rounding, and what is recorded of them."""
-    if job.rounding not in ROUNDINGS:
-        raise UserError(f"--rounding {job.rounding!r}: {' or '.join(ROUNDINGS)}")
+    rounding = get_rounding(job.rounding)
     if job.vae is not None:
         if not isinstance(parts.codec, Latents):
             raise UserError(
@@ -211,9 +209,9 @@ def with_codec(parts, job, word, mesh):
         parts = vae_files.with_vae(
             parts, vae_files.load_vae(job.vae, word, sharding.everywhere(mesh))
         )
-    codec = parts.codec.replace(rounding=ROUNDINGS[job.rounding])
-    record = codec.record() if hasattr(codec, "record") else {}
-    record = {"kind": type(codec).__name__, "rounding": job.rounding, **record}
+    codec = parts.codec.replace(rounding=rounding)
+    name = rounding_name(rounding)
+    record = {"kind": type(codec).__name__, "rounding": name, **codec.record()}
     return dataclasses.replace(parts, codec=codec), record
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from sit_jax.diffusion.timesteps import quartile_means
-from sit_jax.models.codec import data_of
+from sit_jax.models.codec import codec_sample
 from sit_jax.training import objectives
 from sit_jax.training.state import TrainState, update_ema
 
@@ -39,7 +39,7 @@ def make_train_step(
     def train_step(state, codec, batch, key):
         key = jax.random.fold_in(key, state.step)
         keys = jax.random.split(key, 4)
-        data = data_of(codec, keys[0], batch)
+        data = codec_sample(codec, keys[0], batch)
         t, weights = _times(timesteps, process, keys[2], state.losses, len(data))
         each = objectives.drawn(model, key, keys, data.shape, batch["label"], drop)
         grad = accumulate_gradients(partial(gradient, state.frozen), accumulate)

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import nn
 
-from sit_jax.models.layers import grid_embedding
+from sit_jax.models.layers import sincos_pos_embed_2d
 
 
 class Named(nn.Module):
@@ -106,7 +106,7 @@ class DiT(nn.Module):
         super().__init__()
         self.side, self.patch = input_size // patch_size, patch_size
         self.out = in_channels * (2 if learn_sigma else 1)
-        table = torch.from_numpy(grid_embedding(self.side, hidden_size))[None]
+        table = torch.from_numpy(sincos_pos_embed_2d(self.side, hidden_size))[None]
         self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.x_embedder = Patches(in_channels, hidden_size, patch_size)
         self.t_embedder = Times(hidden_size)

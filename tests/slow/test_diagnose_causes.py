@@ -77,7 +77,7 @@ def made(tensors, tmp_path_factory):
         manifest = json.loads(json.dumps(manifest))
         with patch.context() as patched:
             if resize:
-                patched.setattr(inception, "resized", half_pixel)
+                patched.setattr(inception, "resize_tf1", half_pixel)
             extractor = inception_extractor(weights, mesh, 4)
             if resize == "declared":
                 extractor.pipeline = extractor.pipeline | {"resize": "half-pixel"}
@@ -145,7 +145,7 @@ def change(name, tensors, files):
         "bf16 model": dict(settings=dict(word="bf16")),
         "bf16 VAE": dict(settings=dict(vae="bf16")),
         "TF32 model": dict(emulate="gpu-tf32"),
-        "MDT's rounding": dict(rounding="darker"),
+        "MDT's rounding": dict(rounding="mdt"),
         "half-pixel resize": dict(resize="declared"),
         "half-pixel resize, undeclared": dict(resize="silent"),
         "another decoder": dict(vae=str(files / "vae")),

@@ -10,8 +10,7 @@ from small import script
 
 from sit_jax.convert.rules import to_torch
 from sit_jax.evaluation.metrics import Gaussian, frechet
-from sit_jax.models.inception import Inception, prepared
-from sit_jax.models.inception_layers import RULES, SHAPES
+from sit_jax.models.inception import RULES, SHAPES, Inception, preprocess
 
 
 def random_params():
@@ -42,7 +41,7 @@ def test_the_script_with_the_network(tmp_path):
         *("--save-features", tmp_path / "f.npz", "--metrics", "fid"),
     )
     assert done.returncode == 0, done.stderr
-    network = lambda p, x: Inception().apply({"params": p}, prepared(x))
+    network = lambda p, x: Inception().apply({"params": p}, preprocess(x))
     ours, theirs = (jax.jit(network)(params, each) for each in images)
     with np.load(tmp_path / "f.npz") as kept:
         for name, want in ours.items():

@@ -29,7 +29,7 @@ def gradient(name):
         return sum(losses)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "frequencies", lambda half, shift: FREQUENCIES)
+        patch.setattr(layers, "timestep_frequencies", lambda half, shift: FREQUENCIES)
         return quick_jit(jax.grad(total))(recorded_params(name))
 
 

@@ -139,7 +139,7 @@ def cycles(by, chip, images):
     """Of the gradient of XL's attention with its weights, on one chip."""
     mesh = sharding.make_mesh(devices=topology.devices(chip)[:1])
     one = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    stack = layers.stack(Attentive, 4, "dots")(by)
+    stack = layers.scan_blocks(Attentive, 4, "dots")(by)
     x = jax.ShapeDtypeStruct((images, 256, 1152), jnp.bfloat16, sharding=one)
     params = jax.eval_shape(stack.init, jax.random.key(0), x)
     place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one)

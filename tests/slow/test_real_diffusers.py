@@ -51,7 +51,7 @@ def test_diffusers_computes_what_our_dit_does(tmp_path, monkeypatch, model):
             block.norm3.eps = 1e-6
     exponent = -np.float32(np.log(10_000)) * torch.arange(128, dtype=torch.float32)
     table = torch.exp(exponent / (128 - shift)).numpy()
-    monkeypatch.setattr(layers, "frequencies", lambda half, shift: table)
+    monkeypatch.setattr(layers, "timestep_frequencies", lambda half, shift: table)
     params = to_flax(DIT_RULES, state)[0]
     inputs = (nhwc(golden["x"]), golden["t"], golden["y"])
     with jax.default_matmul_precision("highest"):

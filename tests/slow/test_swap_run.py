@@ -20,7 +20,7 @@ import sample
 from sit_jax.config import spec
 from sit_jax.convert.rules import to_torch
 from sit_jax.models.codec import Latents
-from sit_jax.models.inception_layers import RULES
+from sit_jax.models.inception import RULES
 
 VAE = ROOT / "tests" / "golden" / "vae"
 IMAGES = 16
@@ -77,7 +77,7 @@ def test_every_component_is_exchanged_by_command(files, monkeypatch, capsys):
     numbers = ",".join(str(i % 5) for i in range(IMAGES))
     words = ("--labels", numbers, "--batch-size", IMAGES)
     a = (path("w"), "--vae", VAE)
-    b = (path("w_b"), "--vae", path("vae_b"), "--rounding", "darker")
+    b = (path("w_b"), "--vae", path("vae_b"), "--rounding", "mdt")
     sets = {"a": (*a, "--seed", 0), "b": (*b, "--seed", 1), "x": (*a, "--seed", 1)}
     for name, more in sets.items():
         flags = ("--weights", *more, *words, "--out", path(f"{name}.npy"))

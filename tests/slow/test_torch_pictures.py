@@ -19,7 +19,7 @@ from sit_jax.config import spec, to_json
 from sit_jax.convert.rules import to_torch
 from sit_jax.diagnosis import ladder
 from sit_jax.models.codec import Latents
-from sit_jax.models.inception_layers import RULES
+from sit_jax.models.inception import RULES
 from sit_jax.sampling.job import Job
 
 PLAIN = ROOT / "tests" / "plain_torch"
