@@ -20,7 +20,7 @@ from sit_jax.evaluation.unfinished import unfinished
 from sit_jax.files import read_json, write_json
 from sit_jax.manifest import environment
 from sit_jax.parallel import multihost
-from sit_jax.parallel.sharding import make_mesh
+from sit_jax.parallel.mesh import make_mesh
 from sit_jax.ranges import COUNT, AtLeast
 from sit_jax.sampling import outputs
 from sit_jax.trainer import program_cache

@@ -43,7 +43,7 @@ from sit_jax.files import (
 )
 from sit_jax.manifest import weights_hash
 from sit_jax.models.mdt import MDT
-from sit_jax.parallel import chips, multihost
+from sit_jax.parallel import hardware, multihost
 from sit_jax.ranges import AtLeast
 
 
@@ -69,7 +69,7 @@ def main():
             to_folder(args)
         else:
             to_torch(args, original)
-    memory = (chips.peak_memory() or 0) / 1e9
+    memory = (hardware.peak_memory() or 0) / 1e9
     print(f"{time.perf_counter() - begun:.1f} s, peak memory {memory:.2f} GB")
     return 0
 

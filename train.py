@@ -24,7 +24,8 @@ from sit_jax.experiment import validate
 from sit_jax.files import write_json
 from sit_jax.manifest import environment
 from sit_jax.models.flops import step_macs
-from sit_jax.parallel import chips, multihost, sharding
+from sit_jax.parallel import hardware, multihost
+from sit_jax.parallel.mesh import make_mesh, replicated
 from sit_jax.planning import planning, program
 from sit_jax.planning.introduction import introduce
 from sit_jax.trainer import heap, program_cache
@@ -69,7 +70,7 @@ NOTHING = Given()
 
 def train(config, workdir, given=NOTHING, wandb=None):
     """Runs to config.steps, or until asked to stop; -> exit code."""
-    mesh = sharding.make_mesh(**config.mesh)
+    mesh = make_mesh(**config.mesh)
     source, parts = _made(config, mesh)
     stored = configs.to_json(config)
     with contextlib.ExitStack() as stack:
@@ -134,7 +135,7 @@ def _experiment(config, mesh):
     """The experiment with its VAE, and a model that computes as training shall."""
     parts = program.training_recipe(config)
     if config.get("vae"):
-        place = sharding.everywhere(mesh)
+        place = replicated(mesh)
         parts = with_vae(parts, load_vae(config.vae, config.precision.vae, place))
     return parts
 
@@ -206,7 +207,7 @@ def _report(log, arrived, names, config, saved):
             )
         if line is not None:
             line["skipped"] = total
-            if (memory := chips.peak_memory()) is not None:
+            if (memory := hardware.peak_memory()) is not None:
                 line["peak_memory_gb"] = memory / 1e9
             log.scalars(at, line)
 
@@ -215,7 +216,7 @@ def _meter(config, parts):
     """Rates; a training step is reckoned as three forward passes, as in the papers."""
     macs = step_macs(parts.model, parts.shape)
     flops = 6 * macs * config.batch_size
-    peak = chips.peak_flops()
+    peak = hardware.peak_flops()
     peak = peak and peak * jax.device_count()
     return Meter(config.log_every, config.batch_size, flops, peak)
 

@@ -28,8 +28,8 @@ from sit_jax.evaluation.features import Extractor, inception_extractor
 from sit_jax.evaluation.metrics import Gaussian, frechet
 from sit_jax.evaluation.metrics.manifold import precision_recall
 from sit_jax.models.inception import CLASSES, POOL, SHAPES, SPATIAL
-from sit_jax.parallel import chips
-from sit_jax.parallel.sharding import make_mesh
+from sit_jax.parallel import hardware
+from sit_jax.parallel.mesh import make_mesh
 
 BATCH, ROUNDS = 16, 3
 
@@ -44,7 +44,7 @@ def main():
     parts = args.parts or ["inception", "algebra", "manifold"]
     if args.here:
         PARTS[parts[0]](args)
-        memory = (chips.peak_memory() or 0) / 2**30
+        memory = (hardware.peak_memory() or 0) / 2**30
         print(f"  peak memory {memory:.2f} GiB, load {os.getloadavg()[0]:.1f}")
         return 0
     flags = ["--images", str(args.images)]

@@ -31,7 +31,7 @@ from sit_jax.evaluation.metrics.gaussian import Gaussian, frechet
 from sit_jax.experiment import build_experiment
 from sit_jax.files import atomic_write
 from sit_jax.models.dit import SIZES, SiT
-from sit_jax.parallel import sharding
+from sit_jax.parallel.mesh import make_mesh
 from sit_jax.precision import policy
 from sit_jax.samplers.fixed_ode import FixedStepODE, heun
 from sit_jax.sampling.generation import Generator
@@ -64,7 +64,7 @@ def likeness(args, words):
     opened = open_weights(args.weights, None)
     sampler = FixedStepODE(method=heun, steps=STEPS, frames=6)
     parts = dataclasses.replace(build_experiment(opened.config), sampler=sampler)
-    mesh = sharding.make_mesh(data=-1, fsdp=1)
+    mesh = make_mesh(data=-1, fsdp=1)
     params = opened.load("ema", parts, mesh)
     labels = np.arange(args.num, dtype=np.int32) % 10
     rows, reference = {}, None
@@ -126,7 +126,7 @@ def speed(words, rounds):
     config.model = spec(SiT, patch=2, **SIZES["S"])
     config.sampler = spec(FixedStepODE, method=heun, steps=TIMED_STEPS)
     config.guidance = 1.5
-    parts, mesh = build_experiment(config), sharding.make_mesh(data=-1, fsdp=1)
+    parts, mesh = build_experiment(config), make_mesh(data=-1, fsdp=1)
     params = jax.jit(partial(init_params, parts.model, parts.shape))(jax.random.key(0))
     rng = np.random.default_rng(0)
     kick = lambda w: w + 0.02 * rng.standard_normal(w.shape, np.float32)

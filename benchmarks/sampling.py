@@ -24,7 +24,7 @@ from configs.sit_xl2 import get_config
 from sit_jax.config import spec
 from sit_jax.experiment import build_experiment
 from sit_jax.models.dit import SIZES, SiT
-from sit_jax.parallel import sharding
+from sit_jax.parallel.mesh import make_mesh, replicated
 from sit_jax.samplers.adaptive_ode import AdaptiveODE
 from sit_jax.samplers.fixed_ode import FixedStepODE, heun
 from sit_jax.samplers.torchdiffeq import torchdiffeq_control
@@ -68,12 +68,10 @@ def ours(size, sampler, batch, repeats):
     with config.ignore_type():
         config.sampler = sampler
     parts = build_experiment(config)
-    mesh = sharding.make_mesh(data=-1, fsdp=1)
+    mesh = make_mesh(data=-1, fsdp=1)
     params = random_params(parts)
     begun = time.perf_counter()
-    draw = Generator(
-        parts, jax.device_put(params, sharding.everywhere(mesh)), mesh, batch
-    )
+    draw = Generator(parts, jax.device_put(params, replicated(mesh)), mesh, batch)
     labels = np.arange(batch)
     _, stats = next(draw(0, labels))
     first = time.perf_counter() - begun

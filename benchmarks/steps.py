@@ -37,7 +37,7 @@ def ours(case):
     from sit_jax.models import attention
     from sit_jax.models.codec import Pixels
     from sit_jax.models.flops import step_macs
-    from sit_jax.parallel import chips
+    from sit_jax.parallel import hardware
     from sit_jax.planning.program import compiler_options
     from sit_jax.trainer import heap
     from sit_jax.training.state import init_state
@@ -75,9 +75,9 @@ def ours(case):
         "compile_s": compiling,
         "temporaries_gb": step.memory_analysis().temp_size_in_bytes / 1e9,
         "gflop_per_image": 6e-9 * step_macs(model, SHAPE),
-        "peak_tflops": (chips.peak_flops() or 0) / 1e12,
+        "peak_tflops": (hardware.peak_flops() or 0) / 1e12,
     }
-    return facts, run, chips.peak_memory
+    return facts, run, hardware.peak_memory
 
 
 def parts(case):

@@ -13,7 +13,7 @@ from sit_jax.data.sources import LatentFolder
 from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.models.codec import Latents
 from sit_jax.models.dit import SIZES, SiT
-from sit_jax.parallel.sharding import groups
+from sit_jax.parallel.mesh import fsdp_groups
 from sit_jax.samplers.adaptive_ode import AdaptiveODE
 
 
@@ -52,5 +52,5 @@ def get_config():
     c.guidance = 4.0
     c.guidance_channels = 3
     c.precision = ConfigDict({"training": "fast", "model": "exact", "vae": "exact"})
-    c.mesh = ConfigDict(groups())
+    c.mesh = ConfigDict(fsdp_groups())
     return c

@@ -13,7 +13,7 @@ from sit_jax.data.cache import check_cache
 from sit_jax.errors import UserError
 from sit_jax.files import as_path
 from sit_jax.models.codec import codec_sample
-from sit_jax.parallel import sharding
+from sit_jax.parallel.mesh import num_batch_shards
 from sit_jax.precision.policy import PRECISIONS
 from sit_jax.ranges import FINITE, SEED, Above, AtLeast, Between
 from sit_jax.training.state import check_ema_decay
@@ -175,7 +175,7 @@ def validate(config, experiment, source, mesh):
             f"the data has {source.classes} classes, the model {config.model.classes}; "
             f"set --config.model.classes={source.classes}"
         )
-    check_batch(config, sharding.rows(mesh))
+    check_batch(config, num_batch_shards(mesh))
     check_reference(config)
     check_cache(source, experiment.codec, experiment.shape)
     check_data(experiment, source)

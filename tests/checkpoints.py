@@ -6,8 +6,8 @@ import optax
 import pytest
 
 from sit_jax.checkpoint import Checkpoints
-from sit_jax.parallel.placement import once
-from sit_jax.parallel.sharding import make_mesh, shaped
+from sit_jax.parallel.mesh import make_mesh, with_shardings
+from sit_jax.parallel.sharding_rules import zero1_shardings
 
 META = {"step": 7, "config": {"model": {"depth": 2}, "clip": None}, "skipped": [1, 0]}
 
@@ -21,8 +21,8 @@ def trees(mesh, seed=0):
     opt_state = optax.adam(1e-3).init(params)
     opt_state = jax.tree.map(lambda x: np.asarray(x + 1), opt_state)
     state = {"params": params, "ema": ema, "opt_state": opt_state}
-    where = once(mesh, state)
-    like = shaped(jax.eval_shape(lambda: state), where)
+    where = zero1_shardings(mesh, state)
+    like = with_shardings(jax.eval_shape(lambda: state), where)
     return jax.device_put(state, where), like
 
 

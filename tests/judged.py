@@ -18,7 +18,7 @@ from sit_jax.evaluation.features import Extractor, pipeline
 from sit_jax.evaluation.metrics import Gaussian, frechet
 from sit_jax.evaluation.metrics.manifold import precision_recall
 from sit_jax.evaluation.metrics.score import InceptionScore
-from sit_jax.parallel.sharding import make_mesh
+from sit_jax.parallel.mesh import make_mesh
 
 ENOUGH = 210  # images, where a covariance is said to need 205
 LINES = ["Inception Score: ", "FID: ", "sFID: ", "Precision: ", "Recall: "]

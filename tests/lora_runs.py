@@ -10,7 +10,7 @@ from sit_jax.adapters.lora import LoRA
 from sit_jax.config import spec, to_json
 from sit_jax.convert.base import load_base, trained_shapes
 from sit_jax.experiment import build_experiment
-from sit_jax.parallel.sharding import make_mesh
+from sit_jax.parallel.mesh import make_mesh
 from sit_jax.trainer.adapting import begin_adapted
 
 FIELDS = dict(targets="blocks/(attn/qkv|mlp/fc2)/kernel", rank=2, alpha=3.0)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from sit_jax.data import batches
-from sit_jax.parallel.sharding import make_mesh
+from sit_jax.parallel.mesh import make_mesh
 
 
 class Numbered:

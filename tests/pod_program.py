@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from sit_jax import config as configs
-from sit_jax.parallel import sharding
+from sit_jax.parallel.mesh import make_mesh
 from sit_jax.planning import program, topology
 
 # What it prints, in this order: the next one is there when the one before is whole.
@@ -39,7 +39,7 @@ def recipe(name, slice_, settings):
     """-> config of that name under {field: value}, its recipe, mesh of the slice."""
     c = importlib.import_module(f"configs.{name}").get_config()
     configs.override(c, [f"--config.{k}={v}" for k, v in settings.items()])
-    mesh = sharding.make_mesh(**c.mesh, devices=topology.devices(slice_))
+    mesh = make_mesh(**c.mesh, devices=topology.devices(slice_))
     return c, program.training_recipe(c), mesh
 
 

@@ -12,7 +12,7 @@ from scores import exact, inputs
 
 from sit_jax.models import attention, attention_cpu, attention_tpu
 from sit_jax.models.layers import REMAT
-from sit_jax.parallel import sharding
+from sit_jax.parallel.mesh import AXES
 
 
 @pytest.mark.parametrize("most, length", [(0.5, [6]), (1, [6]), (2, [3]), (3, [])])
@@ -32,7 +32,7 @@ def test_a_v4_takes_more_heads_a_turn(chip, length, monkeypatch):
     monkeypatch.setattr(attention_tpu, "SCORES_PER_TURN", size := 2 * 6 * 6 * 4)
     monkeypatch.setitem(attention_tpu.SCORES_PER_TURN_OF, "TPU v4", 3 * size)
     device = jax.sharding.AbstractDevice(chip, 1, "tpu")
-    mesh = jax.sharding.AbstractMesh((1, 1, 1), sharding.AXES, abstract_device=device)
+    mesh = jax.sharding.AbstractMesh((1, 1, 1), AXES, abstract_device=device)
     q, k, v, *_ = inputs(heads=8)
     with jax.sharding.use_abstract_mesh(mesh):
         program = jax.make_jaxpr(attention.heads_first)(q, k, v)

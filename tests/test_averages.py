@@ -19,7 +19,7 @@ from sit_jax.errors import UserError
 from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.models.dit import DiT
 from sit_jax.models.mdt import MDT, MDTv2
-from sit_jax.parallel.sharding import make_mesh
+from sit_jax.parallel.mesh import make_mesh
 from sit_jax.samplers.ddpm import DDPM
 from sit_jax.trainer import start
 

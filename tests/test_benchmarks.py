@@ -18,7 +18,7 @@ class Absent(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Absent())
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/benchmarks"]
 import steps, train_step
-import sit_jax.training.step, sit_jax.parallel.chips
+import sit_jax.training.step, sit_jax.parallel.hardware
 import sit_jax.models.codec, sit_jax.models.flops
 for kind in ("sit", "dit", "mdtv2"):
     model, process, tx = steps.parts({"kind": kind, "size": "XL", "remat": "dots"})

@@ -22,7 +22,7 @@ from sit_jax.models.codec import (
     to_uint8_mdt,
 )
 from sit_jax.models.vae import AutoencoderKL
-from sit_jax.parallel.sharding import make_mesh, split_batch
+from sit_jax.parallel.mesh import batch_sharding, make_mesh
 from sit_jax.precision.policy import EXACT
 
 KEY = jax.random.key(3)
@@ -156,11 +156,11 @@ def test_groups_change_nothing(group):
 def test_groups_stay_on_their_devices():
     mesh = make_mesh(data=-1, fsdp=1)
     latents = np.random.default_rng(1).normal(size=(32, 2, 2, 4)).astype(np.float32)
-    split = jax.device_put(latents, split_batch(mesh))
+    split = jax.device_put(latents, batch_sharding(mesh))
     vae = straight(group=8)
     found = jax.jit(lambda vae, x: vae.decode(x))(vae, split)
     np.testing.assert_array_equal(found, vae.decode(latents))
-    assert found.sharding.is_equivalent_to(split_batch(mesh), found.ndim)
+    assert found.sharding.is_equivalent_to(batch_sharding(mesh), found.ndim)
 
 
 @pytest.mark.parametrize("images", [2, 3, 5])

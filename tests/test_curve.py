@@ -12,7 +12,7 @@ from sit_jax.evaluation import evaluation
 from sit_jax.evaluation.digit_features import DigitFeatures
 from sit_jax.evaluation.metrics import Gaussian, frechet
 from sit_jax.experiment import build_experiment, check_reference
-from sit_jax.parallel.sharding import make_mesh
+from sit_jax.parallel.mesh import make_mesh
 from sit_jax.planning.program import training_recipe
 from sit_jax.sampling.generation import Generator
 from sit_jax.trainer import watching

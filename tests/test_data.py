@@ -11,7 +11,7 @@ from numbered import Numbered, Single, ids_of, mesh
 from sit_jax.data import batches
 from sit_jax.data.feed import order, rows
 from sit_jax.errors import UserError
-from sit_jax.parallel.sharding import make_mesh, split_batch
+from sit_jax.parallel.mesh import batch_sharding, make_mesh
 
 
 def test_every_epoch_is_another_permutation():
@@ -46,7 +46,7 @@ def test_devices_and_threads_do_not_change_the_order():
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_hosts_share_each_batch_without_gap_or_overlap(hosts):
-    places = split_batch(mesh()).devices_indices_map((16,))
+    places = batch_sharding(mesh()).devices_indices_map((16,))
     share = 8 // hosts
     held = []
     for host in range(hosts):
@@ -69,7 +69,7 @@ def test_batches_are_global_arrays_over_the_mesh():
     with batches(Numbered(40), 16, 0, 0, devices) as feed:
         batch = next(feed)
     assert batch["latent"].shape == (16, 1, 1, 1)
-    assert batch["latent"].sharding == split_batch(devices)
+    assert batch["latent"].sharding == batch_sharding(devices)
     assert batch["label"].shape == (16,) and batch["label"].dtype == np.int32
     assert {shard.data.shape[0] for shard in batch["label"].addressable_shards} == {2}
     ids = np.asarray(batch["latent"]).ravel().astype(int)

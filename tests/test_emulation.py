@@ -13,7 +13,7 @@ from recorded import relative
 
 from sit_jax.errors import UserError
 from sit_jax.models.dit import SiT
-from sit_jax.parallel.sharding import make_mesh
+from sit_jax.parallel.mesh import make_mesh
 from sit_jax.precision.emulation import EMULATED, emulate, emulated_bits
 from sit_jax.precision.policy import EXACT, FAST, with_precision
 from sit_jax.sampling.generation import in_chunks

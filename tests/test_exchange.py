@@ -27,7 +27,7 @@ from sit_jax.convert.rules import DIT_RULES, to_torch
 from sit_jax.errors import UserError
 from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.models.dit import SiT
-from sit_jax.parallel import sharding
+from sit_jax.parallel.mesh import make_mesh
 from sit_jax.trainer import start
 
 
@@ -69,7 +69,7 @@ def test_a_ported_checkpoint_computes_what_torch_did(tmp_path):
 
 def test_sampling_loads_average_or_model_on_every_device():
     weights_ = opened("train_sit_full")
-    mesh = sharding.make_mesh(data=-1, fsdp=1)
+    mesh = make_mesh(data=-1, fsdp=1)
     theirs = loaded(golden("train_sit_full"))
     for item, key in (("ema", "ema"), ("params", "model")):
         params = weights_.load(item, build_experiment(weights_.config, TRAINING), mesh)
@@ -82,7 +82,7 @@ def test_training_goes_on_from_a_ported_run(tmp_path):
     weights_ = opened("train_dit_full")
     stored(weights_, tmp_path / "ck")
     parts = build_experiment(weights_.config, TRAINING)
-    mesh = sharding.make_mesh()
+    mesh = make_mesh()
     state, origin = start.begin(parts, mesh, 0, tmp_path / "run", tmp_path / "ck")
     assert "step 20" in origin
     assert int(state.step) == 20

@@ -15,7 +15,7 @@ from sit_jax.data.feed import batches
 from sit_jax.data.folders import ImageFolder
 from sit_jax.data.shards import ShardReader
 from sit_jax.errors import UserError
-from sit_jax.parallel.sharding import make_mesh
+from sit_jax.parallel.mesh import make_mesh
 
 SETTINGS = {"batch_size": 8, "threads": 2}
 

@@ -15,7 +15,7 @@ from sit_jax.evaluation.features import (
     write_features,
 )
 from sit_jax.evaluation.image_sets import starts
-from sit_jax.parallel.sharding import make_mesh
+from sit_jax.parallel.mesh import make_mesh
 from sit_jax.sampling.array_files import ArrayFile
 
 

@@ -7,7 +7,7 @@ import pytest
 import small
 
 from sit_jax.config import to_json
-from sit_jax.parallel.sharding import make_mesh
+from sit_jax.parallel.mesh import make_mesh
 from sit_jax.trainer.history import history
 
 NOW = to_json(small.config())

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sit_jax.parallel.sharding import make_mesh, split_batch
+from sit_jax.parallel.mesh import batch_sharding, make_mesh
 from sit_jax.planning import hlo
 from sit_jax.planning.hlo import Collective, Product
 
@@ -190,7 +190,7 @@ def test_a_program_of_this_jax_is_read():
         each = lambda total, w: (total + jnp.sum(x @ w), None)
         return jax.lax.scan(each, 0.0, w)[0]
 
-    rows = split_batch(mesh)
+    rows = batch_sharding(mesh)
     x = jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=rows)
     w = jax.ShapeDtypeStruct((3, 4, 4), jnp.float32)
     text = jax.jit(fn).lower(x, w).compile().as_text()

@@ -34,7 +34,7 @@ from sit_jax.convert.base import load_adapted, trained_shapes
 from sit_jax.convert.given import Given
 from sit_jax.errors import UserError
 from sit_jax.experiment import TRAINING, build_experiment
-from sit_jax.parallel.sharding import make_mesh
+from sit_jax.parallel.mesh import make_mesh
 
 base = lora_bases.base
 called = lora_bases.called

@@ -21,7 +21,7 @@ from sit_jax.data.further import Further
 from sit_jax.data.sources import Synthetic
 from sit_jax.errors import UserError
 from sit_jax.experiment import build_experiment
-from sit_jax.parallel.sharding import make_mesh
+from sit_jax.parallel.mesh import make_mesh
 
 PARTS = build_experiment(small.config())
 

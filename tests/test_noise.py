@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sit_jax.diffusion import rng
-from sit_jax.parallel.sharding import make_mesh, split_batch
+from sit_jax.parallel.mesh import batch_sharding, make_mesh
 
 SHAPE = (4, 4, 2)
 
@@ -39,7 +39,7 @@ def test_nor_do_order_and_neighbours(whole):
 
 
 def test_nor_do_devices(whole):
-    index = jax.device_put(np.arange(32), split_batch(make_mesh(data=8)))
+    index = jax.device_put(np.arange(32), batch_sharding(make_mesh(data=8)))
     split = drawn(3, index)
     assert len(split[1].sharding.device_set) == 8
     for part, of_all in zip(split, whole, strict=True):

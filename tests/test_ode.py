@@ -23,7 +23,7 @@ from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.diffusion.paths import expand_dims_like
 from sit_jax.errors import UserError
-from sit_jax.parallel.sharding import make_mesh, split_batch
+from sit_jax.parallel.mesh import batch_sharding, make_mesh
 from sit_jax.samplers.adaptive_ode import AdaptiveODE
 from sit_jax.samplers.fixed_ode import (
     Adams,
@@ -124,7 +124,7 @@ def test_four_devices_equal_one(name):
     noise = jax.random.normal(jax.random.key(0), (8, 4, 4, 2))
     run = lambda z: sampler(None, Interpolant(), net, z)
     alone, stats = once(run)(noise)
-    where = split_batch(make_mesh(devices=jax.devices()[:4]))
+    where = batch_sharding(make_mesh(devices=jax.devices()[:4]))
     shared, shared_stats = once(run, in_shardings=where)(noise)
     assert len(shared.sharding.device_set) == 4
     np.testing.assert_allclose(shared, alone, rtol=1e-6, atol=1e-6)

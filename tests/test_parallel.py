@@ -15,12 +15,23 @@ from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.models import attention_tpu, layers, mdt
 from sit_jax.models.dit import DiT, SiT
 from sit_jax.models.mdt import MDTv2
-from sit_jax.parallel import placement, sharding
+from sit_jax.parallel import sharding_rules
+from sit_jax.parallel.mesh import (
+    batch_sharding,
+    data_parallel,
+    fully_sharded,
+    hybrid_parallel,
+    make_mesh,
+    shard_batch,
+    tensor_parallel,
+    with_mesh,
+    with_shardings,
+)
 from sit_jax.planning import hlo, program
 from sit_jax.planning.plan import bytes_of
 from sit_jax.training.state import create_train_state
 
-# Wide enough that most kernels have more than placement.SMALL elements.
+# Wide enough that most kernels have more than sharding_rules.SMALL elements.
 SIZE = dict(depth=2, width=64, heads=4, patch=2, classes=5)
 FAMILIES = {
     "SiT": (spec(SiT, **SIZE), spec(Interpolant)),
@@ -28,10 +39,10 @@ FAMILIES = {
     "MDTv2": (spec(MDTv2, **SIZE | {"depth": 3}, decoder=1), spec(GaussianDiffusion)),
 }
 PRESETS = {
-    "data parallel": sharding.data_parallel(),
-    "fsdp": sharding.fully_sharded(),
-    "fsdp and tensor": sharding.with_tensor(2),
-    "hybrid": sharding.hybrid(2),
+    "data parallel": data_parallel(),
+    "fsdp": fully_sharded(),
+    "fsdp and tensor": tensor_parallel(2),
+    "hybrid": hybrid_parallel(2),
 }
 # Of 8 the rounding of one row's bound is seen: 1.2e-6 in one of 30 losses, else 7e-7.
 ROWS = 32
@@ -59,7 +70,7 @@ def run(family, mesh, steps=5):
     _, where = program.state_shapes(parts, mesh)
     params = small.random_params(parts, 0)
     state = jax.jit(begin, out_shardings=where, compiler_options=QUICK)(params)
-    place = lambda i: jax.device_put(batch(i), sharding.split_batch(mesh))
+    place = lambda i: jax.device_put(batch(i), batch_sharding(mesh))
     step = program.train_step(c, parts, mesh, where)
     step = step.lower(state, parts.codec, place(0), jax.random.key(1))
     step, losses = step.compile(QUICK), []
@@ -71,12 +82,12 @@ def run(family, mesh, steps=5):
 
 @cache
 def alone(family):
-    return run(family, sharding.make_mesh(devices=jax.devices()[:1]))[0]
+    return run(family, make_mesh(devices=jax.devices()[:1]))[0]
 
 
 def check(family, preset):
     """The losses, and the bytes that the table of placements tells beforehand."""
-    mesh = sharding.make_mesh(**PRESETS[preset])
+    mesh = make_mesh(**PRESETS[preset])
     losses, state = run(family, mesh)
     assert len(set(losses)) == 5
     # only the order of sums differs, a few units of 1e-7
@@ -102,7 +113,7 @@ def test_eight_devices_give_the_losses_of_one_and_hold_what_was_planned(family, 
     shapes, mesh = check(family, preset)
     split = [
         leaf
-        for leaf in jax.tree.leaves(placement.once(mesh, shapes.params))
+        for leaf in jax.tree.leaves(sharding_rules.zero1_shardings(mesh, shapes.params))
         if not leaf.is_fully_replicated
     ]
     assert len(split) >= 4  # or the pair shows nothing
@@ -125,14 +136,14 @@ class Biased(nn.Module):
     @nn.compact
     def __call__(self, x, seen):
         attention = mdt.PositionAttention(8, 16, implementation=self.by, name="attn")
-        return sharding.by_rows(x + attention(x, seen)), None
+        return shard_batch(x + attention(x, seen)), None
 
 
 @pytest.mark.parametrize("by", ["xla", "heads_first"])
 def test_a_bias_by_position_is_not_sent_around(by):
     """Its table, 964 x 8 a layer, is split by heads where 8 devices divide them."""
     rows, tokens, width, depth = 16, 256, 64, 4
-    mesh = sharding.make_mesh(**sharding.fully_sharded())
+    mesh = make_mesh(**fully_sharded())
     stack = layers.scan_blocks(Biased, depth)(by)
     size = mdt.max_visible(tokens, 0.3)
 
@@ -144,14 +155,14 @@ def test_a_bias_by_position_is_not_sent_around(by):
         return jnp.sum(jnp.square(out))
 
     shape = lambda dtype, *dims: jax.ShapeDtypeStruct(
-        dims, dtype, sharding=sharding.split_batch(mesh)
+        dims, dtype, sharding=batch_sharding(mesh)
     )
     x = shape(jnp.float32, rows, tokens, width)
     params = jax.eval_shape(stack.init, jax.random.key(0), x, None)
     params = {"blocks": params["params"]}
-    params = sharding.shaped(params, placement.weights(mesh, params))
+    params = with_shardings(params, sharding_rules.weight_shardings(mesh, params))
     order = shape(jnp.int32, rows, tokens)
-    step = jax.jit(sharding.on(mesh, jax.grad(loss)))
+    step = jax.jit(with_mesh(mesh, jax.grad(loss)))
     found = hlo.collectives(step.lower(params, x, order).compile(QUICK).as_text())
     table = params["blocks"]["attn"]["position"]
     assert table.sharding.spec[2] == "fsdp"

@@ -11,14 +11,14 @@ from configs.dit_xl2 import get_config as dit_xl2
 from configs.sit_xl2 import get_config as sit_xl2
 from sit_jax.models.dit import SiT
 from sit_jax.models.mdt import MDTv2
-from sit_jax.parallel import sharding
+from sit_jax.parallel.mesh import abstract_mesh, data_parallel, fsdp_groups
 from sit_jax.planning import plan, pod, program
 from sit_jax.planning.residuals import saved_bytes
 
 
 def made(config, count, **mesh):
     parts = program.training_recipe(config)
-    return plan.plan(config, parts, sharding.planned_mesh(count, **mesh))
+    return plan.plan(config, parts, abstract_mesh(count, **mesh))
 
 
 def test_xl_on_256_chips_is_planned_here():
@@ -53,12 +53,12 @@ def test_pieces_that_a_tpu_cannot_gather_are_said_with_the_remedy():
 
 def test_the_usual_mesh_splits_xl_into_pieces_that_a_tpu_gathers():
     for count in (8, 16, 64, 256, 1024):
-        found = made(sit_xl2(), count, **sharding.groups())
+        found = made(sit_xl2(), count, **fsdp_groups())
         assert not found.whole and not found.ragged, count
 
 
 def test_replicas_hold_the_weights_but_not_the_optimizer():
-    items = made(dit_xl2(), 8, **sharding.data_parallel()).items
+    items = made(dit_xl2(), 8, **data_parallel()).items
     assert items["parameters"][0] == items["parameters"][1]
     for name in ("gradients", "optimizer", "averages"):
         assert items[name][1] < 0.13 * items[name][0], name

@@ -35,7 +35,7 @@ def test_a_checkpoint_is_made_and_read_back(floats, tmp_path, run, monkeypatch, 
     assert re.search(r"blocks/mlp/fc1/kernel +8,192 +\d,\d+ +\d.\d+e-0[12]", out)
     opened = open_weights(tmp_path / "q", None)
     parts = build_experiment(opened.config)
-    from sit_jax.parallel.sharding import make_mesh
+    from sit_jax.parallel.mesh import make_mesh
 
     params = opened.load("ema", parts, make_mesh(data=-1, fsdp=1))
     wanted = quantize_params(small.random_params(parts, 10), "w4g8", SKIP)

@@ -7,8 +7,8 @@ import pytest
 from flax import struct
 
 from sit_jax.errors import UserError
-from sit_jax.parallel import placement
-from sit_jax.parallel.sharding import everywhere, make_mesh
+from sit_jax.parallel import sharding_rules
+from sit_jax.parallel.mesh import make_mesh, replicated
 from sit_jax.trainer.replicas import Replicas
 
 MESH = make_mesh(data=4, fsdp=2)
@@ -25,7 +25,7 @@ def state(mesh=MESH):
     params = {"split": draw(256, 128), "bias": draw(5), "low": jnp.bfloat16(draw(3, 7))}
     params |= {"count": np.int32(3), "flag": np.array([True, False])}
     made = State(np.int32(8), params)
-    return jax.device_put(made, placement.weights(mesh, made))
+    return jax.device_put(made, sharding_rules.weight_shardings(mesh, made))
 
 
 def corrupted(array, device):
@@ -89,7 +89,7 @@ def test_a_negative_number_is_refused(sound):
 
 
 def test_the_sums_are_of_what_each_device_holds():
-    where = everywhere(MESH)
+    where = replicated(MESH)
     held = jax.device_put(np.zeros(4, np.float32), where)
     watch = Replicas(1, State(held, {}))
     watch.check(1, State(held, {}))

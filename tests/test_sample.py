@@ -14,7 +14,7 @@ from configs import published
 from sit_jax.convert.exchange import open_torch
 from sit_jax.diffusion import rng
 from sit_jax.experiment import build_experiment
-from sit_jax.parallel import sharding
+from sit_jax.parallel.mesh import make_mesh, replicated
 from sit_jax.sampling.generation import Generator
 
 weights, run = sample_runs.weights, sample_runs.run
@@ -97,8 +97,8 @@ def test_same_bytes_for_any_batch_size_and_number_of_devices():
     labels = np.asarray(rng.sample_labels(rng.image_keys(3, np.arange(40)), 5))
 
     def drawn(devices, batch_size):
-        mesh = sharding.make_mesh(data=-1, fsdp=1, devices=jax.devices()[:devices])
-        held = jax.device_put(params, sharding.everywhere(mesh))
+        mesh = make_mesh(data=-1, fsdp=1, devices=jax.devices()[:devices])
+        held = jax.device_put(params, replicated(mesh))
         draw = Generator(parts, held, mesh, batch_size)
         return np.concatenate([data for data, _ in draw(3, labels)])
 

@@ -23,7 +23,7 @@ from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.diffusion.rng import recorded_noise
 from sit_jax.errors import UserError
-from sit_jax.parallel.sharding import make_mesh, split_batch
+from sit_jax.parallel.mesh import batch_sharding, make_mesh
 from sit_jax.samplers import sde
 from sit_jax.samplers.sde import SDE
 
@@ -180,7 +180,7 @@ def test_noise_is_what_draw_gives():
 
 def test_four_devices_equal_one():
     draws = normal(9, 8, 2, 2, 1)
-    where = split_batch(make_mesh(devices=jax.devices()[:4]))
+    where = batch_sharding(make_mesh(devices=jax.devices()[:4]))
     shared, _ = toy(SDE(10), draws, in_shardings=(where, None))
     np.testing.assert_allclose(shared, toy(SDE(10), draws)[0], rtol=1e-6, atol=1e-6)
 

@@ -10,7 +10,7 @@ import small
 
 from sit_jax import checkpoint
 from sit_jax.experiment import TRAINING, build_experiment
-from sit_jax.parallel.sharding import make_mesh
+from sit_jax.parallel.mesh import make_mesh
 from sit_jax.trainer.start import begin, pack
 from sit_jax.training.state import create_train_state
 

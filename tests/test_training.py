@@ -11,8 +11,8 @@ from train_steps import MODEL, TX, batch, equal, fresh, relative, step, toy, wei
 
 from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.models.codec import Pixels
-from sit_jax.parallel.placement import of_state
-from sit_jax.parallel.sharding import make_mesh, on, split_batch
+from sit_jax.parallel.mesh import batch_sharding, make_mesh, with_mesh
+from sit_jax.parallel.sharding_rules import state_shardings
 from sit_jax.training.state import create_train_state
 from sit_jax.training.step import (
     accumulate_gradients,
@@ -62,13 +62,13 @@ def test_parts_of_a_batch_give_the_gradient_and_metrics_of_the_whole(parts):
 def on_mesh(mesh, accumulate):
     """-> a step, and its first state, placed on a mesh as train.py does."""
     shapes = jax.eval_shape(partial(create_train_state, TX), weights())
-    where = of_state(mesh, shapes)
+    where = state_shardings(mesh, shapes)
     made = make_train_step(MODEL, Interpolant(), TX, 0.9, accumulate=accumulate)
-    run = jax.jit(on(mesh, made), donate_argnums=0, out_shardings=(where, None))
+    run = jax.jit(with_mesh(mesh, made), donate_argnums=0, out_shardings=(where, None))
     state = jax.jit(partial(create_train_state, TX), out_shardings=where)(weights())
 
     def placed(state, batch):
-        batch = jax.device_put(batch, split_batch(mesh))
+        batch = jax.device_put(batch, batch_sharding(mesh))
         state, metrics = run(state, Pixels(), batch, jax.random.key(1))
         assert jax.tree.map(lambda x: x.sharding, state) == where
         return state, metrics

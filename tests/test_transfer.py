@@ -22,7 +22,7 @@ from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.errors import UserError
 from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.models.dit import DiT
-from sit_jax.parallel.sharding import make_mesh
+from sit_jax.parallel.mesh import make_mesh
 from sit_jax.samplers.ddpm import DDIM
 from sit_jax.trainer import start
 from sit_jax.training.state import create_train_state, init_params

@@ -19,7 +19,7 @@ from sit_jax.data.folders import ImageFolder
 from sit_jax.data.reading import read, read_with_gaps
 from sit_jax.data.workers import Workers
 from sit_jax.errors import UserError
-from sit_jax.parallel.sharding import make_mesh
+from sit_jax.parallel.mesh import make_mesh
 
 
 def drawn(source, steps=6, batch_size=8, **settings):

@@ -20,7 +20,7 @@ from sit_jax.convert.given import Given, add_untold
 from sit_jax.errors import UserError
 from sit_jax.files import atomic_write, require_free, require_space
 from sit_jax.manifest import weights_hash
-from sit_jax.parallel import chips, multihost
+from sit_jax.parallel import hardware, multihost
 
 
 @entry_point
@@ -83,4 +83,4 @@ def _print_report(rows, params, target):
     table.append(("all", f"{before:,}", f"{after:,}", f"{after / before:.1%}"))
     conversion.columns(table)
     print(f"{weights_hash(params)}  as sample.py's")
-    print(f"peak memory {(chips.peak_memory() or 0) / 1e9:.2f} GB", target, sep="\n")
+    print(f"peak memory {(hardware.peak_memory() or 0) / 1e9:.2f} GB", target, sep="\n")

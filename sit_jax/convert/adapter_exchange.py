@@ -24,7 +24,7 @@ from sit_jax.errors import UserError
 from sit_jax.experiment import build_experiment
 from sit_jax.files import atomic_write, require_free
 from sit_jax.manifest import weights_hash
-from sit_jax.parallel.sharding import make_mesh
+from sit_jax.parallel.mesh import make_mesh
 
 
 def port(source, target, step=None, kind=None, base=None, away=None, overwrite=False):

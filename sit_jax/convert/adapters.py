@@ -24,7 +24,7 @@ from sit_jax.convert.rules import rules_for
 from sit_jax.errors import UserError
 from sit_jax.experiment import build_experiment
 from sit_jax.manifest import weights_hash
-from sit_jax.parallel.sharding import everywhere
+from sit_jax.parallel.mesh import replicated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +196,7 @@ def _beside(node, leaf):
     """On the devices of an array, where the same product gives the same bits."""
     where = getattr(leaf, "sharding", None)
     if isinstance(where, jax.sharding.NamedSharding):
-        where = everywhere(where.mesh)
+        where = replicated(where.mesh)
     return node if where is None else jax.device_put(node, where)
 
 

@@ -17,7 +17,8 @@ from sit_jax.convert.tensor_files import KINDS
 from sit_jax.errors import UserError
 from sit_jax.files import local_path
 from sit_jax.manifest import weights_hash
-from sit_jax.parallel import placement, sharding
+from sit_jax.parallel import sharding_rules
+from sit_jax.parallel.mesh import device_put_global, with_shardings
 from sit_jax.training.state import init_params
 
 # Fields of a network that adapters may be trained with at other values.
@@ -55,7 +56,7 @@ def load_base(parts, mesh, path, record=None):
             f"{directory}/{step} is not the base of these adapters: its weights are "
             f"{found[:12]}, theirs were {record['sha256'][:12]} in {record['path']}"
         )
-    params = sharding.put(params, placement.weights(mesh, shapes))
+    params = device_put_global(params, sharding_rules.weight_shardings(mesh, shapes))
     return params, {"path": str(directory), "step": step, "sha256": found}
 
 
@@ -70,11 +71,11 @@ def require_checkpoint(path):
 
 def _whole(mesh, shapes, directory, step):
     """The weights where this process can read them all, for their hash."""
-    where = placement.weights(mesh, shapes)
+    where = sharding_rules.weight_shardings(mesh, shapes)
     if not all(place.is_fully_addressable for place in jax.tree.leaves(where)):
         here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         where = jax.tree.map(lambda _: here, shapes)
-    target = sharding.shaped(shapes, where)
+    target = with_shardings(shapes, where)
     return checkpoint.load(directory, step, ema=target)["ema"]
 
 
@@ -106,8 +107,8 @@ def load_adapted(parts, mesh, directory, step, item, path=None):
     """
     record = checkpoint.read_meta(directory, step)["base"]
     base, record = load_base(parts, mesh, path or record["path"], record)
-    where = sharding.shaped(
-        shapes := trained_shapes(parts), placement.weights(mesh, shapes)
+    where = with_shardings(
+        shapes := trained_shapes(parts), sharding_rules.weight_shardings(mesh, shapes)
     )
     trained = checkpoint.load(directory, step, **{item: where})[item]
     _, frozen = split_trainable(

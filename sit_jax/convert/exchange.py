@@ -19,7 +19,7 @@ from sit_jax.convert.released import Released, nest
 from sit_jax.convert.rules import to_torch
 from sit_jax.errors import UserError
 from sit_jax.experiment import build_experiment
-from sit_jax.parallel.sharding import everywhere, put
+from sit_jax.parallel.mesh import device_put_global, replicated
 from sit_jax.training.state import ema_item_names
 
 OPTIMIZED = ("model", "optimizer")
@@ -52,7 +52,7 @@ class TorchWeights:
     def load(self, item, parts, mesh):
         """item "ema" or "params" -> the model's parameters, whole on every device."""
         state = self.file.model if item == "params" else self.file.ema
-        return self.released.tree(state, partial(_put, place=everywhere(mesh)))
+        return self.released.tree(state, partial(_put, place=replicated(mesh)))
 
     def items(self):
         """-> the items and the meta of a checkpoint."""
@@ -67,7 +67,7 @@ class TorchWeights:
             group_of(self.config, step)  # refuses optimizers that mean something else
             trees = [tree(moment) for moment in adam.moments.values()]
             tx = build_experiment(self.config, OPTIMIZED).optimizer
-            count = put(np.asarray(step, np.int32))
+            count = device_put_global(np.asarray(step, np.int32))
             items["opt_state"] = moments.place(tx, items["params"], count, *trees)
         step = step if file.updates is None else file.updates
         if drifted := self._drifted():
@@ -246,4 +246,4 @@ class Stored:
 
 def _put(leaf, place):
     """Waits, so that the array that was put can be freed."""
-    return jax.block_until_ready(put(leaf, place))
+    return jax.block_until_ready(device_put_global(leaf, place))

@@ -20,7 +20,7 @@ from sit_jax.files import parse_json
 from sit_jax.models.codec import Latents, Vae
 from sit_jax.models.vae import AutoencoderKL
 from sit_jax.parallel import multihost
-from sit_jax.parallel.sharding import put
+from sit_jax.parallel.mesh import device_put_global
 from sit_jax.precision import policy
 
 FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
@@ -60,7 +60,7 @@ def load_vae(source, word="exact", place=None, **fields):
     multihost.assert_equal_files(path, *filter(None, [config]))
     chosen = policy.get_precision(word)
     return Vae(
-        params=put(params, place),
+        params=device_put_global(params, place),
         model=policy.with_compute_dtype(chosen, model),
         precision=chosen,
         **{"scale": scale, **fields},

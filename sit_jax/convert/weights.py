@@ -20,7 +20,7 @@ from sit_jax.errors import UserError
 from sit_jax.experiment import build_experiment
 from sit_jax.files import as_path
 from sit_jax.parallel import multihost
-from sit_jax.parallel.sharding import everywhere, shaped
+from sit_jax.parallel.mesh import replicated, with_shardings
 from sit_jax.training.state import init_params
 
 
@@ -56,14 +56,14 @@ class Directory:
         if parts.adapter is not None:
             return self._adapted(item, parts, mesh)
         shapes = quantized_shapes(_shapes(parts), self.meta)
-        where = jax.tree.map(lambda _: everywhere(mesh), shapes)
-        target = shaped(shapes, where)
+        where = jax.tree.map(lambda _: replicated(mesh), shapes)
+        target = with_shardings(shapes, where)
         return checkpoint.load(self.path, self.step, **{item: target})[item]
 
     def _adapted(self, item, parts, mesh):
         """With the adapters of this step merged into their base."""
         params, _ = load_adapted(parts, mesh, self.path, self.step, item)
-        params = jax.device_put(params, everywhere(mesh))
+        params = jax.device_put(params, replicated(mesh))
         return merge_adapters(params)
 
 

@@ -23,7 +23,7 @@ from sit_jax.data.workers import Workers
 from sit_jax.errors import UserError
 from sit_jax.files import local_path
 from sit_jax.parallel import multihost
-from sit_jax.parallel.sharding import BATCH, everywhere, make_mesh, split_batch
+from sit_jax.parallel.mesh import BATCH, batch_sharding, make_mesh, replicated
 
 MOST = 1024  # shards of a cache
 DTYPES = ("float32", "float16")
@@ -167,8 +167,8 @@ class Encoder:
                 f"use a multiple of {parts}"
             )
         self.batch_size, self._views, self._dtype = batch_size, tags.views, tags.dtype
-        self._codec = jax.device_put(codec, everywhere(mesh))
-        self._split = split_batch(mesh)
+        self._codec = jax.device_put(codec, replicated(mesh))
+        self._split = batch_sharding(mesh)
 
     def __call__(self, images):
         """uint8 [N, H, W, 3], N at most batch_size -> arrays [batch_size, h, w, 2C]."""

@@ -39,7 +39,7 @@ def batches(
     helps where images are decoded on many cores. say(line) hears of broken images.
     skip: records taken beyond first_step * batch_size, by steps of another size.
     """
-    from sit_jax.parallel.sharding import BATCH, split_batch
+    from sit_jax.parallel.mesh import BATCH, batch_sharding
 
     if len(source) == 0:
         raise UserError("the data source is empty; give it at least one record")
@@ -51,7 +51,7 @@ def batches(
         )
     if threads < 1 or workers < 0:
         raise UserError(f"threads={threads}, workers={workers}: at least 1 and 0")
-    ids, sharding = order(len(source), seed), split_batch(mesh)
+    ids, sharding = order(len(source), seed), batch_sharding(mesh)
     mirrors = partial(coins, seed) if getattr(source, "flip", False) else _never
     broken = Broken(source, say or partial(print, file=sys.stderr, flush=True))
     reader = Workers(source, workers) if workers else partial(read, source)
@@ -63,10 +63,10 @@ def abstract_batch(source, batch_size, mesh):
     """Shapes of what batches() yields, to compile for before the first one is read."""
     import jax
 
-    from sit_jax.parallel.sharding import split_batch
+    from sit_jax.parallel.mesh import batch_sharding
 
     def shaped(value):
-        value, where = np.asarray(value), split_batch(mesh)
+        value, where = np.asarray(value), batch_sharding(mesh)
         shape = (batch_size, *value.shape)
         return jax.ShapeDtypeStruct(shape, value.dtype, sharding=where)
 

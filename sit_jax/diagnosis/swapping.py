@@ -14,7 +14,7 @@ from sit_jax.evaluation.evaluated import of_images
 from sit_jax.evaluation.image_sets import starts
 from sit_jax.experiment import build_experiment
 from sit_jax.models.codec import Latents
-from sit_jax.parallel.sharding import make_mesh
+from sit_jax.parallel.mesh import make_mesh
 from sit_jax.sampling import sampling
 from sit_jax.sampling.job import Job
 from sit_jax.sampling.starts import given_noise

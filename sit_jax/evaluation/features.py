@@ -15,7 +15,7 @@ import numpy as np
 from sit_jax.errors import UserError
 from sit_jax.files import atomic_write, parse_json
 from sit_jax.models.inception import NAME, RESIZE, Inception, preprocess
-from sit_jax.parallel.sharding import everywhere, put, split_batch
+from sit_jax.parallel.mesh import batch_sharding, device_put_global, replicated
 from sit_jax.precision import policy
 
 PARTS = ("pool", "spatial", "logits")
@@ -48,8 +48,8 @@ class Extractor:
     def __post_init__(self):
         size = self.mesh.size
         self.batch_size = -(-self.batch_size // size) * size
-        self.params = put(self.params, everywhere(self.mesh))
-        self._split, all_of_it = split_batch(self.mesh), everywhere(self.mesh)
+        self.params = device_put_global(self.params, replicated(self.mesh))
+        self._split, all_of_it = batch_sharding(self.mesh), replicated(self.mesh)
         run = policy.with_precision(policy.EXACT, self.network)
         self._run = jax.jit(run, out_shardings=all_of_it)
 

@@ -11,7 +11,7 @@ from sit_jax.evaluation.digit_features import WIDTHS, DigitFeatures
 from sit_jax.evaluation.evaluated import open_side
 from sit_jax.evaluation.features import inception_extractor
 from sit_jax.evaluation.metrics.gaussian import Gaussian
-from sit_jax.parallel.sharding import make_mesh
+from sit_jax.parallel.mesh import make_mesh
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from sit_jax.models.attention_cpu import (
     is_worth_a_loop,
 )
 from sit_jax.models.attention_tpu import heads_first
-from sit_jax.parallel.sharding import HEADS, by_rows
+from sit_jax.parallel.mesh import HEADS, shard_batch
 
 __all__ = ["SAVED_NAME", "attention", "packed_attention", "resolve_attention"]
 
@@ -75,10 +75,10 @@ def packed_attention(
     b, t, _, h, d = qkv.shape
     name = choose_attention(implementation, qkv.dtype, d, has_bias=bias is not None)
     if name == "head_by_head" and is_worth_a_loop((b, t, h, d), num_keys=t):
-        return head_by_head_packed((by_rows(qkv),), bias, mask)
+        return head_by_head_packed((shard_batch(qkv),), bias, mask)
     # by split, whose gradient is one array put together and not the sum of three
     parts = (part.squeeze(2) for part in jnp.split(qkv, 3, axis=2))
-    q, k, v = (by_rows(part, None, HEADS) for part in parts)
+    q, k, v = (shard_batch(part, None, HEADS) for part in parts)
     return IMPLEMENTATIONS[name](q, k, v, bias, mask)
 
 

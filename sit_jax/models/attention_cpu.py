@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from sit_jax.parallel.sharding import HEADS
+from sit_jax.parallel.mesh import HEADS
 
 CACHE = 2**22  # bytes of scores from which one head is taken at a time
 SAVED_NAME = "attention"  # by which policies of remat know qkv and attention's results

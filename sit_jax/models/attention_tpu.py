@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from sit_jax.models.attention_cpu import MASKED_SCORE, SAVED_NAME
-from sit_jax.parallel.sharding import BATCH, HEADS, by_heads
+from sit_jax.parallel.mesh import BATCH, HEADS, shard_heads
 
 # Bytes of scores of the heads that are computed together; a v4 has more fast memory.
 SCORES_PER_TURN = 2**24
@@ -27,7 +27,7 @@ SCORES_PER_TURN_OF = {"TPU v4": 2**26}
 
 def heads_first(q, k, v, bias=None, mask=None):
     """Computes attention.attention's q, k, v in the layout of heads_first_attention."""
-    q, k, v = (by_heads(rearrange(x, "b t h d -> h b d t")) for x in (q, k, v))
+    q, k, v = (shard_heads(rearrange(x, "b t h d -> h b d t")) for x in (q, k, v))
     out = heads_first_attention(q, k, v, bias, mask)
     return rearrange(out, "h b d t -> b t h d")
 

@@ -29,7 +29,7 @@ from sit_jax.models.layers import (
     scan_blocks,
     sincos_pos_embed_2d,
 )
-from sit_jax.parallel.sharding import by_rows
+from sit_jax.parallel.mesh import shard_batch
 
 SIZES = {
     "S": dict(depth=12, width=384, heads=6),
@@ -55,9 +55,9 @@ class DiTBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = adaln_params(6, c, self.dtype)
         attention = Attention(self.heads, self.dtype, self.attention, name="attn")
         y = modulate(layer_norm("norm1")(x), shift1, scale1)
-        x = by_rows(x + gate1 * attention(y))
+        x = shard_batch(x + gate1 * attention(y))
         y = modulate(layer_norm("norm2", self.norm2_epsilon)(x), shift2, scale2)
-        x = by_rows(x + gate2 * Mlp(self.mlp_ratio, self.dtype, name="mlp")(y))
+        x = shard_batch(x + gate2 * Mlp(self.mlp_ratio, self.dtype, name="mlp")(y))
         return x, None  # nothing for the scan to stack
 
 
@@ -123,7 +123,7 @@ class DiT(nn.Module):
         out = x.shape[-1] * (2 if self.learn_sigma else 1)
         x = PatchEmbed(self.width, (p, p), (p, p), dtype=dtype, name="patch")(x)
         x = rearrange(x, "b h w d -> b (h w) d")
-        x = by_rows((x + sincos_pos_embed_2d(side, self.width)[None]).astype(dtype))
+        x = shard_batch((x + sincos_pos_embed_2d(side, self.width)[None]).astype(dtype))
         num_labels = self.classes + self.null_label
         embed = TimeLabelEmbed(
             self.width, num_labels, self.frequency_shift, name="cond"

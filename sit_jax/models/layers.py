@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from sit_jax.errors import UserError
 from sit_jax.models.attention import SAVED_NAME, choose_attention, packed_attention
 from sit_jax.models.attention_tpu import heads_first_attention
-from sit_jax.parallel.sharding import HEADS, by_heads, by_rows, gathered
+from sit_jax.parallel.mesh import HEADS, shard_batch, shard_heads, unshard_weight
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -66,7 +66,7 @@ class Dense(nn.Dense):
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         bias = self.param("bias", self.bias_init, shape[1:], self.param_dtype)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        kernel = gathered(kernel, *self.split)
+        kernel = unshard_weight(kernel, *self.split)
         if self.heads:
             kernel = rearrange(kernel, "i (n h d) -> i n h d", n=3, h=self.heads)
             bias = rearrange(bias, "(n h d) -> n h 1 d 1", n=3, h=self.heads)
@@ -133,7 +133,7 @@ class Mlp(nn.Module):
         width = x.shape[-1]
         hidden = int(width * self.ratio)
         x = Dense(hidden, dtype=self.dtype, split=(None, HEADS), name="fc1")(x)
-        x = gelu(by_rows(x, None, HEADS))
+        x = gelu(shard_batch(x, None, HEADS))
         return Dense(width, dtype=self.dtype, split=(HEADS, None), name="fc2")(x)
 
 
@@ -153,7 +153,7 @@ class TimeLabelEmbed(nn.Module):
         table = nn.Embed(
             self.num_labels, self.width, embedding_init=normal, name="label"
         )
-        return by_rows(t + table(y))
+        return shard_batch(t + table(y))
 
 
 class FinalLayer(nn.Module):
@@ -210,7 +210,7 @@ def self_attention(
     )
     if implementation == "heads_first":
         qkv = Dense(3 * width, dtype=dtype, heads=heads, name="qkv")(x)
-        q, k, v = (by_heads(part) for part in checkpoint_name(qkv, SAVED_NAME))
+        q, k, v = (shard_heads(part) for part in checkpoint_name(qkv, SAVED_NAME))
         out = heads_first_attention(q, k, v, bias, mask)
         return rearrange(out, "h b d t -> b t (h d)")
     qkv = Dense(3 * width, dtype=dtype, name="qkv")(x)

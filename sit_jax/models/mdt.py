@@ -41,7 +41,7 @@ from sit_jax.models.layers import (
     self_attention,
     sincos_pos_embed_2d,
 )
-from sit_jax.parallel.sharding import HEADS, by_rows, gathered
+from sit_jax.parallel.mesh import HEADS, shard_batch, unshard_weight
 
 
 class VisibleTokens(struct.PyTreeNode):
@@ -71,7 +71,7 @@ class PositionAttention(nn.Module):
         width, rows = x.shape[-1], (2 * self.side - 1) ** 2 + 3
         normal = nn.initializers.normal(0.02)  # released: cut off at 100 of these
         table = self.param("position", normal, (rows, self.heads))
-        table = gathered(table, None, HEADS)  # else its pieces split the bias
+        table = unshard_weight(table, None, HEADS)  # else its pieces split the bias
         bias = table[relative_positions(self.side)].transpose(2, 0, 1)  # (h, t, t)
         mask = None
         if visible is None:
@@ -119,9 +119,9 @@ class MDTBlock(nn.Module):
             self.heads, self.side, self.dtype, self.attention, name="attn"
         )
         y = modulate(layer_norm("norm1")(x), shift1, scale1)
-        x = by_rows(x + gate1 * attention(y, visible))
+        x = shard_batch(x + gate1 * attention(y, visible))
         y = modulate(layer_norm("norm2")(x), shift2, scale2)
-        x = by_rows(x + gate2 * Mlp(self.mlp_ratio, self.dtype, name="mlp")(y))
+        x = shard_batch(x + gate2 * Mlp(self.mlp_ratio, self.dtype, name="mlp")(y))
         return x, x if self.returns_skip else None
 
 
@@ -222,7 +222,7 @@ class MDT(nn.Module):
             visible = visible_tokens(order, num_visible, size)
         x = PatchEmbed(self.width, (p, p), (p, p), dtype=dtype, name="patch")(x)
         x = rearrange(x, "b h w d -> b (h w) d")
-        x = by_rows((x + self._pos_embed("positions", side)).astype(dtype))
+        x = shard_batch((x + self._pos_embed("positions", side)).astype(dtype))
         num_labels = self.classes + self.null_label
         c = TimeLabelEmbed(self.width, num_labels, name="cond")(t, y)  # (b, d)
         tokens = x

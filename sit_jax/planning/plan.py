@@ -1,7 +1,7 @@
 """What a training run will hold and compute, told before any of it exists.
 
-Every size follows from shapes and from the table of placements (placement.py), so a
-plan needs neither data nor devices: XL/2 on 256 chips is planned on a laptop.
+Every size follows from shapes and from the table of sharding_rules.py, so a plan needs
+neither data nor devices: XL/2 on 256 chips is planned on a laptop.
 """
 
 import dataclasses
@@ -10,8 +10,8 @@ import math
 import jax
 
 from sit_jax.models.flops import step_macs
-from sit_jax.parallel import placement
-from sit_jax.parallel.sharding import rows
+from sit_jax.parallel import sharding_rules
+from sit_jax.parallel.mesh import num_batch_shards
 from sit_jax.planning import program
 from sit_jax.planning.residuals import saved_bytes
 
@@ -54,7 +54,9 @@ def plan(config, parts, mesh):
     )
     items = frozen | {
         "parameters": sizes(shapes.params, where.params),
-        "gradients": sizes(shapes.params, placement.once(mesh, shapes.params)),
+        "gradients": sizes(
+            shapes.params, sharding_rules.zero1_shardings(mesh, shapes.params)
+        ),
         "optimizer": sizes(shapes.opt_state, where.opt_state),
         "averages": sizes(shapes.ema, where.ema),
         "batch": _batch(config, parts, mesh),
@@ -110,9 +112,11 @@ def better_mesh(tree, count):
     for data in (n for n in range(1, count + 1) if count % n == 0):
         sizes = {"data": data, "fsdp": count // data, "tensor": 1}
         axes = ("fsdp", "data")
-        missing = (placement.place(n, s, sizes, axes).missing for n, s, *_ in tree)
+        missing = (
+            sharding_rules.choose_spec(n, s, sizes, axes).missing for n, s, *_ in tree
+        )
         if not any(missing) and not any(
-            placement.ragged(n, s, sizes) for n, s, *_ in tree
+            sharding_rules.partial_tile_rows(n, s, sizes) for n, s, *_ in tree
         ):
             return data, count // data
     return None
@@ -120,7 +124,11 @@ def better_mesh(tree, count):
 
 def held_whole(mesh, params):
     """Lines that say which large weights no axis of the mesh divides, and which can."""
-    large = [each for each in placement.undivided(mesh, params) if _large(each[1])]
+    large = [
+        each
+        for each in sharding_rules.unsharded_arrays(mesh, params)
+        if _large(each[1])
+    ]
     if not large:
         return
     axes = " and ".join(sorted({axis for *_, missing in large for axis in missing}))
@@ -136,8 +144,8 @@ def held_whole(mesh, params):
 
 def added_up(mesh, params):
     """The line that says which large weights a TPU will not gather, and the remedy."""
-    large = [each for each in placement.named(params) if _large(each[1])]
-    rows = {each: placement.ragged(*each, mesh.shape) for each in large}
+    large = [each for each in sharding_rules.array_shapes(params) if _large(each[1])]
+    rows = {each: sharding_rules.partial_tile_rows(*each, mesh.shape) for each in large}
     cut = [each for each in large if rows[each]]
     if not cut:
         return
@@ -145,8 +153,8 @@ def added_up(mesh, params):
     remedy = f"; {_mesh(*found)} leaves whole tiles" if found else ""
     yield (
         f"ADDED UP instead of gathered: fsdp {mesh.shape['fsdp']} leaves "
-        f"{rows[cut[0]]} rows, no whole tiles of {placement.TILE}, of {_names(cut)}, "
-        f"so a TPU sends about twice their size{remedy}"
+        f"{rows[cut[0]]} rows, no whole tiles of {sharding_rules.TILE}, of "
+        f"{_names(cut)}, so a TPU sends about twice their size{remedy}"
     )
 
 
@@ -165,18 +173,18 @@ def _mesh(data, fsdp):
 def _batch(config, parts, mesh):
     """Of latents; images would be 12 times as large."""
     size = config.batch_size * 4 * (math.prod(parts.shape) + 1)
-    return size, size // rows(mesh)
+    return size, size // num_batch_shards(mesh)
 
 
 def _activations(config, parts, mesh):
     """Of one of the parts that a batch is gone through in; rows split, no more."""
-    images = max(config.batch_size // config.accumulate // rows(mesh), 1)
+    images = max(config.batch_size // config.accumulate // num_batch_shards(mesh), 1)
     # the programs of attention that keep most, a TPU's and the others'
     each = max(
         saved_bytes(dataclasses.replace(parts.model, attention=by), parts.shape, images)
         for by in ("xla", "heads_first")
     )
-    return each * rows(mesh), each
+    return each * num_batch_shards(mesh), each
 
 
 def _total(tree):

@@ -4,7 +4,8 @@ import jax
 
 from sit_jax.errors import UserError
 from sit_jax.experiment import check_batch
-from sit_jax.parallel import chips, sharding
+from sit_jax.parallel import hardware
+from sit_jax.parallel.mesh import abstract_mesh, make_mesh, num_batch_shards
 from sit_jax.planning import plan, pod, program, topology
 from sit_jax.ranges import COUNT, Above
 
@@ -18,7 +19,7 @@ def add_flags(parser):
     add("--topology", metavar="v5p:4x4x8", help="compile for this TPU slice (libtpu)")
     add("--once", action="store_true", help="do not look for the largest batch")
     add("--devices", type=COUNT, metavar="N", help="how many; default: those here")
-    add("--chip", metavar="NAME", help=", ".join(chips.NAMES))
+    add("--chip", metavar="NAME", help=", ".join(hardware.CHIPS))
     add(
         "--mfu",
         type=Above(0.0, 1.0),
@@ -42,18 +43,19 @@ def training(args, config):
     devices = topology.devices(args.topology) if args.topology else None
     parts = program.training_recipe(config)
     if devices:
-        mesh = sharding.make_mesh(**config.mesh, devices=devices)
+        mesh = make_mesh(**config.mesh, devices=devices)
     else:
         count = args.devices or jax.device_count()
-        mesh = sharding.planned_mesh(count, **config.mesh)
-    check_batch(config, sharding.rows(mesh))
+        mesh = abstract_mesh(count, **config.mesh)
+    check_batch(config, num_batch_shards(mesh))
     kind = _kind(args, devices)
-    memory = topology.available(devices[0]) if devices else chips.memory_of(kind)
+    chip = hardware.chip_of(kind)
+    memory = topology.available(devices[0]) if devices else chip.memory
     made, share = plan.plan(config, parts, mesh), args.mfu or 0.5
-    _print(*plan.lines(made, share, chips.peak_of(kind), memory, "TPU" in kind))
+    _print(*plan.lines(made, share, chip.peak_flops, memory, "TPU" in kind))
     if devices:
         lower = lambda batch: program.lowered_step(config, parts, mesh, batch, "tpu")
-        step = sharding.rows(mesh) * config.accumulate
+        step = num_batch_shards(mesh) * config.accumulate
         flops = made.flops / mesh.size
         _compile(args, devices[0], lower, config.batch_size, step, flops)
     return 0
@@ -65,7 +67,7 @@ def sampling(args, config):
         raise UserError("--plan needs --topology here: samples are planned for TPUs")
     # each host draws batches of its own, see sampling.studio
     devices, hosts = topology.host(args.topology)
-    mesh = sharding.make_mesh(data=-1, fsdp=1, devices=devices)
+    mesh = make_mesh(data=-1, fsdp=1, devices=devices)
     parts, around = program.sampling_recipe(config, "tpu")
     lower = lambda batch: program.lowered_sampling(parts, mesh, batch, around)
     size = -(-args.batch_size // mesh.size) * mesh.size
@@ -82,7 +84,9 @@ def sampling(args, config):
 def _kind(args, devices):
     if devices:
         return devices[0].device_kind
-    return chips.kind_named(args.chip) if args.chip else jax.devices()[0].device_kind
+    if args.chip:
+        return hardware.device_kind(args.chip)
+    return jax.devices()[0].device_kind
 
 
 def _compile(args, device, lower, batch, step, flops=None):

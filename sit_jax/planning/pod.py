@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from sit_jax.parallel import chips
+from sit_jax.parallel import hardware
 from sit_jax.planning import hlo, topology
 
 
@@ -92,8 +92,8 @@ def lines(made, flops=None, kind=None):
 
 def _pace(made, flops, kind):
     """What the compiler's own reckoning of cycles comes to, and the wires at best."""
-    count, clock = hlo.cycles(made.text), chips.clock_of(kind)
-    peak, wires = chips.peak_of(kind), chips.wires_of(kind)
+    count, chip = hlo.cycles(made.text), hardware.chip_of(kind)
+    clock, peak, wires = chip.clock, chip.peak_flops, chip.link_bandwidth
     if not (count and clock and wires):
         return
     seconds, sent = count / clock, hlo.sent(hlo.collectives(made.text))

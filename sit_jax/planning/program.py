@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from sit_jax.convert.base import base_shapes
 from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.models import attention
-from sit_jax.parallel import placement, sharding
+from sit_jax.parallel import sharding_rules
+from sit_jax.parallel.mesh import batch_sharding, replicated, with_mesh, with_shardings
 from sit_jax.precision import policy
 from sit_jax.sampling.generation import lowered
 from sit_jax.training.state import create_train_state, init_params
@@ -67,7 +68,7 @@ def state_shapes(parts, mesh):
     if parts.adapter:
         base = parts.adapter.quantized_base_shapes(base)
     shapes = jax.eval_shape(begin, jax.random.key(0), base)
-    return shapes, placement.of_state(mesh, shapes)
+    return shapes, sharding_rules.state_shardings(mesh, shapes)
 
 
 def sampling_recipe(config, platform):
@@ -90,23 +91,23 @@ def lowered_sampling(parts, mesh, batch_size, around):
     """What draws a batch from a recipe, lowered from shapes alone."""
     init = partial(init_params, parts.model, parts.shape)
     params = jax.eval_shape(init, jax.random.key(0))
-    where = jax.tree.map(lambda _: sharding.everywhere(mesh), params)
-    params = sharding.shaped(params, where)
+    where = jax.tree.map(lambda _: replicated(mesh), params)
+    params = with_shardings(params, where)
     return lowered(parts, params, mesh, batch_size, around=around)
 
 
 def lowered_step(config, parts, mesh, batch_size, platform):
     """train_step on batches of latents, lowered from shapes alone."""
     shapes, where = state_shapes(parts, mesh)
-    rows, whole = sharding.split_batch(mesh), sharding.everywhere(mesh)
+    rows, whole = batch_sharding(mesh), replicated(mesh)
     shape = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, dtype, sharding=rows)
     batch = {
         "latent": shape(jnp.float32, batch_size, *parts.shape),
         "label": shape(jnp.int32, batch_size),
     }
-    key = sharding.shaped(jax.eval_shape(lambda: jax.random.key(0)), whole)
+    key = with_shardings(jax.eval_shape(lambda: jax.random.key(0)), whole)
     step = train_step(config, parts, mesh, where, platform)
-    return step.lower(sharding.shaped(shapes, where), parts.codec, batch, key)
+    return step.lower(with_shardings(shapes, where), parts.codec, batch, key)
 
 
 def train_step(config, parts, mesh, where, platform=None):
@@ -124,10 +125,10 @@ def train_step(config, parts, mesh, where, platform=None):
         config.accumulate,
         parts.timesteps,
         config.get("log_quartiles", False),
-        place=placement.gathered(mesh),
+        place=sharding_rules.shard_gradients(mesh),
     )
     step = policy.with_precision(training_precision(config), step, platform)
-    step = sharding.on(mesh, step)
+    step = with_mesh(mesh, step)
     options = compiler_options(platform or jax.default_backend())
     how = {"donate_argnums": 0, "compiler_options": options}
     return jax.jit(step, out_shardings=(where, None), **how)

@@ -21,7 +21,8 @@ from sit_jax.errors import UserError
 from sit_jax.experiment import build_experiment, check_data
 from sit_jax.files import atomic_write, require_free, write_json
 from sit_jax.manifest import environment, weights_hash
-from sit_jax.parallel import multihost, sharding
+from sit_jax.parallel import multihost
+from sit_jax.parallel.mesh import batch_sharding, make_mesh
 from sit_jax.precision import policy
 from sit_jax.ranges import COUNT
 from sit_jax.samplers.adaptive_ode import AdaptiveODE
@@ -88,7 +89,7 @@ def measure(weights, config, out, item, survey):
     source = _source(config)
     check_data(parts, source)
     ids = _chosen(len(source), survey)
-    mesh = sharding.make_mesh(data=-1, fsdp=1, devices=jax.local_devices())
+    mesh = make_mesh(data=-1, fsdp=1, devices=jax.local_devices())
     params = weights.load(item, parts, mesh)
     word = policy.get_precision(config.precision.model)
     likelihood = _likelihood(parts, survey)
@@ -107,7 +108,7 @@ def measure(weights, config, out, item, survey):
                 for name in records[0]
             }
             keys = rng.image_keys(survey.seed, jnp.asarray(ids[index]))
-            where = sharding.split_batch(mesh)
+            where = batch_sharding(mesh)
             stats = run(params, *jax.device_put((keys, arrays), where))
             stats = {k: np.broadcast_to(v, (batch,)) for k, v in stats.items()}
             rows += [

@@ -16,7 +16,14 @@ from sit_jax.diffusion.guidance import (
     is_unguided,
 )
 from sit_jax.models import attention
-from sit_jax.parallel.sharding import BATCH, everywhere, on, put, shaped, split_batch
+from sit_jax.parallel.mesh import (
+    BATCH,
+    batch_sharding,
+    device_put_global,
+    replicated,
+    with_mesh,
+    with_shardings,
+)
 from sit_jax.trainer import heap
 
 CHUNK = 4  # rows of a batch that go through the network together on a CPU
@@ -81,7 +88,7 @@ def in_chunks(apply, mesh):
         )
         return out.reshape(-1, *out.shape[2:])[:rows]
 
-    batch = split_batch(mesh).spec
+    batch = batch_sharding(mesh).spec
     return jax.shard_map(
         on_one_device,
         mesh=mesh,
@@ -142,9 +149,9 @@ class Generator:
                 rng.initial_noise(keys, self._shape) if start is None else start[index]
             )
             arguments = (keys, jnp.asarray(labels[index], jnp.int32), begin)
-            arguments = put(arguments, self._where[:3])
+            arguments = device_put_global(arguments, self._where[:3])
             if self._kicks:
-                kicks = put(given[:, index], self._where[3])
+                kicks = device_put_global(given[:, index], self._where[3])
                 arguments = (*arguments, kicks)
             data, stats = self._run(params, *arguments)
             yield np.asarray(data)[:real], _cut(stats, real)
@@ -157,16 +164,16 @@ def lowered(parts, params, mesh, size, weak=None, kicks=0, around=lambda fn: fn)
     labels = jax.ShapeDtypeStruct((size,), jnp.int32)
     given = jax.ShapeDtypeStruct((kicks, *start.shape), jnp.float32)
     arguments = (keys, labels, start, given)[: 4 if kicks else 3]
-    arguments = map(shaped, arguments, _places(mesh))
+    arguments = map(with_shardings, arguments, _places(mesh))
     # of a mesh over several hosts, each gets all of the images
-    out = everywhere(mesh) if mesh.is_multi_process else None
-    generate = on(mesh, make_generate(parts, mesh, weak, around))
+    out = replicated(mesh) if mesh.is_multi_process else None
+    generate = with_mesh(mesh, make_generate(parts, mesh, weak, around))
     return jax.jit(generate, out_shardings=out).lower(params, *arguments)
 
 
 def _places(mesh):
     """Shardings of keys, labels, start, and the noise of later steps."""
-    rows = split_batch(mesh)
+    rows = batch_sharding(mesh)
     return rows, rows, rows, NamedSharding(mesh, PartitionSpec(None, BATCH))
 
 

@@ -20,7 +20,8 @@ from sit_jax.files import require_space, write_json
 from sit_jax.manifest import environment, weights_hash
 from sit_jax.models import attention
 from sit_jax.models.codec import Latents, get_rounding, rounding_name
-from sit_jax.parallel import multihost, sharding
+from sit_jax.parallel import multihost
+from sit_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from sit_jax.precision import emulation, policy, probe
 from sit_jax.sampling import outputs
 from sit_jax.sampling.generation import Generator
@@ -49,7 +50,7 @@ def studio(job, opened, weak=None, expected=None):
     config = configs.from_json(job.config)
     parts = build_experiment(config)
     around, measured, warning = _around(job, config.precision)
-    mesh = sharding.make_mesh(data=-1, fsdp=1, devices=jax.local_devices())
+    mesh = make_mesh(data=-1, fsdp=1, devices=jax.local_devices())
     word = policy.get_precision(config.precision.model)
     params = opened.load(job.item, parts, mesh)
     found = weights_hash(params)
@@ -207,7 +208,7 @@ def with_codec(parts, job, word, mesh):
                 "leave out --vae"
             )
         parts = vae_files.with_vae(
-            parts, vae_files.load_vae(job.vae, word, sharding.everywhere(mesh))
+            parts, vae_files.load_vae(job.vae, word, replicated(mesh))
         )
     codec = parts.codec.replace(rounding=rounding)
     name = rounding_name(rounding)
@@ -220,7 +221,7 @@ def _pictures(room, data):
     flat = data.reshape(-1, *data.shape[-3:])
     missing = -len(flat) % room.mesh.size
     padded = np.concatenate([flat, flat[:1].repeat(missing, 0)])
-    there = jax.device_put(padded, sharding.split_batch(room.mesh))
+    there = jax.device_put(padded, batch_sharding(room.mesh))
     images = np.asarray(_decoded(room.parts.codec, there))[: len(flat)]
     return images.reshape(*data.shape[:-3], *images.shape[1:])
 

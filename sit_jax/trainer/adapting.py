@@ -7,8 +7,8 @@ import jax
 from sit_jax import checkpoint
 from sit_jax.convert.base import load_base, require_checkpoint
 from sit_jax.errors import UserError
-from sit_jax.parallel import placement
-from sit_jax.parallel.sharding import shaped
+from sit_jax.parallel import sharding_rules
+from sit_jax.parallel.mesh import with_shardings
 from sit_jax.trainer.start import items_of, restored
 from sit_jax.training.state import create_train_state
 
@@ -22,9 +22,9 @@ def begin_adapted(parts, mesh, seed, directory, given=None):
     base, record = _base(parts, mesh, directory, given)
     make = partial(_state, parts, jax.random.key(seed))
     base = parts.adapter.quantize_base(base)
-    where = placement.of_state(mesh, jax.eval_shape(make, base))
+    where = sharding_rules.state_shardings(mesh, jax.eval_shape(make, base))
     state = jax.jit(make, out_shardings=where, donate_argnums=0)(base)
-    target, frozen = shaped(state, where), state.frozen
+    target, frozen = with_shardings(state, where), state.frozen
     told = f"adapters of {record['path']}/{record['step']}, {record['sha256'][:12]}"
     if checkpoint.steps(directory):
         needed = items_of(target, parts.ema_decay)

@@ -11,8 +11,8 @@ from sit_jax.config import from_json
 from sit_jax.convert.weights import Directory, open_weights
 from sit_jax.experiment import build_experiment
 from sit_jax.files import is_remote, require_space
-from sit_jax.parallel import placement
-from sit_jax.parallel.sharding import everywhere, shaped
+from sit_jax.parallel import sharding_rules
+from sit_jax.parallel.mesh import replicated, with_shardings
 from sit_jax.trainer.transfer import require_kind, same_network, transferred
 from sit_jax.training.state import TrainState, init_state, join_ema, split_ema
 
@@ -32,8 +32,8 @@ def begin(
     init = partial(init_state, model, tx, parts.shape, decay=decay, losses=parts.losses)
     key = jax.random.key(seed)
     shapes = jax.eval_shape(init, key)
-    where = placement.of_state(mesh, shapes)
-    target = shaped(shapes, where)
+    where = sharding_rules.state_shardings(mesh, shapes)
+    target = with_shardings(shapes, where)
     if checkpoint.steps(directory):
         needed = items_of(target, decay)
         use = lambda step: restored(parts, directory, step, target, needed)
@@ -91,7 +91,7 @@ def restored(parts, directory, step, target, needed):
         where = jax.tree.map(lambda x: x.sharding, wanted[name])
         found[name] = jax.jit(fresh, out_shardings=where)(found["params"])
     meta = checkpoint.read_meta(directory, step) if "opt_state" in held else {}
-    place = everywhere(target.step.sharding.mesh)
+    place = replicated(target.step.sharding.mesh)
     put = lambda x: jax.device_put(np.asarray(x, np.int32), place)
     return TrainState(
         step=put(meta.get("step", 0)),

@@ -30,7 +30,8 @@ def make_train_step(
     metrics["bad"] is the place of the first such tensor in tensor_names(state).
     accumulate > 1 goes through the batch in that many parts, for the same gradient.
     timesteps: see timesteps.py; None: the process draws its times. by_quartile: losses
-    are also given by quarters of the times. place(grads) -> grads: see placement.py.
+    are also given by quarters of the times. place(grads) -> grads:
+    see sharding_rules.py.
 
     A model with several passes is trained on the sum of their losses: see passes.py.
     """

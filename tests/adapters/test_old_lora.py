@@ -16,7 +16,7 @@ from sit_jax.config import from_json
 from sit_jax.convert.adapters import open_adapter, put_all
 from sit_jax.convert.base import base_shapes, load_adapted
 from sit_jax.experiment import build_experiment
-from sit_jax.parallel.sharding import make_mesh
+from sit_jax.parallel.mesh import make_mesh
 
 FOLDER = ROOT / "tests" / "data" / "old_version" / "lora"
 SHA256 = json.loads((FOLDER / "sha256.json").read_text())

@@ -28,7 +28,7 @@ from sit_jax.checkpoint import (
 )
 from sit_jax.errors import UserError
 from sit_jax.experiment import TRAINING, build_experiment
-from sit_jax.parallel.sharding import everywhere
+from sit_jax.parallel.mesh import replicated
 from sit_jax.trainer.start import pack
 from sit_jax.training.state import init_state
 
@@ -157,7 +157,7 @@ def test_check_raises_what_failed_in_the_background(
 
 def test_save_compiles_nothing(tmp_path):
     """Slices of what eight devices hold alike were a program each, 7 s of them."""
-    whole = jax.device_put(np.ones((8, 37), np.float32), everywhere(mesh(8)))
+    whole = jax.device_put(np.ones((8, 37), np.float32), replicated(mesh(8)))
     state, built = {"params": {"w": whole}}, []
     hear = lambda event, seconds, **more: built.append(event)
     jax.monitoring.register_event_duration_secs_listener(hear)

@@ -26,7 +26,7 @@ from sit_jax.experiment import build_experiment
 from sit_jax.manifest import environment
 from sit_jax.models import inception
 from sit_jax.models.codec import Latents
-from sit_jax.parallel.sharding import make_mesh
+from sit_jax.parallel.mesh import make_mesh
 from sit_jax.samplers.fixed_ode import FixedStepODE, euler, heun
 from sit_jax.sampling import sampling
 from sit_jax.sampling.job import Job

@@ -13,7 +13,7 @@ from sit_jax.diffusion.loss_weights import mdt_min_snr_loss
 from sit_jax.diffusion.timesteps import LossSecondMoment
 from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.models.mdt import MDTv2
-from sit_jax.parallel.sharding import make_mesh
+from sit_jax.parallel.mesh import make_mesh
 from sit_jax.samplers.ddpm import DDPM
 from sit_jax.trainer import start
 from sit_jax.training.optimizers import adan

@@ -16,7 +16,8 @@ import pod_program
 import pytest
 
 from sit_jax.models import layers
-from sit_jax.parallel import placement, sharding
+from sit_jax.parallel import sharding_rules
+from sit_jax.parallel.mesh import make_mesh, num_batch_shards, with_mesh
 from sit_jax.planning import hlo, pod, program, topology
 from sit_jax.precision import policy
 
@@ -93,7 +94,7 @@ def test_the_step_of_a_pod(name, slice_, parts, tmp_path):
     tokens = height * width // c.model.patch**2
     each_row = tokens * c.model.width * 2
     moved = [each.bytes for each in found if each.kind == "all-to-all"]
-    assert max(moved, default=0) < BATCH // parts * each_row // sharding.rows(mesh)
+    assert max(moved, default=0) < BATCH // parts * each_row // num_batch_shards(mesh)
 
     products = hlo.products(made.text)
     wide = [each for each in products.elements() if each.left == each.right == "bf16"]
@@ -122,7 +123,7 @@ def test_between_slices_only_gradients_and_weights_travel():
     made, shapes, mesh = compiled("sit_xl2", "v5e:4x4*2", "bf16", **small)
     assert dict(mesh.shape) == {"data": 2, "fsdp": 16, "tensor": 1}
     assert made.arguments < size(shapes) / 16
-    once = jax.tree.leaves(placement.once(mesh, shapes.ema))
+    once = jax.tree.leaves(sharding_rules.zero1_shardings(mesh, shapes.ema))
     assert any("data" in str(place.spec) for place in once)
 
 
@@ -137,14 +138,14 @@ class Attentive(nn.Module):
 
 def cycles(by, chip, images):
     """Of the gradient of XL's attention with its weights, on one chip."""
-    mesh = sharding.make_mesh(devices=topology.devices(chip)[:1])
+    mesh = make_mesh(devices=topology.devices(chip)[:1])
     one = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     stack = layers.scan_blocks(Attentive, 4, "dots")(by)
     x = jax.ShapeDtypeStruct((images, 256, 1152), jnp.bfloat16, sharding=one)
     params = jax.eval_shape(stack.init, jax.random.key(0), x)
     place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one)
     loss = lambda params, x: jnp.mean(jnp.square(stack.apply(params, x)[0]))
-    slope = sharding.on(mesh, jax.grad(loss, argnums=(0, 1)))
+    slope = with_mesh(mesh, jax.grad(loss, argnums=(0, 1)))
     step = policy.with_precision(policy.BF16, slope, "tpu")
     lowered = jax.jit(step).lower(jax.tree.map(place, params), x)
     return hlo.cycles(topology.compiled(lowered).as_text())

@@ -8,7 +8,7 @@ import small
 from sit_jax import checkpoint
 from sit_jax.data.feed import batches
 from sit_jax.data.sources import Synthetic
-from sit_jax.parallel.sharding import make_mesh
+from sit_jax.parallel.mesh import make_mesh
 from sit_jax.planning.program import train_step, training_recipe
 from sit_jax.trainer.history import history
 from sit_jax.trainer.start import begin, pack

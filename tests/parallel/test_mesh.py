@@ -9,15 +9,22 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sit_jax.errors import UserError
-from sit_jax.parallel import sharding
-from sit_jax.parallel.sharding import (
-    by_rows,
-    everywhere,
-    gathered,
+from sit_jax.parallel.mesh import (
+    AXES,
+    abstract_mesh,
+    batch_sharding,
+    data_parallel,
+    fsdp_groups,
+    fully_sharded,
+    hybrid_parallel,
     make_mesh,
-    on,
-    shaped,
-    split_batch,
+    num_batch_shards,
+    replicated,
+    shard_batch,
+    tensor_parallel,
+    unshard_weight,
+    with_mesh,
+    with_shardings,
 )
 
 
@@ -29,19 +36,19 @@ from sit_jax.parallel.sharding import (
         ({"data": 2, "fsdp": 4}, (2, 4, 1)),
         ({"data": -1, "fsdp": 2, "tensor": 2}, (2, 2, 2)),
         ({"data": 2, "fsdp": 2, "tensor": -1}, (2, 2, 2)),
-        (sharding.data_parallel(), (8, 1, 1)),
-        (sharding.fully_sharded(), (1, 8, 1)),
-        (sharding.with_tensor(4), (1, 2, 4)),
-        (sharding.hybrid(2), (2, 4, 1)),
-        (sharding.groups(), (1, 8, 1)),
-        (sharding.groups() | {"tensor": 4}, (1, 2, 4)),
+        (data_parallel(), (8, 1, 1)),
+        (fully_sharded(), (1, 8, 1)),
+        (tensor_parallel(4), (1, 2, 4)),
+        (hybrid_parallel(2), (2, 4, 1)),
+        (fsdp_groups(), (1, 8, 1)),
+        (fsdp_groups() | {"tensor": 4}, (1, 2, 4)),
     ],
 )
 def test_sizes_of_a_mesh(asked, made):
     mesh = make_mesh(**asked)
-    assert tuple(mesh.shape.items()) == tuple(zip(sharding.AXES, made, strict=True))
+    assert tuple(mesh.shape.items()) == tuple(zip(AXES, made, strict=True))
     assert set(mesh.axis_types) == {AxisType.Auto}  # diffrax needs it
-    assert sharding.planned_mesh(8, **asked).shape == mesh.shape
+    assert abstract_mesh(8, **asked).shape == mesh.shape
 
 
 @pytest.mark.parametrize(
@@ -49,7 +56,7 @@ def test_sizes_of_a_mesh(asked, made):
     [(1, 1, 1), (16, 1, 16), (24, 2, 12), (256, 16, 16), (17, 17, 1)],
 )
 def test_groups_are_as_large_as_divides_and_no_larger_than_sixteen(count, data, fsdp):
-    found = sharding.planned_mesh(count, **sharding.groups())
+    found = abstract_mesh(count, **fsdp_groups())
     assert dict(found.shape) == {"data": data, "fsdp": fsdp, "tensor": 1}
 
 
@@ -84,7 +91,7 @@ def test_only_data_leaves_a_slice():
     mesh = make_mesh(data=2, devices=devices)
     found = [[d.slice_index for d in row.ravel()] for row in mesh.devices]
     assert found == [[0] * 4, [1] * 4]
-    assert make_mesh(**sharding.groups(), devices=devices).shape == mesh.shape
+    assert make_mesh(**fsdp_groups(), devices=devices).shape == mesh.shape
     with pytest.raises(UserError, match="mesh.data is 1 on 2 slices"):
         make_mesh(devices=devices)
 
@@ -92,32 +99,32 @@ def test_only_data_leaves_a_slice():
 @pytest.mark.parametrize("sizes", [(8, 1), (2, 4), (1, 8)])
 def test_each_device_gets_its_own_rows_of_a_batch(sizes):
     mesh = make_mesh(*sizes)
-    batch = jax.device_put(np.arange(16), split_batch(mesh))
+    batch = jax.device_put(np.arange(16), batch_sharding(mesh))
     rows = sorted(tuple(np.asarray(s.data)) for s in batch.addressable_shards)
-    assert rows == [(i, i + 1) for i in range(0, 16, 2)] and sharding.rows(mesh) == 8
+    assert rows == [(i, i + 1) for i in range(0, 16, 2)] and num_batch_shards(mesh) == 8
 
 
 def test_devices_of_a_tensor_axis_share_their_rows():
     mesh = make_mesh(1, -1, 2)
-    batch = jax.device_put(np.arange(8), split_batch(mesh))
+    batch = jax.device_put(np.arange(8), batch_sharding(mesh))
     assert {s.data.shape for s in batch.addressable_shards} == {(2,)}
-    assert sharding.rows(mesh) == 4
+    assert num_batch_shards(mesh) == 4
 
 
 def test_shapes_with_places_are_targets_to_restore_into():
     mesh = make_mesh()
-    where = {"a": everywhere(mesh), "b": split_batch(mesh)}
+    where = {"a": replicated(mesh), "b": batch_sharding(mesh)}
     tree = {k: jax.ShapeDtypeStruct((16, 3), np.float32) for k in where}
-    target = shaped(tree, where)
-    assert target["a"].shape == (16, 3) and target["a"].sharding == everywhere(mesh)
-    assert target["b"].sharding == split_batch(mesh)
+    target = with_shardings(tree, where)
+    assert target["a"].shape == (16, 3) and target["a"].sharding == replicated(mesh)
+    assert target["b"].sharding == batch_sharding(mesh)
 
 
 def placed_by(mesh, x, *axes, inside=True):
     """How a program leaves an array that it says is kept so."""
-    fn = lambda x: by_rows(2 * x, *axes)
-    x = jax.device_put(x, everywhere(mesh))
-    return jax.jit(on(mesh, fn) if inside else fn)(x).sharding
+    fn = lambda x: shard_batch(2 * x, *axes)
+    x = jax.device_put(x, replicated(mesh))
+    return jax.jit(with_mesh(mesh, fn) if inside else fn)(x).sharding
 
 
 def test_what_is_kept_is_split_by_rows_and_the_axes_named():
@@ -132,7 +139,9 @@ def test_a_weight_is_gathered_but_for_the_axes_named():
     mesh, w = make_mesh(1, -1, 2), jnp.ones((8, 6))
     pieces = jax.device_put(w, NamedSharding(mesh, PartitionSpec("fsdp")))
     for axes in [(None, "tensor"), ("tensor", None), ()]:
-        found = jax.jit(on(mesh, lambda w, a=axes: gathered(2 * w, *a)))(pieces)
+        found = jax.jit(with_mesh(mesh, lambda w, a=axes: unshard_weight(2 * w, *a)))(
+            pieces
+        )
         expect = NamedSharding(mesh, PartitionSpec(*axes))
         assert found.sharding.is_equivalent_to(expect, 2), axes
 
@@ -146,6 +155,6 @@ def test_what_does_not_divide_is_left_alone():
 
 def test_nothing_is_stated_where_code_is_written_per_device():
     mesh, rows = make_mesh(), PartitionSpec(("data", "fsdp"))
-    per_device = jax.shard_map(by_rows, mesh=mesh, in_specs=rows, out_specs=rows)
+    per_device = jax.shard_map(shard_batch, mesh=mesh, in_specs=rows, out_specs=rows)
     x = jnp.arange(16.0).reshape(8, 2)
-    np.testing.assert_array_equal(jax.jit(on(mesh, per_device))(x), x)
+    np.testing.assert_array_equal(jax.jit(with_mesh(mesh, per_device))(x), x)

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from sit_jax.models.dit import SiT
 from sit_jax.models.mdt import MDT, MDTv2
-from sit_jax.parallel import placement
-from sit_jax.parallel.sharding import make_mesh, planned_mesh
+from sit_jax.parallel import sharding_rules
+from sit_jax.parallel.mesh import abstract_mesh, make_mesh
 from sit_jax.planning import plan
 from sit_jax.training.state import init_params, init_state
 
@@ -24,7 +24,7 @@ def sizes(data=1, fsdp=1, tensor=1):
 
 
 def spec(name, shape, axes=WEIGHTS, **mesh):
-    return placement.place(name, shape, sizes(**mesh), axes)
+    return sharding_rules.choose_spec(name, shape, sizes(**mesh), axes)
 
 
 @pytest.mark.parametrize(
@@ -76,12 +76,12 @@ def test_what_nothing_divides_is_named():
     name, shape = "blocks/attn/qkv/kernel", (28, 1152, 3456)
     assert spec(name, shape, fsdp=256) == (P(None, None, None), ("fsdp",))
     tree = {"blocks": {"attn": {"qkv": {"kernel": np.zeros((2, 144, 432))}}}}
-    found = placement.undivided(planned_mesh(256), tree)
+    found = sharding_rules.unsharded_arrays(abstract_mesh(256), tree)
     assert found == [("blocks/attn/qkv/kernel", (2, 144, 432), ("fsdp",))]
-    assert placement.undivided(planned_mesh(256, data=2), tree) == [
+    assert sharding_rules.unsharded_arrays(abstract_mesh(256, data=2), tree) == [
         ("blocks/attn/qkv/kernel", (2, 144, 432), ("fsdp",))
     ]
-    assert not placement.undivided(planned_mesh(256, data=16), tree)
+    assert not sharding_rules.unsharded_arrays(abstract_mesh(256, data=16), tree)
 
 
 def test_an_array_that_the_table_does_not_know_is_split_along_its_longest_axis():
@@ -105,9 +105,11 @@ def test_every_weight_of_an_xl_is_in_the_table(network):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         layers = 1 if "blocks" in name else 0
         if leaf.ndim - layers > 1 and not name.endswith("hidden_token"):
-            assert any(re.search(pattern, name) for pattern, _ in placement.TABLE), name
+            assert any(
+                re.search(pattern, name) for pattern, _ in sharding_rules.RULES
+            ), name
     # 128 divides every width of the releases; what is left has 7 MB at most
-    left = placement.undivided(planned_mesh(512, data=4), shapes)
+    left = sharding_rules.unsharded_arrays(abstract_mesh(512, data=4), shapes)
     assert all(np.prod(shape) * 4 < plan.NOTABLE for _, shape, _ in left)
 
 
@@ -117,7 +119,7 @@ def test_arrays_hold_what_the_table_says():
     mesh = make_mesh(data=2, fsdp=4)
     begin = partial(init_state, model, optax.adamw(1e-3), (8, 8, 4))
     shapes = jax.eval_shape(begin, jax.random.key(0))
-    where = placement.of_state(mesh, shapes)
+    where = sharding_rules.state_shardings(mesh, shapes)
     state = jax.jit(begin, out_shardings=where)(jax.random.key(0))
     held = lambda x: {shard.data.size for shard in x.addressable_shards}
     kernel = state.params["blocks"]["mlp"]["fc1"]["kernel"]
