@@ -1,0 +1,145 @@
+"""Which process of how many this is, and two real processes that train as one."""
+
+import argparse
+
+import jax
+import numpy as np
+import processes
+import pytest
+import small
+
+import train
+from sit_jax import checkpoint
+from sit_jax.errors import UserError
+from sit_jax.experiment import TRAINING, build_experiment
+from sit_jax.parallel import multihost
+
+TORCH = {"MASTER_ADDR": "a", "MASTER_PORT": "29500", "WORLD_SIZE": "4", "RANK": "3"}
+BY_TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+CLUSTERS = (*TORCH, *BY_TORCHRUN, *multihost.SIZES)
+FLAGS = ("--coordinator", "[::1]:99", "--processes", "2", "--process", "1")
+
+
+class Joined(BaseException):
+    """What jax.distributed.initialize was called with."""
+
+
+@pytest.fixture
+def join(monkeypatch):
+    """-> join(*flags, **environ): arguments of jax.distributed.initialize, or None."""
+
+    def initialize(**arguments):
+        raise Joined(arguments)
+
+    def join(*words, **environ):
+        for name in CLUSTERS:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        parser = argparse.ArgumentParser()
+        multihost.add_flags(parser)
+        try:
+            multihost.initialize(parser.parse_args(words))
+        except Joined as joined:
+            return joined.args[0]
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    return join
+
+
+def test_initialize_joins_by_flags_and_says_before_for_whom_it_waits(join, capsys):
+    found = join(*FLAGS, "--heartbeat", "10")
+    assert found["coordinator_address"] == "[::1]:99"
+    assert (found["num_processes"], found["process_id"]) == (2, 1)
+    assert found["heartbeat_timeout_seconds"] == 10
+    said = capsys.readouterr().err
+    assert said == "waiting for 2 processes at [::1]:99, at most 300 s\n"
+
+
+def test_initialize_joins_by_torchruns_variables(join):
+    found = join(**TORCH)
+    assert found["coordinator_address"] == "a:29500"
+    assert (found["num_processes"], found["process_id"]) == (4, 3)
+    assert "local_device_ids" not in found  # all devices of this machine
+    found = join(**TORCH, **BY_TORCHRUN)
+    assert found["coordinator_address"] == "a:29501"  # torchrun listens at 29500
+    assert found["local_device_ids"] == 1
+
+
+@pytest.mark.parametrize("name", multihost.SIZES)
+def test_initialize_leaves_clusters_to_jax(join, capsys, name):
+    found = join(**{name: "3"})
+    assert "coordinator_address" not in found and "num_processes" not in found
+    assert "waiting for 3 processes at the address" in capsys.readouterr().err
+    assert join(**{name: "1"}) is None
+
+
+@pytest.mark.parametrize(
+    "words, environ",
+    [
+        (["--processes", "1"], TORCH),
+        (["--processes", "2", "--process", "1"], {}),  # they only share out work
+        ([], {**TORCH, "WORLD_SIZE": "1", "RANK": "0"}),
+    ],
+    ids=["one", "apart", "torch"],
+)
+def test_initialize_leaves_one_machine_alone(join, words, environ):
+    assert join(*words, **environ) is None
+
+
+def test_functions_answer_for_one_process(monkeypatch):
+    def touch():
+        raise AssertionError("a device was used")
+
+    monkeypatch.setattr(jax, "process_index", touch)
+    monkeypatch.setattr(jax, "process_count", touch)
+    assert (multihost.process_index(), multihost.process_count()) == (0, 1)
+    assert multihost.is_primary() and multihost.all_gather(3) == [3]
+    assert multihost.broadcast("x") == "x"
+    assert multihost.reached_stop(5, True) and not multihost.reached_stop(5, False)
+    multihost.barrier()
+
+
+@pytest.mark.parametrize(
+    "words, environ, line",
+    [
+        (["--process", "1"], {}, "--coordinator, --processes and --process go tog"),
+        ([*FLAGS[:-1], "2"], {}, "process 2 of 2: they count from 0 to 1"),
+        (["--coordinator", "a", *FLAGS[2:]], {}, "'a'; it must be HOST:PORT"),
+        ([], {**TORCH, "RANK": "4"}, "process 4 of 4"),
+    ],
+    ids=["lonely", "range", "address", "rank"],
+)
+def test_initialize_names_wrong_places(join, words, environ, line):
+    with pytest.raises(UserError, match=line):
+        join(*words, **environ)
+
+
+SIZE = {"steps": 3, "save_every": 3, "preview": 0}
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """Losses differ by the order of sums over the batch, float32 rounding: 1e-6.
+
+    Weights after three steps of Adam differ by more where a gradient is near zero.
+    """
+    fields = [f"--config.{name}={value}" for name, value in SIZE.items()]
+    words = ("--config", "tests/small_config.py", "--workdir", tmp_path / "two")
+    said = processes.run(2, "train.py", *words, *fields)
+    assert "2 processes, each with 1 x cpu" in said
+    assert "batch 8 on 2 x cpu" in said and "saved step 3" in said
+    config = small.config(**SIZE)
+    assert train.train(config, tmp_path / "one") == 0  # on conftest's eight devices
+    one, two = (small.losses(tmp_path / name) for name in ("one", "two"))
+    assert list(two) == [1, 2, 3]
+    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-6)
+    folders = [tmp_path / name / "checkpoints" for name in ("one", "two")]
+    assert checkpoint.steps(folders[1]) == [3]
+    parts = build_experiment(config, TRAINING)
+    like = jax.eval_shape(lambda: small.random_params(parts, 0))
+    pairs = (
+        dict(checkpoint.iter_leaves(folder, 3, "params", like)) for folder in folders
+    )
+    ours, theirs = pairs
+    for name, array in ours.items():
+        np.testing.assert_allclose(array, theirs[name], atol=1e-5, err_msg=name)
