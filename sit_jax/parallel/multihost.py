@@ -4,11 +4,16 @@ A script calls initialize() before it uses a device. On a single machine nothing
 touches a device, and every function answers for one process.
 """
 
+import argparse
 import contextlib
 import json
 import os
+import re
 import sys
+from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,30 +26,27 @@ from sit_jax.ranges import AtLeast
 JOIN_SECONDS = 300  # JAX gives up when a process has not come by then
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy")
 TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
-ALONE = (  # JAX's words where it detects no cluster, or was in use already
-    "coordinator_address should be defined",
-    "must be called before any JAX calls",
-)
+# JAX's words where it detects no cluster, or was in use before
+ALONE = "coordinator_address should be defined|must be called before any JAX calls"
 # How many processes srun and mpirun started; JAX finds out the rest by itself.
 SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 
 
-def add_flags(parser) -> None:
+def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that initialize() reads. One machine alone needs none of them."""
     add = parser.add_argument_group("several hosts").add_argument
     add("--coordinator", metavar="HOST:PORT", help="where process 0 can be reached")
-    add(
-        "--processes",
-        type=AtLeast(1),
-        metavar="N",
-        help="of them; 1: this machine alone",
-    )
-    add("--process", type=AtLeast(0), metavar="I", help="which one this is, from 0")
-    more = {"type": AtLeast(1), "metavar": "SECONDS", "default": 100}
-    add("--heartbeat", **more, help="after which a silent process counts as lost")
+    add("--processes", metavar="N", type=AtLeast(1), help="1: this machine alone")
+    add("--process", metavar="I", type=AtLeast(0), help="which one this is, from 0")
+    lost = "after which a silent process counts as lost (100)"
+    add("--heartbeat", metavar="SECONDS", type=AtLeast(1), default=100, help=lost)
 
 
-def initialize(args, heed_sigterm=False, join_seconds=JOIN_SECONDS) -> None:
+def initialize(
+    args: argparse.Namespace,
+    heed_sigterm: bool = False,
+    join_seconds: int = JOIN_SECONDS,
+) -> None:
     """Joins the other processes of this run, if there are any.
 
     Which process this is comes from the flags, from torchrun's environment variables,
@@ -61,36 +63,38 @@ def initialize(args, heed_sigterm=False, join_seconds=JOIN_SECONDS) -> None:
     Raises:
         UserError: the flags do not fit together, or the processes are not alike.
     """
-    if args.processes == 1 or shares_work_only(args):
-        return
-    where = _given(args) or _from_torchrun(os.environ)
-    count = where["num_processes"] if where else _cluster_size()
-    if count == 1:
+    place = _find_place(args, os.environ)
+    count = place.get("num_processes")
+    count = count or next((int(os.environ[n]) for n in SIZES if n in os.environ), None)
+    if 1 in (count, args.processes):
         return
     if count:
-        at = where.get("coordinator_address", "the address that JAX detects")
-        print(
-            f"waiting for {count} processes at {at}, at most {join_seconds} s",
-            file=sys.stderr,
-            flush=True,
-        )
+        address = place.get("coordinator_address", "the address that JAX detects")
+        waiting = f"waiting for {count} processes at {address}"
+        print(f"{waiting}, at most {join_seconds} s", file=sys.stderr, flush=True)
     jax.config.update("jax_enable_preemption_service", heed_sigterm)
-    seconds = {"heartbeat_timeout_seconds": args.heartbeat}
-    seconds["shutdown_timeout_seconds"] = args.heartbeat
     try:
         jax.distributed.initialize(
-            **where, **seconds, initialization_timeout=join_seconds
+            **place,
+            initialization_timeout=join_seconds,
+            heartbeat_timeout_seconds=args.heartbeat,
+            shutdown_timeout_seconds=args.heartbeat,
         )
     except (ValueError, RuntimeError) as error:
-        if where or count or not any(reason in str(error) for reason in ALONE):
+        if count or not re.search(ALONE, str(error)):
             raise
         return
     if not is_primary():
         sys.stdout = open(os.devnull, "w")
-    _compare_processes()
+    installed = metadata.distributions()
+    versions = {d.name: d.version for d in installed if d.name in PACKAGES}
+    assert_equal("packages", versions, "install the same in all processes")
+    devices = f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}"
+    assert_equal("devices", devices, "all processes need as many of one kind")
+    print(f"{process_count()} processes, each with {devices}", flush=True)
 
 
-def shares_work_only(args) -> bool:
+def shares_work_only(args: argparse.Namespace) -> bool:
     """Returns whether processes share work by their numbers alone and never meet."""
     numbered = None not in (args.process, args.processes)
     return args.coordinator is None and numbered
@@ -116,7 +120,7 @@ def barrier() -> None:
     all_gather(None)
 
 
-def all_gather(value) -> list:
+def all_gather(value: Any) -> list:
     """Returns the values of all processes in their order; each is made of JSON."""
     if process_count() == 1:
         return [value]
@@ -130,12 +134,12 @@ def all_gather(value) -> list:
     ]
 
 
-def broadcast(value):
+def broadcast(value: Any) -> Any:
     """Returns process 0's value, made of JSON, in all processes."""
     return all_gather(value if is_primary() else None)[0]
 
 
-def broadcast_array(array):
+def broadcast_array(array: np.ndarray | None) -> np.ndarray | None:
     """Returns process 0's array, or None, in all processes."""
     like = broadcast(None if array is None else [array.shape, array.dtype.str])
     if like is None or process_count() == 1:
@@ -144,7 +148,7 @@ def broadcast_array(array):
     return multihost_utils.broadcast_one_to_all(array)
 
 
-def assert_equal(what: str, value, remedy: str) -> None:
+def assert_equal(what: str, value: Any, remedy: str) -> None:
     """Raises UserError in all processes if they do not have one value of JSON."""
     values = all_gather(value)
     for index, other in enumerate(values):
@@ -155,7 +159,7 @@ def assert_equal(what: str, value, remedy: str) -> None:
             )
 
 
-def assert_equal_files(*paths) -> None:
+def assert_equal_files(*paths: Path) -> None:
     """Raises UserError if processes that read these files read different bytes."""
     if process_count() > 1:
         hashes = {path.name: files.sha256(path)[:12] for path in paths}
@@ -163,7 +167,7 @@ def assert_equal_files(*paths) -> None:
         assert_equal(f"sha256 of {paths[0]}", hashes, remedy)
 
 
-def assert_shared(path) -> None:
+def assert_shared(path: files.AnyPath) -> None:
     """Waits for process 0 and raises UserError if others do not see what it wrote."""
     barrier()
     for index, is_seen in enumerate(all_gather(path.exists())):
@@ -175,7 +179,7 @@ def assert_shared(path) -> None:
 
 
 @contextlib.contextmanager
-def lock(folder, name="lock"):
+def lock(folder: files.PathLike, name: str = "lock") -> Iterator[None]:
     """Holds the lock of a run's folder: process 0 takes it, the others wait for it."""
     with contextlib.ExitStack() as stack:
         refusal = None
@@ -190,7 +194,7 @@ def lock(folder, name="lock"):
 
 
 @contextlib.contextmanager
-def lock_output(path):
+def lock_output(path: files.PathLike) -> Iterator[None]:
     """Holds a lock that lies beside what a run will write."""
     path = files.absolute_path(path)
     files.require_writable(path)
@@ -209,56 +213,32 @@ def reached_stop(step: int, is_stop_requested: bool) -> bool:
     return is_stop_requested
 
 
-def _given(args):
-    """Returns the place of this process from the flags, or {} without any."""
+def _find_place(args, environ):
+    """Returns arguments of jax.distributed.initialize, {} where JAX has to detect them.
+
+    They come from the flags, or else from torchrun's variables.
+    """
     flags = (args.coordinator, args.processes, args.process)
-    if flags == (None, None, None):
-        return {}
-    if None in flags:
+    more = {"cluster_detection_method": "deactivate"}
+    if None not in flags:
+        address, count, index = flags
+    elif flags in ((None, None, None), (None, 1, None)):
+        if not all(environ.get(name) for name in TORCHRUN):
+            return {}
+        host, port, count, index = (environ[name] for name in TORCHRUN)
+        # torchrun itself listens at MASTER_PORT
+        address = f"{host}:{int(port) + ('TORCHELASTIC_RUN_ID' in environ)}"
+        count, index = int(count), int(index)
+        if int(environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+            more["local_device_ids"] = int(environ["LOCAL_RANK"])
+    else:
         raise UserError(
             "--coordinator, --processes and --process go together: "
             "--coordinator HOST:PORT --processes 2 --process 0"
         )
-    return _place(*flags)
-
-
-def _from_torchrun(environ):
-    """Returns the place that torchrun's variables give, or {} without them."""
-    if not all(environ.get(name) for name in TORCHRUN):
-        return {}
-    address, port, count, index = (environ[name] for name in TORCHRUN)
-    # torchrun itself listens at MASTER_PORT
-    port = int(port) + ("TORCHELASTIC_RUN_ID" in environ)
-    place = _place(f"{address}:{port}", int(count), int(index))
-    if int(environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
-        place["local_device_ids"] = int(environ["LOCAL_RANK"])
-    return place
-
-
-def _place(address, count, index):
-    port = address.rpartition(":")[2]
-    if ":" not in address or not port.isdecimal():
+    if not re.fullmatch(r".+:\d+", address):
         raise UserError(f"the coordinator is {address!r}; it must be HOST:PORT")
     if index >= count:
         raise UserError(f"process {index} of {count}: they count from 0 to {count - 1}")
-    return {
-        "coordinator_address": address,
-        "num_processes": count,
-        "process_id": index,
-        "cluster_detection_method": "deactivate",
-    }
-
-
-def _cluster_size():
-    """Returns how many processes srun or mpirun started, None if neither did."""
-    return next((int(os.environ[name]) for name in SIZES if name in os.environ), None)
-
-
-def _compare_processes():
-    versions = {d.name: d.version for d in metadata.distributions()}
-    versions = {name: versions[name] for name in PACKAGES if name in versions}
-    assert_equal("packages", versions, "install the same in all processes")
-    devices = jax.local_devices()
-    devices = f"{len(devices)} x {devices[0].device_kind}"
-    assert_equal("devices", devices, "all processes need as many of one kind")
-    print(f"{process_count()} processes, each with {devices}", flush=True)
+    place = {"num_processes": count, "process_id": index, **more}
+    return {"coordinator_address": address, **place}

@@ -78,10 +78,9 @@ def test_initialize_leaves_clusters_to_jax(join, capsys, name):
     "words, environ",
     [
         (["--processes", "1"], TORCH),
-        (["--processes", "2", "--process", "1"], {}),  # they only share out work
         ([], {**TORCH, "WORLD_SIZE": "1", "RANK": "0"}),
     ],
-    ids=["one", "apart", "torch"],
+    ids=["one", "torch"],
 )
 def test_initialize_leaves_one_machine_alone(join, words, environ):
     assert join(*words, **environ) is None
@@ -104,11 +103,12 @@ def test_functions_answer_for_one_process(monkeypatch):
     "words, environ, line",
     [
         (["--process", "1"], {}, "--coordinator, --processes and --process go tog"),
+        (FLAGS[2:], TORCH, "--coordinator, --processes and --process go tog"),
         ([*FLAGS[:-1], "2"], {}, "process 2 of 2: they count from 0 to 1"),
         (["--coordinator", "a", *FLAGS[2:]], {}, "'a'; it must be HOST:PORT"),
         ([], {**TORCH, "RANK": "4"}, "process 4 of 4"),
     ],
-    ids=["lonely", "range", "address", "rank"],
+    ids=["one", "two", "range", "address", "rank"],
 )
 def test_initialize_names_wrong_places(join, words, environ, line):
     with pytest.raises(UserError, match=line):
