@@ -24,7 +24,7 @@ from sit_jax.parallel import multihost
 from sit_jax.ranges import COUNT, AtLeast
 from sit_jax.sampling import job, sampling
 from sit_jax.sampling.array_files import ArrayFile
-from sit_jax.trainer import program_cache
+from sit_jax.trainer.compile import use_compilation_cache
 
 OF_FIGURES = (
     *("reference_b", "seeds", "swap", "swapped", "features_b", "inception_b"),
@@ -38,7 +38,7 @@ def main():
     if rest:
         raise UserError(f"{rest[0]}: this script has no config")
     multihost.initialize(args)
-    program_cache.begin()
+    use_compilation_cache()
     target = args.collect or args.out
     if not target:
         raise UserError("name A and B and --out FOLDER, or --collect OUT")

@@ -23,7 +23,7 @@ from sit_jax.parallel import multihost
 from sit_jax.parallel.mesh import make_mesh
 from sit_jax.ranges import COUNT, AtLeast
 from sit_jax.sampling import outputs
-from sit_jax.trainer import program_cache
+from sit_jax.trainer.compile import use_compilation_cache
 
 KEPT = 10_000  # features in a statistics file: as many as ADM's references have images
 LONG = 16  # a list in a manifest that is left out of the record
@@ -35,7 +35,7 @@ def main():
     if rest:
         raise UserError(f"{rest[0]}: this script has no config")
     multihost.initialize(args)
-    program_cache.begin()
+    use_compilation_cache()
     return make_reference(args) if args.stats else evaluate(args)
 
 

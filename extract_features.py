@@ -22,7 +22,7 @@ from sit_jax.manifest import environment
 from sit_jax.parallel import multihost
 from sit_jax.precision.policy import get_precision
 from sit_jax.ranges import COUNT, SEED, AtLeast, Between
-from sit_jax.trainer import program_cache
+from sit_jax.trainer.compile import use_compilation_cache
 
 KINDS = {
     "folder": lambda a: ImageFolder(a.data, a.size, broken_share=a.broken_share),
@@ -54,7 +54,7 @@ def main():
         return convert(args)
     if not multihost.shares_work_only(args):
         multihost.initialize(args)
-        program_cache.begin()
+        use_compilation_cache()
     return run(args, load(args.vae, args.precision))
 
 

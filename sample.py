@@ -32,8 +32,8 @@ from sit_jax.sampling import (
     starts,
 )
 from sit_jax.sampling.parts import is_begun
-from sit_jax.trainer import program_cache
-from sit_jax.trainer.preview import rows
+from sit_jax.trainer.compile import use_compilation_cache
+from sit_jax.trainer.previews import grid_labels
 
 # flags beside --from-manifest: where things are, and what runs on how many hosts
 REPEATED = set(
@@ -51,7 +51,7 @@ def main():
     if not args.out:
         raise UserError("--out X is needed: x.png, x.npy, x.npz or folder/")
     multihost.initialize(args)
-    program_cache.begin()
+    use_compilation_cache()
     with multihost.lock_output(args.out):
         if args.likelihood:
             return likelihood(args, overrides)
@@ -245,7 +245,7 @@ def _columns(args, wanted):
     each = len(wanted.labels) // len(listed)
     if args.labels and each > 1 and np.all(np.char.isdecimal(listed)):
         return each
-    return rows(len(wanted.labels) + 1, len(wanted.labels))[0]
+    return grid_labels(len(wanted.labels) + 1, len(wanted.labels))[0]
 
 
 if __name__ == "__main__":

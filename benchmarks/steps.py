@@ -39,11 +39,11 @@ def ours(case):
     from sit_jax.models.flops import step_macs
     from sit_jax.parallel import hardware
     from sit_jax.planning.program import compiler_options
-    from sit_jax.trainer import heap
+    from sit_jax.trainer.compile import keep_freed_memory, limit_kept_memory
     from sit_jax.training.state import init_state
     from sit_jax.training.step import make_train_step
 
-    heap.keep()
+    keep_freed_memory()
     model, process, tx = parts(case)
     begin = functools.partial(init_state, model, tx, SHAPE)
     state = jax.jit(begin)(jax.random.key(0))
@@ -59,7 +59,7 @@ def ours(case):
     begun = time.perf_counter()
     step = step.lower(state, Pixels(), batch, key).compile()
     compiling = time.perf_counter() - begun
-    heap.settle(jax.default_backend(), 0)
+    limit_kept_memory(step)
 
     def run(steps):
         nonlocal state

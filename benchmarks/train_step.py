@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-# PyTorch's, without which Linux gives it memory 4 KiB at a time; ours is heap.py's.
+# PyTorch's, without which Linux gives it memory 4 KiB at a time; ours: compile.py.
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "THP_MEM_ALLOC_ENABLE": "1"}
 
 

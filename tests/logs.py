@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from sit_jax.trainer.logging import RunLog
+from sit_jax.trainer.run_log import RunLog
 
 LINE = {"loss": 0.123456, "steps_per_second": 1.234, "images_per_second": 315.9}
 

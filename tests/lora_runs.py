@@ -11,7 +11,7 @@ from sit_jax.config import spec, to_json
 from sit_jax.convert.base import load_base, trained_shapes
 from sit_jax.experiment import build_experiment
 from sit_jax.parallel.mesh import make_mesh
-from sit_jax.trainer.adapting import begin_adapted
+from sit_jax.trainer.resume import init_lora
 
 FIELDS = dict(targets="blocks/(attn/qkv|mlp/fc2)/kernel", rank=2, alpha=3.0)
 
@@ -32,7 +32,7 @@ def grown(adapter):
 def begun(base, **adapter):
     """-> the recipe, the state and the base's record of a run that begins."""
     parts = build_experiment(grown(adapter))
-    state, _, about = begin_adapted(parts, make_mesh(), 0, "nowhere", str(base))
+    state, _, about = init_lora(parts, make_mesh(), 0, "nowhere", str(base))
     return parts, state, about["base"]
 
 

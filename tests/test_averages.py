@@ -12,6 +12,7 @@ from networks import quick_jit
 
 from sit_jax import checkpoint
 from sit_jax.config import spec, to_json
+from sit_jax.convert.given import Given
 from sit_jax.convert.weights import open_weights
 from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.diffusion.timesteps import LossSecondMoment
@@ -21,7 +22,7 @@ from sit_jax.models.dit import DiT
 from sit_jax.models.mdt import MDT, MDTv2
 from sit_jax.parallel.mesh import make_mesh
 from sit_jax.samplers.ddpm import DDPM
-from sit_jax.trainer import start
+from sit_jax.trainer import resume
 
 pytestmark = pytest.mark.slow  # together they compile for a minute
 
@@ -58,22 +59,22 @@ def saved(tmp_path_factory):
     parts, mesh = build_experiment(c, TRAINING), make_mesh()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "jit", quick_jit)
-        state, told = start.begin(parts, mesh, 0, "nowhere")
+        state, told, _ = resume.restore_or_init(parts, mesh, 0, "nowhere")
     assert told == "starts with fresh weights"
     rng = np.random.default_rng(0)
     unlike = lambda x: rng.permutation(x.size).reshape(x.shape).astype(x.dtype)
     state = jax.tree.map(lambda x: jax.device_put(unlike(x), x.sharding), state)
     state = state.replace(step=jnp.int32(3), skipped=jnp.array([1, 0]))
-    items, meta = start.pack(state, parts.ema_decay)
+    items = resume.checkpoint_items(state, parts.ema_decay)
+    meta = resume.checkpoint_meta(state)
     folder = tmp_path_factory.mktemp("saved") / "ck"
     small.save(folder, 3, {"config": to_json(c), **meta}, **items)
     return folder, jax.device_get(state)
 
 
 def begun(given, *rates):
-    return start.begin(
-        build_experiment(config(*rates), TRAINING), make_mesh(), 0, "nowhere", given
-    )[0]
+    parts = build_experiment(config(*rates), TRAINING)
+    return resume.restore_or_init(parts, make_mesh(), 0, "nowhere", Given(given))[0]
 
 
 def equal(one, other):
@@ -85,7 +86,7 @@ def test_every_average_and_what_chose_the_times_come_back(saved):
     items = {"params", "ema", "ema_0.5", "opt_state", "losses", "meta"}
     assert items <= checkpoint.items(folder, 3)
     assert equal(begun(folder, 0.9, 0.5), state)
-    own, told = start.begin(
+    own, told, _ = resume.restore_or_init(
         build_experiment(config(0.9, 0.5), TRAINING), make_mesh(), 0, folder
     )
     assert equal(own, state) and told == "goes on from step 3"
@@ -117,4 +118,5 @@ def test_weights_of_the_other_version_are_refused_by_both_names(kind, tmp_path):
     )
     names = f"an {kind.__name__}, but the config's network is an {other.__name__}$"
     with pytest.raises(UserError, match=f"given holds the weights of {names}"):
-        start.begin(parts, make_mesh(), 0, tmp_path / "run", tmp_path / "given")
+        given = Given(tmp_path / "given")
+        resume.restore_or_init(parts, make_mesh(), 0, tmp_path / "run", given)

@@ -22,13 +22,14 @@ from torch_releases import (
 from sit_jax.config import spec, to_json
 from sit_jax.convert import comparison, moments, tensor_files, torch_files
 from sit_jax.convert.exchange import Stored, open_torch
+from sit_jax.convert.given import Given
 from sit_jax.convert.released import Released
 from sit_jax.convert.rules import DIT_RULES, to_torch
 from sit_jax.errors import UserError
 from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.models.dit import SiT
 from sit_jax.parallel.mesh import make_mesh
-from sit_jax.trainer import start
+from sit_jax.trainer import resume
 
 
 @pytest.mark.parametrize("name", ["sit_a", "sit_b", "sit_c", "dit_a", "dit_b"])
@@ -83,7 +84,8 @@ def test_training_goes_on_from_a_ported_run(tmp_path):
     stored(weights_, tmp_path / "ck")
     parts = build_experiment(weights_.config, TRAINING)
     mesh = make_mesh()
-    state, origin = start.begin(parts, mesh, 0, tmp_path / "run", tmp_path / "ck")
+    given = Given(tmp_path / "ck")
+    state, origin, _ = resume.restore_or_init(parts, mesh, 0, tmp_path / "run", given)
     assert "step 20" in origin
     assert int(state.step) == 20
     theirs, adam = loaded(golden("train_dit_full")), state.opt_state[0]

@@ -37,8 +37,8 @@ from sit_jax.files import (
 from sit_jax.sampling import outputs
 from sit_jax.sampling.array_files import ArrayFile
 from sit_jax.sampling.parts import Parts
-from sit_jax.trainer.logging import RunLog
-from sit_jax.trainer.workdir import check_workdir, held, open_workdir
+from sit_jax.trainer.run_log import RunLog
+from sit_jax.trainer.workdir import check_workdir, locked_workdir, open_workdir
 
 bucket = memory_bucket.bucket
 
@@ -277,7 +277,7 @@ def test_run_log_of_a_bucket_goes_on(bucket):
             for at, loss in losses.items():
                 log.scalars(at, {"loss": loss})
             log.image(2, "samples", np.zeros((4, 4, 3), np.uint8))
-            log.keep()
+            log.flush()
             assert (workdir / "metrics.jsonl").exists()
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     assert [(r["step"], r["loss"]) for r in map(json.loads, lines)] == [(1, 3), (2, 1)]
@@ -293,9 +293,12 @@ def test_workdir_in_a_bucket(bucket):
     assert files.read_json(folder / "config.json") == config
     before = list_files(bucket)
     with pytest.raises(UserError, match="another config"):
-        with held("gs://here/run", {"seed": 1}):
+        with locked_workdir("gs://here/run", {"seed": 1}):
             raise AssertionError
-    with pytest.raises(UserError, match="no such weights"), held("gs://here/new", {}):
+    with (
+        pytest.raises(UserError, match="no such weights"),
+        locked_workdir("gs://here/new", {}),
+    ):
         raise UserError("no such weights")
     assert list_files(bucket) == before and list(before) == ["run/config.json"]
     step(folder / "checkpoints", 5)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from lora_runs import config
 
-import train
 from configs.lora_xl2 import get_config as lora_xl2
 from sit_jax.adapters.weights import LABEL_TABLE
 from sit_jax.convert.base import base_shapes, trained_shapes
@@ -14,6 +13,7 @@ from sit_jax.convert.given import Given
 from sit_jax.data.styles import inverted, slanted
 from sit_jax.errors import UserError
 from sit_jax.experiment import build_experiment
+from sit_jax.trainer.loop import train
 
 base = lora_bases.base
 
@@ -43,7 +43,7 @@ def test_adapters_of_xl_are_33_mb():
 )
 def test_settings_that_cannot_be_are_one_line(base, tmp_path, adapter, told):
     with pytest.raises(UserError, match=told) as raised:
-        train.train(config(adapter), tmp_path / "work", Given(str(base)))
+        train(config(adapter), tmp_path / "work", Given(str(base)))
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "work").exists()
 
@@ -53,16 +53,16 @@ def test_a_base_of_another_network_is_refused(base, tmp_path):
         c = config()
         c.model[field] = told
         with pytest.raises(UserError, match=f"another network: model.{field} is"):
-            train.train(c, tmp_path / "work", Given(str(base)))
+            train(c, tmp_path / "work", Given(str(base)))
     with pytest.raises(UserError, match="add --init BASE"):
-        train.train(config(), tmp_path / "work")
+        train(config(), tmp_path / "work")
     with pytest.raises(UserError, match="5 classes .* 8: that makes 3 new ones, but"):
         c = config(dict(new_classes=2))
         c.model.classes = 8
-        train.train(c, tmp_path / "work", Given(str(base)))
+        train(c, tmp_path / "work", Given(str(base)))
     for name in ("sit-xl2-256", "x.pt"):
         with pytest.raises(UserError, match=f"port_weights.py {name} DIR, or quantize"):
-            train.train(config(), tmp_path / "work", Given(name))
+            train(config(), tmp_path / "work", Given(name))
 
 
 def test_a_style_is_another_look_of_the_same_record():

@@ -13,7 +13,7 @@ from sit_jax.models.codec import Pixels, to_uint8
 from sit_jax.sampling import outputs
 from sit_jax.sampling.parts import Parts
 from sit_jax.sampling.pictures import DARK, LINE, captions, save_png, sheet
-from sit_jax.trainer.preview import Preview
+from sit_jax.trainer.previews import SampleGrid
 
 
 def noise(*shape):
@@ -109,11 +109,15 @@ def test_previews_and_sheets_of_samples_name_the_classes(tmp_path):
     parts = SimpleNamespace(
         codec=Pixels(), shape=(4, 4, 3), model=SimpleNamespace(classes=2)
     )
-    preview = Preview(parts, None, 0, 4, names=["cat", "dog"])
-    preview._draw = lambda seed, labels, params: [(data, {})]
     images = np.asarray(Pixels().decode(data))
+    drawer = SimpleNamespace(
+        experiment=parts,
+        require_pictures=lambda: None,
+        compile=lambda labels, size: lambda params: [images],
+    )
+    preview = SampleGrid(drawer, 4, ["cat", "dog"])
     wanted = sheet(images, 2, captions=["0 cat", "0 cat", "1 dog", "1 dog"])
-    np.testing.assert_array_equal(preview(None)[0], wanted)
+    np.testing.assert_array_equal(preview(None), wanted)
     batches = Parts(tmp_path / "x.png", "digest")
     batches.save(0, {"images": images})
     names = {"0": "cat", "1": "dog"}

@@ -146,7 +146,7 @@ def test_no_batch_may_fit(monkeypatch):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    import train
+    from sit_jax.cli import train
 
     def run(*arguments):
         config = small.ROOT / "tests" / "small_config.py"
@@ -199,7 +199,7 @@ def test_without_libtpu_the_remedy_is_named(run, monkeypatch):
 
 
 def test_flags_of_a_plan_need_one(monkeypatch, capsys):
-    import train
+    from sit_jax.cli import train
 
     config = small.ROOT / "tests" / "small_config.py"
     arguments = ("--config", config, "--topology", "v5e:4x4")

@@ -14,12 +14,13 @@ from recorded import FOLDER, weights
 from small import called, losses
 
 import port_weights
-import train
 from sit_jax import checkpoint
 from sit_jax.config import from_json
 from sit_jax.convert import tensor_files, torch_files
+from sit_jax.convert.given import Given
 from sit_jax.convert.rules import DIT_RULES, to_flax
 from sit_jax.manifest import weights_hash
+from sit_jax.trainer.loop import train
 
 BARE = FOLDER / "weights" / "sit_a.pt"
 FULL = FOLDER / "weights" / "train_sit_full.pt"
@@ -112,7 +113,7 @@ def test_safetensors_hold_the_average(tmp_path, port, ported):
 def test_training_goes_on_from_a_ported_file(tmp_path, ported, capsys):
     config = from_json(checkpoint.read_meta(ported / "full", 20)["config"])
     config.update(synthetic=True, batch_size=8, steps=21, log_every=1, sample_every=100)
-    train.train(config, tmp_path, train.Given(ported / "full"))
+    train(config, tmp_path, Given(ported / "full"))
     assert "step 20" in capsys.readouterr().out
     assert list(losses(tmp_path)) == [21]
     assert checkpoint.steps(tmp_path / "checkpoints") == [21]

@@ -4,7 +4,7 @@ import pytest
 import small
 from conftest import ROOT
 
-import train
+from sit_jax.cli import train
 
 TINY = ROOT / "tests" / "small_config.py"
 

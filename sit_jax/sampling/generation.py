@@ -24,7 +24,6 @@ from sit_jax.parallel.mesh import (
     with_mesh,
     with_shardings,
 )
-from sit_jax.trainer import heap
 
 CHUNK = 4  # rows of a batch that go through the network together on a CPU
 
@@ -126,7 +125,6 @@ class Generator:
         run = lowered(parts, self._params, mesh, self.batch_size, model, kicks, around)
         self._run = run.compile()
         self.compile_seconds = time.perf_counter() - begun
-        heap.close_gaps()
 
     def __call__(self, seed, labels, start=None, params=None, given=None, todo=None):
         """Yields (data [n, H, W, C], stats) on the host until all labels are served.

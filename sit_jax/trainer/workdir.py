@@ -1,43 +1,47 @@
-"""A run's folder: its config, and the refusal to mix two runs in one."""
+"""Keeps a run's folder: its config, and the refusal to mix two runs in one."""
 
 import contextlib
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from sit_jax.checkpoint import steps
 from sit_jax.errors import UserError
 from sit_jax.experiment import fixed_differences
-from sit_jax.files import as_path, read_json, write_json
+from sit_jax.files import AnyPath, PathLike, as_path, read_json, write_json
 from sit_jax.parallel import multihost
 
 
 @contextlib.contextmanager
-def held(path, config):
-    """Gives the place of a run's folder, which no other run is in meanwhile.
+def locked_workdir(path: PathLike, config: Mapping[str, Any]) -> Iterator[AnyPath]:
+    """Gives a run's folder, which no other run is in meanwhile.
 
-    That comes before the first look into it: another run may be replacing what is
-    there. Afterwards a folder that is not free for this JSON config is refused.
+    It is locked before the first look into it: another run may be replacing what is
+    there. Then a folder that is not free for this JSON config is refused.
     """
     with multihost.lock(path):
         path = check_workdir(path, config)
-        agree(config, path / "checkpoints")
+        require_agreement(config, path / "checkpoints")
         yield path
 
 
-def check_workdir(path, config):
-    """-> place; refuses a folder that is not free for this JSON config."""
+def check_workdir(path: PathLike, config: Mapping[str, Any]) -> AnyPath:
+    """Returns the folder; refuses one that is not free for this JSON config."""
     path = as_path(path)
+    if path.is_file():
+        raise UserError(f"{path} is a file; take another --workdir")
     if steps(path):
         raise UserError(
             f"{path} is a checkpoint directory, not a workdir; begin from it with "
             f"--init {path} and a --workdir of its own"
         )
     if (path / "config.json").exists():
-        check_same(path, read_json(path / "config.json"), config)
+        require_same_config(path, read_json(path / "config.json"), config)
     return path
 
 
-def open_workdir(path, config):
+def open_workdir(path: PathLike, config: Mapping[str, Any]) -> AnyPath:
     """Makes the folder for a JSON config, or checks that it is this config's.
 
     Process 0 makes it; the others have to see it.
@@ -54,24 +58,20 @@ def open_workdir(path, config):
     return path
 
 
-def agree(config, folder):
+def require_agreement(config: Mapping[str, Any], directory: AnyPath) -> None:
     """Refuses hosts that have another JSON config or see other checkpoints."""
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[
-        :12
-    ]
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
     remedy = "their config files differ: bring them to the same version"
-    multihost.assert_equal("the config's sha256", digest, remedy)
+    multihost.assert_equal("the config's sha256", digest[:12], remedy)
     remedy = "the workdir must be on a file system that all hosts share"
-    multihost.assert_equal(f"newest step in {folder}", steps(folder)[-1:], remedy)
-    if multihost.process_count() > 1:
-        print(f"config {digest} on all of them", flush=True)
+    newest = steps(directory)[-1:]
+    multihost.assert_equal(f"newest step in {directory}", newest, remedy)
 
 
-def check_same(path, before, now):
-    """Refuses a config that differs where a run must not change, naming the fields.
-
-    A field that came after the run was begun is none of its own while it does nothing.
-    """
+def require_same_config(
+    path: PathLike, before: Mapping[str, Any], now: Mapping[str, Any]
+) -> None:
+    """Refuses a config that differs where a run must not change, naming the fields."""
     fixed = [
         f"{name} was {old}, is {new}"
         for name, old, new in fixed_differences(before, now)

@@ -29,7 +29,7 @@ from sit_jax.checkpoint import (
 from sit_jax.errors import UserError
 from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.parallel.mesh import replicated
-from sit_jax.trainer.start import pack
+from sit_jax.trainer.resume import checkpoint_items
 from sit_jax.training.state import init_state
 
 one_step = checkpoints.one_step
@@ -178,7 +178,7 @@ def test_save_writes_every_item_that_is_restored():
         jax.random.key(0),
     )
     concrete = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
-    written, _ = pack(concrete, (0.9, 0.99))
+    written = checkpoint_items(concrete, (0.9, 0.99))
     assert set(written) == {"params", "ema", "ema_0.99", "opt_state"}
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     in_meta = count(state.step) + count(state.skipped)

@@ -15,6 +15,7 @@ import safetensors.numpy
 import torch
 from PIL import Image
 
+from sit_jax import files
 from sit_jax.config import from_json
 from sit_jax.convert import lora_files, torch_files, vae_files
 from sit_jax.convert.graph_files import constants
@@ -27,7 +28,6 @@ from sit_jax.errors import UserError, one_line
 from sit_jax.evaluation.evaluated import open_side
 from sit_jax.sampling import job
 from sit_jax.sampling.array_files import ArrayFile, load
-from sit_jax.trainer import workdir
 
 SPACE = Path("/dev/shm") if Path("/dev/shm").is_dir() else None  # no disk is worn
 
@@ -60,11 +60,11 @@ def manifest(path):
 
 
 def config(path):
-    from_json(workdir.read_json(path))
+    from_json(files.read_json(path))
 
 
 def tags(path):
-    found = read_tags(workdir.read_json(path), path)
+    found = read_tags(files.read_json(path), path)
     found.shard(0)
 
 

@@ -20,7 +20,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 assert libc.unshare(0x00020000) == 0, ctypes.get_errno()  # CLONE_NEWNS
 subprocess.run(["mount", "--make-rprivate", "/"], check=True)
 subprocess.run(["mount", "--bind", bad, good], check=True)
-import train
+from sit_jax.cli import train
 sys.argv = ["train.py", *argv]
 train.main()
 """

@@ -5,7 +5,6 @@ import numpy as np
 import optax
 import small
 
-import train
 from sit_jax import checkpoint
 from sit_jax.config import from_json, spec
 from sit_jax.diffusion.gaussian import GaussianDiffusion
@@ -15,7 +14,8 @@ from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.models.mdt import MDTv2
 from sit_jax.parallel.mesh import make_mesh
 from sit_jax.samplers.ddpm import DDPM
-from sit_jax.trainer import start
+from sit_jax.trainer import resume
+from sit_jax.trainer.loop import train
 from sit_jax.training.optimizers import adan
 
 
@@ -39,18 +39,18 @@ def config(**fields):
 
 def test_a_run_goes_on_as_if_never_stopped_and_logs_both_passes(tmp_path):
     run, other = tmp_path / "run", tmp_path / "other"
-    assert train.train(config(steps=2), run) == 0
+    train(config(steps=2), run)
     folder = run / "checkpoints"
     wanted = {"params", "ema", "ema_0.5", "opt_state", "losses", "meta"}
     assert wanted <= checkpoint.items(folder, 2)
     for where in (run, other):
-        assert train.train(config(), where) == 0
+        train(config(), where)
         assert (where / "samples" / "0000004.png").is_file()
     parts = build_experiment(
         from_json(checkpoint.read_meta(folder, 4)["config"]), TRAINING
     )
     ends = [
-        start.begin(parts, make_mesh(), 0, where / "checkpoints")[0]
+        resume.restore_or_init(parts, make_mesh(), 0, where / "checkpoints")[0]
         for where in (run, other)
     ]
     for one, two in zip(*map(jax.tree.leaves, ends), strict=True):

@@ -10,8 +10,11 @@ from sit_jax.data.feed import batches
 from sit_jax.data.sources import Synthetic
 from sit_jax.parallel.mesh import make_mesh
 from sit_jax.planning.program import train_step, training_recipe
-from sit_jax.trainer.history import history
-from sit_jax.trainer.start import begin, pack
+from sit_jax.trainer.resume import (
+    checkpoint_items,
+    checkpoint_meta,
+    read_history,
+)
 
 STEPS = 4
 
@@ -26,7 +29,7 @@ def steps_on(setting, directory, devices, many):
     """Goes on for so many steps and saves; -> losses, params at first, labels seen."""
     config, parts, source = setting
     mesh = make_mesh(devices=jax.devices()[:devices])
-    state, _ = begin(parts, mesh, config.seed, directory)
+    state, *_ = restore_or_init(parts, mesh, config.seed, directory)
     first, at_first = int(state.step), jax.device_get(state.params)
     where = jax.tree.map(lambda x: x.sharding, state)
     step = train_step(config, parts, mesh, where)
@@ -37,8 +40,8 @@ def steps_on(setting, directory, devices, many):
             seen.append(jax.device_get(batch))
             state, metrics = step(state, parts.codec, batch, jax.random.key(0))
             losses.append(float(metrics["loss"]))
-    items, meta = pack(state, parts.ema_decay)
-    past = history(directory, first, small.to_json(config), mesh)
+    items, meta = checkpoint_items(state, parts.ema_decay), checkpoint_meta(state)
+    past = read_history(directory, first, small.to_json(config), mesh)
     about = {"config": small.to_json(config), **past.meta(first + many), **meta}
     small.save(directory, first + many, about, **items)
     return losses, at_first, seen, jax.device_get(state.params)

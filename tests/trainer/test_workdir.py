@@ -9,10 +9,10 @@ import pytest
 from sit_jax.errors import UserError
 from sit_jax.files import lock
 from sit_jax.trainer.workdir import (
-    check_same,
-    held,
+    locked_workdir,
     open_workdir,
     read_json,
+    require_same_config,
     write_json,
 )
 
@@ -51,17 +51,26 @@ def test_a_run_is_alone_before_it_looks(tmp_path):
     """Or the second of two stumbles over what the first is replacing."""
     with lock(tmp_path):
         (tmp_path / "config.json").write_text("half of it")
-        with pytest.raises(UserError, match="is in use by"), held(tmp_path, CONFIG):
+        with (
+            pytest.raises(UserError, match="is in use by"),
+            locked_workdir(tmp_path, CONFIG),
+        ):
             raise AssertionError
 
 
 def test_what_is_refused_leaves_nothing(tmp_path):
     run = open_workdir(tmp_path / "run", CONFIG)
     before = tree(tmp_path)
-    with pytest.raises(UserError, match="another config"), held(run, but(seed=1)):
+    with (
+        pytest.raises(UserError, match="another config"),
+        locked_workdir(run, but(seed=1)),
+    ):
         raise AssertionError
     new = tmp_path / "a" / "b"
-    with pytest.raises(UserError, match="no such weights"), held(new, CONFIG) as place:
+    with (
+        pytest.raises(UserError, match="no such weights"),
+        locked_workdir(new, CONFIG) as place,
+    ):
         assert place == new and (new / ".lock").exists()
         raise UserError("no such weights")
     assert tree(tmp_path) == before
@@ -97,7 +106,7 @@ def test_another_config_is_refused_with_its_fields(tmp_path, changes, said):
 
 def test_all_fields_that_differ_are_named():
     with pytest.raises(UserError) as error:
-        check_same("runs/x", CONFIG, but(seed=1, model__depth=3))
+        require_same_config("runs/x", CONFIG, but(seed=1, model__depth=3))
     assert "model.depth was 2, is 3; seed was 0, is 1" in str(error.value)
 
 
@@ -108,14 +117,16 @@ def test_what_does_not_enter_a_step_may_change(tmp_path):
     assert read_json(tmp_path / "config.json") == now
 
 
-def test_a_run_begun_before_a_free_field_was_there_goes_on(tmp_path):
+def test_a_run_may_be_given_previews_and_an_fid_curve(tmp_path):
     open_workdir(tmp_path, CONFIG)
-    open_workdir(tmp_path, but(model__sizes=1))
+    fields = {"evaluate_every": 5, "evaluate_images": 9, "reference": "x.npz"}
+    open_workdir(tmp_path, but(**fields, features=None, vae="ema", preview=4))
+    open_workdir(tmp_path, but(**fields, vae="ema", model__unroll=1))
 
 
 def test_a_field_is_not_free_because_its_name_begins_like_a_free_one():
     with pytest.raises(UserError, match="steps_ahead"):
-        check_same("x", CONFIG, but(steps_ahead=3))
+        require_same_config("x", CONFIG, but(steps_ahead=3))
 
 
 @pytest.mark.parametrize("text", [b"{", b"", b"\xff\xfe\x00"])

@@ -15,7 +15,7 @@ from sit_jax.experiment import build_experiment, check_reference
 from sit_jax.parallel.mesh import make_mesh
 from sit_jax.planning.program import training_recipe
 from sit_jax.sampling.generation import Generator
-from sit_jax.trainer import watching
+from sit_jax.trainer.previews import Previews
 
 
 class Toy:
@@ -59,8 +59,8 @@ def test_points_of_a_curve(monkeypatch):
     c, log, mesh = config(), Log(), make_mesh(data=-1, fsdp=1)
     parts = build_experiment(c)
     params = small.random_params(parts, 0)
-    look = watching.Views(log, c, parts, mesh)
-    seconds = [look(step, params) for step in range(1, 9)]
+    look = Previews(log, c, parts, mesh)
+    seconds = [look.draw(step, params) for step in range(1, 9)]
     assert [s > 0 for s in seconds] == [s in (3, 6, 8) for s in range(1, 9)]
     assert set(log.values) == {3, 6, 8} and log.values[3] == log.values[8]
     draw = Generator(parts, params, mesh, 20)
@@ -78,8 +78,8 @@ def test_a_point_is_of_images_as_sample_py_draws_them():
         c, log = config(), Log()
         c.precision.training = word
         parts = training_recipe(c)
-        look = watching.Views(log, c, parts, mesh)
-        look(3, small.random_params(parts, 0))
+        look = Previews(log, c, parts, mesh)
+        look.draw(3, small.random_params(parts, 0))
         found.append(log.values[3])
     assert found[0] == found[1]
 
@@ -87,8 +87,8 @@ def test_a_point_is_of_images_as_sample_py_draws_them():
 def test_without_weights_there_is_one_line_and_no_curve(monkeypatch, tmp_path):
     monkeypatch.setattr(inception_weights, "places", lambda: [tmp_path / "none"])
     c, log = config(features=None), Log()
-    look = watching.Views(log, c, build_experiment(c), make_mesh(data=-1, fsdp=1))
-    assert look(3, None) == 0 and log.values == {}
+    look = Previews(log, c, build_experiment(c), make_mesh(data=-1, fsdp=1))
+    assert look.draw(3, None) == 0 and log.values == {}
     (line,) = log.said
     assert line.startswith("no curve of FIDs: no Inception weights; put pt_inception")
 
@@ -97,7 +97,7 @@ def test_latents_have_no_curve():
     from sit_jax.models.codec import Latents
 
     c, log = config(codec=spec(Latents)), Log()
-    watching.Views(log, c, build_experiment(c), make_mesh(data=-1, fsdp=1))
+    Previews(log, c, build_experiment(c), make_mesh(data=-1, fsdp=1))
     assert log.said[0].startswith("no curve of FIDs: latents need a VAE")
 
 

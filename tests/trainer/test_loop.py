@@ -1,20 +1,26 @@
-"""train.py from its command line: what a run leaves behind, and what it refuses."""
+"""train.py: what a run leaves behind, what it refuses, how it stops and resumes."""
 
 import json
+import os
 import shutil
+import signal
 import socket
 
 import jax
 import numpy as np
 import pytest
+import runs
 import small
 import train_calls
 from train_calls import TINY
 
-import train
 from sit_jax import checkpoint
+from sit_jax.cli.main import StopSignal
 from sit_jax.data import sources
 from sit_jax.errors import UserError
+from sit_jax.trainer import loop
+from sit_jax.trainer.loop import train
+from sit_jax.trainer.resume import CheckpointWriter
 
 run = train_calls.run
 
@@ -105,7 +111,7 @@ BAD = {
         "the data is (2, 2, 1), but config.shape is (4, 4, 1)",
     ),
     "depth": (["--config.model.depth=-1"], "model.depth is -1"),
-    "seed": (["--config.seed=-1"], "seed is -1; it must be in 0.."),
+    "seed": (["--config.seed=-1"], "seed is -1; it takes a whole number from 0"),
     "clip": (["--config.clip=-1.0"], "clip is -1.0"),
     "preview": (["--config.preview=-3"], "preview is -3"),
     "dtype": (["--config.model.dtype=bfloat17"], "bfloat17"),
@@ -161,9 +167,8 @@ def test_a_workdir_that_cannot_be_made(run, tmp_path):
 def test_a_disk_without_room_for_a_step_is_refused_first(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=9))
-    monkeypatch.setattr(train, "_loop", None)
     with pytest.raises(UserError, match="free, .*checkpoints/a step needs"):
-        train.train(small.config(), tmp_path / "run")
+        train(small.config(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -178,7 +183,7 @@ def test_skips_what_is_not_finite_then_stops(run, tmp_path, monkeypatch):
 
     code, _, _ = run("--config", TINY, "--workdir", tmp_path, "--config.steps=4")
     assert code == 0
-    monkeypatch.setattr(train, "Synthetic", lambda *a: sources.Synthetic(*a, length=8))
+    monkeypatch.setattr(loop, "Synthetic", lambda *a: sources.Synthetic(*a, length=8))
     monkeypatch.setattr(sources.Synthetic, "__getitem__", broken)
     code, out, err = run(
         "--config", TINY, "--workdir", tmp_path, "--config.max_skipped=3"
@@ -188,3 +193,129 @@ def test_skips_what_is_not_finite_then_stops(run, tmp_path, monkeypatch):
     assert "3 steps in a row were not finite, first in the batch, at step 7" in err
     assert f"last good checkpoint: step 4 in {tmp_path}" in err
     assert checkpoint.steps(tmp_path / "checkpoints") == [4]
+
+
+def interrupted(monkeypatch, owner, name, at):
+    """Ctrl-C when something is called for a step."""
+    call = getattr(owner, name)
+
+    def calling(*words):
+        if at in words:
+            os.kill(os.getpid(), signal.SIGINT)
+        return call(*words)
+
+    monkeypatch.setattr(owner, name, calling)
+
+
+@pytest.mark.parametrize("name, at, last", [("check", 5, 5), ("save", 4, 5)])
+def test_signal_saves_the_step_in_progress(
+    tmp_path, monkeypatch, capfd, name, at, last
+):
+    """During a step it is the last one; during a save the next one is."""
+    interrupted(monkeypatch, CheckpointWriter, name, at)
+    config = small.config(save_every=4, sample_every=99)
+    train(config, tmp_path, stop=StopSignal())
+    assert checkpoint.steps(tmp_path / "checkpoints") == [4, last]
+    assert list(small.losses(tmp_path)) == list(range(1, last + 1))
+    out, err = capfd.readouterr()
+    assert "stops after this step and saves it; Ctrl-C again" in err
+    assert f"stopped at step {last}; the same command goes on" in out
+
+
+def test_signal_leaves_out_a_sheet_that_the_resumed_run_draws(
+    tmp_path, monkeypatch, capfd
+):
+    config = lambda: small.config(save_every=4, sample_every=4)
+    sheet = lambda work: (work / "samples" / "0000004.png").read_bytes()
+    with monkeypatch.context() as patch:
+        interrupted(patch, CheckpointWriter, "check", 4)
+        train(config(), tmp_path / "broken", stop=StopSignal())
+    assert "step 4 were drawn; a run that goes on does" in capfd.readouterr().out
+    assert not (tmp_path / "broken" / "samples").exists()
+    for work in ("broken", "unbroken"):
+        train(config(), tmp_path / work)
+    assert sheet(tmp_path / "broken") == sheet(tmp_path / "unbroken")
+    said = capfd.readouterr().out
+    assert said.count("drew the samples of step 4") == 2
+    config = lambda: small.config(save_every=4, sample_every=8, steps=9)
+    train(config(), tmp_path / "broken")
+    assert "drew the samples of step 8" not in capfd.readouterr().out  # it has one
+
+
+def test_save_compiles_nothing(tmp_path, monkeypatch):
+    """With copies to be compared: what is compiled after Ctrl-C is waited for."""
+    built, saving = [], []
+    save = CheckpointWriter.save
+
+    def listened(self, step, state):
+        saving.append(step)
+        try:
+            return save(self, step, state)
+        finally:
+            saving.clear()
+
+    def hear(event, seconds, **more):
+        if saving and event.startswith("/jax/core/compile"):
+            built.append(event)
+
+    monkeypatch.setattr(CheckpointWriter, "save", listened)
+    jax.monitoring.register_event_duration_secs_listener(hear)
+    try:
+        config = small.config(steps=2, save_every=1, preview=0)
+        config.mesh.fsdp = 1
+        config.check_replicas = 1000
+        train(config, tmp_path)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(hear)
+    assert checkpoint.steps(tmp_path / "checkpoints") == [1, 2] and not built
+
+
+FIELDS = {"steps": 40, "save_every": 7}
+
+
+def finish(workdir):
+    runs.ended(runs.start(workdir, **FIELDS))
+    return small.losses(workdir)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    found = finish(tmp_path_factory.mktemp("unbroken"))
+    assert len(found) == FIELDS["steps"] == len(set(found.values()))
+    return found
+
+
+MOMENTS = {
+    "before any checkpoint": lambda workdir: runs.logged(workdir, 3),
+    "between checkpoints": lambda workdir: runs.logged(workdir, 24),
+    "inside a save": lambda workdir: runs.saving(workdir, 21),
+}
+
+
+OFTEN = ("inside a save",)  # the others with make test-slow
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow)
+        for name in MOMENTS
+    ],
+)
+def test_losses_are_those_of_an_unbroken_run(unbroken, tmp_path, moment):
+    process = runs.start(tmp_path, **FIELDS)
+    runs.until(process, lambda: MOMENTS[moment](tmp_path))
+    runs.kill(process)
+    assert len(small.losses(tmp_path)) < FIELDS["steps"]
+    assert finish(tmp_path) == unbroken
+    assert not list((tmp_path / "checkpoints").glob("*tmp*"))
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_ends_well(unbroken, tmp_path):
+    process = runs.start(tmp_path, **FIELDS)
+    runs.until(process, lambda: runs.logged(tmp_path, 10))
+    process.send_signal(signal.SIGTERM)
+    runs.ended(process)
+    assert "stopped at step" in (tmp_path / "log.txt").read_text()
+    assert finish(tmp_path) == unbroken

@@ -1,0 +1,45 @@
+"""Trains what a config describes: python train.py --config configs/digits.py
+
+The same command in the same workdir goes on where its last checkpoint left off.
+"""
+
+from pathlib import Path
+
+from configs import published
+from sit_jax import config as configs
+from sit_jax.cli.main import StopSignal, entry_point, make_parser, parse_args
+from sit_jax.convert.given import Given, add_flags
+from sit_jax.parallel import multihost
+from sit_jax.planning import planning
+from sit_jax.trainer.compile import keep_freed_memory, use_compilation_cache
+from sit_jax.trainer.loop import train
+
+
+@entry_point
+def main() -> int:
+    """Runs train.py's command line."""
+    keep_freed_memory()  # before JAX starts its threads
+    parser = make_parser(__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, metavar="FILE")
+    parser.add_argument("--workdir", metavar="DIR", help="default: runs/CONFIG")
+    parser.add_argument("--wandb", metavar="PROJECT", help="also log to wandb")
+    add_flags(parser)
+    multihost.add_flags(parser)
+    planning.add_flags(parser)
+    args, overrides = parse_args(parser)
+    planning.check(args)
+    if not args.plan:
+        multihost.initialize(args, heed_sigterm=True)
+        use_compilation_cache()
+    config = configs.load(args.config)
+    configs.override(config, overrides)
+    if args.plan:
+        return planning.training(args, config)
+    workdir = args.workdir or f"runs/{Path(args.config).stem}"
+    init = Given(args.init, args.weights_only, args.family, args.heads, published)
+    train(config, workdir, init, wandb=args.wandb, stop=StopSignal())
+    return 0
+
+
+if __name__ == "__main__":
+    main()

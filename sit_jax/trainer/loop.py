@@ -1,0 +1,263 @@
+"""Trains what a config describes: `train()` reads from top to bottom."""
+
+import contextlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+from jax.sharding import Mesh
+
+from sit_jax.adapters.weights import join
+from sit_jax.checkpoint import Checkpoints, steps
+from sit_jax.config import build, to_json
+from sit_jax.convert.given import Given
+from sit_jax.convert.vae_files import load_vae, with_vae
+from sit_jax.data.cache import about_data
+from sit_jax.data.feed import abstract_batch, batches
+from sit_jax.data.sources import Synthetic
+from sit_jax.errors import UserError
+from sit_jax.experiment import validate
+from sit_jax.files import PathLike, write_json
+from sit_jax.manifest import environment
+from sit_jax.models import attention
+from sit_jax.models.flops import forward_macs, step_macs
+from sit_jax.parallel import hardware, multihost
+from sit_jax.parallel.mesh import make_mesh, replicated
+from sit_jax.planning import program
+from sit_jax.planning.plan import held_whole
+from sit_jax.trainer.compile import ReplicaCheck, compile_timed, limit_kept_memory
+from sit_jax.trainer.previews import Previews
+from sit_jax.trainer.resume import (
+    FRESH,
+    CheckpointWriter,
+    read_history,
+    require_checkpoint_space,
+    restore_or_init,
+)
+from sit_jax.trainer.run_log import MetricsMeter, RunLog
+from sit_jax.trainer.workdir import locked_workdir, open_workdir
+from sit_jax.training.state import TrainState, ema_item_names, sampled_ema
+from sit_jax.training.step import tensor_names
+
+
+class StopFlag(contextlib.AbstractContextManager, Protocol):
+    """Tells, inside its block, whether the run was asked to stop."""
+
+    is_set: bool
+
+
+class NeverStop(contextlib.nullcontext):
+    """The StopFlag of a run that nobody asks to stop."""
+
+    is_set = False
+
+
+def train(
+    config: Any,
+    workdir: PathLike,
+    init: Given = FRESH,
+    *,
+    wandb: str | None = None,
+    stop: StopFlag | None = None,
+) -> None:
+    """Trains to config.steps, or until asked to stop. The same call resumes the run.
+
+    Args:
+        config: A ConfigDict, as of configs/digits.py.
+        workdir: The run's folder, on a disk or in a bucket.
+        init: Weights to begin with while the run has no checkpoint of its own.
+        wandb: A project of Weights & Biases to log to.
+        stop: Whether to stop after the step under way, and save it.
+
+    Raises:
+        UserError: The config cannot be trained, or the folder is another run's.
+    """
+    stop = stop or NeverStop()
+    # build and validate
+    mesh = make_mesh(**config.mesh)
+    source, experiment = _build(config, mesh)
+    stored = to_json(config)
+    with contextlib.ExitStack() as stack:
+        # begin or resume
+        directory = stack.enter_context(locked_workdir(workdir, stored)) / "checkpoints"
+        state, origin, base = restore_or_init(
+            experiment, mesh, config.seed, directory, init
+        )
+        first = int(state.step)
+        if first >= config.steps and not steps(directory):
+            raise UserError(
+                f"{init.path} is at step {first} and config.steps is {config.steps}; "
+                "set a larger --config.steps, or --weights-only to begin at step 0"
+            )
+        require_checkpoint_space(directory, state)
+        history = read_history(directory, first, stored, mesh)
+        replicas = ReplicaCheck(config.get("check_replicas", 0), state)
+        workdir = open_workdir(workdir, stored)  # from here on it is this run's
+        checkpoints = Checkpoints(
+            directory,
+            config.keep_last,
+            config.keep_every,
+            ema_item_names(experiment.ema_decay),
+        )
+        stack.callback(checkpoints.close)
+        project = {"project": wandb} if wandb else None
+        log = stack.enter_context(RunLog(workdir, config.steps, first, project))
+        for line in (f"{workdir} {origin}", *history.changes):
+            log.say(line)
+        if multihost.is_primary():
+            write_json(workdir / "manifest.json", {"config": stored, **environment()})
+        if first >= config.steps:
+            log.say(f"nothing to do: config.steps is {config.steps}")
+            return
+        log_summary(log.say, config, experiment, mesh, state, source)
+
+        # batches, which are read from here on
+        feed = batches(
+            source,
+            config.batch_size,
+            config.seed,
+            first,
+            mesh,
+            say=log.say,
+            skip=history.skip,
+            workers=config.get("workers", 0),
+        )
+        stack.callback(feed.close)
+
+        # compile
+        names = getattr(source, "class_names", None)
+        previews = Previews(log, config, experiment, mesh, names)
+        meta = {"config": stored, **about_data(source, experiment.codec), **base}
+        decay = experiment.ema_decay
+        writer = CheckpointWriter(checkpoints, replicas, meta, history, decay)
+        stack.enter_context(stop)
+        key = jax.random.key(config.seed)
+        batch_shapes = abstract_batch(source, config.batch_size, mesh)
+        step = _compile_step(log, config, experiment, mesh, state, batch_shapes, key)
+        replicas.compile(state)
+        sampled = lambda state: join(sampled_ema(state.ema, decay), state.frozen)
+        previews.draw_missing(first, sampled(state))
+        batch = next(feed)  # was read meanwhile
+        meter = _make_meter(config, experiment)
+        report = partial(_report, log, config, checkpoints, tensor_names(state))
+        feed.waited()
+
+        # the loop
+        for number in range(first + 1, config.steps + 1):
+            batch = batch or next(feed)
+            state, metrics = step(state, experiment.codec, batch, key)
+            batch = None
+            report(meter.add(number, metrics, feed.waited()))
+            log.progress(number)
+            writer.check(number, state)
+            stopped = multihost.reached_stop(number - first, stop.is_set)
+            is_last = stopped or number == config.steps
+            if is_last or number % config.save_every == 0:
+                report(meter.flush())
+                log.flush()
+                meter.pause(writer.save(number, state))
+            meter.pause(previews.draw(number, sampled(state), is_last=stopped))
+            if stopped:
+                resume = "the same command goes on from there"
+                log.say(f"stopped at step {number}; {resume}")
+                break
+        checkpoints.wait()
+        log.say(f"saved step {checkpoints.latest()} in {checkpoints.directory}")
+
+
+def log_summary(
+    say: Callable[[str], None],
+    config: Any,
+    experiment: Any,
+    mesh: Mesh,
+    state: TrainState,
+    source: Any,
+) -> None:
+    """Tells the network, its data and its devices, before the first step."""
+    count, frozen = (
+        sum(leaf.size for leaf in jax.tree.leaves(tree))
+        for tree in (state.params, state.frozen)
+    )
+    model = experiment.model
+    kept = f", {frozen:,} more are frozen" if frozen else ""
+    macs = forward_macs(model, experiment.shape)
+    say(
+        f"{type(model).__name__} with {count:,} parameters{kept}, "
+        f"{macs / 1e9:.3g} GMAC an image; {len(source):,} "
+        f"records; batch {config.batch_size} on {jax.device_count()} x "
+        f"{jax.devices()[0].device_kind}; EMA decay {config.ema_decay}; "
+        f"attention {attention.attention_name(model)}"
+    )
+    for line in (*getattr(source, "remarks", ()), *held_whole(mesh, state.params)):
+        say(line)
+
+
+def _build(config: Any, mesh: Mesh) -> tuple[Any, Any]:
+    """Returns the data source and the experiment, which fit each other and the mesh."""
+    if config.synthetic:
+        source = Synthetic(tuple(config.shape), config.model.classes)
+    else:
+        source = build(config.source)
+    if config.get("count_classes"):
+        config.model.classes = source.classes
+    experiment = program.training_recipe(config)
+    if config.get("vae"):
+        vae = load_vae(config.vae, config.precision.vae, replicated(mesh))
+        experiment = with_vae(experiment, vae)
+    validate(config, experiment, source, mesh)
+    return source, experiment
+
+
+def _compile_step(
+    log: RunLog,
+    config: Any,
+    experiment: Any,
+    mesh: Mesh,
+    state: TrainState,
+    *inputs: Any,
+) -> Callable[..., Any]:
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    step = program.train_step(config, experiment, mesh, shardings)
+    lower = partial(step.lower, state, experiment.codec, *inputs)
+    compiled, words = compile_timed(lower)
+    log.say(f"compiled the training step {words}")
+    limit_kept_memory(compiled)
+    return compiled
+
+
+def _make_meter(config: Any, experiment: Any) -> MetricsMeter:
+    """Counts a training step as three forward passes, as the papers do."""
+    macs = step_macs(experiment.model, experiment.shape)
+    flops = 6 * macs * config.batch_size
+    peak = hardware.peak_flops()
+    peak = peak and peak * jax.device_count()
+    return MetricsMeter(config.log_every, config.batch_size, flops, peak)
+
+
+def _report(
+    log: RunLog,
+    config: Any,
+    checkpoints: Checkpoints,
+    names: list[str],
+    arrived: list[tuple[int, dict[str, Any], dict[str, float] | None]],
+) -> None:
+    """Logs the steps that have arrived; too many without effect end the run."""
+    for step, metrics, line in arrived:
+        total, streak = (int(n) for n in metrics["skipped"])
+        if streak:
+            tensor = names[int(metrics["bad"])]
+            log.say(f"step {step} skipped: {tensor} is not finite ({total} so far)")
+        if streak >= config.max_skipped:
+            checkpoints.wait()
+            good = checkpoints.latest()
+            last = f"step {good} in {checkpoints.directory}" if good else "none yet"
+            raise UserError(
+                f"{streak} steps in a row were not finite, first in {tensor}, at step "
+                f"{step}; last good checkpoint: {last}"
+            )
+        if line is not None:
+            line["skipped"] = total
+            if (memory := hardware.peak_memory()) is not None:
+                line["peak_memory_gb"] = memory / 1e9
+            log.scalars(step, line)

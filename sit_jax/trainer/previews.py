@@ -1,0 +1,268 @@
+"""Shows during training what the EMA weights draw: sheets of samples and an FID curve.
+
+Both are drawn as sample.py would draw them, from the same noises and labels each time.
+FID falls with the number of images, and rises without guidance; within one curve both
+stay what they are.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int, UInt8
+
+from sit_jax.config import build
+from sit_jax.convert import inception_weights
+from sit_jax.errors import UserError
+from sit_jax.evaluation import evaluation, summary
+from sit_jax.evaluation.evaluated import open_side
+from sit_jax.evaluation.features import inception_extractor
+from sit_jax.files import as_path
+from sit_jax.parallel import multihost
+from sit_jax.planning.program import as_sampled
+from sit_jax.sampling.generation import Generator
+from sit_jax.sampling.labels import labels as make_labels
+from sit_jax.sampling.pictures import captions, sheet
+from sit_jax.trainer.run_log import RunLog
+
+SHEET_BATCH, FID_BATCH = 32, 64  # images that are drawn together
+
+
+class Previews:
+    """Draws what a step is due for, and logs it.
+
+    Args:
+        log: Where the pictures and figures go.
+        config: The run's config.
+        experiment: What is built from it.
+        mesh: The devices; with several processes all draw all images.
+        class_names: Names of the classes, where known.
+    """
+
+    def __init__(
+        self,
+        log: RunLog,
+        config: Any,
+        experiment: Any,
+        mesh: Mesh,
+        class_names: Sequence[str] | None = None,
+    ):
+        self._log, self._steps = log, config.steps
+        self._sheets: SampleGrid | None = None
+        self._curve: FidCurve | None = None
+        self._sheet_every = config.sample_every
+        self._curve_every = config.get("evaluate_every", 0)
+        drawer = SampleDrawer(config, experiment, mesh)
+        try:
+            if config.preview:
+                self._sheets = SampleGrid(drawer, config.preview, class_names)
+        except UserError as reason:
+            log.say(f"no sheets of samples: {reason}")
+        try:
+            if self._curve_every:
+                self._curve = FidCurve(drawer, config)
+        except UserError as reason:
+            log.say(f"no curve of FIDs: {reason}")
+        possible = [self._sheets is not None, self._curve is not None]
+        remedy = "give all hosts the Inception weights"
+        multihost.assert_equal("able to draw sheets and FIDs", possible, remedy)
+
+    def draw(self, step: int, ema: Any, is_last: bool = False) -> float:
+        """Draws what `step` is due for.
+
+        Args:
+            step: The step just done.
+            ema: Parameters of the whole network to draw with.
+            is_last: The run stops here: nothing is drawn, as it may take minutes.
+
+        Returns:
+            Seconds that it took.
+        """
+        is_due = lambda every: every and (step % every == 0 or step == self._steps)
+        sheets = self._sheets is not None and is_due(self._sheet_every)
+        curve = self._curve is not None and is_due(self._curve_every)
+        if not (sheets or curve):
+            return 0.0
+        start = time.perf_counter()
+        if is_last:
+            later = "a run that goes on does"
+            later = "sample.py makes them of it" if step == self._steps else later
+            self._log.say(f"no samples of step {step} were drawn; {later}")
+            return 0.0
+        if sheets:
+            self._log.image(step, "samples", self._sheets(ema))
+            seconds = time.perf_counter() - start
+            self._log.say(f"drew the samples of step {step} in {seconds:.1f} s")
+        if curve:
+            begin = time.perf_counter()
+            self._log.scalars(step, {self._curve.name: self._curve(ema)})
+            self._log.say(f"judged step {step} in {time.perf_counter() - begin:.1f} s")
+        return time.perf_counter() - start
+
+    def draw_missing(self, step: int, ema: Any) -> None:
+        """Draws what the step that a run resumes from was due for, if it has no sheet.
+
+        A stop leaves it out, and a kill may have come before it.
+        """
+        is_due = self._sheet_every and step and step % self._sheet_every == 0
+        if self._sheets is not None and is_due:
+            if not multihost.broadcast(self._log.has_image(step, "samples")):
+                self.draw(step, ema)
+
+
+class SampleDrawer:
+    """Draws images by the config's sampler and guidance, at its sampling precision.
+
+    Raises:
+        UserError: The codec makes no pictures.
+    """
+
+    def __init__(self, config: Any, experiment: Any, mesh: Mesh):
+        self.experiment, self._wrap = as_sampled(config, experiment)
+        self.mesh, self.seed = mesh, config.seed
+
+    def require_pictures(self) -> None:
+        """Refuses a codec that makes no pictures."""
+        one = jnp.zeros((1, *self.experiment.shape))
+        channels = jax.eval_shape(self.experiment.codec.decode, one).shape[-1]
+        if channels not in (1, 3):
+            raise UserError(f"{channels} channels do not make a picture")
+
+    def compile(
+        self, labels: Int[np.ndarray, " n"], batch_size: int
+    ) -> Callable[[Any], Iterator[np.ndarray]]:
+        """Returns a function of parameters that yields batches of images.
+
+        It compiles when it is first called.
+        """
+        generators: list[Generator] = []
+
+        def draw(params: Any) -> Iterator[np.ndarray]:
+            if not generators:
+                size = min(len(labels), batch_size)
+                generators.append(
+                    Generator(
+                        self.experiment, params, self.mesh, size, around=self._wrap
+                    )
+                )
+            for data, _ in generators[0](self.seed, labels, params=params):
+                yield np.asarray(self.experiment.codec.decode(data))
+
+        return draw
+
+
+class SampleGrid:
+    """Draws a sheet of the same `count` images each time, one row a class."""
+
+    def __init__(
+        self,
+        drawer: SampleDrawer,
+        count: int,
+        class_names: Sequence[str] | None = None,
+    ):
+        drawer.require_pictures()
+        self._columns, labels = grid_labels(drawer.experiment.model.classes, count)
+        names = {str(label): name for label, name in enumerate(class_names or [])}
+        self._captions = captions(labels, names)
+        self._draw = drawer.compile(labels, SHEET_BATCH)
+
+    def __call__(self, params: Any) -> UInt8[np.ndarray, "h w c"]:
+        """Returns the picture."""
+        images = np.concatenate(list(self._draw(params)))
+        return sheet(images, self._columns, captions=self._captions)
+
+
+def grid_labels(num_classes: int, count: int) -> tuple[int, Int[np.ndarray, " n"]]:
+    """Returns columns and at most `count` labels of a sheet with one class a row.
+
+    With more classes than images it is about square, and classes are spread over all.
+    """
+    if count >= num_classes:
+        columns = count // num_classes
+        return columns, np.repeat(np.arange(num_classes), columns)
+    labels = np.arange(count) * num_classes // count
+    return max(round(count**0.5), 1), labels
+
+
+class FidCurve:
+    """Computes FID-k of always the same k noises and labels, each class as often.
+
+    Raises:
+        UserError: The codec makes no pictures, the weights for the features are not
+            there, or the reference has other features.
+    """
+
+    def __init__(self, drawer: SampleDrawer, config: Any):
+        drawer.require_pictures()
+        self._extractor = build(config.features)
+        is_inception = self._extractor is None
+        if is_inception:
+            weights = inception_weights.load()
+            self._extractor = inception_extractor(weights, drawer.mesh, FID_BATCH)
+        self._reference = _load_reference(
+            build(config.reference), self._extractor, is_inception
+        )
+        evaluation.require_same(self._extractor.pipeline, self._reference.pipeline)
+        count, classes = config.evaluate_images, drawer.experiment.model.classes
+        labels = make_labels("balanced", count, classes, config.seed)
+        self._draw = drawer.compile(labels, FID_BATCH)
+        self.name = f"{'fid' if self._reference.is_inception else 'frechet'}_{count}"
+
+    def __call__(self, params: Any) -> float:
+        """Returns the distance."""
+        images = map(_to_rgb, self._draw(params))
+        return evaluation.fid(images, self._extractor, self._reference)
+
+
+def check_evaluation(config: Any) -> None:
+    """Refuses a config that no curve can be made of; weights may still be missing."""
+    if not config.get("evaluate_every", 0):
+        return
+    if config.evaluate_every < 0:
+        raise UserError(
+            f"evaluate_every is {config.evaluate_every}; 0 is never, else at least 1"
+        )
+    if config.evaluate_images < 2:
+        raise UserError(f"evaluate_images is {config.evaluate_images}; at least 2")
+    if isinstance(config.features, str):
+        raise UserError("features is a constructor: only a config file can set it")
+    if config.reference is None:
+        raise UserError(
+            "evaluate_every needs a reference: --config.reference=FILE, made by "
+            "evaluate.py --stats or ADM's"
+        )
+    if isinstance(config.reference, str) and not as_path(config.reference).is_file():
+        raise UserError(f"reference: no file at {config.reference}")
+    build(config.reference)  # a source refuses here what it cannot give
+
+
+def _load_reference(reference: Any, extractor: Any, is_inception: bool) -> Any:
+    """Returns the statistics of a file, of images in a file, or of a data source."""
+    pipeline = extractor.pipeline
+    if not isinstance(reference, str):
+        batches, count = _read_images(reference, extractor.batch_size), len(reference)
+        return summary.summarize(extractor(batches), count, 0, pipeline, is_inception)
+    side = open_side(reference)
+    if side.summary is not None:
+        return side.summary
+    source = side.source
+    if source.needs_network:
+        features = extractor(source.images.batches(extractor.batch_size))
+    else:
+        features, pipeline = source.features(), source.pipeline
+        is_inception = source.is_inception
+    return summary.summarize(features, source.count, 0, pipeline, is_inception)
+
+
+def _read_images(source: Any, batch_size: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(source), batch_size):
+        rows = range(start, min(start + batch_size, len(source)))
+        yield _to_rgb(np.stack([source[i]["image"] for i in rows]))
+
+
+def _to_rgb(images: np.ndarray) -> UInt8[np.ndarray, "n h w 3"]:
+    return np.broadcast_to(images, (*images.shape[:3], 3))
