@@ -7,7 +7,6 @@ side's, both compute the same images.
 
 import dataclasses
 
-from configs import published
 from sit_jax.cli.main import entry_point, make_parser, parse_args
 from sit_jax.convert.given import Given
 from sit_jax.diagnosis import bundle, diagnosis, paired
@@ -22,6 +21,7 @@ from sit_jax.evaluation.judges import Evaluator
 from sit_jax.files import as_path, local_path, read_json, require_free
 from sit_jax.parallel import multihost
 from sit_jax.ranges import COUNT, AtLeast
+from sit_jax.recipes import published
 from sit_jax.sampling import job, sampling
 from sit_jax.sampling.array_files import ArrayFile
 from sit_jax.trainer.compile import use_compilation_cache

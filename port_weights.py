@@ -12,7 +12,6 @@ import time
 
 import jax
 
-from configs import published
 from sit_jax import checkpoint
 from sit_jax import config as configs
 from sit_jax.cli.main import entry_point, make_parser, parse_args
@@ -45,6 +44,7 @@ from sit_jax.manifest import weights_hash
 from sit_jax.models.mdt import MDT
 from sit_jax.parallel import hardware, multihost
 from sit_jax.ranges import AtLeast
+from sit_jax.recipes import published
 
 
 @entry_point

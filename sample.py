@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from configs import published
 from sit_jax import config as configs
 from sit_jax.adapters.quantize import FORMS, SKIP, make_quantizer
 from sit_jax.cli.main import entry_point, make_parser, parse_args
@@ -21,6 +20,7 @@ from sit_jax.parallel import multihost
 from sit_jax.planning import planning
 from sit_jax.precision.emulation import EMULATED
 from sit_jax.ranges import COUNT, SEED
+from sit_jax.recipes import published
 from sit_jax.sampling import (
     densities,
     job,

@@ -17,24 +17,24 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 BF16 = "--config.precision.training=bf16"
 TRAINING = [
-    ("sit_xl2", "v5e:4x4", 1024),
-    ("sit_xl2", "v5e:4x4", 1280),
-    ("sit_xl2", "v4:4x4x4", 1024),
-    ("mdtv2_xl2", "v4:4x4x4", 1024),
-    ("sit_xl2", "v5p:4x4x8", 1024),
-    ("dit_xl2", "v5p:4x4x8", 1024),
-    ("sit_xl2_512", "v5p:4x4x8", 1024),
-    ("dit_xl2_512", "v5p:4x4x8", 1024),
-    ("sit_xl2", "v6e:16x16", 1024),
-    ("dit_xl2", "v6e:16x16", 1024),
-    ("mdt_xl2", "v6e:16x16", 1024),
-    ("mdtv2_xl2", "v6e:16x16", 1024),
+    ("sit_xl2.py", "v5e:4x4", 1024),
+    ("sit_xl2.py", "v5e:4x4", 1280),
+    ("sit_xl2.py", "v4:4x4x4", 1024),
+    ("mdt.py:XL/2+v2", "v4:4x4x4", 1024),
+    ("sit_xl2.py", "v5p:4x4x8", 1024),
+    ("dit.py", "v5p:4x4x8", 1024),
+    ("sit.py:XL/2+512", "v5p:4x4x8", 1024),
+    ("dit.py:XL/2+512", "v5p:4x4x8", 1024),
+    ("sit_xl2.py", "v6e:16x16", 1024),
+    ("dit.py", "v6e:16x16", 1024),
+    ("mdt.py", "v6e:16x16", 1024),
+    ("mdt.py:XL/2+v2", "v6e:16x16", 1024),
 ]
 SAMPLING = [
-    ("sit_xl2", "v5e:4x4", 64),
-    ("sit_xl2", "v5p:4x4x8", 64),
-    ("sit_xl2_512", "v5p:4x4x8", 64),
-    ("sit_xl2", "v6e:16x16", 64),
+    ("sit_xl2.py", "v5e:4x4", 64),
+    ("sit_xl2.py", "v5p:4x4x8", 64),
+    ("sit.py:XL/2+512", "v5p:4x4x8", 64),
+    ("sit_xl2.py", "v6e:16x16", 64),
 ]
 PACE = re.compile(r"reckons ([\d.]+) million cycles, .*?(\d+)% MFU")
 
@@ -46,7 +46,7 @@ def command(script, name, slice_, batch):
         "--topology",
         slice_,
         "--config",
-        f"configs/{name}.py",
+        f"configs/{name}",
     ]
     if script == "train.py":
         return [script, *shared, BF16, f"--config.batch_size={batch}"]

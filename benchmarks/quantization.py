@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import score_digits
-from configs.sit_xl2 import get_config
 from sit_jax.adapters.quantize import SKIP, quantize_params, tree_bytes
 from sit_jax.config import spec
 from sit_jax.convert.weights import open_weights
@@ -33,6 +32,7 @@ from sit_jax.files import atomic_write
 from sit_jax.models.dit import SIZES, SiT
 from sit_jax.parallel.mesh import make_mesh
 from sit_jax.precision import policy
+from sit_jax.recipes import sit
 from sit_jax.samplers.fixed_ode import FixedStepODE, heun
 from sit_jax.sampling.generation import Generator
 from sit_jax.training.state import init_params
@@ -122,7 +122,7 @@ def against(states, images, ours, pictures):
 
 def speed(words, rounds):
     """-> {word: {figure: value}} of sampling ROWS images by SiT-S/2, in turn."""
-    config = get_config()
+    config = sit()
     config.model = spec(SiT, patch=2, **SIZES["S"])
     config.sampler = spec(FixedStepODE, method=heun, steps=TIMED_STEPS)
     config.guidance = 1.5

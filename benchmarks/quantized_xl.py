@@ -23,19 +23,19 @@ ROOT = Path(__file__).parents[1]
 MAKE = """
 import sys, jax, numpy as np
 from functools import partial
-from configs.sit_xl2 import get_config
+from sit_jax.recipes import sit
 from sit_jax import checkpoint
 from sit_jax.config import to_json
 from sit_jax.experiment import build_experiment
 from sit_jax.training.state import init_params
-parts, rng = build_experiment(get_config()), np.random.default_rng(0)
+parts, rng = build_experiment(sit()), np.random.default_rng(0)
 like = jax.eval_shape(partial(init_params, parts.model, parts.shape), jax.random.key(0))
 def draw(path, leaf):
     width = leaf.shape[-2] ** -0.5 if path[-1].key == "kernel" else 0.02
     return width * rng.standard_normal(leaf.shape, np.float32)
 params = jax.tree_util.tree_map_with_path(draw, like)
 saved = checkpoint.Checkpoints(sys.argv[1], items=["ema"])
-saved.save(0, {"config": to_json(get_config()), "step": 0}, ema=params)
+saved.save(0, {"config": to_json(sit()), "step": 0}, ema=params)
 saved.close()
 """
 

@@ -20,11 +20,11 @@ import jax
 import numpy as np
 from absent import stand_in
 
-from configs.sit_xl2 import get_config
 from sit_jax.config import spec
 from sit_jax.experiment import build_experiment
 from sit_jax.models.dit import SIZES, SiT
 from sit_jax.parallel.mesh import make_mesh, replicated
+from sit_jax.recipes import sit
 from sit_jax.samplers.adaptive_ode import AdaptiveODE
 from sit_jax.samplers.fixed_ode import FixedStepODE, heun
 from sit_jax.samplers.torchdiffeq import torchdiffeq_control
@@ -62,7 +62,7 @@ def main():
 
 
 def ours(size, sampler, batch, repeats):
-    config = get_config()
+    config = sit()
     config.model = spec(SiT, patch=2, **SIZES[size])
     config.guidance = 1.5
     with config.ignore_type():

@@ -2,16 +2,16 @@
 
 import optax
 
-from configs.sit_xl2 import get_config as sit_xl2
 from sit_jax.config import spec
 from sit_jax.data.sources import Digits
 from sit_jax.evaluation.digit_features import DigitFeatures
 from sit_jax.models.codec import Pixels
 from sit_jax.models.dit import SiT
+from sit_jax.recipes import sit
 
 
 def get_config():
-    c = sit_xl2()
+    c = sit()
     c.shape = (8, 8, 1)
     c.model = spec(SiT, depth=4, width=96, heads=4, patch=2, classes=10)
     c.model.learn_sigma = False

@@ -4,13 +4,13 @@
 For 512 pixels: --config.source.size=512 --config.shape='(64, 64, 4)'.
 """
 
-from configs.sit_xl2 import get_config as sit_xl2
 from sit_jax.config import spec
 from sit_jax.data.folders import ImageFolder
+from sit_jax.recipes import sit
 
 
 def get_config():
-    c = sit_xl2()
+    c = sit()
     c.source = spec(ImageFolder, path="data/photographs", size=256)
     c.count_classes = True
     c.vae = "sd-vae-ft-mse"

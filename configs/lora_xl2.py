@@ -8,13 +8,13 @@ tuned by us. QLoRA: --config.adapter.int8='.*blocks/.*'.
 
 import optax
 
-from configs.sit_xl2 import get_config as sit_xl2
 from sit_jax.adapters.lora import LoRA
 from sit_jax.config import spec
+from sit_jax.recipes import sit
 
 
 def get_config():
-    c = sit_xl2()
+    c = sit()
     c.adapter = spec(LoRA, rank=16, alpha=16.0)
     c.optimizer = spec(optax.adamw, learning_rate=1e-4, weight_decay=0.0)
     c.clip = 1.0

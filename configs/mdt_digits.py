@@ -2,17 +2,17 @@
 
 import optax
 
-from configs.mdtv2_xl2 import get_config as mdtv2_xl2
 from sit_jax.config import spec
 from sit_jax.data.sources import Digits
 from sit_jax.models.codec import Pixels
 from sit_jax.models.mdt import MDTv2
+from sit_jax.recipes import mdt
 from sit_jax.samplers.ddpm import DDPM
 from sit_jax.training.optimizers import adan
 
 
 def get_config():
-    c = mdtv2_xl2()
+    c = mdt(version=2)
     c.shape = (8, 8, 1)
     c.model = spec(MDTv2, depth=4, width=96, heads=4, decoder=2, classes=10)
     c.codec = spec(Pixels)

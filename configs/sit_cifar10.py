@@ -6,16 +6,16 @@ run of a smaller network on a CPU, with its command.
 
 import optax
 
-from configs.sit_xl2 import get_config as sit_xl2
 from sit_jax.config import spec
 from sit_jax.data.cifar import CifarFolder
 from sit_jax.models.codec import Pixels
 from sit_jax.models.dit import SIZES, SiT
+from sit_jax.recipes import sit
 from sit_jax.samplers.fixed_ode import FixedStepODE, heun
 
 
 def get_config():
-    c = sit_xl2()
+    c = sit()
     c.shape = (32, 32, 3)
     c.model = spec(SiT, patch=2, classes=10, learn_sigma=False, **SIZES["S"])
     c.codec = spec(Pixels)

@@ -3,13 +3,13 @@
 The classes are those of the cache; --init begins with weights of any number of them.
 """
 
-from configs.sit_xl2 import get_config as sit_xl2
 from sit_jax.config import spec
 from sit_jax.data.cache import LatentCache
+from sit_jax.recipes import sit
 
 
 def get_config():
-    c = sit_xl2()
+    c = sit()
     c.source = spec(LatentCache, path="data/latents")
     c.count_classes = True
     return c

@@ -1,13 +1,13 @@
 """Ten seconds on a CPU: a small SiT on noise, to see a run start, save and go on."""
 
-from configs.sit_xl2 import get_config as sit_xl2
 from sit_jax.config import spec
 from sit_jax.models.codec import Pixels
+from sit_jax.recipes import sit
 from sit_jax.samplers.fixed_ode import FixedStepODE, euler
 
 
 def get_config():
-    c = sit_xl2()
+    c = sit()
     c.shape = (8, 8, 3)
     c.model.update(depth=2, width=32, heads=4, classes=10, remat="none")
     c.codec = spec(Pixels)

@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import json
 import numbers
+import re
 import traceback
 from pathlib import Path
 
@@ -178,26 +179,38 @@ def build(node):
 
 
 def load(path):
-    """Returns the config of a Python file with a get_config(), run as a module."""
-    path = Path(path)
+    """Returns the config of a Python file with a get_config(), run as a module.
+
+    Args:
+      path: FILE.py, or FILE.py:VARIANT for get_config(VARIANT).
+
+    Raises:
+      UserError: there is no such file, or it raises an exception.
+    """
+    path, variant = _split_variant(path)
     if not path.is_file():
-        beside = sorted(file.name for file in path.parent.glob("*.py"))
-        close = difflib.get_close_matches(path.name, beside, 1, cutoff=0.75)
-        words = f"; did you mean {path.parent / close[0]}?" if close else ""
-        raise UserError(f"no config file at {path}{words}")
-    found = importlib.util.spec_from_file_location(path.stem, path)
-    if found is None:
+        raise UserError(f"no config file at {path}{_config_hint(path)}")
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    if module_spec is None:
         raise UserError(f"{path} is not a Python file with a get_config()")
-    module = importlib.util.module_from_spec(found)
+    module = importlib.util.module_from_spec(module_spec)
     try:
-        found.loader.exec_module(module)
+        module_spec.loader.exec_module(module)
         if not hasattr(module, "get_config"):
             raise UserError("it has no get_config()")
-        return module.get_config()
+        if variant and not inspect.signature(module.get_config).parameters:
+            raise UserError(f"it has no variants, so no {variant[0]!r}")
+        return module.get_config(*variant)
     except Exception as error:  # whatever the file raises, its author can mend
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         place = _place(path, error)
         raise UserError(f"{place}: {kind}{_first_line(error)}") from error
+
+
+def run_name(path):
+    """Returns what a run of the config FILE.py or FILE.py:VARIANT is called."""
+    path, variant = _split_variant(path)
+    return "-".join([path.stem, *(re.sub(r"\W+", "-", word) for word in variant)])
 
 
 def override(config, arguments):
@@ -396,6 +409,26 @@ def _plain(reason):
     argument, _, why = reason.partition(": ")
     plain = (words for start, words in REASONS.items() if why.startswith(start))
     return next((f"{argument}: {words}" for words in plain), reason)
+
+
+def _split_variant(path):
+    """Returns the Path of a config file and a tuple of its variant, if it has one."""
+    match = re.fullmatch(r"(.*\.py):(.+)", str(path))
+    return (Path(match[1]), (match[2],)) if match else (Path(path), ())
+
+
+def _config_hint(path):
+    """Returns where an old config file went, or which one is meant."""
+    match = re.fullmatch(r"(sit|dit|mdt|mdtv2)_(s|b|l|xl)([248])(_\w+)?", path.stem)
+    if match and path.parent.name == "configs":
+        family, size, patch, words = match.groups()
+        words = (words or "").replace("_weight", "-weight").replace("_", "+")
+        words += "+v2" if family == "mdtv2" else ""
+        file = path.with_name(f"{family.removesuffix('v2')}.py")
+        return f"; it is now --config {file}:{size.upper()}/{patch}{words}"
+    beside = sorted(file.name for file in path.parent.glob("*.py"))
+    close = difflib.get_close_matches(path.name, beside, 1, cutoff=0.75)
+    return f"; did you mean {path.parent / close[0]}?" if close else ""
 
 
 def _near(name, known):

@@ -80,6 +80,7 @@ FIELDS = {
     "sampler": Field("how samples are drawn", None, True),
     "guidance": Field("scale of classifier-free guidance", FINITE, True),
     "guidance_channels": Field("channels that are guided", COUNT, True),
+    "precision": Field("exact, fast or bf16"),
     "precision.training": Field("exact, fast or bf16: of training steps"),
     "precision.model": Field("exact, fast or bf16: of sampling", None, True),
     "precision.vae": Field("exact, fast or bf16: of the VAE", None, True),
@@ -243,6 +244,21 @@ def check_reload(config):
         raise UserError(f"what this run stores could not be sampled: {error}") from None
 
 
+def describe(config):
+    """Returns lines for a person: each field, its value, and what it means or where."""
+    lines = []
+    for name, value in sorted(_leaves(to_json(config))):
+        parts = name.split(".")
+        known = [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
+        meaning = next(FIELDS[field].meaning for field in known if field in FIELDS)
+        make = _value(config, ".".join(parts[:-1])) if parts[1:] else None
+        if name not in FIELDS and getattr(make, "make", None):
+            module = make.make.__module__.replace(".", "/")
+            meaning = f"{module}.py: {make.make.__name__}"
+        lines.append(f"{name} = {value}".ljust(58) + f"  # {meaning}")
+    return lines
+
+
 def fixed_differences(before, now):
     """Returns [(dotted name, old, new)] of what a run may not be continued with.
 
@@ -250,7 +266,7 @@ def fixed_differences(before, now):
       before: JSON of the config that the run began with.
       now: JSON of the config that it shall go on with.
     """
-    fixed = []
+    before, fixed = to_json(from_json(before)), []  # names of before are today's now
     for name, old, new in difference(before, now):
         parts = name.split(".")
         names = [".".join(parts[: i + 1]) for i in range(len(parts))]
@@ -303,6 +319,17 @@ def check_reference(config):
     if isinstance(config.reference, str) and not as_path(config.reference).is_file():
         raise UserError(f"reference: no file at {config.reference}")
     build(config.reference)  # a source refuses here what it cannot give
+
+
+def _leaves(node, before=""):
+    """Yields (dotted name, text of the value) of a config's JSON, without makes."""
+    for key, value in node.items():
+        if isinstance(value, dict) and set(value) != {"name"}:
+            yield from _leaves(value, f"{before}{key}.")
+        elif key != "make":
+            yield before + key, value["name"] if isinstance(value, dict) else value
+        else:
+            yield before.removesuffix("."), value["name"]
 
 
 def _value(node, name):

@@ -43,7 +43,8 @@ class Between:
         except (ValueError, OverflowError):
             value = math.nan
         if value not in self:
-            raise argparse.ArgumentTypeError(f"{text!r}: {self}")
+            word = text if math.isfinite(value) else repr(text)
+            raise argparse.ArgumentTypeError(f"{word}: {self}")
         return value
 
     def __str__(self):

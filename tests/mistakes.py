@@ -47,6 +47,7 @@ FLAGS = {  # script: {flag: wrong values}, or (wrong values, what else is on the
         "--config": (READ, "--workdir {new}"),
         "--workdir": (("{garbage}/below", "{weights}", ""), "--config {config}"),
         "--wandb": ("",),
+        "--print-config": SWITCH,
         "--init": READ,
         "--weights-only": SWITCH,
         "--family": WORD,

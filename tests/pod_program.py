@@ -6,7 +6,6 @@ of its own, prints what it has settled, and is ended.
 """
 
 import dataclasses
-import importlib
 import json
 import os
 import re
@@ -37,7 +36,7 @@ class Settled:
 
 def recipe(name, slice_, settings):
     """-> config of that name under {field: value}, its recipe, mesh of the slice."""
-    c = importlib.import_module(f"configs.{name}").get_config()
+    c = published(name.removesuffix("_xl2"))
     configs.override(c, [f"--config.{k}={v}" for k, v in settings.items()])
     mesh = make_mesh(**c.mesh, devices=topology.devices(slice_))
     return c, program.training_recipe(c), mesh

@@ -10,19 +10,19 @@ import jax
 import numpy as np
 from conftest import ROOT
 
-from configs.sit_xl2 import get_config as sit_xl2
 from sit_jax.checkpoint import Checkpoints
 from sit_jax.config import spec, to_json
 from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.models.codec import Pixels
 from sit_jax.models.dit import SiT
+from sit_jax.recipes import sit
 from sit_jax.samplers.fixed_ode import FixedStepODE, heun
 from sit_jax.training.state import init_params
 
 
 def config(**fields):
     """Eight steps of a SiT on random 4x4 pictures, a line of log for each."""
-    c = sit_xl2()
+    c = sit()
     c.shape = (4, 4, 1)
     c.model = spec(SiT, depth=2, width=16, heads=2, patch=2, classes=5)
     c.codec = spec(Pixels)

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from functools import cache, partial
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from sit_jax.config import from_json, load, to_json
+from sit_jax.config import from_json, load, run_name, to_json
 from sit_jax.diffusion import predictions, rng
 from sit_jax.diffusion.gaussian import hybrid_loss, learned_range
 from sit_jax.diffusion.guidance import classifier_free_guidance
 from sit_jax.diffusion.loss_weights import mdt_min_snr_loss
 from sit_jax.diffusion.schedules import linear_betas
+from sit_jax.errors import UserError
 from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.models.codec import to_uint8_mdt
 from sit_jax.models.mdt import MDT as MDT1
@@ -24,43 +26,52 @@ from sit_jax.training.optimizers import adan
 from sit_jax.training.state import init_state
 from sit_jax.training.step import make_train_step
 
-FILES = sorted((Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
-NAMES = [file.stem for file in FILES]
-FOLDER = FILES[0].parent
+FOLDER = Path(__file__).parents[1] / "configs"
+FILES = sorted(file.stem for file in FOLDER.glob("[!_]*.py"))
+SIT_WORDS = (
+    "gvp vp noise noise+velocity-weight noise+likelihood-weight score heun sde "
+    "score+velocity-weight score+likelihood-weight"
+).split()
 
 # Trainable parameters with learn_sigma, as the PyTorch code counts them (without
 # pos_embed); the same for SiT and DiT.
 PARAMETERS = {
-    "xl2": 674_834_720,
-    "xl4": 675_000_704,
-    "xl8": 675_664_640,
-    "l2": 457_840_672,
-    "l4": 457_988_224,
-    "l8": 458_578_432,
-    "b2": 130_315_808,
-    "b4": 130_426_496,
-    "b8": 130_869_248,
-    "s2": 32_865_056,
-    "s4": 32_920_448,
-    "s8": 33_142_016,
+    "XL/2": 674_834_720,
+    "XL/4": 675_000_704,
+    "XL/8": 675_664_640,
+    "L/2": 457_840_672,
+    "L/4": 457_988_224,
+    "L/8": 458_578_432,
+    "B/2": 130_315_808,
+    "B/4": 130_426_496,
+    "B/8": 130_869_248,
+    "S/2": 32_865_056,
+    "S/4": 32_920_448,
+    "S/8": 33_142_016,
 }
 # MDT's as counted in its PyTorch code, with the decoders that the files state.
 MDT = {
-    "mdt_xl2": 699_778_144,
-    "mdt_l2": 477_641_312,
-    "mdt_b2": 141_488_528,
-    "mdt_s2": 35_797_208,
-    "mdtv2_xl2": 742_263_904,
-    "mdtv2_l2": 507_015_776,
-    "mdtv2_b2": 150_931_856,
-    "mdtv2_s2": 38_454_872,
+    "mdt.py:XL/2": 699_778_144,
+    "mdt.py:L/2": 477_641_312,
+    "mdt.py:B/2": 141_488_528,
+    "mdt.py:S/2": 35_797_208,
+    "mdt.py:XL/2+v2": 742_263_904,
+    "mdt.py:L/2+v2": 507_015_776,
+    "mdt.py:B/2+v2": 150_931_856,
+    "mdt.py:S/2+v2": 38_454_872,
 }
 
 
 # What else MDT's code and scripts set: run.sh, image_train.py, train_util.py, models.py
 # script_util.py, image_sample.py; of version 1 on its branch.
 V1 = {
-    "model": {"hide": 0.3, "spread": 0.0, "decoder": 2, "classes": 1000, "patch": 2},
+    "model": {
+        "mask_ratio": 0.3,
+        "mask_ratio_range": 0.0,
+        "decoder": 2,
+        "classes": 1000,
+        "patch": 2,
+    },
     "optimizer": {"learning_rate": 3e-4, "b1": 0.9, "b2": 0.999, "weight_decay": 0.0},
     "process": {
         **{"steps": 1000, "schedule": linear_betas, "variance": learned_range},
@@ -76,7 +87,7 @@ V1 = {
 ADAN = {"learning_rate": 3e-4, "b1": 0.98, "b2": 0.92, "b3": 0.99, "eps": 1e-8}
 V2 = {
     **V1,
-    "model": {**V1["model"], "spread": 0.2, "decoder": 4},
+    "model": {**V1["model"], "mask_ratio_range": 0.2, "decoder": 4},
     "optimizer": {**ADAN, "weight_decay": 0.0},
     "process": {**V1["process"], "objective": mdt_min_snr_loss},
     **{"clip": 1.0, "log_every": 500},
@@ -86,14 +97,20 @@ V2_S2 = {
     "model": {**V2["model"], "decoder": 6},
     "optimizer": {**V2["optimizer"], "learning_rate": 5e-4},
 }
-MDT_VALUES = dict.fromkeys([name for name in MDT if "v2_" in name], V2)
-MDT_VALUES |= dict.fromkeys([name for name in MDT if "v2_" not in name], V1)
-MDT_VALUES |= {"mdtv2_s2": V2_S2}
+MDT_VALUES = {name: V2 if "v2" in name else V1 for name in MDT}
+MDT_VALUES |= {"mdt.py:S/2+v2": V2_S2}
+
+NAMES = [
+    *(f"{file}.py" for file in FILES if file not in ("sit", "dit", "mdt")),
+    *(f"{family}.py:{size}" for family in ("sit", "dit") for size in PARAMETERS),
+    *(f"sit.py:B/2+{words}" for words in SIT_WORDS),
+    *("sit.py:XL/2+512", "dit.py:XL/2+512", *MDT),
+]
 
 
 @cache
 def parts(name):
-    return build_experiment(load(FOLDER / f"{name}.py"), TRAINING)
+    return build_experiment(load(f"{FOLDER}/{name}"), TRAINING)
 
 
 @cache
@@ -103,23 +120,55 @@ def abstract_state(name):
     return jax.eval_shape(init, jax.random.key(0))
 
 
-def test_the_published_sizes_are_all_there():
-    wanted = {f"{family}_{size}" for family in ("sit", "dit") for size in PARAMETERS}
-    wanted |= {*MDT, "mdt_digits", "sit_xl2_512", "dit_xl2_512", "digits", "tiny"}
-    assert wanted <= set(NAMES)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_it_begins_with_a_sentence_and_states_only_a_difference(name):
+@pytest.mark.parametrize("name", FILES)
+def test_file_begins_with_a_sentence_and_states_only_a_difference(name):
     text = (FOLDER / f"{name}.py").read_text()
     first = ast.get_docstring(ast.parse(text)).split("\n\n")[0]
-    assert first.endswith(".") and "\n" not in first, first
-    assert len(text.splitlines()) <= (60 if name == "sit_xl2" else 40)
+    assert "\n" not in first, first
+    assert len(text.splitlines()) <= 40 and len(FILES) <= 16
+
+
+OLD = {  # a file of version 0.1: what it is now
+    "sit_b4": "sit.py:B/4",
+    "dit_xl2_512": "dit.py:XL/2+512",
+    "sit_b2_noise_velocity_weight": "sit.py:B/2+noise+velocity-weight",
+    "sit_xl2_heun": "sit.py:XL/2+heun",
+    "mdt_s2": "mdt.py:S/2",
+    "mdtv2_xl2": "mdt.py:XL/2+v2",
+}
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_old_file_name_answers_with_the_variant(name):
+    with pytest.raises(
+        UserError, match=f"it is now --config .*{re.escape(OLD[name])}$"
+    ):
+        load(FOLDER / f"{name}.py")
+    load(f"{FOLDER}/{OLD[name]}")
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("sit.py:Q/2", "size 'Q/2': S, B, L or XL"),
+        ("sit.py:B/3", "size 'B/3'"),
+        ("dit.py:B/2+vp", "no 'vp'; there are 512"),
+        ("tiny.py:B/2", "it has no variants, so no 'B/2'"),
+    ],
+)
+def test_unknown_variant_is_refused(name, message):
+    with pytest.raises(UserError, match=message):
+        load(f"{FOLDER}/{name}")
+
+
+def test_run_is_named_by_file_and_variant():
+    assert run_name("configs/sit.py:B/2+noise") == "sit-B-2-noise"
+    assert run_name("configs/digits.py") == "digits"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_json_and_back_is_the_same_config(name):
-    stored = json.dumps(to_json(load(FOLDER / f"{name}.py")))
+    stored = json.dumps(to_json(load(f"{FOLDER}/{name}")))
     again = from_json(json.loads(stored))
     assert json.dumps(to_json(again)) == stored
     ours, theirs = parts(name), build_experiment(again, TRAINING)
@@ -131,16 +180,16 @@ def test_json_and_back_is_the_same_config(name):
 def test_it_has_the_published_number_of_parameters(name):
     params = abstract_state(name).params
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    size = name.split("_")[1] if "_" in name else None
-    if size in PARAMETERS and not name.endswith("512"):
-        assert count == MDT.get(name, PARAMETERS[size])
+    size = name.partition(":")[2]
+    if size in PARAMETERS or name in MDT:
+        assert count == (MDT[name] if name in MDT else PARAMETERS[size])
     assert count > 1000
 
 
 @pytest.mark.parametrize("name", MDT)
 def test_mdts_values_are_the_published_ones(name):
-    config = load(FOLDER / f"{name}.py")
-    made = {"mdt": (MDT1, optax.adamw), "mdtv2": (MDTv2, adan)}[name.split("_")[0]]
+    config = load(f"{FOLDER}/{name}")
+    made = (MDTv2, adan) if "v2" in name else (MDT1, optax.adamw)
     assert (config.model.make, config.optimizer.make) == made
     for field, wanted in MDT_VALUES[name].items():
         found = config[field]
@@ -155,7 +204,7 @@ def test_a_training_step_traces_for_every_way_of_training():
     fields = ("process", "codec", "ema_decay", "timesteps", "log_quartiles")
     ways = {}
     for name in reversed(NAMES):
-        config = to_json(load(FOLDER / f"{name}.py"))
+        config = to_json(load(f"{FOLDER}/{name}"))
         kinds = [config["model"]["make"], config["optimizer"]["make"]]
         ways[json.dumps([kinds, *(config.get(field) for field in fields)])] = name
     assert len(ways) >= 12
@@ -177,7 +226,7 @@ def test_a_sample_traces_for_every_way_of_sampling():
     """One file for each of them: neither the size nor the loss's weight enters."""
     ways = {}
     for name in reversed(NAMES):
-        config = to_json(load(FOLDER / f"{name}.py"))
+        config = to_json(load(f"{FOLDER}/{name}"))
         config["process"].pop("weight", None)
         fields = ("process", "sampler", "shape", "guidance", "guidance_channels")
         way = json.dumps([config["model"]["make"], *(config[f] for f in fields)])

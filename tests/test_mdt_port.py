@@ -215,7 +215,7 @@ def test_other_names_get_the_average_alone_or_are_refused(there, tmp_path, port)
 def test_weights_of_the_other_version_are_refused_by_both_names(tmp_path, port):
     for name, other in (("mdt1_a", "mdtv2"), ("mdt2_a", "mdt")):
         ours = {"mdt": "mdtv2", "mdtv2": "mdt"}[other]
-        config = f"configs/{other}_s2.py"
+        config = f"configs/mdt.py:S/2{'+v2' if other == 'mdtv2' else ''}"
         code, _, err = port(golden(name), tmp_path / "ck", "--config", config)
         assert code == 2 and err.count("\n") == 1
         assert re.search(f"{name}.pt.* says {ours}, but --config says {other}$", err)

@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 import small
 
-from configs.dit_xl2 import get_config as dit_xl2
-from configs.sit_xl2 import get_config as sit_xl2
 from sit_jax.models.dit import SiT
 from sit_jax.models.mdt import MDTv2
 from sit_jax.parallel.mesh import abstract_mesh, data_parallel, fsdp_groups
 from sit_jax.planning import plan, pod, program
 from sit_jax.planning.residuals import saved_bytes
+from sit_jax.recipes import dit, sit
 
 
 def made(config, count, **mesh):
@@ -22,7 +21,7 @@ def made(config, count, **mesh):
 
 
 def test_xl_on_256_chips_is_planned_here():
-    c = sit_xl2()
+    c = sit()
     c.precision.training = "bf16"
     found = made(c, 256, data=2, fsdp=128)
     whole, each = found.items["optimizer"]
@@ -38,13 +37,13 @@ def test_xl_on_256_chips_is_planned_here():
 
 
 def test_what_stays_whole_is_said_with_a_mesh_that_splits_it():
-    said = " ".join(plan.lines(made(sit_xl2(), 256), 0.5))
+    said = " ".join(plan.lines(made(sit(), 256), 0.5))
     assert "NOT SPLIT over fsdp" in said and "blocks/attn/qkv/kernel" in said
     assert "--config.mesh.data=16 --config.mesh.fsdp=16 splits all of it" in said
 
 
 def test_pieces_that_a_tpu_cannot_gather_are_said_with_the_remedy():
-    found = made(sit_xl2(), 128)
+    found = made(sit(), 128)
     (line,) = (s for s in plan.lines(found, 0.5, tpu=True) if "ADDED UP" in s)
     assert "fsdp 128 leaves 9 rows" in line and "blocks/attn/qkv/kernel" in line
     assert "--config.mesh.data=8 --config.mesh.fsdp=16 leaves whole tiles" in line
@@ -53,12 +52,12 @@ def test_pieces_that_a_tpu_cannot_gather_are_said_with_the_remedy():
 
 def test_the_usual_mesh_splits_xl_into_pieces_that_a_tpu_gathers():
     for count in (8, 16, 64, 256, 1024):
-        found = made(sit_xl2(), count, **fsdp_groups())
+        found = made(sit(), count, **fsdp_groups())
         assert not found.whole and not found.ragged, count
 
 
 def test_replicas_hold_the_weights_but_not_the_optimizer():
-    items = made(dit_xl2(), 8, **data_parallel()).items
+    items = made(dit(), 8, **data_parallel()).items
     assert items["parameters"][0] == items["parameters"][1]
     for name in ("gradients", "optimizer", "averages"):
         assert items[name][1] < 0.13 * items[name][0], name

@@ -215,7 +215,7 @@ def clone(folder, text):
         ([FULL, "OUT", "--family", "dit"], "--family says dit, but .* says sit"),
         ([BARE, "OUT", *SIT_A, "--step", "3"], "--step 3 is for a checkpoint"),
         ([BARE, "OUT", *SIT_A, "--config.seed=1"], "changes a --config, and none"),
-        ([BARE, "OUT", "--config", "configs/dit_s2.py"], "the config does not fit"),
+        ([BARE, "OUT", "--config", "configs/dit.py:S/2"], "the config does not fit"),
         (["BARE", "OUT.pt", "--family", "sit"], "--family sit: .* own config"),
         (["BARE", "OUT.pt", "--step", "7"], "no checkpoint of step 7"),
         (["EMPTY", "OUT.pt"], "no checkpoint in .*; it holds no step directory"),

@@ -2,13 +2,13 @@
 
 import pytest
 
-from configs import dit_xl2, sit_xl2
 from sit_jax.config import from_json, to_json
 from sit_jax.convert.releases import RELEASES
 from sit_jax.diffusion.guidance import PowerCosine
 from sit_jax.errors import UserError
 from sit_jax.experiment import build_experiment
 from sit_jax.models.codec import ROUNDINGS
+from sit_jax.recipes import dit, sit
 from sit_jax.samplers.adaptive_ode import AdaptiveODE
 from sit_jax.samplers.ddpm import DDPM
 from sit_jax.samplers.fixed_ode import FixedStepODE, heun
@@ -19,7 +19,7 @@ from sit_jax.sampling import presets
 
 def configured(name):
     chosen = presets.preset(name)
-    config = (sit_xl2 if name.startswith("sit") else dit_xl2).get_config()
+    config = (sit if name.startswith("sit") else dit)()
     with config.ignore_type():
         config.sampler, config.guidance = chosen.sampler, chosen.guidance
     return chosen, config

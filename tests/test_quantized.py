@@ -163,10 +163,10 @@ def test_shapes_of_a_saved_step_are_known_without_its_floats():
 
 def test_xl_takes_a_fourth():
     """In bytes, from shapes alone; only embedders, ends and biases stay floats."""
-    from configs.dit_xl2 import get_config
+    from sit_jax.recipes import dit
     from sit_jax.training.state import init_params
 
-    parts = build_experiment(get_config())
+    parts = build_experiment(dit())
     like = jax.eval_shape(
         lambda k: init_params(parts.model, parts.shape, k), jax.random.key(0)
     )

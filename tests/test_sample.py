@@ -10,11 +10,11 @@ import sample_runs
 import small
 from recorded import FOLDER
 
-from configs import published
 from sit_jax.convert.exchange import open_torch
 from sit_jax.diffusion import rng
 from sit_jax.experiment import build_experiment
 from sit_jax.parallel.mesh import make_mesh, replicated
+from sit_jax.recipes import published
 from sit_jax.sampling.generation import Generator
 
 weights, run = sample_runs.weights, sample_runs.run

@@ -6,10 +6,10 @@ import pytest
 import small
 
 import sample
-from configs import mdt_xl2
 from sit_jax.config import spec
 from sit_jax.diffusion.guidance import PowerCosine
 from sit_jax.models.codec import Pixels, to_uint8_mdt
+from sit_jax.recipes import mdt
 from sit_jax.samplers.fixed_ode import FixedStepODE, euler
 from sit_jax.sampling import presets
 from sit_jax.sampling.presets import Preset
@@ -47,7 +47,7 @@ def job(monkeypatch, capsys, weights, tmp_path):
 def test_bytes_are_rounded_as_the_config_of_the_weights_says(job):
     assert job("--labels", "1")["rounding"] == "mdt"
     assert job("--labels", "1", "--rounding", "dit")["rounding"] == "dit"
-    assert mdt_xl2.get_config().codec.rounding is to_uint8_mdt
+    assert mdt().codec.rounding is to_uint8_mdt
 
 
 def test_a_seed_of_0_is_not_the_presets(job, monkeypatch):

@@ -1,7 +1,6 @@
 """The recorded files of PyTorch, opened, stored as checkpoints and read back."""
 
 import argparse
-import importlib
 
 import small
 import torch
@@ -10,10 +9,7 @@ from recorded import FOLDER, case, weights
 from sit_jax import checkpoint
 from sit_jax.convert import tensor_files
 from sit_jax.convert.exchange import Stored, open_torch
-
-
-def base(family):
-    return importlib.import_module(f"configs.{family}_xl2").get_config()
+from sit_jax.recipes import published as base
 
 
 def golden(name):

@@ -10,7 +10,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no accelerator is needed, so no
 
 from typing import Any
 
-from configs import published
 from sit_jax import checkpoint
 from sit_jax.adapters.quantize import FORMS, SKIP, make_quantizer, quantize_stream
 from sit_jax.cli.main import entry_point, make_parser, parse_args
@@ -21,6 +20,7 @@ from sit_jax.errors import UserError
 from sit_jax.files import atomic_write, require_free, require_space
 from sit_jax.manifest import weights_hash
 from sit_jax.parallel import hardware, multihost
+from sit_jax.recipes import published
 
 
 @entry_point

@@ -3,14 +3,13 @@
 The same command in the same workdir goes on where its last checkpoint left off.
 """
 
-from pathlib import Path
-
-from configs import published
 from sit_jax import config as configs
 from sit_jax.cli.main import StopSignal, entry_point, make_parser, parse_args
 from sit_jax.convert.given import Given, add_flags
+from sit_jax.experiment import describe
 from sit_jax.parallel import multihost
 from sit_jax.planning import planning
+from sit_jax.recipes import published
 from sit_jax.trainer.compile import keep_freed_memory, use_compilation_cache
 from sit_jax.trainer.loop import train
 
@@ -22,6 +21,7 @@ def main() -> int:
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, metavar="FILE")
     parser.add_argument("--workdir", metavar="DIR", help="default: runs/CONFIG")
+    parser.add_argument("--print-config", action="store_true", help="and do no more")
     parser.add_argument("--wandb", metavar="PROJECT", help="also log to wandb")
     add_flags(parser)
     multihost.add_flags(parser)
@@ -33,9 +33,12 @@ def main() -> int:
         use_compilation_cache()
     config = configs.load(args.config)
     configs.override(config, overrides)
+    if args.print_config:
+        print(*describe(config), sep="\n")
+        return 0
     if args.plan:
         return planning.training(args, config)
-    workdir = args.workdir or f"runs/{Path(args.config).stem}"
+    workdir = args.workdir or f"runs/{configs.run_name(args.config)}"
     init = Given(args.init, args.weights_only, args.family, args.heads, published)
     train(config, workdir, init, wandb=args.wandb, stop=StopSignal())
     return 0

@@ -70,9 +70,9 @@ def test_what_diffusers_saves_is_read(tmp_path):
         for name in others:
             state[name].copy_(state[first])
     network.save_pretrained(tmp_path)
-    from configs.dit_xl2 import get_config
+    from sit_jax.recipes import dit
 
-    opened = open_torch(tmp_path, lambda family: get_config())
+    opened = open_torch(tmp_path, lambda family: dit())
     assert opened.config.model.width == 40 and opened.config.model.heads == 4
     found = opened.file.ema
     assert set(found) == set(Released(MODEL, SHAPE).names)

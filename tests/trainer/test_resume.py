@@ -17,7 +17,7 @@ from recorded import FOLDER
 
 import sample
 from sit_jax import checkpoint
-from sit_jax.config import load, spec, to_json
+from sit_jax.config import spec, to_json
 from sit_jax.convert.exchange import open_torch
 from sit_jax.convert.given import Given
 from sit_jax.data.folders import ImageFolder
@@ -26,6 +26,8 @@ from sit_jax.errors import UserError
 from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.models.dit import DiT
 from sit_jax.parallel.mesh import make_mesh
+from sit_jax.recipes import dit as dit_recipe
+from sit_jax.recipes import published, sit
 from sit_jax.samplers.ddpm import DDIM
 from sit_jax.trainer import resume
 from sit_jax.trainer.loop import train
@@ -218,16 +220,13 @@ def test_another_resolution_takes_every_parameter(thousand, monkeypatch):
 
 
 def test_the_published_512_network_has_the_parameters_of_256():
-    def shapes(name):
-        parts = build_experiment(load(f"{small.ROOT}/configs/{name}.py"), TRAINING)
+    def shapes(recipe, resolution):
+        parts = build_experiment(recipe(resolution=resolution))
         init = functools.partial(init_params, parts.model, parts.shape)
         return parts.shape, jax.eval_shape(init, jax.random.key(0))
 
-    for family in ("sit", "dit"):
-        (low, ours), (high, theirs) = (
-            shapes(f"{family}_xl2"),
-            shapes(f"{family}_xl2_512"),
-        )
+    for recipe in (sit, dit_recipe):
+        (low, ours), (high, theirs) = shapes(recipe, 256), shapes(recipe, 512)
         assert ours == theirs and (low, high) == ((32, 32, 4), (64, 64, 4))
 
 
@@ -267,8 +266,7 @@ def test_weights_only_leaves_the_optimizer(tmp_path, monkeypatch):
 def test_a_torch_file_gives_its_weights(monkeypatch):
     """The recorded SiT, as --init would open it; 4 classes in place of its own."""
     path = FOLDER / "weights" / "sit_a.pt"
-    base = lambda family: load(small.ROOT / "configs" / f"{family}_xl2.py")
-    torch_file = lambda path: open_torch(path, base, "sit", 4)
+    torch_file = lambda path: open_torch(path, published, "sit", 4)
     theirs = torch_file(path)
     c = theirs.config.copy_and_resolve_references()
     c.model.classes = 4
@@ -293,7 +291,7 @@ def test_a_folder_of_photographs_is_finetuned_and_sampled(
     released = small.checkpoint(tmp_path / "released", own := config(1000, **latents))
     own.source = spec(ImageFolder, path=str(tmp_path / "photos"), size=32)
     own.count_classes, own.steps, own.save_every = True, 2, 2
-    own.codec = spec(load(small.ROOT / "configs/sit_xl2.py").codec.make)
+    own.codec = spec(sit().codec.make)
     work = tmp_path / "run"
     train(own, work, Given(str(released)))
     assert json.loads((work / "config.json").read_text())["model"]["classes"] == 10

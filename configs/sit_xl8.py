@@ -1,9 +1,0 @@
-"""SiT-XL/8 on ImageNet 256: 675.7M parameters, 7.39 GMAC an image."""
-
-from configs.sit_xl2 import get_config as sit_xl2
-
-
-def get_config():
-    c = sit_xl2()
-    c.model.patch = 8
-    return c
