@@ -11,5 +11,5 @@
 #SBATCH --requeue                # and a job that is requeued goes on from there
 
 cd "$SLURM_SUBMIT_DIR" || exit 2
-# --kill-on-bad-exit=0: the processes end by themselves, each with its line
-srun --kill-on-bad-exit=0 .venv/bin/python train.py "$@"
+# --kill-on-bad-exit: one that fails ends the others at once, not after JAX's heartbeat
+srun --kill-on-bad-exit=1 .venv/bin/python train.py "$@"

@@ -1,4 +1,4 @@
-"""What has to be alike on all hosts is compared before anything begins."""
+"""Files that every process reads for itself are compared before anything begins."""
 
 import types
 
@@ -20,7 +20,7 @@ def compared(monkeypatch):
     return names
 
 
-def test_adapters_are_compared_with_what_says_their_scale(tmp_path, compared):
+def test_lora_files_compares_weights_and_config(tmp_path, compared):
     names = ["adapter_model.safetensors", "adapter_config.json"]
     for name in names:
         (tmp_path / name).write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
@@ -29,7 +29,7 @@ def test_adapters_are_compared_with_what_says_their_scale(tmp_path, compared):
     assert compared == names
 
 
-def test_given_noise_is_compared(tmp_path, compared):
+def test_initial_noise_compares_a_given_file(tmp_path, compared):
     np.save(tmp_path / "z.npy", np.zeros((3, 2, 2, 1), np.float32))
     job = types.SimpleNamespace(noise=str(tmp_path / "z.npy"))
     parts = types.SimpleNamespace(shape=(2, 2, 1))
