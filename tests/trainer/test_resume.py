@@ -270,7 +270,9 @@ def test_a_torch_file_gives_its_weights(monkeypatch):
     theirs = torch_file(path)
     c = theirs.config.copy_and_resolve_references()
     c.model.classes = 4
-    state, told = begun_from(c, path, monkeypatch, family="sit", heads=4, base=base)
+    state, told = begun_from(
+        c, path, monkeypatch, family="sit", heads=4, base=published
+    )
     old = flat(theirs.load("ema", None, make_mesh(-1, 1)))
     new = flat(state.ema)
     unlike = {name for name in old if not np.array_equal(old[name], new[name])}
