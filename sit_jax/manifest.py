@@ -1,9 +1,10 @@
-"""The record that a run or a set of samples carries: how it was made, and on what."""
+"""Records how a run or a set of samples was made, and on what."""
 
 import hashlib
 import platform
 import sys
 from importlib import metadata
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,8 +12,8 @@ import numpy as np
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "diffrax", "numpy")
 
 
-def environment():
-    """Versions, devices and the settings of JAX that can change a number."""
+def environment() -> dict[str, Any]:
+    """Returns versions, devices and the settings of JAX that can change a number."""
     device = jax.devices()[0]
     return {
         "command": sys.argv,
@@ -27,8 +28,8 @@ def environment():
     }
 
 
-def weights_hash(params):
-    """sha256 over names, shapes and bytes of all tensors, in the order of names."""
+def weights_hash(params: Any) -> str:
+    """Returns the SHA-256 of names, shapes and bytes of all tensors, sorted by name."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         array = np.ascontiguousarray(leaf)
@@ -38,7 +39,7 @@ def weights_hash(params):
     return digest.hexdigest()
 
 
-def _version(name):
+def _version(name: str) -> str | None:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -1,15 +1,16 @@
 """Rounding to bytes, sheets of tiles, PNG files that appear whole or not at all."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 from PIL import Image
 
 from sit_jax.errors import UserError
+from sit_jax.experiment import build_experiment
 from sit_jax.models.codec import Pixels, to_uint8
+from sit_jax.parallel.mesh import make_mesh
 from sit_jax.sampling import outputs
 from sit_jax.sampling.parts import Parts
 from sit_jax.sampling.pictures import DARK, LINE, captions, save_png, sheet
@@ -105,17 +106,11 @@ def test_captions_are_numbers_and_names_where_there_are_names():
 
 
 def test_previews_and_sheets_of_samples_name_the_classes(tmp_path):
-    data = np.zeros((4, 4, 4, 3), np.float32)
-    parts = SimpleNamespace(
-        codec=Pixels(), shape=(4, 4, 3), model=SimpleNamespace(classes=2)
-    )
-    images = np.asarray(Pixels().decode(data))
-    drawer = SimpleNamespace(
-        experiment=parts,
-        require_pictures=lambda: None,
-        compile=lambda labels, size: lambda params: [images],
-    )
-    preview = SampleGrid(drawer, 4, ["cat", "dog"])
+    c = small.config(preview=4, shape=(4, 4, 3))
+    c.model.classes = 2
+    preview = SampleGrid(c, build_experiment(c), make_mesh(), ["cat", "dog"])
+    images = np.asarray(Pixels().decode(np.zeros((4, 4, 4, 3), np.float32)))
+    preview.draw = lambda params: [images]
     wanted = sheet(images, 2, captions=["0 cat", "0 cat", "1 dog", "1 dog"])
     np.testing.assert_array_equal(preview(None), wanted)
     batches = Parts(tmp_path / "x.png", "digest")

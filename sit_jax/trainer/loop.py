@@ -134,7 +134,13 @@ def train(
         stack.enter_context(stop)
         key = jax.random.key(config.seed)
         batch_shapes = abstract_batch(source, config.batch_size, mesh)
-        step = _compile_step(log, config, experiment, mesh, state, batch_shapes, key)
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        step = program.train_step(config, experiment, mesh, shardings)
+        codec = experiment.codec
+        lower = partial(step.lower, state, codec, batch_shapes, key)
+        step, words = compile_timed(lower)
+        log.say(f"compiled the training step {words}")
+        limit_kept_memory(step)
         replicas.compile(state)
         sampled = lambda state: join(sampled_ema(state.ema, decay), state.frozen)
         previews.draw_missing(first, sampled(state))
@@ -146,7 +152,7 @@ def train(
         # the loop
         for number in range(first + 1, config.steps + 1):
             batch = batch or next(feed)
-            state, metrics = step(state, experiment.codec, batch, key)
+            state, metrics = step(state, codec, batch, key)
             batch = None
             report(meter.add(number, metrics, feed.waited()))
             log.progress(number)
@@ -207,23 +213,6 @@ def _build(config: Any, mesh: Mesh) -> tuple[Any, Any]:
         experiment = with_vae(experiment, vae)
     validate(config, experiment, source, mesh)
     return source, experiment
-
-
-def _compile_step(
-    log: RunLog,
-    config: Any,
-    experiment: Any,
-    mesh: Mesh,
-    state: TrainState,
-    *inputs: Any,
-) -> Callable[..., Any]:
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    step = program.train_step(config, experiment, mesh, shardings)
-    lower = partial(step.lower, state, experiment.codec, *inputs)
-    compiled, words = compile_timed(lower)
-    log.say(f"compiled the training step {words}")
-    limit_kept_memory(compiled)
-    return compiled
 
 
 def _make_meter(config: Any, experiment: Any) -> MetricsMeter:

@@ -6,7 +6,7 @@ stay what they are.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,6 @@ from sit_jax.errors import UserError
 from sit_jax.evaluation import evaluation, summary
 from sit_jax.evaluation.evaluated import open_side
 from sit_jax.evaluation.features import inception_extractor
-from sit_jax.files import as_path
 from sit_jax.parallel import multihost
 from sit_jax.planning.program import as_sampled
 from sit_jax.sampling.generation import Generator
@@ -52,22 +51,21 @@ class Previews:
         class_names: Sequence[str] | None = None,
     ):
         self._log, self._steps = log, config.steps
-        self._sheets: SampleGrid | None = None
+        self._grid: SampleGrid | None = None
         self._curve: FidCurve | None = None
-        self._sheet_every = config.sample_every
+        self._grid_every = config.sample_every if config.preview else 0
         self._curve_every = config.get("evaluate_every", 0)
-        drawer = SampleDrawer(config, experiment, mesh)
         try:
-            if config.preview:
-                self._sheets = SampleGrid(drawer, config.preview, class_names)
+            if self._grid_every:
+                self._grid = SampleGrid(config, experiment, mesh, class_names)
         except UserError as reason:
             log.say(f"no sheets of samples: {reason}")
         try:
             if self._curve_every:
-                self._curve = FidCurve(drawer, config)
+                self._curve = FidCurve(config, experiment, mesh)
         except UserError as reason:
             log.say(f"no curve of FIDs: {reason}")
-        possible = [self._sheets is not None, self._curve is not None]
+        possible = [self._grid is not None, self._curve is not None]
         remedy = "give all hosts the Inception weights"
         multihost.assert_equal("able to draw sheets and FIDs", possible, remedy)
 
@@ -83,96 +81,94 @@ class Previews:
             Seconds that it took.
         """
         is_due = lambda every: every and (step % every == 0 or step == self._steps)
-        sheets = self._sheets is not None and is_due(self._sheet_every)
-        curve = self._curve is not None and is_due(self._curve_every)
-        if not (sheets or curve):
-            return 0.0
-        start = time.perf_counter()
-        if is_last:
+        grid = self._grid if is_due(self._grid_every) else None
+        curve = self._curve if is_due(self._curve_every) else None
+        if is_last and (grid or curve):
             later = "a run that goes on does"
             later = "sample.py makes them of it" if step == self._steps else later
             self._log.say(f"no samples of step {step} were drawn; {later}")
             return 0.0
-        if sheets:
-            self._log.image(step, "samples", self._sheets(ema))
-            seconds = time.perf_counter() - start
+        times = [time.perf_counter()]
+        if grid:
+            self._log.image(step, "samples", grid(ema))
+            times.append(time.perf_counter())
+            seconds = times[-1] - times[-2]
             self._log.say(f"drew the samples of step {step} in {seconds:.1f} s")
         if curve:
-            begin = time.perf_counter()
-            self._log.scalars(step, {self._curve.name: self._curve(ema)})
-            self._log.say(f"judged step {step} in {time.perf_counter() - begin:.1f} s")
-        return time.perf_counter() - start
+            self._log.scalars(step, {curve.name: curve(ema)})
+            times.append(time.perf_counter())
+            self._log.say(f"judged step {step} in {times[-1] - times[-2]:.1f} s")
+        return times[-1] - times[0]
 
     def draw_missing(self, step: int, ema: Any) -> None:
         """Draws what the step that a run resumes from was due for, if it has no sheet.
 
         A stop leaves it out, and a kill may have come before it.
         """
-        is_due = self._sheet_every and step and step % self._sheet_every == 0
-        if self._sheets is not None and is_due:
+        if self._grid and step and step % self._grid_every == 0:
             if not multihost.broadcast(self._log.has_image(step, "samples")):
                 self.draw(step, ema)
 
 
-class SampleDrawer:
-    """Draws images by the config's sampler and guidance, at its sampling precision.
+class ImageDrawer:
+    """Draws the same images each time, as sample.py would.
+
+    Args:
+        config: The run's config.
+        experiment: What is built from it.
+        mesh: The devices.
+        labels: A class for each image.
+        batch_size: Images that are drawn together.
 
     Raises:
         UserError: The codec makes no pictures.
     """
 
-    def __init__(self, config: Any, experiment: Any, mesh: Mesh):
-        self.experiment, self._wrap = as_sampled(config, experiment)
-        self.mesh, self.seed = mesh, config.seed
-
-    def require_pictures(self) -> None:
-        """Refuses a codec that makes no pictures."""
-        one = jnp.zeros((1, *self.experiment.shape))
-        channels = jax.eval_shape(self.experiment.codec.decode, one).shape[-1]
+    def __init__(
+        self,
+        config: Any,
+        experiment: Any,
+        mesh: Mesh,
+        labels: Int[np.ndarray, " n"],
+        batch_size: int,
+    ):
+        self._experiment, wrap = as_sampled(config, experiment)
+        one = jnp.zeros((1, *experiment.shape))
+        channels = jax.eval_shape(experiment.codec.decode, one).shape[-1]
         if channels not in (1, 3):
             raise UserError(f"{channels} channels do not make a picture")
+        size, self._generator = min(len(labels), batch_size), None
+        self._labels, self._seed = labels, config.seed
+        self._compile = lambda params: Generator(
+            self._experiment, params, mesh, size, around=wrap
+        )
 
-    def compile(
-        self, labels: Int[np.ndarray, " n"], batch_size: int
-    ) -> Callable[[Any], Iterator[np.ndarray]]:
-        """Returns a function of parameters that yields batches of images.
-
-        It compiles when it is first called.
-        """
-        generators: list[Generator] = []
-
-        def draw(params: Any) -> Iterator[np.ndarray]:
-            if not generators:
-                size = min(len(labels), batch_size)
-                generators.append(
-                    Generator(
-                        self.experiment, params, self.mesh, size, around=self._wrap
-                    )
-                )
-            for data, _ in generators[0](self.seed, labels, params=params):
-                yield np.asarray(self.experiment.codec.decode(data))
-
-        return draw
+    def __call__(self, params: Any) -> Iterator[UInt8[np.ndarray, "n h w c"]]:
+        """Yields batches of images; the first call compiles."""
+        self._generator = self._generator or self._compile(params)
+        for data, _ in self._generator(self._seed, self._labels, params=params):
+            yield np.asarray(self._experiment.codec.decode(data))
 
 
 class SampleGrid:
-    """Draws a sheet of the same `count` images each time, one row a class."""
+    """Draws a sheet of config.preview images, one row a class."""
 
     def __init__(
         self,
-        drawer: SampleDrawer,
-        count: int,
+        config: Any,
+        experiment: Any,
+        mesh: Mesh,
         class_names: Sequence[str] | None = None,
     ):
-        drawer.require_pictures()
-        self._columns, labels = grid_labels(drawer.experiment.model.classes, count)
+        classes = experiment.model.classes
+        self._columns, labels = grid_labels(classes, config.preview)
         names = {str(label): name for label, name in enumerate(class_names or [])}
         self._captions = captions(labels, names)
-        self._draw = drawer.compile(labels, SHEET_BATCH)
+        self.draw = ImageDrawer(config, experiment, mesh, labels, SHEET_BATCH)
 
     def __call__(self, params: Any) -> UInt8[np.ndarray, "h w c"]:
         """Returns the picture."""
-        images = np.concatenate(list(self._draw(params)))
+        images = np.concatenate(list(self.draw(params)))
         return sheet(images, self._columns, captions=self._captions)
 
 
@@ -196,48 +192,25 @@ class FidCurve:
             there, or the reference has other features.
     """
 
-    def __init__(self, drawer: SampleDrawer, config: Any):
-        drawer.require_pictures()
+    def __init__(self, config: Any, experiment: Any, mesh: Mesh):
+        count, classes = config.evaluate_images, experiment.model.classes
+        labels = make_labels("balanced", count, classes, config.seed)
+        self._draw = ImageDrawer(config, experiment, mesh, labels, FID_BATCH)
         self._extractor = build(config.features)
         is_inception = self._extractor is None
         if is_inception:
             weights = inception_weights.load()
-            self._extractor = inception_extractor(weights, drawer.mesh, FID_BATCH)
-        self._reference = _load_reference(
-            build(config.reference), self._extractor, is_inception
-        )
-        evaluation.require_same(self._extractor.pipeline, self._reference.pipeline)
-        count, classes = config.evaluate_images, drawer.experiment.model.classes
-        labels = make_labels("balanced", count, classes, config.seed)
-        self._draw = drawer.compile(labels, FID_BATCH)
-        self.name = f"{'fid' if self._reference.is_inception else 'frechet'}_{count}"
+            self._extractor = inception_extractor(weights, mesh, FID_BATCH)
+        reference = build(config.reference)
+        reference = _load_reference(reference, self._extractor, is_inception)
+        evaluation.require_same(self._extractor.pipeline, reference.pipeline)
+        self._reference = reference
+        self.name = f"{'fid' if reference.is_inception else 'frechet'}_{count}"
 
     def __call__(self, params: Any) -> float:
         """Returns the distance."""
         images = map(_to_rgb, self._draw(params))
         return evaluation.fid(images, self._extractor, self._reference)
-
-
-def check_evaluation(config: Any) -> None:
-    """Refuses a config that no curve can be made of; weights may still be missing."""
-    if not config.get("evaluate_every", 0):
-        return
-    if config.evaluate_every < 0:
-        raise UserError(
-            f"evaluate_every is {config.evaluate_every}; 0 is never, else at least 1"
-        )
-    if config.evaluate_images < 2:
-        raise UserError(f"evaluate_images is {config.evaluate_images}; at least 2")
-    if isinstance(config.features, str):
-        raise UserError("features is a constructor: only a config file can set it")
-    if config.reference is None:
-        raise UserError(
-            "evaluate_every needs a reference: --config.reference=FILE, made by "
-            "evaluate.py --stats or ADM's"
-        )
-    if isinstance(config.reference, str) and not as_path(config.reference).is_file():
-        raise UserError(f"reference: no file at {config.reference}")
-    build(config.reference)  # a source refuses here what it cannot give
 
 
 def _load_reference(reference: Any, extractor: Any, is_inception: bool) -> Any:

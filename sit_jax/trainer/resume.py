@@ -187,6 +187,7 @@ def restore_state(
     )
 
 
+@dataclasses.dataclass(frozen=True)
 class CheckpointWriter:
     """Saves a run's states, and stops the run when that fails or a device is wrong.
 
@@ -198,29 +199,24 @@ class CheckpointWriter:
         ema_decay: The config's.
     """
 
-    def __init__(
-        self,
-        checkpoints: checkpoint.Checkpoints,
-        replicas: ReplicaCheck,
-        meta: Mapping[str, Any],
-        history: "RunHistory",
-        ema_decay: float | tuple[float, ...],
-    ):
-        self.checkpoints, self._replicas = checkpoints, replicas
-        self._meta, self._history, self._decay = meta, history, ema_decay
+    checkpoints: checkpoint.Checkpoints
+    replicas: ReplicaCheck
+    meta: Mapping[str, Any]
+    history: "RunHistory"
+    ema_decay: float | tuple[float, ...]
 
     def check(self, step: int, state: TrainState) -> None:
         """Raises what has gone wrong since the last step; cheap."""
         self.checkpoints.check()
-        if self._replicas.is_due(step):
-            self._replicas.check(step, state)
+        if self.replicas.is_due(step):
+            self.replicas.check(step, state)
 
     def save(self, step: int, state: TrainState) -> float:
         """Starts to save a state, and returns the seconds until it was handed over."""
         start = time.perf_counter()
-        self._replicas.check(step, state)
-        meta = {**self._meta, **self._history.meta(step), **checkpoint_meta(state)}
-        items = checkpoint_items(state, self._decay)
+        self.replicas.check(step, state)
+        meta = {**self.meta, **self.history.meta(step), **checkpoint_meta(state)}
+        items = checkpoint_items(state, self.ema_decay)
         self.checkpoints.save(step, meta, **items)
         return time.perf_counter() - start
 

@@ -7,6 +7,7 @@ uploaded whole at each save and at the end.
 
 import collections
 import contextlib
+import dataclasses
 import json
 import math
 import secrets
@@ -195,20 +196,15 @@ def step_line(step: int, values: Mapping[str, float]) -> str:
 
 def _rates(step: int, total: int, values: Mapping[str, float]) -> str:
     """Returns images per second and the time to go, where they are known."""
+    from tqdm import tqdm
+
     text = ""
     if "images_per_second" in values:
         text += f", Images/Sec: {values['images_per_second']:.4g}"
     if values.get("steps_per_second", 0) > 0:
-        text += f", ETA: {format_duration((total - step) / values['steps_per_second'])}"
+        seconds = (total - step) / values["steps_per_second"]
+        text += f", ETA: {tqdm.format_interval(seconds)}"
     return text
-
-
-def format_duration(seconds: float) -> str:
-    """Returns hours, minutes and seconds, with days from 24 hours on."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    return f"{days} d " * (days > 0) + f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
 def _stamped(line: str) -> str:
@@ -330,6 +326,7 @@ class Wandb:
 # ---- means and rates ----
 
 
+@dataclasses.dataclass
 class MetricsMeter:
     """Collects each step's metrics, and gives means and rates at every `every`-th step.
 
@@ -342,17 +339,13 @@ class MetricsMeter:
         peak_flops: What the devices can do in a second; None where it is not known.
     """
 
-    def __init__(
-        self,
-        every: int,
-        images_per_step: int,
-        flops_per_step: float,
-        peak_flops: float | None,
-    ):
-        self._every, self._images = every, images_per_step
-        self._flops, self._peak = flops_per_step, peak_flops
+    every: int
+    images_per_step: int
+    flops_per_step: float
+    peak_flops: float | None
+
+    def __post_init__(self):
         self._pending: collections.deque[Any] = collections.deque()
-        self._waited = 0.0
         self._restart()
 
     def add(
@@ -385,7 +378,7 @@ class MetricsMeter:
             for name, value in metrics.items():
                 if value.ndim == 0 and name != "bad" and math.isfinite(value):
                     self._values[name].append(float(value))
-            line = self._line() if step % self._every == 0 else None
+            line = self._line() if step % self.every == 0 else None
             arrived.append((step, metrics, line))
         return arrived
 
@@ -393,11 +386,11 @@ class MetricsMeter:
         rate = self._steps / max(time.perf_counter() - self._start, 1e-9)
         line = {name: statistics.fmean(v) for name, v in self._values.items()}
         line["steps_per_second"] = rate
-        line["images_per_second"] = rate * self._images
+        line["images_per_second"] = rate * self.images_per_step
         line["data_wait"] = self._waited / self._steps
-        line["model_tflops"] = rate * self._flops / 1e12
-        if self._peak:
-            line["mfu"] = rate * self._flops / self._peak
+        line["model_tflops"] = rate * self.flops_per_step / 1e12
+        if self.peak_flops:
+            line["mfu"] = rate * self.flops_per_step / self.peak_flops
         self._restart()
         return line
 
