@@ -8,10 +8,11 @@ programs on the machine do not count; files are in the page cache.
 """
 
 import argparse
+import itertools
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -19,59 +20,72 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from sit_jax.data.cache import LatentCache
-from sit_jax.data.coins import coins
-from sit_jax.data.feed import order
-from sit_jax.data.filling import finish, missing, open_plan, shard
 from sit_jax.data.folders import ImageFolder
-from sit_jax.data.reading import read
-from sit_jax.data.tags import Tags
-from sit_jax.data.workers import Workers
+from sit_jax.data.latent_cache import (
+    CacheMetadata,
+    LatentCache,
+    begin_cache,
+    finish_cache,
+    missing_shards,
+    write_shard,
+)
+from sit_jax.data.loader import local_batches, prefetch, read_next, read_records
+from sit_jax.data.sources import DataSource
 
-DEMAND = 700  # records a second
+DEMAND, GOAL = 700, 14_000  # records a second: what an H100 takes; at least
 REPEATS = 20  # the best of which counts; short ones, between the neighbours' work
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", metavar="DIR", help="an ImageFolder to decode")
-    said = "also measures extraction; random: one of sd-vae-ft-mse's size"
-    parser.add_argument("--vae", metavar="PATH", help=said)
+    vae = "also measures extraction; random: one of sd-vae-ft-mse's size"
+    parser.add_argument("--vae", metavar="PATH", help=vae)
     parser.add_argument("--size", type=int, default=256, help="of images for the VAE")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         for dtype in ("float32", "float16"):
-            caches(Path(scratch) / dtype, dtype)
-        images = args.images or photographs(Path(scratch) / "images")
-        decoding(images)
-        sharing(images)
+            time_caches(Path(scratch) / dtype, dtype)
+        images = args.images or make_photographs(Path(scratch) / "images")
+        time_decoding(images)
+        time_sharing(images)
         if args.vae:
-            extraction(images, args.vae, Path(scratch) / "latents", args.size)
+            time_extraction(images, args.vae, Path(scratch) / "latents", args.size)
 
 
-def caches(path, dtype, count=1024, batch=256):
-    """Records of 32 x 32 x 8, read, shuffled, flipped, checked and batched."""
-    cache = make_cache(path, dtype, count)
-    ids, steps = order(1_281_167, 0), 2  # grain's shuffle of few records is slower
+class Repeated(DataSource):
+    """A cache of as many images as ImageNet: grain shuffles few of them slower."""
 
-    def run():
-        for step in range(steps):
-            positions = range(step * batch, step * batch + batch)
-            some = [int(ids[position]) % count for position in positions]
-            read(cache, some, coins(0, positions))
+    def __init__(self, cache):
+        self.cache, self.shape, self.classes = cache, cache.shape, cache.classes
+        self.flip = True
 
-    rate = steps * batch / best(run)
+    def __len__(self):
+        return 1_281_167
+
+    def __getitem__(self, i):
+        return self.cache[i % len(self.cache)]
+
+    def flipped(self, i):
+        return self.cache.flipped(i % len(self.cache))
+
+
+def time_caches(path, dtype, count=1024, batch=256):
+    """Records of 32 x 32 x 8, shuffled, flipped, read, checked and batched."""
+    cache, steps = make_cache(path, dtype, count), 2
+    batches = local_batches(cache, batch, 0, 0, range(batch))
+    rate = steps * batch / best(lambda: [batches[step] for step in range(steps)])
     print(
-        f"latent cache, {dtype}: {rate:,.0f} records/s per core, "
-        f"{rate / DEMAND:.1f} x the {DEMAND} of one H100 (goal: 20)"
+        f"latent cache, {dtype}: {rate:,.0f} records/s per core, {rate / GOAL:.2f} x "
+        f"the goal of {GOAL:,}, {rate / DEMAND:.1f} x the {DEMAND} of one H100"
     )
 
 
-def decoding(folder, size=256, count=50):
+def time_decoding(folder, size=256, count=50):
     """ImageFolder's records beside a loop that does the least with Pillow."""
     source = ImageFolder(folder, size)
     ids = np.random.default_rng(0).permutation(len(source))[:count].tolist()
-    ours = lambda: read(source, ids, np.zeros(len(ids), bool))
+    ours = lambda: read_records(source, ids, np.zeros(len(ids), bool))
     plain = partial(plain_loop, [source.name(i) for i in ids], size)
     slow, fast = alternately(ours, plain)
     print(
@@ -80,32 +94,22 @@ def decoding(folder, size=256, count=50):
     )
 
 
-def sharing(folder, size=256, count=100):
+def time_sharing(folder, size=256, batch=16, count=20):
     """Threads beside processes, by the clock: an idle machine is needed."""
-    source = ImageFolder(folder, size)
-    ids = (np.arange(count) * 7919) % len(source)
-    plain = np.zeros(count, bool)
-    said = []
+    source, rates = ImageFolder(folder, size), []
+    steps = local_batches(source, batch, 0, 0, range(batch))
     for n in (1, 2):
-        with ThreadPoolExecutor(n) as pool:
-            parts = np.array_split(ids, 2 * n)
-            some = lambda part: read(source, part, plain[: len(part)])
-            threads = clocked(lambda: list(pool.map(some, parts)))  # noqa: B023
-        workers = Workers(source, n)
-        processes = clocked(lambda: workers(ids, plain))  # noqa: B023
-        workers.close()
-        said.append(f"{n}: {count / threads:,.0f} in threads, {count / processes:,.0f}")
-    print(f"images/s by the clock, {', '.join(said)} in processes")
-
-
-def clocked(run):
-    """-> least seconds of some runs, after one that does not count."""
-    taken = []
-    for _ in range(REPEATS + 1):
-        begun = time.perf_counter()
-        run()
-        taken.append(time.perf_counter() - begun)
-    return min(taken[1:])
+        for settings in ({"threads": n}, {"threads": 1, "workers": n}):
+            with closing(prefetch(steps, **settings)) as batches:
+                read_next(batches)  # the processes have begun
+                begun = time.perf_counter()
+                for _ in itertools.repeat(None, count):
+                    read_next(batches)
+                rates.append(count * batch / (time.perf_counter() - begun))
+    print(
+        "images/s by the clock in threads and in processes: {:,.0f} and {:,.0f} in one,"
+        " {:,.0f} and {:,.0f} in two".format(*rates)
+    )
 
 
 def plain_loop(names, size):
@@ -127,7 +131,7 @@ def plain_loop(names, size):
     return np.stack(cropped)
 
 
-def extraction(folder, vae, out, size, batch=8):
+def time_extraction(folder, vae, out, size, batch=8):
     """extract() beside the encoder alone, by the clock and by CPU time.
 
     Both use all cores, so the clock's ratio needs an idle machine; that of CPU time
@@ -137,13 +141,13 @@ def extraction(folder, vae, out, size, batch=8):
     from vae import codec as random
 
     from sit_jax.convert.vae_files import load_vae
-    from sit_jax.data.extraction import Encoder, describe, extract
+    from sit_jax.data.extract import Encoder, ExtractOptions, describe, extract
     from sit_jax.models.vae import AutoencoderKL
 
     codec = random(AutoencoderKL(), "exact") if vae == "random" else load_vae(vae)
     source = ImageFolder(folder, size)
-    tags = describe(source, codec)
-    encoder = Encoder(codec, tags, batch)
+    metadata = describe(source, codec)
+    encoder = Encoder(codec, metadata, batch)
     images = np.stack([source[i]["image"] for i in range(batch)])
     jax.block_until_ready(encoder(images))
     now = lambda: np.array([time.perf_counter(), time.process_time()])
@@ -153,7 +157,7 @@ def extraction(folder, vae, out, size, batch=8):
     alone = len(source) // batch * batch / (now() - begun)
     del last
     begun = now()
-    done, _ = extract(source, codec, out, tags, batch)
+    done, _ = extract(source, codec, out, metadata, ExtractOptions(batch_size=batch))
     rate = done / (now() - begun)
     clock, cpu = rate / alone
     print(
@@ -165,7 +169,7 @@ def extraction(folder, vae, out, size, batch=8):
 def make_cache(path, dtype, count):
     unknown = dict.fromkeys(("encoder_sha256", "precision", "scale", "crop"))
     unknown |= dict.fromkeys(("size", "listing_sha256"))
-    tags = Tags(
+    metadata = CacheMetadata(
         kind="moments",
         shape=(32, 32, 8),
         dtype=dtype,
@@ -175,18 +179,18 @@ def make_cache(path, dtype, count):
         shards=4,
         **unknown,
     )
-    path, rng = open_plan(path, tags), np.random.default_rng(0)
-    for number in missing(path, tags, 0, 1):
-        with shard(path, tags, number) as filled:
-            ids = tags.shard(number)[1]
-            shape = (2, len(ids), *tags.shape)
+    path, rng = begin_cache(path, metadata), np.random.default_rng(0)
+    for number in missing_shards(path, metadata):
+        with write_shard(path, metadata, number) as writer:
+            ids = metadata.shard_ids(number)
+            shape = (2, len(ids), *metadata.shape)
             views = rng.standard_normal(shape, np.float32).astype(dtype)
-            filled.add(ids, [i % 1000 for i in ids], views)
-    finish(path, tags, map(str, range(1000)))
-    return LatentCache(path)
+            writer.add(ids, [i % 1000 for i in ids], views)
+    finish_cache(path, metadata, map(str, range(1000)))
+    return Repeated(LatentCache(path))
 
 
-def photographs(path, count=64):
+def make_photographs(path, count=64):
     """JPEGs of ImageNet's usual size, 500 x 375, with about as many bytes: 110,000."""
     from PIL import Image
 
@@ -203,19 +207,19 @@ def photographs(path, count=64):
 
 
 def best(run):
-    """-> least CPU seconds of some runs, after one that does not count."""
+    """Returns the least CPU seconds of some runs, after one that does not count."""
     return alternately(run)[0]
 
 
 def alternately(*runs):
-    """-> least CPU seconds of each; in turns, so that all see the same machine."""
-    taken = [[] for _ in runs]
+    """Returns the least CPU seconds of each; in turns: all see the same machine."""
+    seconds = [[] for _ in runs]
     for _ in range(REPEATS + 1):
-        for run, seconds in zip(runs, taken, strict=True):
+        for run, taken in zip(runs, seconds, strict=True):
             begun = time.process_time()
             run()
-            seconds.append(time.process_time() - begun)
-    return [min(seconds[1:]) for seconds in taken]
+            taken.append(time.process_time() - begun)
+    return [min(taken[1:]) for taken in seconds]
 
 
 if __name__ == "__main__":

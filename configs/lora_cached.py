@@ -9,13 +9,15 @@ docs/lora.md has all commands.
 
 from configs.lora_xl2 import get_config as lora_xl2
 from sit_jax.config import spec
-from sit_jax.data.cache import LatentCache
-from sit_jax.data.further import Further
+from sit_jax.data.latent_cache import LatentCache
+from sit_jax.data.sources import LabelOffset
 
 
 def get_config():
     c = lora_xl2()
-    c.source = spec(Further, source=spec(LatentCache, path="data/latents"), after=1000)
+    c.source = spec(
+        LabelOffset, source=spec(LatentCache, path="data/latents"), after=1000
+    )
     c.count_classes = True
     c.adapter.new_classes = 1
     c.precision.training = "bf16"

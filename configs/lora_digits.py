@@ -9,14 +9,13 @@ import optax
 from configs.digits import get_config as digits
 from sit_jax.adapters.lora import LoRA
 from sit_jax.config import spec
-from sit_jax.data.sources import Digits
-from sit_jax.data.styles import Styled, inverted
+from sit_jax.data.sources import Digits, ImageTransform, invert
 
 
 def get_config():
     c = digits()
     c.adapter = spec(LoRA, targets=r"(blocks|head)/.*", rank=8, alpha=16.0)
-    c.source = spec(Styled, source=spec(Digits), style=inverted)
+    c.source = spec(ImageTransform, source=spec(Digits), transform=invert)
     schedule = spec(
         optax.warmup_cosine_decay_schedule,
         init_value=0.0,

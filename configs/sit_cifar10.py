@@ -7,7 +7,7 @@ run of a smaller network on a CPU, with its command.
 import optax
 
 from sit_jax.config import spec
-from sit_jax.data.cifar import CifarFolder
+from sit_jax.data.folders import CifarFolder
 from sit_jax.models.codec import Pixels
 from sit_jax.models.dit import SIZES, SiT
 from sit_jax.recipes import sit

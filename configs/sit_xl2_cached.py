@@ -4,7 +4,7 @@ The classes are those of the cache; --init begins with weights of any number of 
 """
 
 from sit_jax.config import spec
-from sit_jax.data.cache import LatentCache
+from sit_jax.data.latent_cache import LatentCache
 from sit_jax.recipes import sit
 
 

@@ -58,6 +58,14 @@ REASONS = {  # how absl's words begin: what they mean
 MOVED = {
     "adan": "training.optimizers",
     "codec": "models.codec",
+    "data.arrays": "data.sources",
+    "data.cache": "data.latent_cache",
+    "data.cifar": "data.folders",
+    "data.further.Further": "data.sources.LabelOffset",
+    "data.prepared": "data.archives",
+    "data.styles.Styled": "data.sources.ImageTransform",
+    "data.styles.inverted": "data.sources.invert",
+    "data.styles.slanted": "data.sources.slant",
     "diffusion": "diffusion.gaussian",
     "digit_features": "evaluation.digit_features",
     "guidance": "diffusion.guidance",
@@ -117,8 +125,19 @@ _MDT = {
     "spread": "mask_ratio_range",
     "sizes": "mask_buckets",
 }
+_CORRUPT = {"broken_share": "max_corrupt_fraction"}
 # new name of a class, below sit_jax -> {old field: new field}
-RENAMED_FIELDS = {"models.mdt.MDT": _MDT, "models.mdt.MDTv2": _MDT}
+RENAMED_FIELDS = {
+    "data.archives.ImageNetTar": _CORRUPT,
+    "data.archives.Tfds": _CORRUPT,
+    "data.archives.WebdatasetTars": _CORRUPT,
+    "data.folders.AdmFolder": _CORRUPT,
+    "data.folders.CifarFolder": _CORRUPT,
+    "data.folders.ImageFolder": _CORRUPT,
+    "data.sources.ImageTransform": {"style": "transform"},
+    "models.mdt.MDT": _MDT,
+    "models.mdt.MDTv2": _MDT,
+}
 
 
 def spec(make, **fields):

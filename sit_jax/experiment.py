@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from sit_jax.config import build, difference, from_json, to_json
-from sit_jax.data.cache import check_cache
+from sit_jax.data.latent_cache import check_cache
 from sit_jax.errors import UserError
 from sit_jax.files import as_path
 from sit_jax.models.codec import codec_sample
@@ -51,7 +51,7 @@ FIELDS = {
     "vae": Field("VAE by name or path, to encode images and draw sheets", None, "set"),
     "source": Field("the data"),
     "source.path": Field("where the data is", None, True),
-    "source.broken_share": Field("of images that may be damaged", None, True),
+    "source.max_corrupt_fraction": Field("of images that may be damaged", None, True),
     "count_classes": Field("whether model.classes becomes the number in the data"),
     "synthetic": Field("whether random latents take the place of the data"),
     "optimizer": Field("an optax optimizer, with its learning rate or schedule"),

@@ -141,7 +141,7 @@ FLAGS = {  # script: {flag: wrong values}, or (wrong values, what else is on the
         "--shards": COUNT,
         "--threads": COUNT,
         "--workers": WHOLE,
-        "--broken-share": SHARE,
+        "--max-corrupt-fraction": SHARE,
         "--classes": COUNT,
         "--split": ("",),
         "--tfds-dir": ("",),

@@ -21,7 +21,7 @@ from sit_jax.config import (
     spec,
     to_json,
 )
-from sit_jax.data.prepared import Tfds
+from sit_jax.data.archives import Tfds
 from sit_jax.data.sources import Digits
 from sit_jax.diffusion import paths, predictions
 from sit_jax.diffusion.gaussian import GaussianDiffusion
@@ -221,7 +221,7 @@ NAMES = [
     "sit_jax.models.dit.SIZES",
     "sit_jax.models.dit.os",
     "sit_jax.checkpoint.Checkpoints",  # ours, but nothing a config is made of
-    "sit_jax.data.extraction.Encoder",
+    "sit_jax.data.extract.Encoder",
     "optax._src.alias.jnp",
     "optax._src.alias.functools.partial",
     "optax.adamw.__globals__",

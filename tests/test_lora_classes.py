@@ -1,7 +1,5 @@
 """New classes by adapters: rows of the label table, sampled, refused, numbered."""
 
-import copy
-
 import jax
 import numpy as np
 import pytest
@@ -17,8 +15,6 @@ from sit_jax.config import to_json
 from sit_jax.convert.adapters import new_classes, put_all
 from sit_jax.convert.base import load_adapted
 from sit_jax.convert.weights import open_weights
-from sit_jax.data.further import Further
-from sit_jax.data.sources import Synthetic
 from sit_jax.errors import UserError
 from sit_jax.experiment import build_experiment
 from sit_jax.parallel.mesh import make_mesh
@@ -148,20 +144,6 @@ def test_int8_weights_take_new_rows(base, more, tmp_path):
 
 
 # Data of them
-
-
-def test_classes_of_the_data_are_numbered_after_the_bases():
-    plain = Synthetic((4, 4, 1), classes=3, length=20)
-    source = Further(plain, after=5)
-    assert (len(source), source.classes, source.shape) == (20, 8, (4, 4, 1))
-    labels = [int(record["label"]) for record in map(source.__getitem__, range(20))]
-    assert labels == [int(plain[i]["label"]) + 5 for i in range(20)]
-    assert set(labels) == {5, 6, 7} and source[0]["label"].dtype == np.int32
-    np.testing.assert_array_equal(source[3]["latent"], plain[3]["latent"])
-    again = copy.deepcopy(source)  # as pickling, for workers
-    assert again[3]["label"] == source[3]["label"] and again.length == 20
-    with pytest.raises(UserError, match="source.after is -1"):
-        Further(plain, after=-1)
 
 
 def test_a_config_with_further_classes_is_stored_and_counted():

@@ -2,7 +2,6 @@
 
 import jax
 import lora_bases
-import numpy as np
 import pytest
 from lora_runs import config
 
@@ -10,7 +9,6 @@ from configs.lora_xl2 import get_config as lora_xl2
 from sit_jax.adapters.weights import LABEL_TABLE
 from sit_jax.convert.base import base_shapes, trained_shapes
 from sit_jax.convert.given import Given
-from sit_jax.data.styles import inverted, slanted
 from sit_jax.errors import UserError
 from sit_jax.experiment import build_experiment
 from sit_jax.trainer.loop import train
@@ -63,13 +61,3 @@ def test_a_base_of_another_network_is_refused(base, tmp_path):
     for name in ("sit-xl2-256", "x.pt"):
         with pytest.raises(UserError, match=f"port_weights.py {name} DIR, or quantize"):
             train(config(), tmp_path / "work", Given(name))
-
-
-def test_a_style_is_another_look_of_the_same_record():
-    image = np.zeros((8, 8, 1), np.uint8)
-    image[:, 4] = 200
-    np.testing.assert_array_equal(inverted(image), 255 - image)
-    leaning = slanted(image, slope=1.0)
-    top, bottom = leaning[0, :, 0], leaning[7, :, 0]
-    assert top.tolist() == [0, 0, 0, 0, 0, 0, 0, 100]  # half of it has left
-    assert bottom.tolist() == [100, 100, 0, 0, 0, 0, 0, 0]

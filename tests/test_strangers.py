@@ -14,7 +14,7 @@ from conftest import ROOT
 from hostile import FORMS, code, laughs, npy
 
 from sit_jax.convert import torch_files
-from sit_jax.data.images import BrokenImage, rgb
+from sit_jax.data.images import CorruptImage, to_rgb
 from sit_jax.errors import UserError
 from sit_jax.sampling.array_files import ArrayFile, load
 
@@ -81,7 +81,7 @@ def read_bomb(path):
     if path.suffix == ".safetensors":
         return torch_files.read(path)
     if path.suffix == ".png":
-        return rgb(path.read_bytes())
+        return to_rgb(path.read_bytes())
     return load(path) if path.suffix == ".npy" else ArrayFile(path).array("a")
 
 
@@ -139,5 +139,5 @@ print("grew by", (peak() - before) // 1024, "MiB")
 
 def test_what_is_broken_in_a_picture_is_told_of_the_picture():
     for content in (b"", b"\x89PNG\r\n\x1a\n", png(4, 4), png(0, 0)):
-        with pytest.raises(BrokenImage):
-            rgb(content)
+        with pytest.raises(CorruptImage):
+            to_rgb(content)

@@ -27,10 +27,11 @@ print("ready", file=sys.stderr, flush=True)
 {script}.main()
 """
 ENCODER = """
+from sit_jax.cli import extract_features
 from toy_codec import toy
 read = extract_features.ImageFolder.read
 extract_features.ImageFolder.read = lambda s, i: (time.sleep(0.01), read(s, i))[1]
-extract_features.load = lambda vae, precision: toy()
+extract_features.load_codec = lambda vae, precision: toy()
 """
 NETWORK = """
 import numpy as np

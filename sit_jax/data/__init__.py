@@ -1,9 +1,9 @@
-"""Data: sources hold records, batches put them on the devices.
+"""Data: sources hold records, the loader shuffles them and puts batches on devices.
 
-Importing it does not import JAX, so that a process that only reads need not start it.
+Importing it does not import JAX, so that code which only reads files starts quickly.
 """
 
-from sit_jax.data.feed import batches
-from sit_jax.data.sources import Digits, LatentFolder, Synthetic
+from sit_jax.data.loader import batches
+from sit_jax.data.sources import DataSource, Digits, LatentFolder, Synthetic
 
-__all__ = ["Digits", "LatentFolder", "Synthetic", "batches"]
+__all__ = ["DataSource", "Digits", "LatentFolder", "Synthetic", "batches"]

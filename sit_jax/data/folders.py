@@ -1,35 +1,38 @@
-"""Folders of image files: a folder a class, or the class in the file's name."""
+"""Folders of image files: a folder a class, the class in the file's name, CIFAR."""
 
 import os
+from pathlib import Path
 
-from sit_jax.data.images import BrokenImage, Images
-from sit_jax.data.names import Names
+import numpy as np
+
+from sit_jax.data.images import CorruptImage, Images, pack_names
+from sit_jax.data.sources import Arrays
 from sit_jax.errors import UserError
 from sit_jax.files import local_path
 
 # what torchvision's ImageFolder takes for images, and what ADM's loader does
 ENDINGS = ".jpg .jpeg .png .ppm .bmp .pgm .tif .tiff .webp".split()
 ADM_ENDINGS = ".jpg .jpeg .png .gif".split()
+CIFAR_BATCHES = {True: "data_batch_*.bin", False: "test_batch.bin"}
+CIFAR_ROW = 1 + 3 * 32 * 32  # label, then the red, green and blue planes
 
 
-class Files:
+class FolderFiles:
     """The bytes of files below a folder."""
 
     def __init__(self, root, names):
-        self.root, self.names = str(root), Names(names)
-
-    def __len__(self):
-        return len(self.names)
+        self.root, self.names = str(root), pack_names(names)
 
     def __getitem__(self, i):
         try:
             with open(self.name(i), "rb") as file:
                 return file.read()
         except OSError as error:
-            raise BrokenImage(error.strerror or str(error)) from error
+            raise CorruptImage(error.strerror or str(error)) from error
 
     def name(self, i):
-        return os.path.join(self.root, self.names[i])
+        """Returns the path of file i."""
+        return os.path.join(self.root, os.fsdecode(self.names[i]))
 
 
 class ImageFolder(Images):
@@ -45,7 +48,7 @@ class ImageFolder(Images):
         path: str,
         size: int = 256,
         flip: bool = True,
-        broken_share: float = 0.001,
+        max_corrupt_fraction: float = 0.001,
     ):
         root = require_folder(path)
         entries = _visible(root)
@@ -56,25 +59,38 @@ class ImageFolder(Images):
                 f"{root} holds no folders; it needs one a class, or files named "
                 "ClassID_ImgID.jpg for AdmFolder (--kind adm)"
             )
-        self._others, names, labels = [], [], []
+        others, names, labels = [], [], []
         for label, name in enumerate(classes):
-            found = list(self._images(root / name))
-            if not found:
+            images = []
+            for _, files in sorted(_walk(root / name), key=lambda folder: folder[0]):
+                for file in files:
+                    (images if is_image(file.name) else others).append(file.path)
+            if not images:
                 raise UserError(f"no images in {root / name}; remove it or fill it")
-            names += [os.path.relpath(file, root) for file in found]
-            labels += [label] * len(found)
-        self.remarks = [*_left_out(beside, self._others), *_buried(root, classes)]
-        files = Files(root, names)
-        super().__init__(files, labels, classes, size, flip, broken_share)
-
-    def _images(self, folder):
-        """Paths below it, sorted by folder and then by name."""
-        for _, entries in sorted(_folders(folder), key=lambda each: each[0]):
-            for entry in entries:
-                if entry.name.lower().endswith(tuple(ENDINGS)):
-                    yield entry.path
-                else:
-                    self._others.append(entry.path)
+            names += [os.path.relpath(image, root) for image in images]
+            labels += [label] * len(images)
+        super().__init__(
+            FolderFiles(root, names),
+            labels,
+            classes,
+            size=size,
+            flip=flip,
+            max_corrupt_fraction=max_corrupt_fraction,
+        )
+        reasons = {
+            "lie beside the folders of the classes": beside,
+            f"do not end in {', '.join(ENDINGS)}": others,
+        }
+        self.remarks = [
+            f"{len(files)} files are left out, as they {reason}: {files[0]} .."
+            for reason, files in reasons.items()
+            if files
+        ]
+        if len(classes) == 1 and any(e.is_dir() for e in _visible(root / classes[0])):
+            self.remarks.append(  # as unpacking a zip leaves it
+                f"all images are of one class, {classes[0]}; if its folders are the "
+                f"classes, name {root / classes[0]} instead"
+            )
 
 
 class AdmFolder(Images):
@@ -89,47 +105,72 @@ class AdmFolder(Images):
         path: str,
         size: int = 256,
         flip: bool = True,
-        broken_share: float = 0.001,
+        max_corrupt_fraction: float = 0.001,
     ):
         root = require_folder(path)
-        found = list(_adm_files(root))
-        if not found:
+        names = [os.path.relpath(file, root) for file in _adm_files(root)]
+        if not names:
             raise UserError(f"no images ({', '.join(ADM_ENDINGS)}) below {root}")
-        for file in found:
-            if "_" not in os.path.basename(file):
+        for name in names:
+            if "_" not in os.path.basename(name):
                 raise UserError(
-                    f"{file} has no class before a first underscore; name it "
+                    f"{root / name} has no class before a first underscore; name it "
                     "ClassID_ImgID.jpg"
                 )
-        words = [os.path.basename(file).split("_")[0] for file in found]
-        classes = sorted(set(words))
-        number = {word: label for label, word in enumerate(classes)}
-        labels = [number[word] for word in words]
-        files = Files(root, [os.path.relpath(file, root) for file in found])
-        super().__init__(files, labels, classes, size, flip, broken_share)
-
-
-def _left_out(beside, others):
-    kinds = {
-        "lie beside the folders of the classes": beside,
-        f"do not end in {', '.join(ENDINGS)}": others,
-    }
-    for why, files in kinds.items():
-        if files:
-            yield f"{len(files)} files are left out, as they {why}: {files[0]} .."
-
-
-def _buried(root, classes):
-    """A wrapper, as unpacking a zip makes, is one class of everything."""
-    if len(classes) == 1 and any(e.is_dir() for e in _visible(root / classes[0])):
-        yield (
-            f"all images are of one class, {classes[0]}; if its folders are the "
-            f"classes, name {root / classes[0]} instead"
+        ids = [os.path.basename(name).split("_")[0] for name in names]
+        classes, labels = np.unique(ids, return_inverse=True)
+        super().__init__(
+            FolderFiles(root, names),
+            labels,
+            classes.tolist(),
+            size=size,
+            flip=flip,
+            max_corrupt_fraction=max_corrupt_fraction,
         )
 
 
-def require_folder(path):
-    """-> Path of a folder that is there."""
+class CifarFolder(ImageFolder):
+    """path/train/<class>/*.png or .jpg, and path/test/ alike; images [32, 32, 3]."""
+
+    def __init__(
+        self,
+        path: str,
+        train: bool = True,
+        flip: bool = True,
+        max_corrupt_fraction: float = 0.001,
+    ):
+        root = require_folder(path)
+        _refuse_pickles(root)
+        folder = root / ("train" if train else "test")
+        super().__init__(folder, 32, flip, max_corrupt_fraction)
+
+
+class CifarBinary(Arrays):
+    """The batches of cifar-10-binary.tar.gz, unpacked: cifar-10-batches-bin."""
+
+    def __init__(self, path: str, train: bool = True, flip: bool = True):
+        root = require_folder(path)
+        _refuse_pickles(root)
+        files = sorted(root.glob(CIFAR_BATCHES[train]))
+        if not files:
+            raise UserError(
+                f"no {CIFAR_BATCHES[train]} in {root}; unpack the binary version"
+            )
+        rows = np.concatenate([_read_cifar_rows(file) for file in files])
+        images = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        super().__init__(np.ascontiguousarray(images), rows[:, 0], 10, flip)
+        names = root / "batches.meta.txt"
+        if names.exists():
+            self.class_names = names.read_text().split()[:10]
+
+
+def is_image(name: str) -> bool:
+    """Returns whether a file's name ends like an image's, for torchvision."""
+    return name.lower().endswith(tuple(ENDINGS))
+
+
+def require_folder(path: str) -> Path:
+    """Returns the Path of a folder, or refuses one that is not there."""
     path = local_path(path)
     if path.is_file():
         raise UserError(
@@ -142,30 +183,48 @@ def require_folder(path):
 
 
 def _visible(folder):
-    """Entries of a folder by name, without hidden ones."""
+    """Returns the entries of a folder by name, without hidden ones."""
     with os.scandir(folder) as entries:
-        seen = [entry for entry in entries if not entry.name.startswith(".")]
-    return sorted(seen, key=lambda entry: entry.name)
+        visible = [entry for entry in entries if not entry.name.startswith(".")]
+    return sorted(visible, key=lambda entry: entry.name)
 
 
-def _folders(folder, above=()):
-    """(path, its files' entries) of a folder and of all below it."""
-    here = os.path.realpath(folder)
-    if here in above:  # a link that leads back up
+def _walk(folder, above=()):
+    """Yields (path, entries of its files) of a folder and of all below it."""
+    real = os.path.realpath(folder)
+    if real in above:  # a link that leads back up
         return
     entries = _visible(folder)
     yield str(folder), [entry for entry in entries if not entry.is_dir()]
     for entry in entries:
         if entry.is_dir():
-            yield from _folders(entry.path, (*above, here))
+            yield from _walk(entry.path, (*above, real))
 
 
 def _adm_files(folder, above=()):
-    here = os.path.realpath(folder)
-    if here in above:
+    """Yields paths of images; unlike in _walk, folders are sorted among the files."""
+    real = os.path.realpath(folder)
+    if real in above:
         return
     for entry in _visible(folder):
         if entry.is_dir():
-            yield from _adm_files(entry.path, (*above, here))
+            yield from _adm_files(entry.path, (*above, real))
         elif entry.name.lower().endswith(tuple(ADM_ENDINGS)):
             yield entry.path
+
+
+def _read_cifar_rows(file):
+    data = file.read_bytes()
+    if not data or len(data) % CIFAR_ROW:
+        raise UserError(
+            f"{file} has {len(data)} bytes, no multiple of {CIFAR_ROW}; unpack it again"
+        )
+    return np.frombuffer(data, np.uint8).reshape(-1, CIFAR_ROW)
+
+
+def _refuse_pickles(root):
+    if any((root / name).exists() for name in ("data_batch_1", "test_batch")):
+        raise UserError(
+            f"{root} holds CIFAR's python batches, which are pickles and could run "
+            "code; unpack cifar-10-binary.tar.gz for CifarBinary (--kind cifar-binary)"
+        )

@@ -6,39 +6,74 @@ profile, 16 bits of a colour cut to 8, 16 bits of grey cut off at 255. EXIF is n
 looked at there, so a photograph that says "turn me" stays as it lies; so it does here.
 """
 
+import functools
 import hashlib
 import io
 import os
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, UnidentifiedImageError
 
+from sit_jax.data.sources import DataSource
 from sit_jax.errors import UserError, hush
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
-hush("PIL")
-CROP = "ADM centre crop"  # the rule's name in the tags of caches
+CROP = "ADM centre crop"  # the rule's name in the metadata of caches
 
 
-class BrokenImage(UserError):
+class CorruptImage(UserError):
     """An image that cannot be decoded; its message begins with the image's name."""
 
 
-class Images:
+class ImageFiles(Protocol):
+    """The bytes of image files, by number."""
+
+    names: np.ndarray  # bytes [n], see pack_names
+
+    def __getitem__(self, i: int) -> bytes:
+        """Reads file i; raises CorruptImage where it cannot be read."""
+        ...
+
+    def name(self, i: int) -> str:
+        """Returns the name of file i in messages."""
+        ...
+
+
+class Images(DataSource):
     """Image files with labels as records, uint8 [size, size, 3].
 
-    files: a sequence of bytes with .name(i) and .names. Where `flip` is true, batches
-    take .mirrored(i) instead of [i] at every second position or so; where more than
-    `broken_share` of the images cannot be decoded, they stop.
+    Args:
+      files: where the images are.
+      labels: the class of each image.
+      class_names: names of the classes, in their order.
+      size: pixels of a side after the centre crop.
+      flip: whether batches mirror half of the images.
+      max_corrupt_fraction: if a larger part of the images cannot be decoded, it ends.
     """
 
-    def __init__(self, files, labels, class_names, size, flip, broken_share):
+    def __init__(
+        self,
+        files: ImageFiles,
+        labels: Sequence[int],
+        class_names: Sequence[str],
+        *,
+        size: int,
+        flip: bool,
+        max_corrupt_fraction: float,
+    ):
         if size < 1:
             raise UserError(f"size={size} must be at least 1")
-        if not 0 <= broken_share <= 1:
-            raise UserError(f"broken_share={broken_share} must be in [0, 1]")
+        if not 0 <= max_corrupt_fraction <= 1:
+            raise UserError(
+                f"max_corrupt_fraction={max_corrupt_fraction} must be in [0, 1]"
+            )
         self.files, self.labels = files, np.asarray(labels, np.int32)
         self.class_names, self.classes = list(class_names), len(class_names)
-        self.shape, self.flip, self.broken_share = (size, size, 3), flip, broken_share
+        self.shape, self.flip = (size, size, 3), flip
+        self.max_corrupt_fraction = max_corrupt_fraction
 
     def __len__(self):
         return len(self.labels)
@@ -46,90 +81,104 @@ class Images:
     def __getitem__(self, i):
         try:
             data, label = self.read(i)
-            image = center_crop(rgb(data), self.shape[0])
-        except BrokenImage as error:
-            raise BrokenImage(f"{self.name(i)}: {error}") from error
+            image = center_crop(to_rgb(data), self.shape[0])
+        except CorruptImage as error:
+            raise CorruptImage(f"{self.name(i)}: {error}") from error
         return {"image": image, "label": label}
 
-    def read(self, i):
-        """-> bytes of image i, its label."""
-        label = self.labels[i]  # first: it raises IndexError at the end
-        return self.files[i], label
-
-    def mirrored(self, i):
-        """Record i, its right side left."""
+    def flipped(self, i):
         record = self[i]
         return record | {"image": record["image"][:, ::-1]}
 
-    def name(self, i):
+    def read(self, i: int) -> tuple[bytes | np.ndarray, np.int32]:
+        """Returns the bytes (or decoded pixels) of image i, and its label."""
+        label = self.labels[i]  # first: it raises IndexError at the end
+        return self.files[i], label
+
+    def name(self, i: int) -> str:
+        """Returns what messages call image i."""
         return self.files.name(i)
 
-    def listing(self):
-        """sha256 of what there is: classes, and each image's name and label."""
+    def listing_sha256(self) -> str:
+        """Returns the sha256 of the classes and of each image's name and label."""
         names = "\0".join(self.class_names)
         digest = hashlib.sha256(os.fsencode(names))  # they need not be UTF-8
-        digest.update(self.files.names.digest().encode())
+        digest.update(names_sha256(self.files.names).encode())
         digest.update(self.labels.astype("<i4").tobytes())
         return digest.hexdigest()
 
 
-def rgb(data):
-    """Bytes of an image file, or an uint8 array of its pixels -> PIL image in RGB."""
-    image_module = pillow()
+def pack_names(names: Iterable[str]) -> np.ndarray:
+    """Returns names as an array of bytes: a million paths take tens of megabytes."""
+    return np.array([os.fsencode(name) for name in names], bytes)
+
+
+def names_sha256(names: np.ndarray) -> str:
+    """Returns the sha256 of packed names: of the offset where each ends, and of all."""
+    words = names.tolist()
+    ends = np.cumsum([0, *map(len, words)])
+    digest = hashlib.sha256(ends.astype("<i8").tobytes())
+    digest.update(b"".join(words))
+    return digest.hexdigest()
+
+
+def to_rgb(data: bytes | UInt8[np.ndarray, "h w c"]) -> Image.Image:
+    """Decodes an image file, or takes its pixels, as PIL's convert("RGB") sees it.
+
+    Raises:
+      CorruptImage: whatever is wrong with it, or if it is of another format or larger
+        than PIL's limit of pixels.
+    """
+    _silence_pillow()
     try:
         if isinstance(data, np.ndarray):
-            image = image_module.fromarray(data[..., 0] if _grey(data) else data)
+            image = Image.fromarray(data[..., 0] if data.shape[2:] == (1,) else data)
         else:
-            image = image_module.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
         _require_small(*image.size)
         # which colour is transparent does not change RGB, but makes PIL warn
         image.info.pop("transparency", None)
         return image.convert("RGB")
     except MemoryError:
         raise
+    except UnidentifiedImageError as error:
+        # PIL's words hold an address in memory, and a cache keeps them
+        words = f"not an image in one of {', '.join(FORMATS)}"
+        raise CorruptImage(words) from error
     except Exception as error:  # decoders raise anything: SyntaxError, struct.error ..
         words = str(error).splitlines() or [type(error).__name__]
-        if isinstance(error, image_module.UnidentifiedImageError):
-            # PIL's words hold an address in memory, and a cache keeps them
-            words = [f"not an image in one of {', '.join(FORMATS)}"]
-        raise BrokenImage(words[0]) from error
+        raise CorruptImage(words[0]) from error
 
 
-def center_crop(image, size):
-    """PIL image -> uint8 [size, size, 3], by the rule of ADM, DiT, SiT and MDT.
+def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """Scales an image and cuts out its middle, by the rule of ADM, DiT, SiT and MDT.
 
     Halved with a box filter while the short side is at least twice `size`, brought to
     `size` with a bicubic one, cut in the middle (rounding to the even and down).
+
+    Source: github.com/openai/guided-diffusion, image_datasets.py, center_crop_arr.
     """
-    resampling = pillow().Resampling
     while min(image.size) >= 2 * size:
         half = (image.width // 2, image.height // 2)
-        image = image.resize(half, resampling.BOX)
+        image = image.resize(half, Image.Resampling.BOX)
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
     _require_small(width, height)
-    image = image.resize((width, height), resampling.BICUBIC)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
     x, y = (width - size) // 2, (height - size) // 2
     return np.asarray(image.crop((x, y, x + size, y + size)))
 
 
-def pillow():
-    """PIL.Image, once it is needed."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise UserError("images are decoded by Pillow: pip install pillow") from error
-    return Image
-
-
-def _grey(array):
-    return array.ndim == 3 and array.shape[-1] == 1
+@functools.cache
+def _silence_pillow():
+    """Keeps Pillow's log off the console, once: what it logs, it also raises."""
+    hush("PIL")
 
 
 def _require_small(width, height):
     """PIL refuses twice as much, and only when opening; a strip can grow in a crop."""
-    limit = pillow().MAX_IMAGE_PIXELS
+    limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > limit:
-        raise BrokenImage(
+        raise CorruptImage(
             f"{width} x {height} are more than PIL's limit of {limit} pixels"
         )

@@ -1,58 +1,87 @@
-"""Where records come from. A source is a sequence of dicts of numpy arrays.
+"""Data sources: sequences of records, each a dict of numpy arrays.
 
-Each record holds "label", an int32 in [0, classes), and one of
-"image" uint8 [H, W, C], "moments" float32 [H, W, 2C] (mean, log variance of a VAE),
-"latent" float32 [H, W, C] (already scaled). `source.shape` is that array's shape and
-`source.classes` the number of classes. Where `source.flip` is true, source.mirrored(i)
-is record i seen in a mirror, and batches take it half of the time. A BrokenImage is
-replaced by another record. Sources can be pickled and need no JAX.
+A record holds "label", an int32 in [0, classes), and one of
+"image" uint8 [h, w, c],
+"moments" float32 [h, w, 2c], the mean and log variance of a VAE's posterior,
+"latent" float32 [h, w, c], drawn from the posterior and scaled already.
+Sources can be pickled and do not import JAX, as worker processes read them.
 """
 
 import dataclasses
+import hashlib
 import math
 import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
+from jaxtyping import Float, Int, UInt8
 
 from sit_jax.errors import UserError
 from sit_jax.files import local_path
 
-KINDS = {"image": np.uint8, "moments": np.float32, "latent": np.float32}
-HEADER = (  # of a .npy file: {'descr': '<f4', 'fortran_order': False, 'shape': (1,), }
+RECORD_DTYPES = {"image": np.uint8, "moments": np.float32, "latent": np.float32}
+NPY_HEADER = (  # {'descr': '<f4', 'fortran_order': False, 'shape': (1,), }
     re.compile(rb"'descr': *'([<>|=][fiu][1248])'"),
     re.compile(rb"'fortran_order': *(True|False)"),
     re.compile(rb"'shape': *\(([\d, ]*)\)"),
 )
-OTHERS = (
+OTHER_SOURCES = (
     "--config.source.path=DIR names another, configs/sit_xl2_cached.py is for what "
     "extract_features.py writes, --config.synthetic=True for random latents"
 )
 
+Record = dict[str, Any]
 
-class Digits:
+
+class DataSource(Protocol):
+    """A sequence of records. Subclass it, to have the defaults of what is optional.
+
+    It stands here and not in sit_jax/typing.py, which imports JAX.
+    """
+
+    shape: tuple[int, ...]  # of a record's image, moments or latent
+    classes: int
+    class_names: Sequence[str] | None = None
+    flip: bool = False  # batches take flipped(i) for half of the positions
+    max_corrupt_fraction: float = 0.0  # more CorruptImages than that end a run
+    metadata: Any = None  # CacheMetadata, where the records are latents of a known VAE
+    path: Path | None = None  # of the cache that metadata describes
+    remarks: Sequence[str] = ()  # sentences on what its owner may not have meant
+
+    def __len__(self) -> int:
+        """Returns the number of records."""
+        ...
+
+    def __getitem__(self, i: int) -> Record:
+        """Returns record i; raises IndexError beyond the last one."""
+        ...
+
+    def flipped(self, i: int) -> Record:
+        """Returns record i, mirrored left to right."""
+        raise NotImplementedError
+
+
+class Digits(DataSource):
     """The 1,797 handwritten digits of scikit-learn, images [8, 8, 1].
 
-    The split is the same for everybody: held_out records, each class in its share.
+    The split into training and held-out records is the same for everybody; each class
+    gives its share of the held-out ones.
     """
 
     shape, classes = (8, 8, 1), 10
 
     def __init__(self, train: bool = True, held_out: int = 500, seed: int = 0):
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError as error:
-            raise UserError(
-                "the digits come with scikit-learn: pip install scikit-learn"
-            ) from error
-        if seed < 0:
-            raise UserError(f"seed={seed} of Digits must be at least 0")
+        from sklearn.datasets import load_digits
+
         scans = load_digits()
         if not 0 < held_out < len(scans.target):
             raise UserError(
                 f"held_out={held_out} leaves nothing to train or to test on; "
                 f"there are {len(scans.target)} digits"
             )
-        ids = _split(scans.target, held_out, seed)[0 if train else 1]
+        ids = _stratified_split(scans.target, held_out, seed)[0 if train else 1]
         grey = np.round(scans.images[ids] * (255 / 16))  # 16 is full ink
         self.images = grey.astype(np.uint8)[..., None]  # [N, 8, 8, 1]
         self.labels = scans.target[ids].astype(np.int32)  # [N]
@@ -65,8 +94,8 @@ class Digits:
 
 
 @dataclasses.dataclass(frozen=True)
-class Synthetic:
-    """Normal noise as latents: for trying things out. Record i follows from seed, i."""
+class Synthetic(DataSource):
+    """Normal noise as latents, to try things out. Record i follows from (seed, i)."""
 
     shape: tuple = (32, 32, 4)
     classes: int = 1000
@@ -91,12 +120,73 @@ class Synthetic:
         return {"latent": latent, "label": np.int32(rng.integers(self.classes))}
 
 
-class LatentFolder:
-    """fast-DiT's folder of latents [H, W, 4], one file an image.
+class Arrays(DataSource):
+    """Images in memory.
 
-    path/imagenet256_features/{i}.npy is float32 [1, 4, H, W], one draw of the VAE's
+    Args:
+      images: the pixels of all images.
+      labels: the class of each image.
+      classes: number of classes; by default one more than the largest label.
+      flip: whether batches mirror half of the images.
+    """
+
+    def __init__(
+        self,
+        images: UInt8[np.ndarray, "n h w c"],
+        labels: Int[np.ndarray, "n"],
+        classes: int | None = None,
+        flip: bool = False,
+    ):
+        images, labels = np.asarray(images), np.asarray(labels)
+        if images.ndim != 4 or images.dtype != np.uint8:
+            raise UserError(
+                f"images are {images.dtype} {list(images.shape)}; give uint8 "
+                "[N, H, W, C]"
+            )
+        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+            raise UserError(
+                f"labels are {labels.dtype} {list(labels.shape)}; give "
+                f"{len(images)} integers"
+            )
+        least, most = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
+        self.classes = most + 1 if classes is None else classes
+        if least < 0 or most >= self.classes:
+            raise UserError(
+                f"labels go from {least} to {most}, but there are {self.classes} "
+                f"classes (0..{self.classes - 1})"
+            )
+        self.images, self.labels = images, labels.astype(np.int32)
+        self.shape, self.flip = images.shape[1:], flip
+        self.class_names = [str(label) for label in range(self.classes)]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return {"image": self.images[i], "label": self.labels[i]}
+
+    def flipped(self, i):
+        return {"image": self.images[i][:, ::-1], "label": self.labels[i]}
+
+    def name(self, i: int) -> str:
+        """Returns what messages call image i."""
+        return f"image {i}"
+
+    def listing_sha256(self) -> str:
+        """Returns the sha256 of the images and their labels."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.images).data)
+        digest.update(self.labels.astype("<i4").tobytes())
+        return digest.hexdigest()
+
+
+class LatentFolder(DataSource):
+    """fast-DiT's folder of latents, one file an image.
+
+    path/imagenet256_features/{i}.npy is float32 [1, c, h, w], one draw of the VAE's
     posterior with the scale 0.18215 and a random flip already in it;
     path/imagenet256_labels/{i}.npy is an integer [1]. The names say 256 at any size.
+
+    Source: github.com/chuanyangjin/fast-DiT, extract_features.py.
     """
 
     def __init__(self, path: str, classes: int = 1000):
@@ -104,8 +194,13 @@ class LatentFolder:
         self.features = folder / "imagenet256_features"
         self.targets = folder / "imagenet256_labels"
         self.classes = classes
-        self.names = _names(self.features)
-        _same(self.names, _names(self.targets), folder)
+        self.names = _npy_names(self.features)
+        unpaired = sorted(set(self.names) ^ set(targets := _npy_names(self.targets)))
+        if unpaired:
+            raise UserError(
+                f"{folder} has {len(self.names)} latents and {len(targets)} labels; "
+                f"{unpaired[0]} is in one folder only; extract it again or remove it"
+            )
         self.shape = None  # any, for the first record
         self.shape = self[0]["latent"].shape
 
@@ -114,7 +209,7 @@ class LatentFolder:
 
     def __getitem__(self, i):
         name = self.names[i]
-        latent, label = _read(self.features / name), _read(self.targets / name)
+        latent, label = _read_npy(self.features / name), _read_npy(self.targets / name)
         if latent.ndim == 4 and len(latent) == 1:
             latent = latent[0]
         if latent.ndim != 3 or latent.dtype.kind != "f":
@@ -142,38 +237,101 @@ class LatentFolder:
         )
 
 
-def _split(labels, held_out, seed):
-    """-> ids to train on, ids held out; every class gives its share of the latter."""
+class LabelOffset(DataSource):
+    """Another source's records, where class c becomes class `after` + c.
+
+    For new classes by LoRA: a base network of 1,000 classes and a folder of 3 give
+    1,003, of which the data shows the last 3.
+    """
+
+    def __init__(self, source: DataSource, after: int = 1000):
+        if after < 0:
+            raise UserError(f"source.after is {after}; it must be at least 0")
+        self.source, self.after = source, after
+        self.classes, self.shape = after + source.classes, source.shape
+        self.class_names, self.flip = source.class_names, source.flip
+        self.max_corrupt_fraction = source.max_corrupt_fraction
+        self.metadata, self.path = source.metadata, source.path
+        self.remarks = source.remarks
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i):
+        return self._with_offset(self.source[i])
+
+    def flipped(self, i):
+        return self._with_offset(self.source.flipped(i))
+
+    def _with_offset(self, record):
+        return {**record, "label": np.int32(record["label"] + self.after)}
+
+
+def invert(image: UInt8[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "h w c"]:
+    """Returns the negative of an image."""
+    return 255 - image
+
+
+def slant(
+    image: UInt8[np.ndarray, "h w c"], slope: float = 0.5
+) -> UInt8[np.ndarray, "h w c"]:
+    """Returns an image that leans to the right; its middle row stays where it is."""
+    height, width, _ = image.shape
+    rows = np.arange(height)[:, None]
+    columns = np.arange(width)[None] - slope * ((height - 1) / 2 - rows)  # to read from
+    left = np.floor(columns).astype(int)
+    weight = (columns - left)[..., None]
+    padded = np.pad(image.astype(np.float32), ((0, 0), (1, 1), (0, 0)))
+    take = lambda column: padded[rows, np.clip(column + 1, 0, width + 1)]
+    mixed = (1 - weight) * take(left) + weight * take(left + 1)
+    return np.round(mixed).astype(np.uint8)
+
+
+class ImageTransform(DataSource):
+    """Another source's images, each as `transform` makes it; they are not flipped.
+
+    Args:
+      source: a source of images.
+      transform: uint8 [h, w, c] -> uint8 [h, w, c].
+    """
+
+    def __init__(self, source: DataSource, transform: Callable = invert):
+        self.source, self.transform = source, transform
+        self.shape, self.classes = source.shape, source.classes
+        self.class_names = source.class_names
+        self.max_corrupt_fraction = source.max_corrupt_fraction
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i):
+        record = self.source[i]
+        return {**record, "image": self.transform(record["image"])}
+
+
+def _stratified_split(labels, held_out, seed):
+    """Returns ids to train on and ids held out; each class gives its share of both."""
     order = np.random.default_rng(seed).permutation(len(labels))
-    place = np.empty(len(labels))  # of a record within its class, from 0 to 1
+    rank = np.empty(len(labels))  # of a record within its class, from 0 to 1
     for label in np.unique(labels):
         members = order[labels[order] == label]
-        place[members] = (np.arange(len(members)) + 0.5) / len(members)
-    ranked = order[np.argsort(place[order], kind="stable")]
+        rank[members] = (np.arange(len(members)) + 0.5) / len(members)
+    ranked = order[np.argsort(rank[order], kind="stable")]
     return np.sort(ranked[held_out:]), np.sort(ranked[:held_out])
 
 
-def _names(folder):
-    """Names of the .npy files, 2 before 10, as they were numbered."""
+def _npy_names(folder):
+    """Returns the names of the .npy files, 2 before 10, as they were numbered."""
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}; {OTHERS}")
+        raise UserError(f"no folder {folder}; {OTHER_SOURCES}")
     names = [path.name for path in folder.iterdir() if path.suffix == ".npy"]
     if not names:
-        raise UserError(f"no .npy files in {folder}; {OTHERS}")
+        raise UserError(f"no .npy files in {folder}; {OTHER_SOURCES}")
     return sorted(names, key=lambda name: (len(name), name))
 
 
-def _same(features, labels, folder):
-    odd = sorted(set(features) ^ set(labels))
-    if odd:
-        raise UserError(
-            f"{folder} has {len(features)} latents and {len(labels)} labels; "
-            f"{odd[0]} is in one folder only; extract it again or remove it"
-        )
-
-
-def _read(path):
-    """The array of a .npy file of numbers (NEP 1); objects and code are refused.
+def _read_npy(path) -> Float[np.ndarray, "..."] | Int[np.ndarray, "..."]:
+    """Reads a .npy file of numbers (NEP 1); objects and code are refused.
 
     Not by numpy: it evaluates the header with ast, which in threads of Python 3.11
     ends in a SystemError now and then (cpython#106905).
@@ -182,10 +340,10 @@ def _read(path):
         data = path.read_bytes()
         start = 10 if data[6:7] == b"\1" else 12  # of the header, after its length
         end = start + int.from_bytes(data[8:start], "little")
-        found = [key.search(data[start:end]) for key in HEADER]
-        if data[:6] != b"\x93NUMPY" or None in found:
+        fields = [field.search(data[start:end]) for field in NPY_HEADER]
+        if data[:6] != b"\x93NUMPY" or None in fields:
             raise ValueError("no .npy file of numbers")
-        dtype, fortran, shape = (match[1].decode() for match in found)
+        dtype, fortran, shape = (match[1].decode() for match in fields)
         shape = [int(size) for size in shape.replace(",", " ").split()]
         array = np.frombuffer(data, dtype, math.prod(shape), end)
         return array.reshape(shape, order="F" if fortran == "True" else "C")

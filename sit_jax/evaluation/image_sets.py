@@ -9,8 +9,9 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from PIL import Image
 
-from sit_jax.data.images import pillow, rgb
+from sit_jax.data.images import to_rgb
 from sit_jax.errors import UserError
 from sit_jax.files import local_path
 
@@ -110,7 +111,7 @@ def _checked(file):
 def _size(file):
     """(height, width), from the file's beginning."""
     try:
-        with pillow().open(file) as image:
+        with Image.open(file) as image:
             return image.height, image.width
     except Exception as error:  # decoders raise anything
         raise UserError(f"{file} cannot be read as an image") from error
@@ -118,6 +119,6 @@ def _size(file):
 
 def _pixels(file):
     try:
-        return np.asarray(rgb(file.read_bytes()))
+        return np.asarray(to_rgb(file.read_bytes()))
     except UserError as error:
         raise UserError(f"{file} cannot be read as an image ({error})") from error

@@ -13,8 +13,8 @@ from sit_jax.checkpoint import Checkpoints, steps
 from sit_jax.config import build, to_json
 from sit_jax.convert.given import Given
 from sit_jax.convert.vae_files import load_vae, with_vae
-from sit_jax.data.cache import about_data
-from sit_jax.data.feed import abstract_batch, batches
+from sit_jax.data.latent_cache import describe_data
+from sit_jax.data.loader import abstract_batch, batches
 from sit_jax.data.sources import Synthetic
 from sit_jax.errors import UserError
 from sit_jax.experiment import validate
@@ -126,9 +126,9 @@ def train(
         stack.callback(feed.close)
 
         # compile
-        names = getattr(source, "class_names", None)
+        names = source.class_names
         previews = Previews(log, config, experiment, mesh, names)
-        meta = {"config": stored, **about_data(source, experiment.codec), **base}
+        meta = {"config": stored, **describe_data(source, experiment.codec), **base}
         decay = experiment.ema_decay
         writer = CheckpointWriter(checkpoints, replicas, meta, history, decay)
         stack.enter_context(stop)
@@ -195,7 +195,7 @@ def log_summary(
         f"{jax.devices()[0].device_kind}; EMA decay {config.ema_decay}; "
         f"attention {attention.attention_name(model)}"
     )
-    for line in (*getattr(source, "remarks", ()), *held_whole(mesh, state.params)):
+    for line in (*source.remarks, *held_whole(mesh, state.params)):
         say(line)
 
 

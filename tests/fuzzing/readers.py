@@ -4,6 +4,7 @@ Whatever the bytes, a reader returns or raises a UserError.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import tarfile
@@ -19,10 +20,15 @@ from sit_jax import files
 from sit_jax.config import from_json
 from sit_jax.convert import lora_files, torch_files, vae_files
 from sit_jax.convert.graph_files import constants
-from sit_jax.data.images import rgb
-from sit_jax.data.shards import ShardReader, ShardWriter, unpack
-from sit_jax.data.tags import Tags, read_tags
-from sit_jax.data.tars import Members, read_members
+from sit_jax.data.archives import TarFiles, read_members
+from sit_jax.data.images import to_rgb
+from sit_jax.data.latent_cache import (
+    CacheMetadata,
+    LatentCache,
+    ShardWriter,
+    parse_metadata,
+    read_last_record,
+)
 from sit_jax.diagnosis import bundle
 from sit_jax.errors import UserError, one_line
 from sit_jax.evaluation.evaluated import open_side
@@ -63,9 +69,9 @@ def config(path):
     from_json(files.read_json(path))
 
 
-def tags(path):
-    found = read_tags(files.read_json(path), path)
-    found.shard(0)
+def metadata(path):
+    found = parse_metadata(files.read_json(path), path)
+    found.shard_ids(0)
 
 
 def vae_config(path):
@@ -88,19 +94,24 @@ def bundled(path):
 
 def tar(path):
     members = list(read_members(path, largest=2**20))
-    each = Members([path], [0] * len(members), members)
+    each = TarFiles([path], [0] * len(members), members)
     for i in range(min(len(members), 8)):
         each[i]
 
 
 def image(path):
-    rgb(path.read_bytes())
+    to_rgb(path.read_bytes())
 
 
 def shard(path):
-    reader = ShardReader(path)
-    reader.what()
-    unpack(reader.read(0), (2, 2, 2), np.dtype("<f4"))
+    with contextlib.suppress(UserError):
+        read_last_record(path)
+    folder = path.parent
+    if path.name != METADATA.shard_name(0):
+        path.rename(folder / METADATA.shard_name(0))
+    about = {"tags": vars(METADATA), "images": [1], "class_names": []}
+    (folder / "cache.json").write_text(json.dumps(about))
+    LatentCache(folder)[0]
 
 
 def written(write, ending=""):
@@ -161,9 +172,9 @@ def tars():
 
 def shards():
     def write(path):
-        writer = ShardWriter(path)
-        writer.add(3, 1, np.ones((2, 2, 2, 2), np.float32))
-        writer.close({"images": 1})
+        writer = ShardWriter(path, METADATA)
+        writer.add([3], [1], np.ones((2, 1, 2, 2, 8), np.float32))
+        writer.close()
 
     yield written(write)
 
@@ -184,7 +195,7 @@ def graphs():
     yield field(1, field(1, b"a") + field(2, b"Const") + field(5, value))
 
 
-TAGS = Tags(
+METADATA = CacheMetadata(
     "moments", (2, 2, 8), "float32", 2, "ab", "exact", 0.18, 16, "c", "d", 9, 3, 2
 )
 ADAPTER = {
@@ -208,7 +219,7 @@ READERS = {  # name: ending of the file, its reader, files in order
     "judged": (".npz", judged, npz_files),
     "manifest": (".json", manifest, manifests),
     "config": (".json", config, lambda: as_json({"a": {"name": "optax.adamw"}})),
-    "tags": (".json", tags, lambda: as_json(vars(TAGS))),
+    "metadata": (".json", metadata, lambda: as_json(vars(METADATA))),
     "vae_config": (".json", vae_config, lambda: as_json(VAE)),
     "adapter_config": (".json", adapter_config, lambda: as_json(ADAPTER)),
     "adapter": (".safetensors", adapter, lambda: [safetensors.numpy.save(LORA)]),

@@ -11,17 +11,17 @@ import time
 import photographs
 from conftest import ROOT
 
-from sit_jax.data.cache import LatentCache
+from sit_jax.data.latent_cache import LatentCache
 
 RUN = """
 import time
-import extract_features
+from sit_jax.cli import extract_features
 from toy_codec import toy
 
 slow = {slow}
 read = extract_features.ImageFolder.read
 extract_features.ImageFolder.read = lambda s, i: (time.sleep(slow), read(s, i))[1]
-extract_features.load = lambda vae, precision: toy()
+extract_features.load_codec = lambda vae, precision: toy()
 extract_features.main()
 """
 IMAGES = 240
@@ -51,7 +51,7 @@ def contents(path):
 def test_two_processes_and_a_kill_give_what_one_gives(tmp_path):
     root = photographs.folder(tmp_path / "images", each=IMAGES // 3, size=(10, 8))
     one, two, killed = (tmp_path / name for name in ("one", "two", "killed"))
-    assert f"{IMAGES} images in {one}, 0 broken" in end(begin(root, one))
+    assert f"{IMAGES} images in {one}, 0 corrupt" in end(begin(root, one))
     both = [begin(root, two, "--process", i, "--processes", 2) for i in range(2)]
     assert sum("waits for the shards" in end(each) for each in both) <= 1
     process = begin(root, killed, slow=0.02)

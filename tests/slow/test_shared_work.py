@@ -17,9 +17,9 @@ from sit_jax.config import spec
 from sit_jax.data.sources import Digits
 
 EXTRACT = """
-import extract_features
+from sit_jax.cli import extract_features
 from toy_codec import toy
-extract_features.load = lambda vae, precision: toy()
+extract_features.load_codec = lambda vae, precision: toy()
 extract_features.main()
 """
 EVALUATE = """
@@ -100,7 +100,7 @@ def extracted(count, root, out):
     """60 photographs as a cache, by so many processes; -> {name: bytes}."""
     more = ("--vae", "x", "--size", 8, "--out", out, "--shards", 6, "--batch-size", 8)
     said = processes.run(count, "-c", EXTRACT, "--data", root, *more)
-    assert f"\n60 images in {out}, 0 broken" in said
+    assert f"\n60 images in {out}, 0 corrupt" in said
     kept = (file for file in out.iterdir() if file.name != "manifest.json")
     return {file.name: file.read_bytes() for file in kept}
 

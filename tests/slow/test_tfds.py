@@ -3,15 +3,18 @@
 Seconds: pip install -r requirements-slow.txt, pytest tests/slow/test_tfds.py
 """
 
+import contextlib
 import io
 import sys
+from functools import partial
 
+import grain
 import numpy as np
 import photographs
 import pytest
 
-from sit_jax.data.prepared import Tfds
-from sit_jax.data.workers import Workers
+from sit_jax.data.archives import Tfds
+from sit_jax.data.loader import prefetch, read_records
 from sit_jax.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("default")  # theirs are not ours to mend
@@ -58,14 +61,13 @@ def test_its_images_are_those_that_went_in(prepared):
 
 def test_copies_in_other_processes_read_the_same(prepared):
     source = Tfds("pets", size=16, data_dir=prepared)
-    workers = Workers(source, 2)
-    try:
-        rows, broken = workers(range(IMAGES), np.ones(IMAGES, bool))
-    finally:
-        workers.close()
-    wanted = [source.mirrored(i)["image"] for i in range(IMAGES)]
-    np.testing.assert_array_equal(rows["image"], wanted)
-    assert not broken
+    read = partial(read_records, source, flips=[True])
+    steps = grain.MapDataset.source([[i] for i in range(IMAGES)]).map(read)
+    with contextlib.closing(prefetch(steps, 1, workers=2)) as records:
+        for i in range(IMAGES):
+            rows, corrupt = next(records)
+            assert not corrupt
+            np.testing.assert_array_equal(rows["image"][0], source.flipped(i)["image"])
 
 
 def test_what_is_not_prepared_is_one_line(prepared):

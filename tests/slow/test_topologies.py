@@ -6,7 +6,7 @@ import pytest
 import small
 
 from sit_jax import checkpoint
-from sit_jax.data.feed import batches
+from sit_jax.data.loader import batches
 from sit_jax.data.sources import Synthetic
 from sit_jax.parallel.mesh import make_mesh
 from sit_jax.planning.program import train_step, training_recipe

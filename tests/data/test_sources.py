@@ -1,16 +1,15 @@
 """Digits, synthetic records and folders of latents."""
 
 import pickle
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
-from numbered import mesh
 
 from sit_jax.data import Digits, LatentFolder, Synthetic, batches
+from sit_jax.data.sources import Arrays, ImageTransform, LabelOffset, invert, slant
 from sit_jax.errors import UserError
+from sit_jax.parallel.mesh import make_mesh
 
 
 def write_folder(path, names=("0", "1", "2", "10"), shape=(1, 4, 2, 3)):
@@ -76,12 +75,6 @@ def test_digits_refuse_an_empty_side(held_out):
         Digits(held_out=held_out)
 
 
-def test_digits_name_the_package_they_need(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(UserError, match="pip install scikit-learn"):
-        Digits()
-
-
 def test_synthetic_records_follow_from_seed_and_index():
     source = Synthetic((3, 2, 4), classes=7, length=400)
     first = source[5]
@@ -128,8 +121,9 @@ def test_latent_folder_parses_no_python_in_its_threads(tmp_path, monkeypatch):
         raise SystemError("AST constructor recursion depth mismatch")
 
     monkeypatch.setattr("ast.literal_eval", mismatch)
-    with batches(source, 8, 0, 0, mesh(1)) as feed:
-        batch = jax.device_get(next(feed))
+    mesh = make_mesh(devices=jax.devices()[:1])
+    with batches(source, 8, 0, 0, mesh) as loader:
+        batch = jax.device_get(next(loader))
     np.testing.assert_array_equal(batch["latent"][:, 0, 0, 0], 100 * batch["label"])
 
 
@@ -217,9 +211,57 @@ def test_sources_can_be_pickled(tmp_path):
             np.testing.assert_array_equal(copy[2][name], value)
 
 
-def test_sources_need_no_jax():
-    code = (
-        "import sys; from sit_jax.data import Synthetic; Synthetic((2, 2, 1), 3)[0]; "
-        "sys.exit('jax' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+def test_arrays_are_records():
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 20, 3), np.uint8)
+    source = Arrays(images, [2, 0, 1], flip=True)
+    assert (len(source), source.shape, source.classes) == (3, (16, 20, 3), 3)
+    np.testing.assert_array_equal(source[1]["image"], images[1])
+    np.testing.assert_array_equal(source.flipped(1)["image"], images[1][:, ::-1])
+    assert source[0]["label"] == 2 and source[0]["label"].dtype == np.int32
+    assert source.listing_sha256() == Arrays(images.copy(), [2, 0, 1]).listing_sha256()
+    assert source.listing_sha256() != Arrays(images, [2, 1, 1]).listing_sha256()
+
+
+@pytest.mark.parametrize(
+    "images, labels, classes, says",
+    [
+        (np.zeros((2, 4, 4), np.uint8), [0, 0], None, r"uint8 \[2, 4, 4\]; give uint8"),
+        (np.zeros((2, 4, 4, 3)), [0, 0], None, "float64"),
+        (np.zeros((2, 4, 4, 3), np.uint8), [0], None, r"int64 \[1\]; give 2 integers"),
+        (np.zeros((2, 4, 4, 3), np.uint8), [0.0, 1.0], None, "float64"),
+        (np.zeros((2, 4, 4, 3), np.uint8), [0, 5], 5, "from 0 to 5, but there are 5"),
+        (np.zeros((2, 4, 4, 3), np.uint8), [-1, 0], None, "from -1 to 0"),
+    ],
+    ids=["rank", "dtype", "count", "floats", "large", "negative"],
+)
+def test_arrays_of_other_kinds_are_refused(images, labels, classes, says):
+    with pytest.raises(UserError, match=says):
+        Arrays(images, labels, classes)
+
+
+def test_label_offset_numbers_classes_after_those_of_the_base():
+    images = np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3)
+    plain = Arrays(images, [2, 0], flip=True)
+    source = LabelOffset(plain, after=5)
+    assert (len(source), source.classes, source.shape) == (2, 8, (2, 2, 3))
+    assert source.flip and source.class_names == ["0", "1", "2"]
+    copy = pickle.loads(pickle.dumps(source))
+    for record in (source[0], source.flipped(0), copy[0]):
+        assert record["label"] == 7 and record["label"].dtype == np.int32
+    np.testing.assert_array_equal(source.flipped(1)["image"], images[1][:, ::-1])
+    with pytest.raises(UserError, match="source.after is -1"):
+        LabelOffset(plain, after=-1)
+
+
+def test_image_transform_changes_images_and_keeps_labels():
+    plain = Digits()
+    source = ImageTransform(plain)
+    np.testing.assert_array_equal(source[4]["image"], 255 - plain[4]["image"])
+    assert source[4]["label"] == plain[4]["label"] and not source.flip
+    image = np.zeros((8, 8, 1), np.uint8)
+    image[:, 4] = 200
+    np.testing.assert_array_equal(invert(image), 255 - image)
+    leaning = slant(image, slope=1.0)
+    top, bottom = leaning[0, :, 0], leaning[7, :, 0]
+    assert top.tolist() == [0, 0, 0, 0, 0, 0, 0, 100]  # half of it has left
+    assert bottom.tolist() == [100, 100, 0, 0, 0, 0, 0, 0]

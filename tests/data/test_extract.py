@@ -7,17 +7,20 @@ import pytest
 from small import called
 from toy_codec import toy
 
-import extract_features
-from sit_jax.data.arrays import Arrays
-from sit_jax.data.cache import LatentCache
-from sit_jax.data.extraction import Encoder, describe, encode, extract
-from sit_jax.data.feed import batches
+from sit_jax.cli import extract_features
+from sit_jax.data.extract import (
+    Encoder,
+    ExtractOptions,
+    describe,
+    encode,
+    extract,
+)
 from sit_jax.data.folders import ImageFolder
-from sit_jax.data.shards import ShardReader
+from sit_jax.data.latent_cache import LatentCache
+from sit_jax.data.loader import batches
+from sit_jax.data.sources import Arrays
 from sit_jax.errors import UserError
 from sit_jax.parallel.mesh import make_mesh
-
-SETTINGS = {"batch_size": 8, "threads": 2}
 
 
 def images(count=30):
@@ -29,8 +32,9 @@ def images(count=30):
 
 def make(path, source=None, codec=None, flip=True, dtype="float32", shards=8, **more):
     source, codec = source or images(), codec or toy()
-    tags = describe(source, codec, dtype, flip, shards)
-    return extract(source, codec, path, tags, **SETTINGS | more)
+    metadata = describe(source, codec, dtype, flip, shards)
+    options = ExtractOptions(**{"batch_size": 8, "threads": 2} | more)
+    return extract(source, codec, path, metadata, options)
 
 
 def contents(path):
@@ -50,22 +54,22 @@ def test_moments_are_the_codecs_of_both_views(made):
     source, codec, cache = images(), toy(), LatentCache(made)
     assert (len(cache), cache.shape, cache.classes) == (30, (2, 3, 4), 5)
     encode = jax.jit(lambda codec, x: codec.encode(x))
-    for mirror, record in ((False, cache.__getitem__), (True, cache.mirrored)):
+    for mirror, record in ((False, cache.__getitem__), (True, cache.flipped)):
         wanted = encode(codec, source.images[:, :, ::-1] if mirror else source.images)
         found = np.stack([record(i)["moments"] for i in range(30)])
         # the same products of 48 numbers; XLA may add them in another order
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
     assert [int(r["label"]) for r in cache] == source.labels.tolist()
-    tags = cache.tags
-    assert (tags.scale, tags.encoder_sha256) == (0.5, "e" * 64)
-    assert (tags.size, tags.crop, tags.views) == (8, "ADM centre crop", 2)
-    assert tags.listing_sha256 == source.listing()
+    metadata = cache.metadata
+    assert (metadata.scale, metadata.encoder_sha256) == (0.5, "e" * 64)
+    assert (metadata.size, metadata.crop, metadata.views) == (8, "ADM centre crop", 2)
+    assert metadata.listing_sha256 == source.listing_sha256()
 
 
 def test_flips_have_probability_one_half_through_the_cache(made):
     """Which view a batch holds is seen from its moments."""
     cache = LatentCache(made)
-    look = (cache.__getitem__, cache.mirrored)
+    look = (cache.__getitem__, cache.flipped)
     views = np.stack([[see(i)["moments"] for i in range(30)] for see in look])
     seen = []
     with batches(cache, 32, 0, 0, make_mesh(data=-1, fsdp=1)) as feed:
@@ -123,23 +127,21 @@ def test_half_floats_and_one_view(made, tmp_path):
         # half precision: 11 bits
         wanted = theirs["moments"]
         np.testing.assert_allclose(ours["moments"], wanted, rtol=2**-11, atol=1e-7)
-    record = lambda path: ShardReader(path / half.tags.shard(0)[0]).read(0)
-    assert (len(record(made)), len(record(tmp_path))) == (16 + 24 * 4, 16 + 24 * 2)
 
 
-def test_broken_images_are_left_out_named_and_counted(tmp_path):
+def test_corrupt_images_are_left_out_named_and_counted(tmp_path):
     root = photographs.folder(tmp_path / "images", each=4, size=(8, 8))
     (root / "bee" / "1.png").write_bytes(b"no image")
     said = []
-    source = ImageFolder(root, 8, broken_share=0.1)
+    source = ImageFolder(root, 8, max_corrupt_fraction=0.1)
     done, about = make(tmp_path / "out", source, shards=2, say=said.append)
     cache = LatentCache(tmp_path / "out")
     assert (done, len(cache), about["images"]) == (12, 11, [5, 6])
     assert [cache.id(i) for i in range(11)] == [0, 1, 2, 3, 4, *range(6, 12)]
     assert len(said) == 1 and "bee/1.png: not an image in one of JPEG" in said[0]
     assert list(about["broken"]) == ["5"] and "left out" in said[0]
-    source.broken_share = 0.01
-    with pytest.raises(UserError, match="1 of 12 images are broken, more than broken"):
+    source.max_corrupt_fraction = 0.01
+    with pytest.raises(UserError, match="1 of 12 images are corrupt, more than max"):
         make(tmp_path / "strict", source, shards=2)
 
 
@@ -187,7 +189,7 @@ def test_weights_are_arguments_of_one_program():
 
 def script(monkeypatch, capsys, *arguments):
     """Runs extract_features.py with the toy codec in the VAE's place."""
-    monkeypatch.setattr(extract_features, "load", lambda vae, precision: toy())
+    monkeypatch.setattr(extract_features, "load_codec", lambda vae, precision: toy())
     words = [str(word) for word in arguments]
     return called(extract_features.main, monkeypatch, capsys, *words)
 
@@ -201,20 +203,24 @@ def test_the_script_reports_and_checks(tmp_path, monkeypatch, capsys):
     assert code == 0, errors
     assert "9 images in 3 classes: ant, bee, cat\n" in said
     assert "1 files are left out, as they do not end in .jpg" in said
-    assert "images/s" in said and f"9 images in {out}, 0 broken" in said
+    assert "images/s" in said and f"9 images in {out}, 0 corrupt" in said
     assert "scaled latents by channel: mean " in said
     assert "warning: a standard deviation of 0." in errors  # of a toy's latents
     assert LatentCache(out).class_names == ["ant", "bee", "cat"]
     assert (out / "manifest.json").exists()
     code, said, _ = script(monkeypatch, capsys, *words)
     assert code == 0 and "\n0 images in " in said
-    pairs, again = tmp_path / "pairs", tmp_path / "again"
-    words = ("--data", out, "--kind", "cache", "--out", pairs)
-    assert script(monkeypatch, capsys, *words)[0] == 0
-    words = ("--data", pairs, "--kind", "fast-dit", "--out", again, "--classes", 3)
-    code, said, _ = script(monkeypatch, capsys, *words)
-    assert code == 0 and f"9 latents in {again}" in said
-    assert len(LatentCache(again)) == 9
+
+
+def test_the_script_imports_fast_dits_folder(tmp_path, monkeypatch, capsys):
+    for part, array in (("features", np.ones((1, 4, 2, 2), "f4")), ("labels", [0])):
+        (tmp_path / f"imagenet256_{part}").mkdir()
+        np.save(tmp_path / f"imagenet256_{part}/0.npy", array)
+    words = ("--data", tmp_path, "--kind", "fast-dit", "--classes", 3)
+    out = tmp_path / "out"
+    code, said, _ = script(monkeypatch, capsys, *words, "--out", out)
+    assert code == 0 and f"1 latents in {out}" in said
+    assert len(LatentCache(out)) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,249 @@
+"""Images to moments: decoded, encoded on all devices, written in shards.
+
+What a shard holds follows from its number, the source and the codec: processes only
+share out the numbers, and one that was killed begins again at the shard it was in.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from sit_jax.data.images import CROP
+from sit_jax.data.latent_cache import (
+    PLAN,
+    CacheMetadata,
+    begin_cache,
+    default_shards,
+    finish_cache,
+    missing_shards,
+    write_shard,
+)
+from sit_jax.data.loader import CorruptImages, prefetch, read_next, read_records
+from sit_jax.data.sources import DataSource
+from sit_jax.errors import UserError
+from sit_jax.files import local_path
+from sit_jax.parallel import multihost
+from sit_jax.parallel.mesh import BATCH, batch_sharding, make_mesh, replicated
+
+MOST_SHARDS = 1024
+DTYPES = ("float32", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtractOptions:
+    """How images are read and shared out; none of it changes what is written.
+
+    Process `process` of `count` takes every count-th shard. `say` hears of corrupt
+    images, `show` of (images done, images in all) after every batch.
+    """
+
+    batch_size: int = 64
+    process: int = 0
+    count: int = 1
+    threads: int = 4  # batches that are read ahead
+    workers: int = 0  # processes that decode instead of the threads
+    say: Callable[[str], None] = print
+    show: Callable[[int, int], None] = lambda images, total: None
+
+
+class Batch(NamedTuple):
+    """Some images of one shard, on their way through the encoder."""
+
+    shard: int
+    ids: range
+    labels: Int[np.ndarray, "b"]  # -1 for a corrupt image
+    corrupt: dict[int, str]  # reasons by id
+    views: list[Float[Array, "b h w c"]]  # as it is, and mirrored
+
+
+def describe(
+    source: DataSource,
+    codec: Any,
+    dtype: str = "float32",
+    flip: bool = True,
+    shards: int | None = None,
+) -> CacheMetadata:
+    """Returns the metadata of the cache that a source of images and a codec give."""
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    shards = default_shards(len(source)) if shards is None else shards
+    if not 1 <= shards <= min(MOST_SHARDS, len(source)):
+        raise UserError(
+            f"{shards} shards for {len(source)} images: each needs one, and more than "
+            f"{MOST_SHARDS} are too many files"
+        )
+    one = jax.ShapeDtypeStruct((1, *source.shape), np.uint8)
+    return CacheMetadata(
+        kind="moments",
+        shape=jax.eval_shape(lambda codec, x: codec.encode(x), codec, one).shape[1:],
+        dtype=dtype,
+        views=1 + bool(flip),
+        encoder_sha256=getattr(codec, "encoder_sha256", None),
+        precision=getattr(getattr(codec, "precision", None), "word", None),
+        scale=getattr(codec, "scale", None),
+        size=source.shape[0],
+        crop=CROP,
+        listing_sha256=source.listing_sha256(),
+        records=len(source),
+        classes=source.classes,
+        shards=shards,
+    )
+
+
+def extract(
+    source: DataSource,
+    codec: Any,
+    out: str,
+    metadata: CacheMetadata,
+    options: ExtractOptions | None = None,
+) -> tuple[int, dict | None]:
+    """Writes this process's shards of a cache.
+
+    Args:
+      source: of images.
+      codec: the VAE.
+      out: the folder of the cache; an unfinished one is continued.
+      metadata: of describe().
+      options: how the work is done.
+
+    Returns:
+      the number of images done now, and what cache.json says: None as long as shards
+      of other processes are missing.
+    """
+    options = options or ExtractOptions()
+    # processes that never meet have a lock each: only none may be there twice
+    name = f"lock.{options.process}-of-{options.count}"
+    if options.count == multihost.process_count():
+        name = "lock"
+    with multihost.lock(local_path(out), name):
+        path = _begin(out, metadata)
+        images = _write_shards(path, source, codec, metadata, options)
+        multihost.barrier()
+        about = None
+        if multihost.is_primary():
+            about = finish_cache(path, metadata, source.class_names)
+            if about is None and multihost.process_count() > 1:
+                raise UserError(
+                    f"{path} lacks shards that other processes have written; it must "
+                    "be on a file system that all hosts share"
+                )
+        return images, multihost.broadcast(about)
+
+
+class Encoder:
+    """codec.encode, compiled once for batches of one size over the local devices."""
+
+    def __init__(self, codec: Any, metadata: CacheMetadata, batch_size: int):
+        mesh = make_mesh(data=-1, fsdp=1, devices=jax.local_devices())
+        parts = int(np.prod([mesh.shape[axis] for axis in BATCH]))
+        if batch_size < 1 or batch_size % parts:
+            raise UserError(
+                f"batch size {batch_size} cannot be split over {parts} devices; "
+                f"use a multiple of {parts}"
+            )
+        self.batch_size = batch_size
+        self._views, self._dtype = metadata.views, metadata.dtype
+        self._codec = jax.device_put(codec, replicated(mesh))
+        self._sharding = batch_sharding(mesh)
+
+    def __call__(
+        self, images: UInt8[np.ndarray, "n h w 3"]
+    ) -> list[Float[Array, "b h w c"]]:
+        """Returns the moments of each view, filled up to the batch size."""
+        rest = self.batch_size - len(images)
+        images = np.pad(images, [(0, rest), (0, 0), (0, 0), (0, 0)])
+        images = jax.device_put(images, self._sharding)
+        return [
+            encode(self._codec, images, bool(view), self._dtype)
+            for view in range(self._views)
+        ]
+
+
+@partial(jax.jit, static_argnames="dtype")
+def encode(
+    codec: Any, images: UInt8[Array, "b h w 3"], mirror: bool, dtype: str
+) -> Float[Array, "b h w c"]:
+    """Returns the moments of images, as they are or mirrored left to right."""
+    images = jnp.where(mirror, images[:, :, ::-1], images)
+    return codec.encode(images).astype(dtype)
+
+
+def _begin(out, metadata):
+    """Returns the folder of the cache, which process 0 makes and the others see."""
+    if multihost.is_primary():
+        begin_cache(out, metadata)
+    multihost.assert_shared(local_path(out) / PLAN)
+    return begin_cache(out, metadata)
+
+
+def _write_shards(path: Path, source, codec, metadata, options) -> int:
+    """Writes the shards of this process that are missing; returns their images."""
+    numbers = missing_shards(path, metadata, options.process, options.count)
+    total = sum(len(metadata.shard_ids(number)) for number in numbers)
+    corrupt = CorruptImages(source, options.say, treatment="it is left out")
+    encoder = Encoder(codec, metadata, options.batch_size)
+    if not total:
+        return 0
+    options.show(0, total)  # a bar that begins with the first batch would think it fast
+    batches = _encoded_batches(source, encoder, metadata, numbers, options)
+    with contextlib.closing(batches):
+        for number, group in itertools.groupby(batches, lambda batch: batch.shard):
+            with write_shard(path, metadata, number) as writer:
+                for batch in group:
+                    corrupt.add(batch.corrupt)
+                    writer.add(*_intact_images(batch, source), batch.corrupt)
+                    options.show(len(batch.ids), total)
+    return total
+
+
+def _intact_images(batch, source):
+    """Returns ids, labels, views of the images of a batch that are not corrupt."""
+    rows = np.flatnonzero(batch.labels >= 0)
+    ids = np.array(batch.ids)[rows]
+    views = [np.asarray(view)[rows] for view in batch.views]
+    for view in views:
+        is_finite = np.isfinite(view).all((1, 2, 3))
+        if not is_finite.all():
+            name = source.name(int(ids[~is_finite][0]))
+            raise UserError(
+                f"the moments of {name} are not finite; is it the right VAE?"
+            )
+    return ids, batch.labels[rows], views
+
+
+def _encoded_batches(source, encoder, metadata, shards, options) -> Iterator[Batch]:
+    """Yields batches in order; reading and encoding go on ahead of what is taken."""
+    import grain
+
+    chunks = [
+        (number, ids[start : start + encoder.batch_size])
+        for number in shards
+        for ids in [metadata.shard_ids(number)]
+        for start in range(0, len(ids), encoder.batch_size)
+    ]
+    read = partial(_read_chunk, source)
+    steps = grain.MapDataset.source(chunks).map(read)
+    begun = collections.deque()
+    with contextlib.closing(prefetch(steps, options.threads, options.workers)) as rows:
+        for number, ids in chunks:
+            arrays, corrupt = read_next(rows)
+            views = encoder(arrays["image"])  # JAX returns before it is computed
+            begun.append(Batch(number, ids, arrays["label"], corrupt, views))
+            if len(begun) > 2:
+                yield begun.popleft()
+        yield from begun
+
+
+def _read_chunk(source, chunk):
+    _, ids = chunk
+    return read_records(source, ids, np.zeros(len(ids), bool), replace=False)

@@ -1,0 +1,475 @@
+"""A cache of latents: made once from images, read by training.
+
+A cache is a folder of moments-*-of-*.array_record and two JSON files. plan.json holds
+CacheMetadata and is there from the start, so that an extraction with other settings
+cannot continue it; cache.json, with the counts, is written when all shards are there.
+
+A record of a shard is 16 bytes (image id int64, label int32, mirrored int32,
+little-endian), then the array. The two views of an image are two records, so that a
+reader takes the one it wants. The last record of a shard is JSON: its images, the
+corrupt ones, and the sums of which the statistics in cache.json are made.
+"""
+
+import bisect
+import contextlib
+import dataclasses
+import errno
+import functools
+import itertools
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from sit_jax.data.images import names_sha256, pack_names
+from sit_jax.data.sources import DataSource, LatentFolder, Record
+from sit_jax.errors import UserError
+from sit_jax.files import (
+    atomic_write,
+    local_path,
+    parse_json,
+    read_json,
+    remove,
+    require_space,
+)
+
+PLAN, DONE = "plan.json", "cache.json"
+RECORD_HEAD = struct.Struct("<qii")
+WRITING = "group_size:1,uncompressed"  # floats hardly shrink, and zstd doubles the time
+READING = {"max_parallelism": "0"}  # for single records
+FILE_BLOCK, RECORD_HEADERS = 2**16, 64  # bytes: as measured by writing some
+CHUNK = 64  # latents of fast-DiT that are read at a time
+DESCRIPTIONS = {  # of metadata, where it contradicts
+    "encoder_sha256": "the VAE's encoder (sha256)",
+    "listing_sha256": "the list of images (sha256)",
+    "size": "the resolution",
+    "views": "the number of views (2: both flips)",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheMetadata:
+    """How a cache was made. None: not known, as of latents from elsewhere."""
+
+    kind: str  # moments, or latent (drawn and scaled already)
+    shape: tuple[int, int, int]  # of a record
+    dtype: str
+    views: int  # records an image: 2 with a mirrored one
+    encoder_sha256: str | None
+    precision: str | None  # of the VAE: exact, fast or bf16
+    scale: float | None  # that latents of variance about 1 need
+    size: int | None  # of the images, in pixels
+    crop: str | None
+    listing_sha256: str | None
+    records: int  # that the source had
+    classes: int
+    shards: int
+
+    def shard_name(self, number: int) -> str:
+        """Returns the file name of a shard."""
+        return f"moments-{number:05d}-of-{self.shards:05d}.array_record"
+
+    def shard_ids(self, number: int) -> range:
+        """Returns the numbers of the source's records that a shard is made of."""
+        ends = (self.records * k // self.shards for k in (number, number + 1))
+        return range(*ends)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """The shape [h, w, c] of a latent drawn from a record."""
+        *size, channels = self.shape
+        return (*size, channels // (2 if self.kind == "moments" else 1))
+
+
+class LatentCache(DataSource):
+    """Moments (or latents) from a cache; where it has both flips, batches take both."""
+
+    def __init__(self, path: str, flip: bool = True):
+        self.path = local_path(path)
+        about = _read_finished(self.path)
+        self.metadata = metadata = parse_metadata(about["tags"], self.path)
+        if flip and metadata.views < 2 and metadata.kind == "moments":
+            raise UserError(
+                f"{self.path} was extracted without flips; set flip=False "
+                "(--config.source.flip=False), or extract it again without --no-flip"
+            )
+        self.flip = flip and metadata.views == 2
+        self.shape, self.classes = metadata.shape, metadata.classes
+        self.class_names, self._counts = about["class_names"], about["images"]
+        self._ends = list(itertools.accumulate(self._counts))  # of the shards
+        self._dtype = np.dtype(metadata.dtype).newbyteorder("<")
+
+    def __len__(self):
+        return self._ends[-1]
+
+    def __getitem__(self, i):
+        return self._record(i, view=0)
+
+    def flipped(self, i):
+        return self._record(i, view=1)
+
+    def id(self, i: int) -> int:
+        """Returns the number of image i in the source: i, if none before is corrupt."""
+        return self._read(i, view=0)[0]
+
+    def _record(self, i, view) -> Record:
+        _, label, array = self._read(i, view)
+        return {self.metadata.kind: _to_float32(array), "label": np.int32(label)}
+
+    def _read(self, i, view):
+        """Returns image id, label, array of a record."""
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        try:
+            data = self._files[i * self.metadata.views + view]
+            image_id, label, _ = RECORD_HEAD.unpack_from(data)
+            array = np.frombuffer(data, self._dtype, offset=RECORD_HEAD.size)
+            return image_id, label, array.reshape(self.shape)
+        except (ValueError, IndexError, RuntimeError, struct.error) as error:
+            name = self.metadata.shard_name(bisect.bisect_right(self._ends, i))
+            raise _damaged(self.path / name, error) from error
+
+    @functools.cached_property
+    def _files(self):
+        """The shards without their last records, as one sequence of bytes."""
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        views = self.metadata.views
+        paths = [
+            f"{self.path / self.metadata.shard_name(number)}[0:{count * views}]"
+            for number, count in enumerate(self._counts)
+        ]
+        return ArrayRecordDataSource(paths, READING)
+
+
+def check_cache(source: DataSource, codec: Any, shape: tuple[int, int, int]):
+    """Refuses a cache that was made otherwise than a config wants.
+
+    A source without metadata passes, and so does what cache or codec does not know.
+
+    Args:
+      source: any data source.
+      codec: the config's codec, with its scale and encoder_sha256 if it has one.
+      shape: the config's shape of data, [h, w, c].
+    """
+    metadata = source.metadata
+    if metadata is None:
+        return
+    if metadata.latent_shape != tuple(shape):
+        size = f", from images of {metadata.size} pixels" if metadata.size else ""
+        raise UserError(
+            f"{source.path} holds latents {metadata.latent_shape}{size}, the config's "
+            f"shape is {tuple(shape)}; extract with another --size, or set the shape"
+        )
+    wanted = {name: getattr(codec, name, None) for name in ("scale", "encoder_sha256")}
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    remedy = "name the VAE that it was made with (--config.vae), or extract it again"
+    require_same(source.path, metadata, wanted, remedy)
+
+
+def describe_data(source: DataSource, codec: Any) -> dict[str, Any]:
+    """Returns what a checkpoint says of its data, as far as it is known.
+
+    These are the encoder of the latents and the names of the classes.
+    """
+    made_with = codec if source.metadata is None else source.metadata
+    about = {
+        "encoder_sha256": getattr(made_with, "encoder_sha256", None),
+        "class_names": source.class_names and list(source.class_names),
+    }
+    return {name: value for name, value in about.items() if value is not None}
+
+
+def default_shards(records: int) -> int:
+    """Returns as many shards as processes may want to share, at most 256."""
+    return max(1, min(256, -(-records // 256)))
+
+
+def parse_metadata(values: dict, path: Path) -> CacheMetadata:
+    """Returns CacheMetadata from the JSON of a cache at path, or refuses it."""
+    try:
+        metadata = CacheMetadata(**values)
+    except TypeError as error:
+        raise UserError(
+            f"{path} is of another version ({error}); extract it again"
+        ) from error
+    counts = (metadata.records, metadata.classes, metadata.shards, metadata.views)
+    if not (
+        isinstance(metadata.shape, list | tuple)
+        and len(metadata.shape) == 3
+        and all(isinstance(n, int) and n > 0 for n in (*metadata.shape, *counts))
+        and metadata.dtype in ("float32", "float16")
+        and metadata.kind in ("moments", "latent")
+    ):
+        raise UserError(f"{path} is damaged: {values}; extract it again")
+    return dataclasses.replace(metadata, shape=tuple(metadata.shape))
+
+
+def require_same(
+    path: Path,
+    metadata: CacheMetadata,
+    wanted: dict[str, Any],
+    remedy: str = "extract into another folder",
+):
+    """Refuses metadata unlike the wanted values, and says which one differs.
+
+    One that has a description goes first: the resolution rather than the shape.
+    """
+    for name in sorted(wanted, key=lambda name: name not in DESCRIPTIONS):
+        value = getattr(metadata, name)
+        if value is not None and value != wanted[name]:
+            raise UserError(
+                f"{path} was made with another value of "
+                f"{DESCRIPTIONS.get(name, name)}: {value}, not {wanted[name]}; {remedy}"
+            )
+
+
+def begin_cache(path: str, metadata: CacheMetadata) -> Path:
+    """Makes the folder of a cache, or checks that the one there is being made alike."""
+    path = local_path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    if (path / PLAN).exists():
+        planned = parse_metadata(read_json(path / PLAN), path)
+        require_same(path, planned, dataclasses.asdict(metadata))
+    elif other := next((p for p in path.iterdir() if p.name[0] != "."), None):
+        raise UserError(f"{path} holds {other.name} and no cache; take another folder")
+    else:
+        with atomic_write(path / PLAN) as name:
+            name.write_text(json.dumps(dataclasses.asdict(metadata), indent=1))
+    return path
+
+
+def missing_shards(
+    path: Path, metadata: CacheMetadata, process: int = 0, count: int = 1
+) -> list[int]:
+    """Returns the shards that process `process` of `count` has yet to write.
+
+    Leftovers of killed processes are removed, and a disk without room is refused.
+    """
+    if not 0 <= process < count:
+        raise UserError(f"process {process} of {count}: they count from 0")
+    mine = range(process, metadata.shards, count)
+    numbers = [k for k in mine if not (path / metadata.shard_name(k)).exists()]
+    for number in numbers:
+        for leftover in path.glob(f".{Path(metadata.shard_name(number)).stem}.*"):
+            remove(leftover)
+    record = np.dtype(metadata.dtype).itemsize * int(np.prod(metadata.shape))
+    images = (len(metadata.shard_ids(number)) for number in numbers)
+    sizes = (
+        shard_file_size(metadata.views * n, record + RECORD_HEAD.size) for n in images
+    )
+    require_space(path / DONE, sum(sizes))
+    return numbers
+
+
+def shard_file_size(records: int, size: int) -> int:
+    """Returns the bytes of a shard of records of `size`; at most two blocks too many.
+
+    A header stands before each, and data and index are filled up to blocks of 64 KiB.
+    """
+    blocks = -(-records * (size + RECORD_HEADERS) // FILE_BLOCK)
+    return blocks * FILE_BLOCK + FILE_BLOCK
+
+
+@contextlib.contextmanager
+def write_shard(
+    path: Path, metadata: CacheMetadata, number: int
+) -> Iterator["ShardWriter"]:
+    """Gives a ShardWriter, whose file appears when it is whole."""
+    with atomic_write(path / metadata.shard_name(number)) as name:
+        writer = ShardWriter(name, metadata)
+        yield writer
+        writer.close()
+
+
+class ShardWriter:
+    """Writes one shard of a cache, and what its last record says."""
+
+    def __init__(self, path: Path, metadata: CacheMetadata):
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        self._path, self._metadata = path, metadata
+        self._file = ArrayRecordWriter(str(path), WRITING)
+        self._images, self._corrupt = 0, {}
+        self._sums = [_latent_sums(np.zeros((0, *metadata.shape)), metadata.kind)]
+
+    def add(
+        self,
+        ids: Sequence[int],
+        labels: Sequence[int],
+        views: Sequence[Float[np.ndarray, "n h w c"]],
+        corrupt: dict[int, str] | None = None,
+    ):
+        """Writes images.
+
+        Args:
+          ids: their numbers in the source.
+          labels: their classes.
+          views: one array, or two: as it is, and mirrored.
+          corrupt: reasons by id, of the images that are left out.
+        """
+        views = np.stack(views, 1)  # [n, views, h, w, c]
+        with self._naming_file():
+            for i, label, pair in zip(ids, labels, views, strict=True):
+                for mirrored, view in enumerate(pair):
+                    head = RECORD_HEAD.pack(int(i), int(label), mirrored)
+                    self._file.write(head + view.tobytes())
+        self._images += len(views)
+        self._corrupt |= corrupt or {}
+        records = views.reshape(-1, *self._metadata.shape)
+        self._sums.append(_latent_sums(records, self._metadata.kind))
+
+    def close(self):
+        """Writes the last record and ends the file; a full disk may show only here."""
+        count, first, second = (sum(part) for part in zip(*self._sums, strict=True))
+        about = {"images": self._images, "broken": self._corrupt}
+        about["sums"] = [count, first.tolist(), second.tolist()]
+        with self._naming_file():
+            self._file.write(json.dumps(about).encode())
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _naming_file(self):
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).split(";")[0]
+            if os.strerror(errno.ENOSPC) in reason:
+                full = (errno.ENOSPC, os.strerror(errno.ENOSPC), self._path)
+                raise OSError(*full) from error
+            raise UserError(
+                f"cannot write {self._path} ({reason}); free space, or write elsewhere"
+            ) from error
+
+
+def finish_cache(
+    path: Path, metadata: CacheMetadata, class_names: Sequence[str]
+) -> dict | None:
+    """Writes cache.json if all shards are there; returns what it says, or None."""
+    shards = [path / metadata.shard_name(k) for k in range(metadata.shards)]
+    if not all(shard.exists() for shard in shards):
+        return None
+    parts = [read_last_record(shard) for shard in shards]
+    scale = metadata.scale if metadata.kind == "moments" and metadata.scale else 1.0
+    about = {
+        "tags": dataclasses.asdict(metadata),
+        "images": [part["images"] for part in parts],
+        "broken": {i: reason for p in parts for i, reason in p["broken"].items()},
+        "latents": _latent_statistics([part["sums"] for part in parts], scale),
+        "class_names": list(class_names),
+    }
+    with atomic_write(path / DONE) as name:
+        name.write_text(json.dumps(about, indent=1))
+    return about
+
+
+def read_last_record(shard: Path) -> dict:
+    """Returns the JSON at the end of a shard."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    try:
+        file = ArrayRecordReader(str(shard))
+        return parse_json(file.read([file.num_records() - 1])[0])
+    except (ValueError, IndexError, RuntimeError) as error:
+        raise _damaged(shard, error) from error
+
+
+def import_fast_dit(
+    source: LatentFolder,
+    out: str,
+    scale: float = 0.18215,
+    show: Callable[[int, int], None] = lambda images, total: None,
+) -> dict:
+    """Makes a cache of fast-DiT's folder; returns what its cache.json says.
+
+    Each of its latents is drawn, scaled and flipped or not once and for all, so the
+    cache holds latents and not moments. Nobody wrote down the encoder.
+
+    Args:
+      source: the folder.
+      out: a folder for the cache.
+      scale: that the latents were multiplied by.
+      show: hears of images done, and of how many in all.
+    """
+    metadata = CacheMetadata(
+        kind="latent",
+        shape=tuple(source.shape),
+        dtype="float32",
+        views=1,
+        encoder_sha256=None,
+        precision=None,
+        scale=scale,
+        size=None,
+        crop=None,
+        listing_sha256=names_sha256(pack_names(source.names)),
+        records=len(source),
+        classes=source.classes,
+        shards=default_shards(len(source)),
+    )
+    path = begin_cache(out, metadata)
+    for number in missing_shards(path, metadata):
+        ids = metadata.shard_ids(number)
+        with write_shard(path, metadata, number) as writer:
+            for start in range(0, len(ids), CHUNK):
+                chunk = ids[start : start + CHUNK]
+                records = [source[i] for i in chunk]
+                latents = np.stack([record["latent"] for record in records])
+                writer.add(chunk, [record["label"] for record in records], [latents])
+                show(len(chunk), len(source))
+    return finish_cache(path, metadata, [str(label) for label in range(source.classes)])
+
+
+def _latent_sums(records, kind):
+    """Returns [count, sums of x, sums of x^2] of latents x drawn from records.
+
+    Expected values over the draw: of mean + std * noise they need no noise. By channel.
+    """
+    x = np.asarray(records, np.float32)
+    x = np.ascontiguousarray(x.reshape(-1, x.shape[-1]).T)  # long rows add up fast
+    mean, log_var = np.split(x, 2) if kind == "moments" else (x, None)
+    total = lambda rows: rows.sum(1, dtype=np.float64)
+    second = total(np.square(mean))
+    if log_var is not None:  # else the latents have been drawn
+        second += total(np.exp(np.clip(log_var, -30, 20)))
+    return [mean.shape[1], total(mean), second]
+
+
+def _latent_statistics(sums, scale):
+    """Returns mean and standard deviation of scaled latents, for each channel."""
+    count, first, second = (np.sum(part, 0) for part in zip(*sums, strict=True))
+    mean = first / max(count, 1)
+    std = np.sqrt(np.maximum(second / max(count, 1) - mean**2, 0))
+    return {"mean": (scale * mean).tolist(), "std": (scale * std).tolist()}
+
+
+def _to_float32(array):
+    """float32 of float32, or of float16: exact, by a table, in half of numpy's time."""
+    if array.dtype.itemsize == 4:
+        return array.astype(np.float32, copy=False)
+    return _float16_table().take(array.view("<u2"))
+
+
+@functools.cache
+def _float16_table():
+    return np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
+
+
+def _read_finished(path):
+    """Returns what cache.json says of a finished cache."""
+    if (path / DONE).exists():
+        return read_json(path / DONE)
+    if (path / PLAN).exists():
+        raise UserError(f"{path} is not finished; run extract_features.py again")
+    raise UserError(f"no {DONE} in {path}; extract_features.py makes caches")
+
+
+def _damaged(shard, error):
+    words = (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(
+        f"cannot read {shard} ({words[:200]}); remove it and extract again"
+    )

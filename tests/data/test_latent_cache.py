@@ -1,0 +1,342 @@
+"""A cache gives back what went in; one made otherwise, damaged or none is refused."""
+
+import copy
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toy_codec import toy
+
+from sit_jax.data.latent_cache import (
+    FILE_BLOCK,
+    RECORD_HEAD,
+    CacheMetadata,
+    LatentCache,
+    ShardWriter,
+    begin_cache,
+    check_cache,
+    default_shards,
+    describe_data,
+    finish_cache,
+    import_fast_dit,
+    missing_shards,
+    read_last_record,
+    shard_file_size,
+    write_shard,
+)
+from sit_jax.data.sources import DataSource, LatentFolder
+from sit_jax.errors import UserError
+from sit_jax.models.codec import Latents
+
+OLD = Path(__file__).parent / "old_version/latent_cache.zip"
+METADATA = CacheMetadata(
+    kind="moments",
+    shape=(3, 2, 4),
+    dtype="float32",
+    views=2,
+    encoder_sha256="e" * 64,
+    precision="exact",
+    scale=0.5,
+    size=16,
+    crop="ADM centre crop",
+    listing_sha256="l" * 64,
+    records=11,
+    classes=5,
+    shards=3,
+)
+
+
+def changed(**fields):
+    return dataclasses.replace(METADATA, **fields)
+
+
+def moments(i, view=0, metadata=METADATA):
+    """Moments of record i, and of its mirror image: nothing like them."""
+    rng = np.random.default_rng((i, view))
+    return rng.normal(size=metadata.shape).astype(metadata.dtype)
+
+
+def write(path, metadata=METADATA, corrupt=()):
+    """Writes a cache of moments(i) with label i % 5, without the corrupt ones."""
+    begin_cache(path, metadata)
+    for number in missing_shards(path, metadata):
+        with write_shard(path, metadata, number) as writer:
+            ids = metadata.shard_ids(number)
+            reasons = {i: f"{i}.jpg: torn" for i in ids if i in corrupt}
+            ids = [i for i in ids if i not in corrupt]
+            views = [[moments(i, k, metadata) for i in ids] for k in (0, 1)]
+            views = [np.reshape(v, (-1, *metadata.shape)) for v in views]
+            writer.add(ids, [i % 5 for i in ids], views[: metadata.views], reasons)
+    names = [f"class {c}" for c in range(metadata.classes)]
+    return finish_cache(path, metadata, names)
+
+
+def test_a_cache_of_version_0_1_is_read_and_written_the_same(tmp_path):
+    """Seven records of float16 in two shards, the sixth of them corrupt."""
+    shutil.unpack_archive(OLD, tmp_path / "old")
+    cache = LatentCache(tmp_path / "old")
+    metadata = changed(records=7, shards=2, dtype="float16")
+    assert cache.metadata == metadata
+    assert [cache.id(i) for i in range(len(cache))] == [0, 1, 2, 3, 4, 6]
+    for i, image_id in enumerate([0, 1, 2, 3, 4, 6]):
+        for view, record in enumerate((cache[i], cache.flipped(i))):
+            wanted = moments(image_id, view, metadata)
+            np.testing.assert_array_equal(record["moments"], wanted)
+            assert record["label"] == image_id % 5
+    write(tmp_path / "new", metadata, corrupt={5})
+    for file in (tmp_path / "old").iterdir():
+        assert file.read_bytes() == (tmp_path / "new" / file.name).read_bytes()
+    assert begin_cache(tmp_path / "old", metadata) == tmp_path / "old"  # to be resumed
+
+
+def test_records_come_back_with_their_mirror_images(tmp_path):
+    write(tmp_path / "c")
+    cache = LatentCache(tmp_path / "c")
+    assert (len(cache), cache.shape, cache.classes) == (11, (3, 2, 4), 5)
+    assert cache.flip and cache.class_names[4] == "class 4"
+    for i in (0, 10, 3, 4, 7):
+        record, flipped = cache[i], cache.flipped(i)
+        np.testing.assert_array_equal(record["moments"], moments(i))
+        np.testing.assert_array_equal(flipped["moments"], moments(i, 1))
+        assert record["label"] == flipped["label"] == i % 5
+        assert record["moments"].dtype == np.float32 and cache.id(i) == i
+    with pytest.raises(IndexError):
+        cache[11]
+    files = sorted(file.name for file in (tmp_path / "c").iterdir())
+    assert files[:2] == ["cache.json", "moments-00000-of-00003.array_record"]
+    assert len(files) == 5  # three shards, cache.json and plan.json
+
+
+def test_corrupt_images_are_left_out(tmp_path):
+    about = write(tmp_path, corrupt={0, 4, 5, 6})  # 3..6 are the second shard
+    cache = LatentCache(tmp_path)
+    assert len(cache) == 7 and about["images"] == [2, 1, 4]
+    ids = [1, 2, 3, 7, 8, 9, 10]
+    assert [cache.id(i) for i in range(7)] == ids
+    assert [int(record["label"]) for record in cache] == [i % 5 for i in ids]
+    about = json.loads((tmp_path / "cache.json").read_text())
+    assert about["broken"]["4"] == "4.jpg: torn"
+    write(tmp_path / "none", corrupt=set(range(11)))
+    assert len(LatentCache(tmp_path / "none")) == 0
+
+
+def test_copies_open_their_own_files(tmp_path):
+    write(tmp_path)
+    cache = LatentCache(tmp_path)
+    cache[0]  # opens a file, which cannot be copied
+    for i, record in enumerate(copy.deepcopy(cache)):
+        np.testing.assert_array_equal(record["moments"], moments(i))
+
+
+def test_statistics_are_those_of_scaled_draws(tmp_path):
+    about = write(tmp_path, changed(records=300, views=1, shards=2))
+    cache = LatentCache(tmp_path, flip=False)
+    mean, log_var = np.split(np.stack([r["moments"] for r in cache]), 2, -1)
+    noise = np.random.default_rng(0).normal(size=(40, *mean.shape))
+    x = 0.5 * (mean + np.exp(log_var / 2) * noise).reshape(-1, 2)
+    # 72,000 draws of 1,800 latents: their mean is that exactly, as the noise is known
+    stats = about["latents"]
+    np.testing.assert_allclose(stats["mean"], 0.5 * mean.mean((0, 1, 2)), atol=1e-6)
+    np.testing.assert_allclose(stats["std"], x.std(0), rtol=0.02)
+
+
+def test_describe_data_names_encoder_and_classes():
+    class Source(DataSource):
+        metadata, class_names = METADATA, ("ant", "bee")
+
+    class Plain(DataSource):
+        pass
+
+    about = {"encoder_sha256": "e" * 64, "class_names": ["ant", "bee"]}
+    assert describe_data(Source(), Latents()) == about  # the cache's, not the codec's
+    assert describe_data(Plain(), Latents()) == {}
+    assert describe_data(Plain(), METADATA) == {"encoder_sha256": "e" * 64}
+
+
+def test_shards_divide_the_records():
+    for records, shards in ((11, 3), (7, 7), (1000, 4)):
+        metadata = changed(records=records, shards=shards)
+        ids = [i for number in range(shards) for i in metadata.shard_ids(number)]
+        assert ids == list(range(records))
+    assert [default_shards(n) for n in (1, 256, 257, 10**7)] == [1, 1, 2, 256]
+
+
+def test_missing_shards_are_shared_and_leftovers_removed(tmp_path):
+    begin_cache(tmp_path, METADATA)
+    leftover = tmp_path / ".moments-00002-of-00003.array_record.a77"
+    leftover.mkdir()
+    (leftover / "moments-00002-of-00003.array_record").write_bytes(b"half a shard")
+    assert missing_shards(tmp_path, METADATA, 1, 2) == [1] and leftover.exists()
+    assert missing_shards(tmp_path, METADATA, 0, 2) == [0, 2]
+    assert not leftover.exists()
+    with pytest.raises(ZeroDivisionError):
+        with write_shard(tmp_path, METADATA, 0) as writer:
+            writer.add([0], [0], [[moments(0)], [moments(0)]])
+            raise ZeroDivisionError
+    assert not list(tmp_path.glob("*moments*"))
+    with pytest.raises(UserError, match="process 2 of 2: they count from 0"):
+        missing_shards(tmp_path, METADATA, 2, 2)
+
+
+def test_fast_dits_folder_becomes_a_cache(tmp_path):
+    rng = np.random.default_rng(0)
+    for part in ("features", "labels"):
+        (tmp_path / f"pairs/imagenet256_{part}").mkdir(parents=True)
+    for i in range(11):
+        latent = rng.standard_normal((1, 4, 3, 2), np.float32)
+        np.save(tmp_path / f"pairs/imagenet256_features/{i}.npy", latent)
+        np.save(tmp_path / f"pairs/imagenet256_labels/{i}.npy", np.array([i % 5]))
+    folder, shown = LatentFolder(tmp_path / "pairs", classes=5), []
+    about = import_fast_dit(
+        folder, tmp_path / "c", scale=0.5, show=lambda *images: shown.append(images)
+    )
+    assert about["images"] == [11] and about["tags"]["encoder_sha256"] is None
+    assert shown == [(11, 11)]
+    cache = LatentCache(tmp_path / "c")
+    assert not cache.flip and cache.shape == (3, 2, 4)
+    for ours, theirs in zip(cache, folder, strict=True):
+        np.testing.assert_array_equal(ours["latent"], theirs["latent"])
+        assert ours["label"] == theirs["label"]
+
+
+def test_every_float16_becomes_its_float32(tmp_path):
+    """All 65,536 bit patterns, also those that are not finite."""
+    halves = np.arange(2**16, dtype="<u2").view("<f2").reshape(1, 2**6, -1, 4)
+    metadata = changed(
+        kind="latent", shape=halves.shape[1:], dtype="float16", views=1, records=1
+    )
+    metadata = dataclasses.replace(metadata, shards=1, scale=None)
+    begin_cache(tmp_path, metadata)
+    with np.errstate(all="ignore"), write_shard(tmp_path, metadata, 0) as writer:
+        writer.add([0], [0], [halves])
+    with np.errstate(all="ignore"):
+        finish_cache(tmp_path, metadata, "abcde")
+    latent = LatentCache(tmp_path)[0]["latent"]
+    assert latent.dtype == np.float32
+    np.testing.assert_array_equal(latent, halves[0].astype(np.float32))
+
+
+@pytest.mark.parametrize("images", [1, 8, 500])
+def test_the_size_of_a_shard_is_known_before_it_is_written(tmp_path, images):
+    view = np.random.default_rng(0).standard_normal((2, 2, 4)).astype(np.float32)
+    writer = ShardWriter(tmp_path / "a", changed(shape=view.shape))
+    views = np.broadcast_to(view, (images, *view.shape))
+    writer.add(range(images), [0] * images, [views, views])
+    writer.close()
+    expected = shard_file_size(2 * images, view.nbytes + RECORD_HEAD.size)
+    size = (tmp_path / "a").stat().st_size
+    assert size <= expected <= size + 2 * FILE_BLOCK
+    assert read_last_record(tmp_path / "a")["images"] == images
+
+
+def test_a_shard_that_cannot_be_written_is_named(tmp_path):
+    writer = ShardWriter(tmp_path / "none" / "x", METADATA)
+    with pytest.raises(UserError, match=r"none/x \(open\(\) failed: No such file"):
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    "metadata, codec, shape, says",
+    [
+        (METADATA, Latents(scale=0.5), (3, 2, 2), None),
+        (METADATA, None, (3, 2, 2), None),
+        (changed(scale=None, encoder_sha256=None), Latents(), (3, 2, 2), None),
+        (METADATA, Latents(), (3, 2, 2), "another value of scale: 0.5, not 0.18215"),
+        (METADATA, Latents(scale=0.5), (3, 2, 4), r"\(3, 2, 2\), from images of 16"),
+        (changed(kind="latent"), Latents(scale=0.5), (3, 2, 4), None),
+        (changed(encoder_sha256="f" * 64), "other", (3, 2, 2), "encoder .*: ffff"),
+    ],
+    ids="same no-codec unknown scale shape latent encoder".split(),
+)
+def test_a_cache_unlike_a_config_is_refused(tmp_path, metadata, codec, shape, says):
+    write(tmp_path, metadata)
+    cache = LatentCache(tmp_path)
+    codec = toy() if codec == "other" else codec
+    if says is None:
+        return check_cache(cache, codec, shape)
+    with pytest.raises(UserError, match=says) as caught:
+        check_cache(cache, codec, shape)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_cache_without_flips_is_refused_where_flips_are_wanted(tmp_path):
+    write(tmp_path, changed(views=1))
+    with pytest.raises(UserError, match="without flips; set flip=False "):
+        LatentCache(tmp_path)
+    assert not LatentCache(tmp_path, flip=False).flip
+    write(tmp_path / "both")
+    assert not LatentCache(tmp_path / "both", flip=False).flip
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("encoder_sha256", "f" * 64),
+        ("scale", 0.25),
+        ("precision", "bf16"),
+        ("views", 1),
+        ("size", 32),
+        ("crop", "another"),
+        ("listing_sha256", "m" * 64),
+        ("dtype", "float16"),
+        ("shards", 4),
+    ],
+)
+def test_going_on_otherwise_is_refused(tmp_path, field, value):
+    begin_cache(tmp_path, METADATA)
+    assert begin_cache(tmp_path, METADATA) == tmp_path
+    says = f"another value of .*: {getattr(METADATA, field)}, not {value}; extract into"
+    with pytest.raises(UserError, match=says):
+        begin_cache(tmp_path, changed(**{field: value}))
+
+
+def test_folders_that_are_no_caches_are_named(tmp_path):
+    with pytest.raises(UserError, match=f"no cache.json in {tmp_path}/none; extract_f"):
+        LatentCache(tmp_path / "none")
+    (tmp_path / "holiday.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="holds holiday.jpg and no cache; take another"):
+        begin_cache(tmp_path, METADATA)
+    path = begin_cache(tmp_path / "begun", METADATA)
+    with pytest.raises(UserError, match="is not finished; run extract_features.py"):
+        LatentCache(path)
+    assert finish_cache(path, METADATA, []) is None
+    (path / "plan.json").write_text("{")
+    with pytest.raises(UserError, match="plan.json is not JSON"):
+        begin_cache(path, METADATA)
+    (path / "cache.json").write_text("{")
+    with pytest.raises(UserError, match="cache.json is not JSON"):
+        LatentCache(path)
+    (path / "cache.json").write_text('{"tags": {"colour": 1}}')
+    with pytest.raises(UserError, match="another version .*colour.*; extract it again"):
+        LatentCache(path)
+
+
+def spoil_number(file):
+    data = bytearray(file.read_bytes())
+    start = data.index(moments(4).tobytes())
+    data[start + 20 : start + 24] = b"????"
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda file: file.unlink(),
+        lambda file: file.write_bytes(b""),
+        lambda file: file.write_bytes(file.read_bytes()[:300]),
+        lambda file: file.write_bytes(b"?" * 70_000),
+        spoil_number,
+    ],
+    ids="missing empty short other number".split(),
+)
+def test_damaged_shards_are_named(tmp_path, spoil):
+    write(tmp_path)
+    cache, file = LatentCache(tmp_path), tmp_path / METADATA.shard_name(1)
+    spoil(file)
+    with pytest.raises(UserError, match=f"cannot read {file} .*; remove it") as caught:
+        cache[4]
+    assert "\n" not in str(caught.value)
+    np.testing.assert_array_equal(cache[10]["moments"], moments(10))  # of another shard
