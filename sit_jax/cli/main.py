@@ -13,7 +13,9 @@ import re
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn, Self
 
 from sit_jax.errors import UserError, one_line
 from sit_jax.files import describe_storage_error
@@ -41,7 +43,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     )
 
 
-def parse_args(parser, argv=None) -> tuple[argparse.Namespace, list[str]]:
+def parse_args(
+    parser: argparse.ArgumentParser, argv: list[str] | None = None
+) -> tuple[argparse.Namespace, list[str]]:
     """Parses a command line.
 
     Returns:
@@ -60,7 +64,7 @@ def parse_args(parser, argv=None) -> tuple[argparse.Namespace, list[str]]:
     return args, overrides
 
 
-def entry_point(body):
+def entry_point(body: Callable[[], int | None]) -> Callable[[], NoReturn]:
     """Makes a script's main() of a function that returns an exit code or None.
 
     main() prints a user's mistake as one line instead of a traceback, and always ends
@@ -94,23 +98,23 @@ def entry_point(body):
 
 
 class StopSignal:
-    """Inside it, SIGTERM or Ctrl-C sets `is_set`; a second one acts as usual.
+    """A context in which SIGTERM or Ctrl-C sets `is_set`; a second one acts as usual.
 
     With several processes JAX heeds SIGTERM (multihost.reached_stop), and Ctrl-C is
     handed to it.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.is_set = False
         self._previous = {}
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         several = multihost.process_count() > 1
         for number in [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]:
             self._previous[number] = signal.signal(number, self._set)
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

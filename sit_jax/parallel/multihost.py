@@ -208,7 +208,7 @@ def reached_stop(step: int, is_stop_requested: bool) -> bool:
     All processes call it after every step. With several, JAX agrees on a step after
     SIGTERM reached one of them; alone, `is_stop_requested` decides.
     """
-    if jax.distributed.is_initialized():
+    if process_count() > 1:
         return multihost_utils.reached_preemption_sync_point(step)
     return is_stop_requested
 
