@@ -17,7 +17,7 @@ from sit_jax.convert.given import Given, add_untold
 from sit_jax.errors import UserError
 from sit_jax.models.codec import rounding_name
 from sit_jax.parallel import multihost
-from sit_jax.planning import planning
+from sit_jax.planning import report
 from sit_jax.precision.emulation import EMULATED
 from sit_jax.ranges import COUNT, SEED
 from sit_jax.recipes import published
@@ -45,7 +45,7 @@ REPEATED = set(
 @entry_point
 def main():
     args, overrides = parse_args(_parser())
-    planning.check(args)
+    report.check_flags(args)
     if args.plan:
         return plan(args, overrides)
     if not args.out:
@@ -87,7 +87,12 @@ def plan(args, overrides):
     else:
         raise UserError("--plan needs --weights PATH or --config FILE")
     config = settings.apply(config, args, overrides, args.weights)
-    return planning.sampling(args, config)
+    lines = report.plan_sampling(
+        config, args.batch_size, topology=args.topology, once=args.once
+    )
+    for line in lines:
+        print(line, flush=True)
+    return 0
 
 
 def likelihood(args, overrides):
@@ -144,7 +149,7 @@ def _parser():
     add("--quantize", metavar="FORM", help=FORMS)
     add("--quantize-skip", default=SKIP, metavar="REGEX")
     multihost.add_flags(parser)
-    planning.add_flags(parser)
+    report.add_flags(parser)
     return parser
 
 

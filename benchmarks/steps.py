@@ -38,7 +38,7 @@ def ours(case):
     from sit_jax.models.codec import Pixels
     from sit_jax.models.flops import step_macs
     from sit_jax.parallel import hardware
-    from sit_jax.planning.program import compiler_options
+    from sit_jax.planning.programs import get_compiler_options
     from sit_jax.trainer.compile import keep_freed_memory, limit_kept_memory
     from sit_jax.training.state import init_state
     from sit_jax.training.step import make_train_step
@@ -53,7 +53,7 @@ def ours(case):
         "label": rng.integers(1000, size=case["batch"]).astype(np.int32),
     }
     batch, key = jax.device_put(batch), jax.random.key(1)
-    options = compiler_options(jax.default_backend())
+    options = get_compiler_options(jax.default_backend())
     how = {"donate_argnums": 0, "compiler_options": options}
     step = jax.jit(make_train_step(model, process, tx), **how)
     begun = time.perf_counter()

@@ -14,7 +14,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-PLACES = [str(ROOT), str(ROOT / "tests")]
+PLACES = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks" / "tpu")]
 sys.path[:0] = PLACES
 os.environ["PYTHONPATH"] = os.pathsep.join(PLACES)
 

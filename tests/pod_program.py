@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sit_jax import config as configs
 from sit_jax.parallel.mesh import make_mesh
-from sit_jax.planning import program, topology
+from sit_jax.planning import programs, tpu_compile
 
 # What it prints, in this order: the next one is there when the one before is whole.
 MEMORY = "after_optimizations-buffer-assignment"
@@ -38,12 +38,12 @@ def recipe(name, slice_, settings):
     """-> config of that name under {field: value}, its recipe, mesh of the slice."""
     c = published(name.removesuffix("_xl2"))
     configs.override(c, [f"--config.{k}={v}" for k, v in settings.items()])
-    mesh = make_mesh(**c.mesh, devices=topology.devices(slice_))
-    return c, program.training_recipe(c), mesh
+    mesh = make_mesh(**c.mesh, devices=tpu_compile.get_tpu_devices(slice_))
+    return c, programs.build_training_experiment(c), mesh
 
 
 def lowered(c, parts, mesh):
-    return program.lowered_step(c, parts, mesh, c.batch_size, "tpu")
+    return programs.lower_train_step(c, parts, mesh, c.batch_size, "tpu")
 
 
 def settled(folder, name, slice_, settings, limit=400):
@@ -79,7 +79,8 @@ def _read(folder, kind):
 def main(folder, name, slice_, settings):
     made = lowered(*recipe(name, slice_, json.loads(settings)))
     options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-    assert topology.compiled(made, options), "does not fit"
+    with tpu_compile.without_compilation_cache():
+        made.compile(options)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ from sit_jax.parallel.mesh import (
     with_mesh,
     with_shardings,
 )
-from sit_jax.planning import hlo, program
-from sit_jax.planning.plan import bytes_of
+from sit_jax.planning import programs, tpu_compile
+from sit_jax.planning.memory import count_device_bytes
 from sit_jax.training.state import create_train_state
 
 # Wide enough that most kernels have more than sharding_rules.SMALL elements.
@@ -65,13 +65,13 @@ def batch(seed):
 def run(family, mesh, steps=5):
     """-> losses of a few steps as train.py takes them, and the state after them."""
     c = config(family)
-    parts = program.training_recipe(c)
+    parts = programs.build_training_experiment(c)
     begin = partial(create_train_state, parts.optimizer, decay=parts.ema_decay)
-    _, where = program.state_shapes(parts, mesh)
+    _, where = programs.eval_state_shapes(parts, mesh)
     params = small.random_params(parts, 0)
     state = jax.jit(begin, out_shardings=where, compiler_options=QUICK)(params)
     place = lambda i: jax.device_put(batch(i), batch_sharding(mesh))
-    step = program.train_step(c, parts, mesh, where)
+    step = programs.jit_train_step(c, parts, mesh, where)
     step = step.lower(state, parts.codec, place(0), jax.random.key(1))
     step, losses = step.compile(QUICK), []
     for i in range(steps):
@@ -92,10 +92,12 @@ def check(family, preset):
     assert len(set(losses)) == 5
     # only the order of sums differs, a few units of 1e-7
     np.testing.assert_allclose(losses, alone(family), rtol=1e-6)
-    shapes, where = program.state_shapes(program.training_recipe(config(family)), mesh)
+    shapes, where = programs.eval_state_shapes(
+        programs.build_training_experiment(config(family)), mesh
+    )
     assert jax.tree.map(lambda x: x.sharding, state) == where
     for item in ("params", "ema", "opt_state"):
-        told = bytes_of(getattr(shapes, item), getattr(where, item))
+        told = count_device_bytes(getattr(shapes, item), getattr(where, item))
         held = [
             leaf.addressable_shards[0].data.nbytes
             for leaf in jax.tree.leaves(getattr(state, item))
@@ -163,7 +165,9 @@ def test_a_bias_by_position_is_not_sent_around(by):
     params = with_shardings(params, sharding_rules.weight_shardings(mesh, params))
     order = shape(jnp.int32, rows, tokens)
     step = jax.jit(with_mesh(mesh, jax.grad(loss)))
-    found = hlo.collectives(step.lower(params, x, order).compile(QUICK).as_text())
+    found = tpu_compile.read_collectives(
+        step.lower(params, x, order).compile(QUICK).as_text()
+    )
     table = params["blocks"]["attn"]["position"]
     assert table.sharding.spec[2] == "fsdp"
     assert not [each for each in found if each.kind == "all-to-all"]

@@ -8,7 +8,7 @@ from sit_jax.cli.main import StopSignal, entry_point, make_parser, parse_args
 from sit_jax.convert.given import Given, add_flags
 from sit_jax.experiment import describe
 from sit_jax.parallel import multihost
-from sit_jax.planning import planning
+from sit_jax.planning import report
 from sit_jax.recipes import published
 from sit_jax.trainer.compile import keep_freed_memory, use_compilation_cache
 from sit_jax.trainer.loop import train
@@ -25,9 +25,9 @@ def main() -> int:
     parser.add_argument("--wandb", metavar="PROJECT", help="also log to wandb")
     add_flags(parser)
     multihost.add_flags(parser)
-    planning.add_flags(parser)
+    report.add_flags(parser)
     args, overrides = parse_args(parser)
-    planning.check(args)
+    report.check_flags(args)
     if not args.plan:
         multihost.initialize(args, heed_sigterm=True)
         use_compilation_cache()
@@ -37,7 +37,17 @@ def main() -> int:
         print(*describe(config), sep="\n")
         return 0
     if args.plan:
-        return planning.training(args, config)
+        lines = report.plan_training(
+            config,
+            topology=args.topology,
+            devices=args.devices,
+            chip=args.chip,
+            mfu=args.mfu,
+            once=args.once,
+        )
+        for line in lines:
+            print(line, flush=True)
+        return 0
     workdir = args.workdir or f"runs/{configs.run_name(args.config)}"
     init = Given(args.init, args.weights_only, args.family, args.heads, published)
     train(config, workdir, init, wandb=args.wandb, stop=StopSignal())

@@ -24,8 +24,8 @@ from sit_jax.models import attention
 from sit_jax.models.flops import forward_macs, step_macs
 from sit_jax.parallel import hardware, multihost
 from sit_jax.parallel.mesh import make_mesh, replicated
-from sit_jax.planning import program
-from sit_jax.planning.plan import held_whole
+from sit_jax.planning import programs
+from sit_jax.planning.memory import describe_unsplit
 from sit_jax.trainer.compile import ReplicaCheck, compile_timed, limit_kept_memory
 from sit_jax.trainer.previews import Previews
 from sit_jax.trainer.resume import (
@@ -135,7 +135,7 @@ def train(
         key = jax.random.key(config.seed)
         batch_shapes = abstract_batch(source, config.batch_size, mesh)
         shardings = jax.tree.map(lambda x: x.sharding, state)
-        step = program.train_step(config, experiment, mesh, shardings)
+        step = programs.jit_train_step(config, experiment, mesh, shardings)
         codec = experiment.codec
         lower = partial(step.lower, state, codec, batch_shapes, key)
         step, words = compile_timed(lower)
@@ -195,7 +195,7 @@ def log_summary(
         f"{jax.devices()[0].device_kind}; EMA decay {config.ema_decay}; "
         f"attention {attention.attention_name(model)}"
     )
-    for line in (*source.remarks, *held_whole(mesh, state.params)):
+    for line in (*source.remarks, *describe_unsplit(mesh, state.params)):
         say(line)
 
 
@@ -207,7 +207,7 @@ def _build(config: Any, mesh: Mesh) -> tuple[Any, Any]:
         source = build(config.source)
     if config.get("count_classes"):
         config.model.classes = source.classes
-    experiment = program.training_recipe(config)
+    experiment = programs.build_training_experiment(config)
     if config.get("vae"):
         vae = load_vae(config.vae, config.precision.vae, replicated(mesh))
         experiment = with_vae(experiment, vae)

@@ -22,7 +22,7 @@ from sit_jax.evaluation import evaluation, summary
 from sit_jax.evaluation.evaluated import open_side
 from sit_jax.evaluation.features import inception_extractor
 from sit_jax.parallel import multihost
-from sit_jax.planning.program import as_sampled
+from sit_jax.planning.programs import with_sampling_precision
 from sit_jax.sampling.generation import Generator
 from sit_jax.sampling.labels import labels as make_labels
 from sit_jax.sampling.pictures import captions, sheet
@@ -132,7 +132,7 @@ class ImageDrawer:
         labels: Int[np.ndarray, " n"],
         batch_size: int,
     ):
-        self._experiment, wrap = as_sampled(config, experiment)
+        self._experiment, wrap = with_sampling_precision(config, experiment)
         one = jnp.zeros((1, *experiment.shape))
         channels = jax.eval_shape(experiment.codec.decode, one).shape[-1]
         if channels not in (1, 3):

@@ -13,7 +13,7 @@ from sit_jax.models.dit import SiT
 from sit_jax.models.mdt import MDT, MDTv2
 from sit_jax.parallel import sharding_rules
 from sit_jax.parallel.mesh import abstract_mesh, make_mesh
-from sit_jax.planning import plan
+from sit_jax.planning.memory import NOTABLE
 from sit_jax.training.state import init_params, init_state
 
 WEIGHTS, ALL = ("fsdp", "tensor"), ("fsdp", "tensor", "data")
@@ -110,7 +110,7 @@ def test_every_weight_of_an_xl_is_in_the_table(network):
             ), name
     # 128 divides every width of the releases; what is left has 7 MB at most
     left = sharding_rules.unsharded_arrays(abstract_mesh(512, data=4), shapes)
-    assert all(np.prod(shape) * 4 < plan.NOTABLE for _, shape, _ in left)
+    assert all(np.prod(shape) * 4 < NOTABLE for _, shape, _ in left)
 
 
 def test_arrays_hold_what_the_table_says():

@@ -10,6 +10,7 @@ import math
 import re
 
 import flax.linen as nn
+import hlo_tables
 import jax
 import jax.numpy as jnp
 import pod_program
@@ -18,7 +19,7 @@ import pytest
 from sit_jax.models import layers
 from sit_jax.parallel import sharding_rules
 from sit_jax.parallel.mesh import make_mesh, num_batch_shards, with_mesh
-from sit_jax.planning import hlo, pod, program, topology
+from sit_jax.planning import programs, tpu_compile
 from sit_jax.precision import policy
 
 pytestmark = pytest.mark.skipif(
@@ -44,11 +45,11 @@ def compiled(name, slice_, word, **changes):
     """-> what of the program is looked at, shapes of the state, mesh."""
     settings = {"precision.training": word} | changes
     c, parts, mesh = pod_program.recipe(name, slice_, settings)
-    shapes, _ = program.state_shapes(parts, mesh)
+    shapes, _ = programs.eval_state_shapes(parts, mesh)
     device = mesh.devices.flat[0]
-    made = pod.compile_for(pod_program.lowered(c, parts, mesh), device)
+    made = tpu_compile.compile_for_tpu(pod_program.lowered(c, parts, mesh), device)
     assert made is not None and made.free > 0, "does not fit"
-    print(f"\n| {name}", pod.row(slice_, c.batch_size, made))
+    print(*tpu_compile.describe_program(made), sep="\n")
     return made, shapes, mesh
 
 
@@ -69,16 +70,16 @@ def test_the_step_of_a_pod(name, slice_, parts, tmp_path):
     settings |= {"precision.training": "bf16"}
     made = pod_program.settled(tmp_path, name, slice_, settings)  # so it fits
     c, made_of, mesh = pod_program.recipe(name, slice_, settings)
-    shapes, _ = program.state_shapes(made_of, mesh)
+    shapes, _ = programs.eval_state_shapes(made_of, mesh)
 
     # no chip holds the whole optimizer; biases and small tables are whole
     rest = size(shapes) - size(shapes.params)
     split = size(shapes.params) / mesh.shape["fsdp"] + rest / mesh.size
     assert made.arguments < 1.05 * split + 0.05e9
     assert made.output < 1e6  # all of the state is in the memory of the old one
-    assert hlo.aliased(made.text) >= len(jax.tree.leaves(shapes))
+    assert hlo_tables.count_aliased(made.text) >= len(jax.tree.leaves(shapes))
 
-    found = hlo.collectives(made.text)
+    found = tpu_compile.read_collectives(made.text)
     gathered = [each for each in found if each.kind == "all-gather"]
     assert gathered
     # in the loop over layers one weight, in bfloat16; after it new weights from
@@ -87,7 +88,7 @@ def test_the_step_of_a_pod(name, slice_, parts, tmp_path):
     assert max(turning) <= max(blocks(shapes.params)) // 2
     assert max(each.bytes for each in gathered) <= sum(blocks(shapes.params))
     # weights do not go round in rings while a batch waits
-    total = {kind: size for kind, (*_, size) in hlo.by_kind(found).items()}
+    total = {kind: size for kind, (*_, size) in tpu_compile.sum_by_kind(found).items()}
     assert total.get("collective-permute", 0) < 0.01 * total["all-gather"]
     # whole batches of activations stay where they are
     height, width, _ = c.shape
@@ -96,7 +97,7 @@ def test_the_step_of_a_pod(name, slice_, parts, tmp_path):
     moved = [each.bytes for each in found if each.kind == "all-to-all"]
     assert max(moved, default=0) < BATCH // parts * each_row // num_batch_shards(mesh)
 
-    products = hlo.products(made.text)
+    products = hlo_tables.read_products(made.text)
     wide = [each for each in products.elements() if each.left == each.right == "bf16"]
     assert len(wide) >= 20  # forward, backward twice, and again what is not kept
     # scores are kept as they were summed; other products are rounded once, after it
@@ -112,7 +113,9 @@ def test_words_of_precision_reach_every_wide_product(word, asked):
     small = {"model.depth": 2, "model.width": 288, "model.heads": 4, "batch_size": 64}
     made, *_ = compiled("sit_xl2", "v5e:4x4", word, **small)
     wide = [
-        each for each in hlo.products(made.text) if each.left == each.right == "f32"
+        each
+        for each in hlo_tables.read_products(made.text)
+        if each.left == each.right == "f32"
     ]
     assert {each.precision for each in wide} == asked
 
@@ -138,7 +141,7 @@ class Attentive(nn.Module):
 
 def cycles(by, chip, images):
     """Of the gradient of XL's attention with its weights, on one chip."""
-    mesh = make_mesh(devices=topology.devices(chip)[:1])
+    mesh = make_mesh(devices=tpu_compile.get_tpu_devices(chip)[:1])
     one = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     stack = layers.scan_blocks(Attentive, 4, "dots")(by)
     x = jax.ShapeDtypeStruct((images, 256, 1152), jnp.bfloat16, sharding=one)
@@ -148,7 +151,8 @@ def cycles(by, chip, images):
     slope = with_mesh(mesh, jax.grad(loss, argnums=(0, 1)))
     step = policy.with_precision(policy.BF16, slope, "tpu")
     lowered = jax.jit(step).lower(jax.tree.map(place, params), x)
-    return hlo.cycles(topology.compiled(lowered).as_text())
+    with tpu_compile.without_compilation_cache():
+        return tpu_compile.count_cycles(lowered.compile().as_text())
 
 
 @pytest.mark.parametrize(
@@ -163,6 +167,6 @@ def test_a_tpus_layout_of_heads_saves_cycles(chip, images):
 @pytest.mark.parametrize("name", [V4, V5E, V5P, V6E])
 def test_a_topology_that_libtpu_knows_is_counted_by_chips(name):
     dims = [int(n) for n in re.findall(r"\d+", name.partition(":")[2])]
-    devices = topology.devices(name)
+    devices = tpu_compile.get_tpu_devices(name)
     assert len(devices) == math.prod(dims)
-    assert topology.available(devices[0]) > 15 * 2**30
+    assert tpu_compile.get_available_memory(devices[0]) > 15 * 2**30

@@ -9,11 +9,12 @@ from sit_jax import checkpoint
 from sit_jax.data.loader import batches
 from sit_jax.data.sources import Synthetic
 from sit_jax.parallel.mesh import make_mesh
-from sit_jax.planning.program import train_step, training_recipe
+from sit_jax.planning.programs import build_training_experiment, jit_train_step
 from sit_jax.trainer.resume import (
     checkpoint_items,
     checkpoint_meta,
     read_history,
+    restore_or_init,
 )
 
 STEPS = 4
@@ -22,7 +23,7 @@ STEPS = 4
 @pytest.fixture(scope="module")
 def setting():
     config = small.config()
-    return config, training_recipe(config), Synthetic((4, 4, 1), 5)
+    return config, build_training_experiment(config), Synthetic((4, 4, 1), 5)
 
 
 def steps_on(setting, directory, devices, many):
@@ -32,7 +33,7 @@ def steps_on(setting, directory, devices, many):
     state, *_ = restore_or_init(parts, mesh, config.seed, directory)
     first, at_first = int(state.step), jax.device_get(state.params)
     where = jax.tree.map(lambda x: x.sharding, state)
-    step = train_step(config, parts, mesh, where)
+    step = jit_train_step(config, parts, mesh, where)
     losses, seen = [], []
     with batches(source, config.batch_size, config.seed, first, mesh) as feed:
         for _ in range(many):

@@ -6,6 +6,7 @@ It needs no TPU, but libtpu: pip install -r requirements-slow.txt
 import functools
 import importlib.util
 
+import hlo_tables
 import jax
 import jax.numpy as jnp
 import pytest
@@ -14,7 +15,7 @@ from networks import shapes
 from sit_jax.adapters.apply import apply_model
 from sit_jax.adapters.quantize import SKIP, quantized_shapes
 from sit_jax.models.dit import SiT
-from sit_jax.planning import hlo, topology
+from sit_jax.planning import tpu_compile
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
@@ -30,15 +31,17 @@ def text(word, chip, dtype):
     if word != "plain":
         params = quantized_shapes(params, {"quantized": {"form": word, "skip": SKIP}})
     at = (jnp.ones((8, 16, 16, 4)), jnp.ones(8), jnp.ones(8, jnp.int32))
-    one = jax.sharding.SingleDeviceSharding(topology.devices(chip)[0])
+    one = jax.sharding.SingleDeviceSharding(tpu_compile.get_tpu_devices(chip)[0])
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one)
     run = jax.jit(lambda params, *at: apply_model(model, params, *at))
-    return topology.compiled(run.lower(*jax.tree.map(place, (params, *at)))).as_text()
+    lowered = run.lower(*jax.tree.map(place, (params, *at)))
+    with tpu_compile.without_compilation_cache():
+        return lowered.compile().as_text()
 
 
 def count(program, *types):
     """How many products of these types are written down: left, right, result."""
-    found = hlo.products(program)
+    found = hlo_tables.read_products(program)
     return sum(n for each, n in found.items() if each[:3] == types)
 
 

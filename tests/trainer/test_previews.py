@@ -13,7 +13,7 @@ from sit_jax.evaluation.digit_features import DigitFeatures
 from sit_jax.evaluation.metrics import Gaussian, frechet
 from sit_jax.experiment import build_experiment, check_reference
 from sit_jax.parallel.mesh import make_mesh
-from sit_jax.planning.program import training_recipe
+from sit_jax.planning.programs import build_training_experiment
 from sit_jax.sampling.generation import Generator
 from sit_jax.trainer.previews import Previews
 
@@ -77,7 +77,7 @@ def test_a_point_is_of_images_as_sample_py_draws_them():
     for word in ("fast", "bf16"):
         c, log = config(), Log()
         c.precision.training = word
-        parts = training_recipe(c)
+        parts = build_training_experiment(c)
         look = Previews(log, c, parts, mesh)
         look.draw(3, small.random_params(parts, 0))
         found.append(log.values[3])

@@ -1,9 +1,9 @@
 """The tables of docs/tpu.md: programs for TPU slices, compiled on any machine.
 
-python benchmarks/pods.py [--only v6e] [--json pods.jsonl]; needs libtpu. A row is the
-last line of a command, run in a process of its own: one to four CPU minutes. What the
-JSON file holds already is not compiled again, so a run that was ended goes on; after a
-change of the program, name another file.
+python benchmarks/tpu/pods.py [--only v6e] [--json pods.jsonl]; needs libtpu. A row is
+read off what a command prints, run in a process of its own: one to four CPU minutes.
+What the JSON file holds already is not compiled again, so a run that was ended goes on;
+after a change of the program, name another file.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BF16 = "--config.precision.training=bf16"
 TRAINING = [
     ("sit_xl2.py", "v5e:4x4", 1024),
@@ -36,6 +36,10 @@ SAMPLING = [
     ("sit.py:XL/2+512", "v5p:4x4x8", 64),
     ("sit_xl2.py", "v6e:16x16", 64),
 ]
+KINDS = "all-gather all-reduce reduce-scatter all-to-all collective-permute".split()
+SIZES = re.compile(
+    r"compiled in (\d+) s; .*?arguments ([\d.]+), temporaries ([\d.]+), .*free ([\d.]+)"
+)
 PACE = re.compile(r"reckons ([\d.]+) million cycles, .*?(\d+)% MFU")
 
 
@@ -53,32 +57,45 @@ def command(script, name, slice_, batch):
     return [script, *shared, "--batch-size", str(batch)]
 
 
-def measured(script, name, slice_, batch):
-    """-> {"command", "row", "cycles", "mfu"} or {"command", "failed"} of a program."""
-    asked = command(script, name, slice_, batch)
-    result = {"command": f"python {' '.join(asked)}", "network": name}
+def measure(script, name, slice_, batch):
+    """Returns {"command", "network", "cells"} or {.., "failed"} of a program."""
+    words = command(script, name, slice_, batch)
+    result = {"command": f"python {' '.join(words)}", "network": name}
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, *asked], cwd=ROOT, env=env, capture_output=True, text=True
+        [sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True
     )
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines or not lines[-1].startswith("|"):
-        return result | {"failed": (lines or done.stderr.splitlines() or ["?"])[-1]}
-    result |= {"head": lines[-2], "row": lines[-1]}
-    if pace := PACE.search(done.stdout):
-        result |= {"cycles": float(pace[1]), "mfu": int(pace[2])}
-    return result
+    sizes = SIZES.search(done.stdout)
+    if done.returncode or not sizes:
+        lines = (done.stdout + done.stderr).strip().splitlines() or ["?"]
+        return result | {"failed": lines[-1]}
+    sent = dict(re.findall(r"^([a-z-]+) +\d+ +\d+ +([\d.]+)$", done.stdout, re.M))
+    seconds, *memory = sizes.groups()
+    gb = [f"{float(size):.2f}" for size in (*memory, *(sent.get(k, 0) for k in KINDS))]
+    pace = PACE.search(done.stdout)
+    cells = [
+        name,
+        slice_,
+        f"{batch:,}",
+        *gb,
+        seconds,
+        *(pace.groups() if pace else "??"),
+    ]
+    return result | {"cells": cells}
 
 
-def table(results):
-    """Markdown; a program that does not fit or compile is told in its row."""
-    head = next((each["head"] for each in results if "head" in each), "| |")
-    yield f"| network {head} million cycles | MFU |"
-    yield "|---" * (head.count("|") + 2) + "|"
-    for each in results:
-        row = each.get("row") or f"| {each['failed']} |"
-        cycles, mfu = each.get("cycles", "?"), each.get("mfu", "?")
-        yield f"| {each['network']} {row} {cycles} | {mfu} |"
+def make_table(results):
+    """Yields a table in Markdown; what does not compile is told in its row."""
+    kinds = " | ".join(f"{kind} GB" for kind in KINDS)
+    head = (
+        "| network | topology | batch | arguments GB | temporaries GB | free GB | "
+        f"{kinds} | compiled s | million cycles | MFU % |"
+    )
+    yield head
+    yield "|---" * (head.count("|") - 1) + "|"
+    for result in results:
+        cells = result.get("cells") or [result["network"], result.get("failed")]
+        yield f"| {' | '.join(cells)} |"
 
 
 def main():
@@ -96,13 +113,13 @@ def main():
         if args.only not in asked:
             continue
         if asked not in known:
-            known[asked] = measured(*row)
+            known[asked] = measure(*row)
             with args.json.open("a") as file:
                 print(json.dumps(known[asked]), file=file)
         tables[row[0]].append(known[asked])
     for script, results in tables.items():
         if results:
-            print(f"\n{script}", *table(results), sep="\n", flush=True)
+            print(f"\n{script}", *make_table(results), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

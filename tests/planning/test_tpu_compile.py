@@ -1,12 +1,19 @@
-"""Reading programs: a small one written by hand, and one that is compiled here."""
+"""Programs for TPUs: reading a small one, and the search of the largest batch."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from sit_jax.parallel.mesh import batch_sharding, make_mesh
-from sit_jax.planning import hlo
-from sit_jax.planning.hlo import Collective, Product
+from sit_jax.planning import tpu_compile
+from sit_jax.planning.tpu_compile import (
+    Collective,
+    TPUProgram,
+    count_cycles,
+    find_largest_batch,
+    read_collectives,
+    sum_by_kind,
+)
 
 TEXT = """HloModule step, input_output_alias={ {0}: (0, {}, may-alias), \
 {1}: (1, {}, must-alias) }, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
@@ -60,14 +67,14 @@ to_apply=%add
 """
 
 
-def test_collectives_with_their_bytes_and_turns():
-    found = {each.kind: each for each in hlo.collectives(TEXT)}
+def test_collectives_have_bytes_and_loop_counts():
+    found = {each.kind: each for each in read_collectives(TEXT)}
     # the one in %piece is the same channel, and the loop goes round 28 times
     assert found["all-gather"] == Collective("all-gather", 16 * 8 * 2, 28, "a/qkv")
     assert found["collective-permute"][1:3] == (32, 1)  # not operand and result both
     assert found["all-reduce"][1:3] == (32 + 16, 1)
     assert found["all-to-all"][1:3] == (32, 2)  # in each branch
-    assert len(hlo.collectives(TEXT)) == 4
+    assert len(read_collectives(TEXT)) == 4
 
 
 def program(line):
@@ -87,90 +94,26 @@ def program(line):
         ("%g = f32[] all-reduce(%p)", 4),
     ],
 )
-def test_what_begins_counts_by_its_results(line, size):
-    (found,) = hlo.collectives(program(line))
+def test_collective_start_counts_its_results_only(line, size):
+    (found,) = read_collectives(program(line))
     assert found.bytes == size
 
 
-@pytest.mark.parametrize(
-    "groups, devices",
-    [("{{0,1,2,3},{4,5,6,7}}", 4), ("[2,8]<=[16]", 8), ("[16]<=[16]", 16), ("{}", 0)]
-    + [("mesh['a'=2,'b'=16] {'b'}", 16), ("mesh['a'=2,'b'=16] {'a','b'}", 32)],
-)
-def test_what_is_scattered_is_sent_to_each_of_its_group(groups, devices):
-    line = f"%s = f32[8] reduce-scatter(%p), replica_groups={groups}, to_apply=%add"
-    (found,) = hlo.collectives(program(line))
-    assert found.devices == devices
-    assert hlo.sent([found]) == 32 * max(devices - 1, 1)
-
-
-def test_the_turns_that_the_compiler_notes_count():
+def test_loop_counts_noted_by_the_compiler_win():
     """Where a loop's condition is a fusion, its constant is among others."""
     note = ', backend_config={"known_trip_count":{"n":"7"}}'
     loop = "(s32[], bf16[4,8]) while(%t), condition=%test, body=%turn"
-    assert hlo.cycles(TEXT.replace(loop, loop + note)) == 7 * 100 + 7
+    assert count_cycles(TEXT.replace(loop, loop + note)) == 7 * 100 + 7
 
 
-def reckoned(count, name, op="add(%p)"):
-    told = f'backend_config={{"estimated_cycles":"{count}"}}'
-    return f'%x = f32[8]{{0}} {op}, metadata={{op_name="{name}"}}, {told}'
-
-
-@pytest.mark.parametrize(
-    "name, layer",
-    [
-        ("jvp(SiT)/SiT/while/body/closed_call/blocks/fc2/fc2.times/dot", "blocks/fc2"),
-        (
-            "SiT/while/body/checkpoint/blocks/fc2/cond/branch_0_fun/dot",
-            "SiT/blocks/fc2",
-        ),
-        ("checkpoint/blocks/fc2/add;checkpoint/rematted_computation/mul", "blocks/fc2"),
-        ("transpose(jvp(SiT))/SiT/blocks/bti,inhd->nhbdt/vmap()/add", "blocks"),
-        ("jvp(SiT)/SiT/cond/label/jit(_take)/add", "cond/label"),
-        ("jvp(SiT)/SiT/while/body/dynamic_update_slice", "SiT"),
-        ("jvp(MDT)/MDT.encode/while/body/dynamic_update_slice", "MDT"),
-        ("jit(_where)/select_n", ""),
-    ],
-)
-def test_cycles_count_for_the_layer_of_their_operation(name, layer):
-    text = program(reckoned(9, f"jit(step)/{name}"))
-    assert hlo.by_layer(text) == {layer: (9, 0)}
-
-
-def test_cycles_in_products_are_those_of_fusions_with_a_product():
-    fused = "%f (a: f32[8]) -> f32[8] {\n  %d = f32[8]{0} convolution(%a, %a)\n}\n"
-    lines = (reckoned(5, "j/a/add"), reckoned(7, "j/b/dot", "dot(%p, %p)"))
-    inside = reckoned(3, "j/a/add", "fusion(%p), calls=%f")
-    text = fused + program("\n  ".join((*lines, inside)))
-    assert list(hlo.by_layer(text).items()) == [("a", (8, 3)), ("b", (7, 7))]
-    assert hlo.cycles(text) == 15
-
-
-def test_they_are_summed_by_kind():
-    table = hlo.by_kind(hlo.collectives(TEXT))
+def test_collectives_are_summed_by_kind():
+    table = sum_by_kind(read_collectives(TEXT))
     assert table["all-gather"] == (1, 28, 28 * 256)
     assert "reduce-scatter" not in table
 
 
-def test_a_sum_sends_twice_what_a_gather_does():
-    gathered, moved = 28 * 256, 32 + 2 * 32  # a permute, and two all-to-alls
-    assert hlo.sent(hlo.collectives(TEXT)) == gathered + moved + 2 * (32 + 16)
-
-
-def test_products_with_the_types_of_their_operands():
-    assert dict(hlo.products(TEXT)) == {
-        Product("bf16", "bf16", "f32", "default"): 1,
-        Product("f32", "f32", "f32", "highest"): 1,
-    }
-
-
-def test_cycles_are_counted_as_often_as_their_loop_turns():
-    assert hlo.cycles(TEXT) == 28 * 100 + 7
-
-
-def test_outputs_in_the_memory_of_inputs_are_counted():
-    assert hlo.aliased(TEXT) == 2
-    assert hlo.aliased("HloModule f\n" + TEXT.partition("\n")[2]) == 0
+def test_cycles_count_loops():
+    assert count_cycles(TEXT) == 28 * 100 + 7
 
 
 @pytest.mark.parametrize(
@@ -178,11 +121,11 @@ def test_outputs_in_the_memory_of_inputs_are_counted():
     [("f32[2,3]", 24), ("bf16[4]", 8), ("pred[5]", 5), ("s8[7]", 7), ("f8e4m3fn[3]", 3)]
     + [("u32[]", 4), ("s64[2]", 16), ("f64[1]", 8)],
 )
-def test_sizes_of_types(type, size):
-    assert [hlo._size(*array) for array in hlo._ARRAY.findall(type)] == [size]
+def test_array_bytes_of_every_type(type, size):
+    assert tpu_compile.array_bytes(*type.removesuffix("]").split("[")) == size
 
 
-def test_a_program_of_this_jax_is_read():
+def test_collectives_of_a_program_of_this_jax():
     """A loop of three products, whose sum over the rows needs a collective."""
     mesh = make_mesh()
 
@@ -194,7 +137,31 @@ def test_a_program_of_this_jax_is_read():
     x = jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=rows)
     w = jax.ShapeDtypeStruct((3, 4, 4), jnp.float32)
     text = jax.jit(fn).lower(x, w).compile().as_text()
-    (found,) = hlo.collectives(text)
+    (found,) = read_collectives(text)
     assert found.kind == "all-reduce" and found.bytes == 4
     assert found.times in (1, 3)  # the compiler may take it out of the loop
-    assert [each[:3] for each in hlo.products(text)] == [("f32", "f32", "f32")]
+
+
+def limited(per_image, most):
+    """A compiler that fits `most` bytes, and the batches that it was asked for."""
+    batches = []
+
+    def compile_batch(batch):
+        batches.append(batch)
+        size = per_image * batch
+        return TPUProgram(most, 0, size, 0, 0, 1.0, "") if size <= most else None
+
+    return compile_batch, batches
+
+
+@pytest.mark.parametrize("first", [8, 64, 4096])
+def test_largest_batch_is_found_in_a_few_attempts(first):
+    compile_batch, batches = limited(per_image=10, most=5000)
+    program = compile_batch(first)
+    found = find_largest_batch(compile_batch, first, program, step=8, attempts=12)
+    assert found == 496 and len(batches) <= 12  # 500 in multiples of 8
+
+
+def test_largest_batch_is_0_where_none_fits():
+    compile_batch, _ = limited(per_image=10, most=5)
+    assert find_largest_batch(compile_batch, 8, None, step=8) == 0
