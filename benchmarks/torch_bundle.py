@@ -26,9 +26,9 @@ from torch_judge import TorchJudge
 import diagnose
 from sit_jax.cli.main import entry_point, make_parser, parse_args
 from sit_jax.convert import inception_weights
-from sit_jax.convert import reference as originals
-from sit_jax.convert.released import Released
+from sit_jax.convert import parity as originals
 from sit_jax.convert.rules import to_torch
+from sit_jax.convert.state_dict import StateDictSpec
 from sit_jax.diagnosis import bundle, stages
 from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.errors import UserError
@@ -142,17 +142,17 @@ def allow_tf32(allowed):
 def _network(room, args):
     """-> the clone's network with the job's weights, and these as it holds them."""
     parts = room.parts
-    released = Released(parts.model, parts.shape)
+    released = StateDictSpec(parts.model, parts.shape)
     ours = jax.tree.map(np.asarray, room.params)
     state = to_torch(released.rules, ours) | released.constants
     sys.path.insert(0, str(Path(args.reference).expanduser()))
     stand_in("torchvision")  # timm imports it for its data, and wants none here
-    module = originals.original(args.reference)
+    module = originals.import_original(args.reference)
     with contextlib.redirect_stdout(sys.stderr):  # MDT's says what it was given
-        network = originals.network(module, parts.model, parts.shape, state)
+        network = originals.build_original(module, parts.model, parts.shape, state)
     network = network.to(args.device).requires_grad_(False)
     kept = {n: v.cpu().numpy() for n, v in network.state_dict().items()}
-    return network, released.tree(kept)
+    return network, released.to_params(kept)
 
 
 def _measured(args, words):

@@ -10,7 +10,8 @@ import zipfile
 import numpy as np
 import torch
 
-RUNS = r"it would run \w*(posix|os|nt)\.mkdir; a file of weights must not run code"
+RUNS = r"it would run [\w., ]*(posix|os|nt)\.mkdir; a file of weights must not run"
+DAMAGED = "damaged or no file of weights"
 
 
 class Runs:
@@ -98,46 +99,46 @@ FORMS = {
     ),
     "subclass of dict": (
         saved(lambda runs: Dict(a=runs)),
-        r"it would run [\w.]*\.Dict; a file",
+        r"it would run hostile\.Dict, ",
     ),
-    "tar": (tar, RUNS),
+    "tar": (tar, DAMAGED),
     "zip with an odd member": (
         inside(lambda ran: b"}.", **{"archive/code/evil.py": b"import os"}),
-        "it holds 'archive/code/evil.py', which torch.save never adds",
+        "holds no weights",
     ),
     "zip with a member that climbs": (
         inside(lambda ran: b"}.", **{"../../evil": b""}),
-        "it holds '../../evil', which",
+        DAMAGED,
     ),
     "persistent id": (
         inside(lambda ran: b"\x80\x02X\4\0\0\0evilQ."),
-        "asks for an object of its writer's",
+        DAMAGED,
     ),
-    "old persistent id": (raw(lambda ran: b"Pevil\n."), "object of its writer's"),
+    "old persistent id": (raw(lambda ran: b"Pevil\n."), DAMAGED),
     "huge length": (
         inside(lambda ran: b"\x80\x02X\xff\xff\xff\x7fabc."),
-        "damaged or no file of weights",
+        DAMAGED,
     ),
-    "huge storage": (inside(lambda ran: storage(10**15)), "1000000000000000 numbers"),
-    "bomb of references": (inside(laughs), "unfolds into more objects"),
+    "huge storage": (inside(lambda ran: storage(10**15)), DAMAGED),
+    "bomb of references": (inside(laughs), "holds a tuple"),
     "bomb of depth": (
         inside(lambda ran: b"\x80\x02)" + b"\x85" * 10**5 + b"}\x86."),
-        "unfolds into more objects",
+        "holds a tuple",
     ),
-    "bomb of a zip": (compressed, "'a/data.pkl' is compressed"),
+    "bomb of a zip": (compressed, DAMAGED),
     "bomb of an allowed name": (
         inside(lambda ran: b"\x80\x02cbuiltins\nbytearray\n\x8a\6@@@@@@\x85R."),
-        "it would run builtins.bytearray",
+        DAMAGED,
     ),
     "old pickle": (raw(lambda ran: code(ran) + b"."), RUNS),
-    "new pickle": (raw(lambda ran: pickle.dumps(Runs(ran), 5)), RUNS),
+    "new pickle": (raw(lambda ran: pickle.dumps(Runs(ran), 5)), DAMAGED),
     "before torch 1.6": (
         lambda path, ran: torch.save(
             Runs(ran), path, _use_new_zipfile_serialization=False
         ),
         RUNS,
     ),
-    "no pickle of torch": (raw(lambda ran: pickle.dumps({1: 2})), "none of torch's"),
+    "no pickle of torch": (raw(lambda ran: pickle.dumps({1: 2})), DAMAGED),
 }  # fmt: skip
 
 

@@ -12,8 +12,8 @@ from networks import quick_jit
 from recorded import FOLDER, arrays, nchw, nhwc, relative, weights
 from small import called
 
-import port_weights
 import sample
+from sit_jax.cli import port_weights
 from sit_jax.config import spec
 from sit_jax.convert import diffusers_files
 from sit_jax.convert.rules import DIT_RULES, to_flax
@@ -44,7 +44,8 @@ def exported(tmp_path_factory):
     for words in lines:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sys.argv", ["port_weights.py", *map(str, words)])
-            assert port_weights.main() == 0
+            with pytest.raises(SystemExit, match="^0$"):
+                port_weights.main()
     return folder
 
 

@@ -20,11 +20,16 @@ from torch_releases import (
 )
 
 from sit_jax.config import spec, to_json
-from sit_jax.convert import comparison, moments, tensor_files, torch_files
-from sit_jax.convert.exchange import Stored, open_torch
+from sit_jax.convert import tensor_files
+from sit_jax.convert.checkpoint import (
+    CheckpointExport,
+    compare_tensors,
+    open_torch_file,
+)
 from sit_jax.convert.given import Given
-from sit_jax.convert.released import Released
+from sit_jax.convert.optimizer import to_optax
 from sit_jax.convert.rules import DIT_RULES, to_torch
+from sit_jax.convert.state_dict import StateDictSpec, read_torch_file
 from sit_jax.errors import UserError
 from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.models.dit import SiT
@@ -35,7 +40,7 @@ from sit_jax.trainer import resume
 @pytest.mark.parametrize("name", ["sit_a", "sit_b", "sit_c", "dit_a", "dit_b"])
 def test_released_files_come_back_bit_by_bit_in_their_order(tmp_path, name):
     there = stored(opened(name), tmp_path / "ck")
-    assert there.no_moments == "the checkpoint has no opt_state"
+    assert there.no_optimizer == "the checkpoint has no opt_state"
     content, _ = there.content(bare=True)
     tensor_files.write(tmp_path / "x.pt", content)
     assert_same_state(loaded(tmp_path / "x.pt"), loaded(golden(name)))
@@ -45,7 +50,7 @@ def test_released_files_come_back_bit_by_bit_in_their_order(tmp_path, name):
 def test_files_of_train_py_come_back_bit_by_bit(tmp_path, family):
     there = stored(opened(f"train_{family}_full"), tmp_path / "ck")
     assert there.step == 20
-    assert there.no_moments is None
+    assert there.no_optimizer is None
     content, _ = there.content(bare=False)
     tensor_files.write(tmp_path / "x.pt", content)
     ours, theirs = loaded(tmp_path / "x.pt"), loaded(golden(f"train_{family}_full"))
@@ -61,7 +66,7 @@ def test_files_of_train_py_come_back_bit_by_bit(tmp_path, family):
 
 def test_a_ported_checkpoint_computes_what_torch_did(tmp_path):
     there, recorded = stored(opened("sit_a"), tmp_path / "ck"), arrays("sit_forward_a")
-    out = there.released.model.apply(
+    out = there.spec.model.apply(
         {"params": there.ema()}, nhwc(recorded["x"]), recorded["t"], recorded["y"]
     )
     # float32 rounding through two blocks; a swapped axis gives 1
@@ -105,21 +110,21 @@ def test_an_own_run_goes_on_in_torch_as_here(tmp_path):
     schedule.transition_steps = 10
     c.optimizer = spec(optax.adamw, learning_rate=schedule, b2=0.99, weight_decay=0.1)
     parts, count = build_experiment(c, TRAINING), 4
-    released = Released(parts.model, parts.shape)
+    spec_ = StateDictSpec(parts.model, parts.shape)
     rng = np.random.default_rng(0)
-    tree = lambda draw: released.tree(
-        {n: np.float32(draw(shape)) for n, shape in released.trained.items()}
+    tree = lambda draw: spec_.to_params(
+        {n: np.float32(draw(shape)) for n, shape in spec_.trained.items()}
     )
     normal = lambda shape: rng.normal(size=shape)
     params, mu, grads = tree(normal), tree(normal), tree(normal)
     nu = tree(lambda shape: rng.uniform(size=shape))
-    state = moments.place(parts.optimizer, params, jnp.int32(count), mu, nu)
+    state = to_optax(parts.optimizer, params, jnp.int32(count), [mu, nu])
     meta = {"config": to_json(c), "step": 5}  # one more was skipped
     small.save(tmp_path / "ck", 5, meta, params=params, ema=params, opt_state=state)
 
-    steps = [each for each in Stored(tmp_path / "ck", 5).tensors("step")]
+    steps = [each for each in CheckpointExport(tmp_path / "ck", 5).tensors("step")]
     assert len(steps) == 1  # of Adam and of the schedule, which are one in torch
-    content, _ = Stored(tmp_path / "ck", 5).content(bare=False)
+    content, _ = CheckpointExport(tmp_path / "ck", 5).content(bare=False)
     tensor_files.write(tmp_path / "x.pt", content)
     file = loaded(tmp_path / "x.pt")
     group = file["opt"]["param_groups"][0]
@@ -159,7 +164,7 @@ def test_other_optimizers_leave_the_average_alone(tmp_path):
         meta["config"] = to_json(c)
         directory = tmp_path / make.__name__
         small.save(directory, 0, meta, **items, opt_state=state)
-        assert "not plain AdamW" in Stored(directory, 0).no_moments
+        assert "not plain AdamW" in CheckpointExport(directory, 0).no_optimizer
 
 
 def test_moments_need_an_optimizer_that_keeps_nothing_else():
@@ -167,9 +172,9 @@ def test_moments_need_an_optimizer_that_keeps_nothing_else():
     zero = jax.tree.map(jnp.zeros_like, params)
     tx = optax.chain(optax.scale_by_adam(), optax.trace(0.9))
     with pytest.raises(UserError, match="keeps more than Adam's moments"):
-        moments.place(tx, params, 1, zero, zero)
+        to_optax(tx, params, 1, [zero, zero])
     with pytest.raises(UserError, match="has 0 parts with Adam's moments"):
-        moments.place(optax.sgd(1.0), params, 1, zero, zero)
+        to_optax(optax.sgd(1.0), params, 1, [zero, zero])
 
 
 @pytest.mark.parametrize(
@@ -207,7 +212,7 @@ def test_a_drifted_table_is_carried_and_not_rounded_away(tmp_path):
     drift = np.float32(2e-4)
     open_ = broken(tmp_path, lambda s: s.update(pos_embed=s["pos_embed"] + drift))
     content, _ = stored(open_(), tmp_path / "ck").content(bare=True)
-    read = torch_files.read(tmp_path / "x.pt")
+    read = read_torch_file(tmp_path / "x.pt")
     np.testing.assert_array_equal(content["pos_embed"], read.ema["pos_embed"])
 
 
@@ -216,25 +221,29 @@ def test_an_optimizer_of_fewer_tensors_is_refused(tmp_path):
     del content["opt"]["state"][7]
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(UserError, match="not the state of all trained"):
-        open_torch(tmp_path / "x.pt", base, heads=2)
+        open_torch_file(tmp_path / "x.pt", base, heads=2)
 
 
 def test_xl_has_the_published_tensors():
-    released = Released(SiT(), (32, 32, 4))
-    assert len(released.trained) == 291
-    assert sum(np.prod(shape) for shape in released.trained.values()) == 674_834_720
+    spec_ = StateDictSpec(SiT(), (32, 32, 4))
+    assert len(spec_.trained) == 291
+    assert sum(np.prod(shape) for shape in spec_.trained.values()) == 674_834_720
 
 
 def test_a_difference_of_one_bit_is_seen():
     a = {"x": np.ones(3, np.float32), "y": np.zeros((2, 2), np.float32)}
     b = a | {"x": np.nextafter(a["x"], 2, dtype=np.float32)}
     each = lambda state: (("ema", name, array) for name, array in state.items())
-    same = comparison.compare(each(a), {"ema": dict(reversed(a.items()))})["ema"]
-    assert (same.tensors, same.difference, same.left == same.right) == (2, 0, True)
-    other = comparison.compare(each(a), {"ema": b})["ema"]
+    same = compare_tensors(each(a), {"ema": dict(reversed(a.items()))})["ema"]
+    assert (same.num_tensors, same.max_difference, same.left == same.right) == (
+        2,
+        0,
+        True,
+    )
+    other = compare_tensors(each(a), {"ema": b})["ema"]
     assert other.left != other.right
-    assert other.difference == pytest.approx(1.2e-7, rel=0.01)
-    minus = comparison.compare(each(a), {"ema": a | {"y": -a["y"]}})["ema"]
-    assert (minus.difference, minus.left == minus.right) == (0, False)
+    assert other.max_difference == pytest.approx(1.2e-7, rel=0.01)
+    minus = compare_tensors(each(a), {"ema": a | {"y": -a["y"]}})["ema"]
+    assert (minus.max_difference, minus.left == minus.right) == (0, False)
     with pytest.raises(UserError, match="1 tensors came back of 2"):
-        comparison.compare(each({"x": a["x"]}), {"ema": a})
+        compare_tensors(each({"x": a["x"]}), {"ema": a})

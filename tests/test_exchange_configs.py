@@ -7,9 +7,9 @@ from torch_releases import base, golden, loaded, opened, renamed
 
 from sit_jax.config import build, from_json, spec, to_json
 from sit_jax.convert import tensor_files
-from sit_jax.convert.exchange import open_torch
-from sit_jax.convert.infer_config import args_of
-from sit_jax.convert.released import Released
+from sit_jax.convert.checkpoint import open_torch_file
+from sit_jax.convert.infer_config import train_args
+from sit_jax.convert.state_dict import StateDictSpec
 from sit_jax.diffusion import paths, predictions
 from sit_jax.diffusion.guidance import GuidanceInterval
 from sit_jax.diffusion.interpolant import Interpolant
@@ -66,9 +66,9 @@ def test_the_run_is_read_off_its_args():
     ],
 )
 def test_the_process_is_read_off_the_args_and_back(tmp_path, args, process):
-    weights_ = open_torch(renamed(tmp_path, **args), base, heads=2)
+    weights_ = open_torch_file(renamed(tmp_path, **args), base, heads=2)
     assert build(weights_.config.process) == Interpolant(**process)
-    again = args_of(weights_.config)
+    again = train_args(weights_.config)
     assert again["path_type"] == args.get("path_type", "Linear")
     assert again["prediction"] == args.get("prediction", "velocity")
     assert set(again) == set(vars(loaded(golden("train_sit_full"))["args"]))
@@ -78,19 +78,19 @@ def test_args_know_no_schedule_of_guidance():
     config = base("sit")
     with config.ignore_type():
         config.guidance = spec(GuidanceInterval, scale=2.5, low=0.2, high=0.8)
-    assert args_of(config)["cfg_scale"] == 2.5
+    assert train_args(config)["cfg_scale"] == 2.5
 
 
 def test_args_of_dit_have_the_originals_fields():
     theirs = vars(loaded(golden("train_dit_full"))["args"])
-    ours = args_of(base("dit"))
+    ours = train_args(base("dit"))
     assert set(ours) == set(theirs)
     assert ours["model"] == "DiT-XL/2"
     assert ours["image_size"] == 256
 
 
 def test_a_table_without_a_null_row_is_told_by_num_classes(tmp_path):
-    weights_ = open_torch(renamed(tmp_path, num_classes=11), base, heads=2)
+    weights_ = open_torch_file(renamed(tmp_path, num_classes=11), base, heads=2)
     assert weights_.config.model.classes == 11
     assert weights_.config.model.null_label is False
 
@@ -112,17 +112,17 @@ def test_flags_and_files_that_disagree_are_named_with_both_values(tmp_path):
     with pytest.raises(UserError, match="--family says dit, but .* says sit"):
         opened("train_sit_full", family="dit")
     with pytest.raises(UserError, match="args not understood .*num_classes is 7"):
-        open_torch(renamed(tmp_path, num_classes=7), base, heads=2)
+        open_torch_file(renamed(tmp_path, num_classes=7), base, heads=2)
     with pytest.raises(UserError, match="args not understood .*'Cosine'"):
-        open_torch(renamed(tmp_path, path_type="Cosine"), base, heads=2)
+        open_torch_file(renamed(tmp_path, path_type="Cosine"), base, heads=2)
 
 
 def test_published_heads_cannot_be_overruled_by_a_flag(tmp_path):
-    released = Released(SiT(depth=12, width=384, heads=6, patch=8), (8, 8, 4))
+    released = StateDictSpec(SiT(depth=12, width=384, heads=6, patch=8), (8, 8, 4))
     state = {**released.constants}
     zeros = {n: np.zeros(shape, np.float32) for n, shape in released.trained.items()}
     tensor_files.write(tmp_path / "s.safetensors", state | zeros)
-    open_s = lambda **flags: open_torch(
+    open_s = lambda **flags: open_torch_file(
         tmp_path / "s.safetensors", base, family="sit", **flags
     )
     assert open_s().config.model.heads == 6
@@ -163,4 +163,4 @@ def test_a_config_of_another_process_or_family_is_refused(tmp_path):
     with pytest.raises(UserError, match="process.path.*gvp.*linear"):
         opened("train_sit_full", config=c)
     with pytest.raises(UserError, match="args.model says sit, but --config says dit"):
-        open_torch(golden("train_sit_full"), base, config=base("dit"))
+        open_torch_file(golden("train_sit_full"), base, config=base("dit"))

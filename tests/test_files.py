@@ -19,10 +19,10 @@ import pytest
 import small
 from conftest import ROOT
 from memory_bucket import Memory, step
+from sit_jax.convert.releases import fetch
 
 from sit_jax import checkpoint, files
 from sit_jax.convert import lora_files, tensor_files
-from sit_jax.convert.releases import fetch
 from sit_jax.errors import UserError
 from sit_jax.files import (
     as_path,

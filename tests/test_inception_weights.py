@@ -109,13 +109,13 @@ def assert_same(found):
 def test_a_state_dict_is_read(tmp_path, cache):
     found = load(torch_file(tmp_path / "x.pth"))
     assert_same(found)
-    assert not found.released and not cache.exists()
+    assert not found.spec and not cache.exists()
 
 
 def test_the_released_file_is_converted_once(released, cache):
     found = load(released)
     assert_same(found)
-    assert found.released
+    assert found.spec
     released.unlink()
     again = load()  # from the cache, without the original
     assert_same(again)
@@ -139,7 +139,7 @@ def test_a_safetensors_from_elsewhere_is_read_and_not_trusted(
     other.write_bytes((cache / CONVERTED).read_bytes())
     found = load(other)
     assert_same(found)
-    assert not found.released
+    assert not found.spec
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(released, cache):
@@ -203,7 +203,7 @@ def test_a_state_dict_without_a_layer_is_refused(tmp_path):
 def test_the_tensorflow_graph_holds_the_same(tmp_path, cache):
     found = load(graph(tmp_path / "classify_image_graph_def.pb"))
     assert_same(found)
-    assert found.released
+    assert found.spec
     assert json.loads((cache / CONVERTED).with_suffix(".json").read_text())["released"]
     assert_same(load())
 

@@ -13,7 +13,6 @@ from lora_bases import drawn
 from lora_runs import begun, config
 from networks import quick_jit
 
-import port_weights
 import sample
 from sit_jax import checkpoint
 from sit_jax.adapters.apply import apply_model

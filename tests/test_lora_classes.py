@@ -6,7 +6,6 @@ import pytest
 import small
 from lora_runs import saved
 
-import port_weights
 import sample
 from sit_jax import checkpoint
 from sit_jax.adapters.quantize import SKIP, quantize_params

@@ -14,7 +14,6 @@ from lora_pairs import pair
 from networks import quick_jit, recorded_model, recorded_params
 from recorded import FOLDER, nhwc, relative
 
-import port_weights
 from sit_jax import checkpoint
 from sit_jax.adapters.apply import apply_model
 from sit_jax.adapters.weights import (
@@ -25,6 +24,7 @@ from sit_jax.adapters.weights import (
     materialize,
     merge_adapters,
 )
+from sit_jax.cli import port_weights
 from sit_jax.config import from_json, to_json
 from sit_jax.convert import lora_files, lora_names
 from sit_jax.convert.adapters import named, open_adapter, put_on

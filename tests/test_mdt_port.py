@@ -10,11 +10,11 @@ import torch
 from recorded import FOLDER, case, weights
 from small import called
 
-import port_weights
 from sit_jax import checkpoint
+from sit_jax.cli import port_weights
 from sit_jax.config import build
-from sit_jax.convert import mdt_files, tensor_files
-from sit_jax.convert.exchange import Stored, open_torch
+from sit_jax.convert import tensor_files
+from sit_jax.convert.checkpoint import CheckpointExport, open_torch_file
 from sit_jax.convert.rules import to_torch
 from sit_jax.errors import UserError
 from sit_jax.experiment import TRAINING, build_experiment
@@ -23,7 +23,7 @@ from sit_jax.training.optimizers import AdanState
 
 pytestmark = pytest.mark.slow  # together they compile for a minute or two
 
-KINDS = {"mdt1_a": MDT, "mdt2_a": MDTv2}
+SUFFIXES = {"mdt1_a": MDT, "mdt2_a": MDTv2}
 INDEX = "relative_position_index"
 
 
@@ -46,15 +46,15 @@ def assert_same_state(one, other):
 def stored(found, directory):
     items, meta = found.items()
     small.save(directory, meta["step"], meta, **items)
-    return Stored(*checkpoint.find_step(directory))
+    return CheckpointExport(*checkpoint.find_step(directory))
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", SUFFIXES)
 def test_a_released_file_is_known_by_its_names_and_comes_back(name, tmp_path):
     """Heads and, in the second version, the decoder too; buffers in their places."""
-    found = open_torch(golden(name), port_weights.published)
+    found = open_torch_file(golden(name), port_weights.published)
     told, model = case(name.removesuffix("_a"))["model"], build(found.config.model)
-    assert type(model) is KINDS[name]
+    assert type(model) is SUFFIXES[name]
     assert (model.depth, model.heads) == (told["depth"], told["num_heads"])
     assert tuple(found.config.shape) == (8, 8, 4) and model.classes == 9
     assert model.decoder == 2  # of v1 nothing tells: the published value
@@ -63,7 +63,7 @@ def test_a_released_file_is_known_by_its_names_and_comes_back(name, tmp_path):
     for ending in ("pt", "safetensors"):
         path = tmp_path / f"x.{ending}"
         tensor_files.write(path, content)
-        back = mdt_files.read(path).ema
+        back = read_torch_file(path).ema
         assert back[next(n for n in back if n.endswith(INDEX))].dtype == np.int64
     assert_same_state(loaded(tmp_path / "x.pt"), loaded(golden(name)))
 
@@ -79,7 +79,7 @@ GROUPS = {
 }
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=SUFFIXES)
 def run(request, tmp_path_factory):
     """The files that MDT's train script leaves after its step 19."""
     name, folder = request.param, tmp_path_factory.mktemp("run")
@@ -112,7 +112,7 @@ def run(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def there(run, tmp_path_factory):
-    found = open_torch(run[1] / "model000019.pt", port_weights.published)
+    found = open_torch_file(run[1] / "model000019.pt", port_weights.published)
     return stored(found, tmp_path_factory.mktemp("stored") / "ck")
 
 
@@ -149,7 +149,7 @@ def test_the_moments_are_where_the_optimizer_looks_for_them(run, there):
         negative="neg_pre_grad",
     )
     for field, kind in theirs[name].items():
-        tree = to_torch(there.released.rules, getattr(ours, field))
+        tree = to_torch(there.spec.rules, getattr(ours, field))
         for i, tensor in enumerate(tree.values()):
             np.testing.assert_array_equal(tensor, opt["state"][i][kind])
 
@@ -242,7 +242,7 @@ def test_other_tensors_than_an_mdt_has_are_listed(tmp_path, change, told):
     change(state)
     tensor_files.write(tmp_path / "x.pt", state)
     with pytest.raises(UserError, match=told):
-        open_torch(tmp_path / "x.pt", port_weights.published)
+        open_torch_file(tmp_path / "x.pt", port_weights.published)
 
 
 def _moved():
@@ -253,4 +253,4 @@ def test_an_average_of_no_rate_is_named(tmp_path):
     for name in ("model000001", "ema_x1_000001"):
         tensor_files.write(tmp_path / f"{name}.pt", dict(weights("mdt1_a")))
     with pytest.raises(UserError, match="'x1' is not the rate of an average"):
-        open_torch(tmp_path / "model000001.pt", port_weights.published)
+        open_torch_file(tmp_path / "model000001.pt", port_weights.published)

@@ -13,12 +13,13 @@ from conftest import ROOT
 from recorded import FOLDER, weights
 from small import called, losses
 
-import port_weights
 from sit_jax import checkpoint
+from sit_jax.cli import port_weights
 from sit_jax.config import from_json
-from sit_jax.convert import tensor_files, torch_files
+from sit_jax.convert import tensor_files
 from sit_jax.convert.given import Given
 from sit_jax.convert.rules import DIT_RULES, to_flax
+from sit_jax.convert.state_dict import read_torch_file
 from sit_jax.manifest import weights_hash
 from sit_jax.trainer.loop import train
 
@@ -43,7 +44,8 @@ def ported(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             words = ["port_weights.py", source, folder / name, *flags]
             patch.setattr("sys.argv", list(map(str, words)))
-            assert port_weights.main() == 0
+            with pytest.raises(SystemExit, match="^0$"):
+                port_weights.main()
     return folder
 
 
@@ -83,7 +85,7 @@ def test_a_run_of_the_original_goes_out_as_it_came(tmp_path, port, ported):
     code, out, _ = port(ported / "full", tmp_path / "x.pt")
     assert code == 0
     assert re.search(r"^exp_avg_sq +31 +0 ", out, re.M)
-    ours, theirs = torch_files.read(tmp_path / "x.pt"), torch_files.read(FULL)
+    ours, theirs = read_torch_file(tmp_path / "x.pt"), read_torch_file(FULL)
     assert (ours.layout, ours.args, ours.adam.group) == (
         theirs.layout,
         theirs.args,
@@ -99,7 +101,7 @@ def test_safetensors_hold_the_average(tmp_path, port, ported):
     assert code == 0
     assert "the EMA alone, for a .safetensors holds one state dict" in out
     read = safetensors.torch.load_file(tmp_path / "x.safetensors")
-    theirs = torch_files.read(FULL).ema
+    theirs = read_torch_file(FULL).ema
     assert read.keys() == set(theirs)
     for name in theirs:
         np.testing.assert_array_equal(read[name], theirs[name])
@@ -125,10 +127,6 @@ def test_a_directory_is_replaced_only_if_asked_and_only_a_checkpoint(
     shutil.copytree(ported / "bare", tmp_path / "ck")
     assert port(BARE, tmp_path / "ck", *SIT_A)[0] == 2
     assert port(BARE, tmp_path / "ck", *SIT_A, "--overwrite")[0] == 0
-    # as a kill between two renames leaves it
-    (tmp_path / "ck").rename(tmp_path / f".ck.{2**22 + 1}.old")
-    code, _, err = port(BARE, tmp_path / "ck", *SIT_A)
-    assert code == 2 and "ck is back: a killed run had moved it aside" in err
     assert os.listdir(tmp_path) == ["ck"]
     (tmp_path / "ck" / "notes.txt").touch()
     code, _, err = port(BARE, tmp_path / "ck", *SIT_A, "--overwrite")
@@ -144,7 +142,7 @@ def test_a_file_is_replaced_only_if_asked(tmp_path, port, ported):
     assert (code, path.read_text()) == (2, "mine")
     assert "x.pt exists; --overwrite replaces it" in err
     assert port(ported / "bare", path, "--overwrite")[0] == 0
-    assert len(torch_files.read(path).ema) == 32
+    assert len(read_torch_file(path).ema) == 32
 
 
 def test_what_comes_back_different_is_not_kept(tmp_path, port, ported, monkeypatch):

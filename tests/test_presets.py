@@ -3,7 +3,7 @@
 import pytest
 
 from sit_jax.config import from_json, to_json
-from sit_jax.convert.releases import RELEASES
+from sit_jax.convert.pretrained import PRETRAINED
 from sit_jax.diffusion.guidance import PowerCosine
 from sit_jax.errors import UserError
 from sit_jax.experiment import build_experiment
@@ -30,7 +30,7 @@ def test_each_is_a_recipe_that_can_be_recorded(name):
     chosen, config = configured(name)
     parts = build_experiment(config)
     assert build_experiment(from_json(to_json(config))).sampler == parts.sampler
-    assert chosen.weights in RELEASES and chosen.vae in RELEASES
+    assert chosen.weights in PRETRAINED and chosen.vae in PRETRAINED
     assert chosen.rounding in ROUNDINGS
     said = presets.described(name, chosen)
     assert chosen.figure in said and chosen.source in said and "\n" not in said

@@ -10,7 +10,7 @@ import sample_runs
 import small
 from recorded import FOLDER
 
-from sit_jax.convert.exchange import open_torch
+from sit_jax.convert.checkpoint import open_torch_file
 from sit_jax.diffusion import rng
 from sit_jax.experiment import build_experiment
 from sit_jax.parallel.mesh import make_mesh, replicated
@@ -115,7 +115,7 @@ def test_torch_weights_are_sampled_as_their_checkpoint_is(run, tmp_path):
     told = ["--family", "sit", "--heads", "4"]
     out = tmp_path / "a.npy"
     assert run(*arguments, *told, "--out", out, weights=file)[0] == 0
-    items, meta = open_torch(file, published, "sit", 4).items()
+    items, meta = open_torch_file(file, published, family="sit", heads=4).items()
     small.save(tmp_path / "ported", 0, meta, **items)
     other = tmp_path / "b.npy"
     assert run(*arguments, "--out", other, weights=tmp_path / "ported")[0] == 0

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 from hostile import FORMS, code, laughs, npy
 
-from sit_jax.convert import torch_files
+from sit_jax.convert.state_dict import read_torch_file
 from sit_jax.data.images import CorruptImage, to_rgb
 from sit_jax.errors import UserError
 from sit_jax.sampling.array_files import ArrayFile, load
@@ -27,7 +27,7 @@ def test_a_weights_file_runs_nothing_and_says_why(tmp_path, form):
     path, ran = tmp_path / "x.pt", tmp_path / "ran"
     write(path, ran)
     with pytest.raises(UserError, match=told) as caught:
-        torch_files.read(path)
+        read_torch_file(path)
     assert "x.pt" in str(caught.value) and "\n" not in str(caught.value)
     assert not ran.exists()
 
@@ -44,7 +44,7 @@ def test_the_payload_would_run(tmp_path):
 def test_a_view_that_repeats_a_number_is_no_weight(tmp_path):
     torch.save({"a": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "x.pt")
     with pytest.raises(UserError, match=r"a is \[1000000, 1000000\], but the whole"):
-        torch_files.read(tmp_path / "x.pt")
+        read_torch_file(tmp_path / "x.pt")
 
 
 def png(width, height, packed=b""):
@@ -79,7 +79,7 @@ BOMBS = {  # file name: content, the refusal
 
 def read_bomb(path):
     if path.suffix == ".safetensors":
-        return torch_files.read(path)
+        return read_torch_file(path)
     if path.suffix == ".png":
         return to_rgb(path.read_bytes())
     return load(path) if path.suffix == ".npy" else ArrayFile(path).array("a")
@@ -113,7 +113,7 @@ def test_bombs_cost_no_memory(tmp_path):
     program = f"""
 import resource, sys
 from pathlib import Path
-from sit_jax import torch_files
+from sit_jax.convert.state_dict import read_torch_file
 from sit_jax.errors import UserError
 import PIL.Image, PIL.PngImagePlugin, safetensors, torch, ml_dtypes
 from test_strangers import read_bomb
@@ -123,7 +123,7 @@ limit = {MEMORY} + 1024 * before
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 for path in sorted(Path({str(tmp_path)!r}).iterdir()):
     try:
-        (torch_files.read if path.suffix == ".pt" else read_bomb)(path)
+        (read_torch_file if path.suffix == ".pt" else read_bomb)(path)
         print("read", path)
     except UserError:
         pass

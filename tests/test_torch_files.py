@@ -11,12 +11,13 @@ import torch
 from recorded import FOLDER, weights
 from torch_states import RNG, same, saved, state
 
-from sit_jax.convert import tensor_files, torch_files
+from sit_jax.convert import tensor_files
+from sit_jax.convert.state_dict import read_torch_file
 from sit_jax.errors import UserError
 
 
 def test_a_released_file_is_both_model_and_average():
-    file = torch_files.read(FOLDER / "weights" / "sit_a.pt")
+    file = read_torch_file(FOLDER / "weights" / "sit_a.pt")
     same(file.ema, weights("sit_a"))
     assert file.model is file.ema
     assert (file.adam, file.args, file.ignored) == (None, None, ())
@@ -27,23 +28,23 @@ def test_a_file_of_train_py_is_read_whole_with_its_namespace():
     path = FOLDER / "weights" / "train_sit_full.pt"
     with torch.serialization.safe_globals([argparse.Namespace]):
         theirs = torch.load(path, weights_only=True)
-    file = torch_files.read(path)
+    file = read_torch_file(path)
     same(file.model, theirs["model"])
     same(file.ema, theirs["ema"])
     assert file.args == vars(theirs["args"])
     assert file.adam.step == 20
     names = list(theirs["model"])
-    assert list(file.adam.exp_avg) == names[1:]  # pos_embed has no gradient
+    assert list(file.adam.moments["exp_avg"]) == names[1:]  # pos_embed has no gradient
     for i, name in enumerate(names[1:], start=1):
         for kind in ("exp_avg", "exp_avg_sq"):
-            moment = getattr(file.adam, kind)[name]
+            moment = file.adam.moments[kind][name]
             np.testing.assert_array_equal(moment, theirs["opt"]["state"][i][kind])
 
 
 @pytest.mark.parametrize("key", ["ema", "model", "state_dict"])
 def test_one_state_dict_under_a_name(tmp_path, key):
     tensors = state()
-    file = torch_files.read(saved(tmp_path, {key: tensors, "epoch": 3}))
+    file = read_torch_file(saved(tmp_path, {key: tensors, "epoch": 3}))
     same(file.ema, tensors)
     same(file.model, tensors)
     assert file.ignored == ("epoch",)
@@ -51,7 +52,7 @@ def test_one_state_dict_under_a_name(tmp_path, key):
 
 def test_model_and_average_are_not_mixed_up(tmp_path):
     one, other = state(), state()
-    file = torch_files.read(saved(tmp_path, {"model": one, "ema": other}))
+    file = read_torch_file(saved(tmp_path, {"model": one, "ema": other}))
     same(file.model, one)
     same(file.ema, other)
 
@@ -59,15 +60,15 @@ def test_model_and_average_are_not_mixed_up(tmp_path):
 def test_prefixes_of_wrappers_go_wherever_they_stand(tmp_path):
     tensors = state()
     wrapped = {f"module._orig_mod.{name}": x for name, x in tensors.items()}
-    same(torch_files.read(saved(tmp_path, wrapped)).ema, tensors)
+    same(read_torch_file(saved(tmp_path, wrapped)).ema, tensors)
     inside = {name.replace(".", "._orig_mod."): x for name, x in tensors.items()}
-    same(torch_files.read(saved(tmp_path, {"ema": inside})).ema, tensors)
+    same(read_torch_file(saved(tmp_path, {"ema": inside})).ema, tensors)
 
 
 def test_two_tensors_of_one_name_are_refused(tmp_path):
     twice = state() | {"module.a.bias": torch.ones(5)}
     with pytest.raises(UserError, match="two tensors for a.bias"):
-        torch_files.read(saved(tmp_path, twice))
+        read_torch_file(saved(tmp_path, twice))
 
 
 class Runs:
@@ -85,14 +86,14 @@ def test_a_file_that_would_run_code_is_refused_by_name(tmp_path, zipped):
     content = {"ema": state(), "more": Runs(tmp_path / "ran")}
     path = saved(tmp_path, content, _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match=r"x.pt was not read: it would run \w+.mkdir"):
-        torch_files.read(path)
+        read_torch_file(path)
     assert not (tmp_path / "ran").exists()
 
 
 def test_other_classes_than_a_namespace_are_refused_by_name(tmp_path):
     for other in (torch.nn.Linear(2, 2), collections.UserDict(), np.ones(3)):
-        with pytest.raises(UserError, match="it would run (torch|UserDict|numpy)"):
-            torch_files.read(saved(tmp_path, {"ema": state(), "args": other}))
+        with pytest.raises(UserError, match="it would run (torch|collections|numpy)"):
+            read_torch_file(saved(tmp_path, {"ema": state(), "args": other}))
 
 
 GOLDEN = (FOLDER / "weights" / "sit_c.pt").read_bytes()
@@ -118,7 +119,7 @@ SAFE = safetensors.torch.save({"a": torch.ones(50)})
 def test_what_is_no_whole_file_of_weights_is_one_line(tmp_path, name, content, told):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=told) as caught:
-        torch_files.read(tmp_path / name)
+        read_torch_file(tmp_path / name)
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -135,18 +136,18 @@ def test_what_is_no_whole_file_of_weights_is_one_line(tmp_path, name, content, t
 )
 def test_other_contents_are_one_line(tmp_path, content, told):
     with pytest.raises(UserError, match=told):
-        torch_files.read(saved(tmp_path, content))
+        read_torch_file(saved(tmp_path, content))
 
 
 def test_a_missing_file_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no file at"):
-        torch_files.read(tmp_path / "x.pt")
+        read_torch_file(tmp_path / "x.pt")
 
 
 def test_files_from_before_torch_1_6_are_read(tmp_path):
     tensors = state()
     path = saved(tmp_path, tensors, _use_new_zipfile_serialization=False)
-    same(torch_files.read(path).ema, tensors)
+    same(read_torch_file(path).ema, tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -156,19 +157,19 @@ def test_halves_become_floats_without_rounding(tmp_path, dtype, ending):
     path = tmp_path / f"x.{ending}"
     save = torch.save if ending == "pt" else safetensors.torch.save_file
     save(tensors, path)
-    read = torch_files.read(path).ema
+    read = read_torch_file(path).ema
     assert read.dtypes == [str(dtype).removeprefix("torch.")]
     same(read, {name: tensors[name].float() for name in read})
 
 
 @pytest.mark.parametrize("ending", ["pt", "safetensors"])
 def test_reading_opens_anew_after_every_window(tmp_path, monkeypatch, ending):
-    monkeypatch.setattr(tensor_files, "WINDOW", 300)  # of files of 2,000 bytes
+    monkeypatch.setattr(tensor_files, "REOPEN_AFTER", 300)  # of files of 2,000 bytes
     tensors = {f"t{i}": np.float32(RNG.normal(size=(5, 5))) for i in range(20)}
     path = tmp_path / f"x.{ending}"
     tensor_files.write(path, tensors)
-    file, opened = torch_files.read(path), []
-    kind = type(file.ema._opened)
+    file, opened = read_torch_file(path), []
+    kind = type(file.ema._file)
     real = kind._open
     monkeypatch.setattr(kind, "_open", lambda self: opened.append(1) or real(self))
     same(file.ema, dict(sorted(tensors.items())) if ending != "pt" else tensors)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch_states import saved
 
-from sit_jax.convert import tensor_files, torch_files
+from sit_jax.convert import tensor_files
+from sit_jax.convert.state_dict import read_torch_file, train_content
 from sit_jax.errors import UserError
 
 
@@ -29,9 +30,9 @@ def training_file(model, optimizer, **changes):
 
 def test_torch_goes_on_from_what_is_written(tmp_path):
     model, optimizer = trained()
-    read = torch_files.read(saved(tmp_path, training_file(model, optimizer)))
+    read = read_torch_file(saved(tmp_path, training_file(model, optimizer)))
     arrays = dict(read.model)
-    content = torch_files.train_layout(arrays, arrays, read.adam, {"model": "SiT-S/2"})
+    content = train_content(arrays, arrays, read.adam, {"model": "SiT-S/2"})
     tensor_files.write(tmp_path / "back.pt", content)
     with torch.serialization.safe_globals([argparse.Namespace]):
         back = torch.load(tmp_path / "back.pt", weights_only=True)
@@ -51,7 +52,7 @@ def test_torch_goes_on_from_what_is_written(tmp_path):
 
 
 def test_an_optimizer_without_steps_is_as_none(tmp_path):
-    read = torch_files.read(saved(tmp_path, training_file(*trained(steps=0))))
+    read = read_torch_file(saved(tmp_path, training_file(*trained(steps=0))))
     assert read.adam is None
     assert read.ignored == ("opt",)
 
@@ -88,4 +89,4 @@ def test_other_optimizers_are_one_line(tmp_path, change, told):
     model, optimizer = trained()
     content = training_file(model, optimizer, opt=change(optimizer.state_dict()))
     with pytest.raises(UserError, match=told):
-        torch_files.read(saved(tmp_path, content))
+        read_torch_file(saved(tmp_path, content))

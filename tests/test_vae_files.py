@@ -10,7 +10,7 @@ from recorded import case
 from test_vae import compvis, recorded_state
 from vae_folders import BIN, CONFIG, GOLDEN, SAFE, folder, same
 
-from sit_jax.convert import releases
+from sit_jax.convert import pretrained
 from sit_jax.convert.vae_files import described, load_vae
 from sit_jax.errors import UserError
 from sit_jax.models.codec import to_uint8, to_uint8_mdt
@@ -177,7 +177,9 @@ def test_files_of_the_hub_and_names_come_from_the_cache(tmp_path, monkeypatch):
     # a name of the table is of the published size, without a config.json
     source = f"hf:me/small/{SAFE}"
     monkeypatch.setitem(
-        releases.RELEASES, "sd-vae-ft-ema", releases.Release(source, "MIT", "vae")
+        pretrained.PRETRAINED,
+        "sd-vae-ft-ema",
+        pretrained.PretrainedFile(source, "MIT", "vae"),
     )
     with pytest.raises(UserError, match="another architecture"):
         load_vae("sd-vae-ft-ema")

@@ -8,7 +8,7 @@ from recorded import FOLDER, case, weights
 
 from sit_jax import checkpoint
 from sit_jax.convert import tensor_files
-from sit_jax.convert.exchange import Stored, open_torch
+from sit_jax.convert.checkpoint import CheckpointExport, open_torch_file
 from sit_jax.recipes import published as base
 
 
@@ -19,17 +19,17 @@ def golden(name):
 def opened(name, **flags):
     """The weights of tests/golden, with what their shapes do not tell."""
     if "full" in name:
-        return open_torch(golden(name), base, heads=2, **flags)
+        return open_torch_file(golden(name), base, heads=2, **flags)
     model = case(f"{name[:3]}_forward_{name[4:]}")["model"]
     flags = {"family": name[:3], "heads": model["num_heads"]} | flags
-    return open_torch(golden(name), base, **flags)
+    return open_torch_file(golden(name), base, **flags)
 
 
 def stored(weights, directory):
     """What a checkpoint of these weights gives when it is opened."""
     items, meta = weights.items()
     small.save(directory, meta["step"], meta, **items)
-    return Stored(*checkpoint.find_step(directory))
+    return CheckpointExport(*checkpoint.find_step(directory))
 
 
 def loaded(path):
@@ -58,4 +58,4 @@ def broken(tmp_path, change):
     state = dict(weights("sit_a"))
     change(state)
     tensor_files.write(tmp_path / "x.pt", state)
-    return lambda: open_torch(tmp_path / "x.pt", base, family="sit", heads=4)
+    return lambda: open_torch_file(tmp_path / "x.pt", base, family="sit", heads=4)

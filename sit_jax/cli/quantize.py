@@ -14,7 +14,7 @@ from sit_jax import checkpoint
 from sit_jax.adapters.quantize import FORMS, SKIP, make_quantizer, quantize_stream
 from sit_jax.cli.main import entry_point, make_parser, parse_args
 from sit_jax.config import to_json
-from sit_jax.convert import conversion
+from sit_jax.convert.checkpoint import format_columns
 from sit_jax.convert.given import Given, add_untold
 from sit_jax.errors import UserError
 from sit_jax.files import atomic_write, require_free, require_space
@@ -81,6 +81,6 @@ def _print_report(rows, params, target):
         table.append((path, f"{before:,}", f"{after:,}", shown_error))
     before, after = (sum(row[i] for row in rows) for i in (1, 2))
     table.append(("all", f"{before:,}", f"{after:,}", f"{after / before:.1%}"))
-    conversion.columns(table)
+    print(format_columns(table))
     print(f"{weights_hash(params)}  as sample.py's")
     print(f"peak memory {(hardware.peak_memory() or 0) / 1e9:.2f} GB", target, sep="\n")

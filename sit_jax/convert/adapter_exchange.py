@@ -4,6 +4,7 @@ import re
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from sit_jax import checkpoint
 from sit_jax.adapters.lora import LoRA
@@ -17,7 +18,6 @@ from sit_jax.convert.adapters import (
     taken_out,
 )
 from sit_jax.convert.base import base_shapes, load_adapted, load_base, trained_shapes
-from sit_jax.convert.released import nest
 from sit_jax.convert.rules import rules_for
 from sit_jax.convert.weights import Directory
 from sit_jax.errors import UserError
@@ -156,7 +156,7 @@ def read_files(source, base):
     parts = build_experiment(config)
     params, record = load_base(parts, make_mesh(), base)
     require_same_rows(adapter, params["cond"]["label"]["embedding"])
-    tree = jax.tree.map(np.asarray, nest(adapter.flat))
+    tree = jax.tree.map(np.asarray, unflatten_dict(adapter.flat, sep="/"))
     checkpoint.require_same_shapes(str(source), tree, trained_shapes(parts))
     about = {"config": to_json(config), "step": 0, "base": record}
     return {"params": tree, "ema": tree}, {**about, "from": str(source)}

@@ -12,8 +12,8 @@ from sit_jax import checkpoint
 from sit_jax.adapters.quantize import quantized_shapes
 from sit_jax.adapters.weights import join, split_trainable
 from sit_jax.config import difference, from_json, to_json
-from sit_jax.convert import releases
-from sit_jax.convert.tensor_files import KINDS
+from sit_jax.convert import pretrained
+from sit_jax.convert.tensor_files import SUFFIXES
 from sit_jax.errors import UserError
 from sit_jax.files import local_path
 from sit_jax.manifest import weights_hash
@@ -62,7 +62,7 @@ def load_base(parts, mesh, path, record=None):
 
 def require_checkpoint(path):
     """Refuses a published name or a torch file, with what makes a checkpoint of it."""
-    if releases.find(path) or local_path(path).suffix in KINDS:
+    if pretrained.find(path) or local_path(path).suffix in SUFFIXES:
         raise UserError(
             f"{path} is no checkpoint, which adapters need below them: make one with "
             f"port_weights.py {path} DIR, or quantize.py {path} DIR for int8 (QLoRA)"

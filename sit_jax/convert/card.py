@@ -3,7 +3,7 @@
 import json
 import math
 
-from sit_jax.convert.releases import RELEASES
+from sit_jax.convert.pretrained import PRETRAINED
 from sit_jax.errors import UserError
 
 LOADING = {
@@ -25,7 +25,7 @@ def card(stored, name, snippet, shas, figures=(), gap=None):
     snippet: a key of LOADING; shas: {file name: sha256}; figures: paths of what
     evaluate.py wrote; gap: the sentence for diffusers.
     """
-    model, meta = stored.released.model, stored.meta
+    model, meta = stored.spec.model, stored.meta
     family = type(model).__name__
     loading = LOADING[snippet].format(
         family=family,
@@ -51,20 +51,20 @@ def licence(source):
     """A sentence on weights from a file called `source`, None: trained here."""
     if source is None:
         return "Trained with sit_jax: whoever trained them decides."
-    for release in RELEASES.values():
+    for release in PRETRAINED.values():
         if release.source.rpartition("/")[2] == source:
             return f"Converted from `{source}`, whose licence is {release.licence}."
     return f"Converted from `{source}`: the licence of that file holds."
 
 
 def _architecture(model, stored):
-    count = sum(math.prod(leaf.shape) for leaf in stored.released.params.values())
+    count = sum(math.prod(leaf.shape) for leaf in stored.spec.param_shapes.values())
     fields = ("depth", "width", "heads", "patch", "mlp_ratio", "classes", "learn_sigma")
     more = ("decoder", "frequency_shift", "norm2_epsilon")
     shown = [f for f in (*fields, *more) if hasattr(model, f)]
     rows = {"network": type(model).__name__, "trained parameters": f"{count:,}"}
     rows |= {field: getattr(model, field) for field in shown}
-    return rows | {"data": " x ".join(map(str, stored.released.shape))}
+    return rows | {"data": " x ".join(map(str, stored.spec.shape))}
 
 
 def _origin(stored, shas):
@@ -96,7 +96,7 @@ def _figures(paths):
 
 
 def _arguments(model, stored):
-    height, _, channels = stored.released.shape
+    height, _, channels = stored.spec.shape
     given = {
         "input_size": height,
         "patch_size": model.patch,

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from sit_jax.convert import torch_files
 from sit_jax.convert.rules import join_names
+from sit_jax.convert.state_dict import read_torch_file
 from sit_jax.errors import UserError
 from sit_jax.files import as_path, local_path
 from sit_jax.models.layers import sincos_pos_embed_2d
@@ -68,7 +68,7 @@ def read(path):
     if file is None:
         raise UserError(f"{folder} has no {' and no '.join(WEIGHTS)}")
     multihost.assert_equal_files(file, folder / "config.json")
-    found = torch_files.read(file)
+    found = read_torch_file(file)
     state = Released(file, found.ema, config)
     return dataclasses.replace(
         found,

@@ -25,10 +25,10 @@ class Given:
 
     def torch_file(self, path):
         """-> exchange.TorchWeights of a .pt or .safetensors."""
-        from sit_jax.convert.exchange import open_torch
+        from sit_jax.convert.checkpoint import open_torch_file
 
         family = family_of(self.path, self.family)
-        return open_torch(path, self.base, family, self.heads)
+        return open_torch_file(path, self.base, family=family, heads=self.heads)
 
 
 def add_flags(parser):

@@ -15,7 +15,7 @@ from jax import ShapeDtypeStruct
 
 from sit_jax.convert import tensor_files
 from sit_jax.convert.graph_files import constants
-from sit_jax.convert.releases import cache, fetch
+from sit_jax.convert.pretrained import cache_dir, fetch
 from sit_jax.convert.rules import join_names, require_match, to_flax, to_torch
 from sit_jax.errors import UserError
 from sit_jax.files import atomic_write, read_json, sha256, write_json
@@ -58,7 +58,7 @@ def load(path=None):
     is_graph = path.suffix == ".pb"
     params = _graph(path) if is_graph else _torch(path)
     weights = Weights(params, path, weights_hash(params), is_graph or sha == SHA256)
-    if weights.released:
+    if weights.spec:
         _keep(weights, sha)
     return weights
 
@@ -80,14 +80,14 @@ def places():
     """Where find() looks: our cache, then what other evaluators downloaded."""
     user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     hub = Path(os.path.expanduser(os.environ.get("TORCH_HOME") or f"{user}/torch"))
-    yield from (cache() / name for name in (CONVERTED, *NAMES))
+    yield from (cache_dir() / name for name in (CONVERTED, *NAMES))
     yield from (hub / "hub" / "checkpoints" / name for name in NAMES)
 
 
 def _remedy():
     return (
-        f"put {FILE} ({SIZE} bytes, sha256 {SHA256}, {URL}) into {cache()}, or name a "
-        f"copy or ADM's {GRAPH} by --inception"
+        f"put {FILE} ({SIZE} bytes, sha256 {SHA256}, {URL}) into {cache_dir()}, or "
+        f"name a copy or ADM's {GRAPH} by --inception"
     )
 
 
@@ -95,7 +95,7 @@ def _torch(path):
     """Any file of tensors under PyTorch's names. Counters of batches are left out."""
     opened = tensor_files.open_file(path)
     content = opened.content()
-    if not opened.is_state(content):
+    if not opened.is_state_dict(content):
         raise UserError(f"{path} is not the state dict of an Inception network")
     names = {n: (n,) for n in content if not n.endswith("num_batches_tracked")}
     return _params(path, RULES, tensor_files.Tensors(opened, names))
@@ -123,7 +123,7 @@ def _params(path, rules, state):
 
 def _keep(weights, sha):
     """Writes the cache. Where that is not allowed, the original is as good."""
-    path, record = cache() / CONVERTED, {"sha256": weights.sha256, "made_from": sha}
+    path, record = cache_dir() / CONVERTED, {"sha256": weights.sha256, "made_from": sha}
     with contextlib.suppress(OSError, UserError):
         write_json(path.with_suffix(".json"), record | {"released": True})
         with atomic_write(path) as name:

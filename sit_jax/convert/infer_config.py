@@ -1,16 +1,20 @@
-"""The config that a torch file tells of, and what a config is to the originals.
+"""Infers the config of a torch file, and gives the originals' args for a config.
 
-Shapes tell the network but for its family and heads; the args that the originals'
-train.py saves beside the weights tell the process and the settings of the run.
+Shapes determine the network but for its family and heads. The args that the originals'
+train.py saves beside the weights determine the process and the settings of the run.
 """
 
 import math
 import re
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import optax
 
 from sit_jax.config import build, difference, spec, to_json
-from sit_jax.convert.rules import BIAS_TABLE
+from sit_jax.convert.optimizer import ADAM
+from sit_jax.convert.rules import BIAS_TABLE, mdt_family
+from sit_jax.convert.state_dict import TorchFile
 from sit_jax.diffusion import paths, predictions
 from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.diffusion.loss_weights import (
@@ -22,7 +26,7 @@ from sit_jax.errors import UserError
 from sit_jax.models.dit import SIZES
 from sit_jax.training.optimizers import adan
 
-FAMILIES = ("sit", "dit")  # not to be told apart by their weights
+FAMILIES = ("sit", "dit")  # whose weights look alike
 
 PATHS = {"Linear": paths.linear, "GVP": paths.gvp, "VP": paths.VP()}
 PREDICTIONS = {
@@ -44,43 +48,58 @@ SETTINGS = {  # of the originals' args -> ours
     "sample_every": "sample_every",
     "cfg_scale": "guidance",
 }
-NETWORK = ("model", "process", "shape")
-X_EMBEDDER = "x_embedder.proj.weight"
-LABELS = "y_embedder.embedding_table.weight"
-FINAL_LAYER = "final_layer.linear.weight"
-PUBLISHED_HEADS = {(s["depth"], s["width"]): s["heads"] for s in SIZES.values()}
+_CHECKED = ("model", "process", "shape")
+_X_EMBEDDER = "x_embedder.proj.weight"
+_LABELS = "y_embedder.embedding_table.weight"
+_FINAL_LAYER = "final_layer.linear.weight"
+_PUBLISHED_HEADS = {(s["depth"], s["width"]): s["heads"] for s in SIZES.values()}
 
 
-def config_of(file, base, family=None, heads=None, config=None):
-    """-> the training config of a TorchFile; base(family) is what it starts from.
+def infer_config(
+    file: TorchFile,
+    base: Callable[[str], Any],
+    *,
+    family: str | None = None,
+    heads: int | None = None,
+    config: Any = None,
+) -> Any:
+    """Returns the training config of a torch file.
 
-    A given config is kept instead, unless it says otherwise of network or process.
+    Args:
+        file: the opened file.
+        base: gives the published config of a family, whose network is replaced.
+        family: of the network, where the file does not tell it.
+        heads: of its attention, likewise.
+        config: kept as it is instead of base, and compared with the file.
+
+    Raises:
+        UserError: family or heads are unknown, or sources contradict each other.
     """
-    args, told = file.args or {}, _described(file)
-    family = _family(file, args, family, config)
-    heads = _heads(file, told, heads, config)
-    given = config is not None
-    config = config if given else base(family)
-    before = to_json({name: config[name] for name in NETWORK})
+    args, network = file.args or {}, _describe(file)
+    family = _infer_family(file, args, family, config)
+    network["heads"] = _infer_heads(file, network, heads, config)
+    is_given = config is not None
+    config = config if is_given else base(family)
+    before = to_json({name: config[name] for name in _CHECKED})
     try:
-        _fill_network(config, {**told, "heads": heads}, args, given)
+        _set_network(config, network, args, is_given)
         if family == "sit" and "path_type" in args:
             config.process = _process(args)
-        if not given:
-            _fill_run(config, args, file)
+        if not is_given:
+            _set_run(config, args, file)
     except UserError:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file.path}: args not understood ({error!r})") from error
-    after = to_json({name: config[name] for name in NETWORK})
-    if given and (unlike := difference(before, after)):
-        listed = "; ".join(f"{n} is {a}, the weights say {b}" for n, a, b in unlike)
-        raise UserError(f"the config does not fit {file.path}: {listed}")
+    after = to_json({name: config[name] for name in _CHECKED})
+    if is_given and (unlike := difference(before, after)):
+        pairs = "; ".join(f"{n} is {a}, the weights say {b}" for n, a, b in unlike)
+        raise UserError(f"the config does not fit {file.path}: {pairs}")
     return config
 
 
-def args_of(config):
-    """-> what the originals' train.py would have been told, for a file of its kind."""
+def train_args(config: Any) -> dict[str, Any]:
+    """Returns the args of the originals' train.py for a run of this config."""
     model, family = config.model, config.model.make.__name__
     sizes = (n for n, size in SIZES.items() if all(model[k] == size[k] for k in size))
     args = {
@@ -113,33 +132,7 @@ def args_of(config):
     }
 
 
-def group_of(config, step):
-    """-> the hyperparameters that torch's AdamW or Adan would have at this step."""
-    ours = config.optimizer
-    plain = ours.make in (optax.adam, optax.adamw) and not ours.nesterov
-    if not plain and ours.make is not adan:
-        raise UserError(f"config.optimizer is {ours.make.__name__}, not plain AdamW")
-    rate = build(ours.learning_rate)
-    group = {
-        "lr": float(rate(step) if callable(rate) else rate),
-        "betas": (ours.b1, ours.b2) if plain else (ours.b1, ours.b2, ours.b3),
-        "eps": ours.eps,
-        "weight_decay": ours.get("weight_decay", 0.0),
-    }
-    if plain:
-        return group
-    clip = {"max_grad_norm": config.clip or 0.0, "no_prox": False}
-    return group | clip | {"foreach": True, "fused": True}
-
-
-def mdt_family(names):
-    """Returns mdt or mdtv2 by the names in a torch state dict, None for others."""
-    if any(name.startswith("en_inblocks.") for name in names):
-        return "mdtv2"
-    return "mdt" if f"blocks.0.{BIAS_TABLE}" in names else None
-
-
-def describe_network(shapes):
+def describe_network(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Returns the fields and sizes of the network that a torch state dict belongs to.
 
     Args:
@@ -155,25 +148,25 @@ def describe_network(shapes):
     if family == "mdtv2":
         runs = ["en_inblocks", "en_outblocks", "de_blocks"]
     fc1 = f"{runs[0]}.0.mlp.fc1.weight"
-    needed = ("pos_embed", X_EMBEDDER, LABELS, fc1, FINAL_LAYER)
+    needed = ("pos_embed", _X_EMBEDDER, _LABELS, fc1, _FINAL_LAYER)
     if missing := [name for name in needed if name not in shapes]:
         kind = "an MDT" if family else "a DiT or SiT"
         raise UserError(f"not the weights of {kind}: no {', '.join(missing)}")
-    width, channels, patch, _ = shapes[X_EMBEDDER]
+    width, channels, patch, _ = shapes[_X_EMBEDDER]
     layers = [
         len({name.split(".")[1] for name in shapes if name.startswith(f"{run}.")})
         for run in runs
     ]
-    out = shapes[FINAL_LAYER][0] // patch**2
+    out = shapes[_FINAL_LAYER][0] // patch**2
     if out not in (channels, 2 * channels):
         raise UserError(f"final layer gives {out} channels for {channels} of the input")
     fields = dict(
         depth=sum(layers),
         width=width,
-        heads=PUBLISHED_HEADS.get((sum(layers), width)),
+        heads=_PUBLISHED_HEADS.get((sum(layers), width)),
         patch=patch,
         mlp_ratio=shapes[fc1][0] / width,
-        classes=shapes[LABELS][0] - 1,
+        classes=shapes[_LABELS][0] - 1,
         learn_sigma=out == 2 * channels,
         channels=channels,
         side=math.isqrt(shapes["pos_embed"][1]) * patch,
@@ -185,7 +178,7 @@ def describe_network(shapes):
     return fields
 
 
-def _described(file):
+def _describe(file):
     try:
         return describe_network(file.ema.shapes)
     except UserError as error:
@@ -195,16 +188,16 @@ def _described(file):
         raise UserError(f"{file.path}: not the weights of {kind}") from error
 
 
-def _family(file, args, flag, config):
+def _infer_family(file, args, flag, config):
     named = re.match(r"(SiT|DiT)-", str(args.get("model")))
-    says = {
+    sources = {
         "--family": flag,
         "the file's args.model": named and named[1].lower(),
         f"{file.path}, by its tensors' names,": mdt_family(file.ema),
         f"{file.path}, by its config.json,": file.family,
         "--config": config and config.model.make.__name__.lower(),
     }
-    family = _agreed("family", says)
+    family = _agreed_value("family", sources)
     if family is None:
         raise UserError(
             f"{file.path}: shapes do not tell SiT from DiT; "
@@ -213,40 +206,40 @@ def _family(file, args, flag, config):
     return family
 
 
-def _heads(file, told, flag, config):
-    path, width, depth = file.path, told["width"], told["depth"]
-    published = None if config or file.heads else told["heads"]
-    says = {
+def _infer_heads(file, network, flag, config):
+    path, width, depth = file.path, network["width"], network["depth"]
+    published = None if config or file.heads else network["heads"]
+    sources = {
         "--heads": flag,
         f"the config.json beside {path.name}": file.heads,
         f"the published network of depth {depth} and width {width}": published,
         "--config": config and config.model.heads,
     }
-    heads = _agreed("heads", says)
+    heads = _agreed_value("heads", sources)
     if config:
         return heads
     possible = [n for n in range(1, width + 1) if width % n == 0]
-    if heads is None or heads not in possible:
-        listed = ", ".join(map(str, possible))
+    if heads not in possible:
         wrong = "shapes do not tell the heads" if heads is None else f"--heads {heads}"
         raise UserError(
-            f"{path}: {wrong}; add --heads N with a divisor of width {width}: {listed}"
+            f"{path}: {wrong}; add --heads N with a divisor of width {width}: "
+            f"{', '.join(map(str, possible))}"
         )
     return heads
 
 
-def _agreed(what, says):
-    """The one value among those given by several sources, or None."""
-    says = {who: value for who, value in says.items() if value is not None}
-    if len(set(says.values())) > 1:
-        listed = ", but ".join(f"{who} says {value}" for who, value in says.items())
-        raise UserError(f"{what}: {listed}")
-    return next(iter(says.values()), None)
+def _agreed_value(what, sources):
+    """Returns the one value that sources give, None if none gives one."""
+    values = {who: value for who, value in sources.items() if value is not None}
+    if len(set(values.values())) > 1:
+        pairs = ", but ".join(f"{who} says {value}" for who, value in values.items())
+        raise UserError(f"{what}: {pairs}")
+    return next(iter(values.values()), None)
 
 
-def _fill_network(config, told, args, given):
-    rows, model = told["classes"] + 1, config.model
-    if given:
+def _set_network(config, network, args, is_given):
+    rows, model = network["classes"] + 1, config.model
+    if is_given:
         model.classes = rows - model.null_label
     else:
         model.classes = args.get("num_classes", rows - 1)
@@ -254,17 +247,17 @@ def _fill_network(config, told, args, given):
             raise ValueError(f"num_classes is {model.classes} for {rows} labels")
         model.null_label = model.classes < rows
     for name in ("depth", "width", "heads", "patch", "mlp_ratio", "learn_sigma"):
-        model[name] = told[name]
-    if "decoder" in told:
-        model.decoder = told["decoder"]
-    config.shape = (told["side"], told["side"], told["channels"])
+        model[name] = network[name]
+    if "decoder" in network:
+        model.decoder = network["decoder"]
+    config.shape = (network["side"], network["side"], network["channels"])
 
 
 def _process(args):
-    """The interpolant of these args, with the margins that the originals really used.
+    """Returns the interpolant of these args, with the epsilons that were really used.
 
-    They ignored both for velocities on paths without a steep end, and sample_eps
-    wherever train_eps was not given too.
+    The originals ignored both for velocities on paths without a steep end, and
+    sample_eps wherever train_eps was not given too.
     """
     ignored = args["path_type"] != "VP" and args["prediction"] == "velocity"
     train, sample = args["train_eps"], args["sample_eps"]
@@ -280,32 +273,31 @@ def _process(args):
     )
 
 
-def _fill_run(config, args, file):
+def _set_run(config, args, file):
     for theirs, ours in SETTINGS.items():
         if theirs in args:
             config[ours] = args[theirs]
-    if file.rates:
-        several = len(file.rates) > 1
+    if file.ema_rates:
+        is_one = len(file.ema_rates) == 1
         with config.ignore_type():
-            config.ema_decay = file.rates if several else file.rates[0]
+            config.ema_decay = file.ema_rates[0] if is_one else file.ema_rates
     if file.adam is None:
         return
     group = file.adam.group
-    betas = {f"b{i}": float(b) for i, b in enumerate(group["betas"], start=1)}
-    make = adan if file.adam.more else optax.adamw
+    make = adan if len(file.adam.moments) > len(ADAM) else optax.adamw
     if config.optimizer.make is not make:
         config.optimizer = spec(make)
     config.optimizer.update(
         learning_rate=float(group["lr"]),
         eps=float(group["eps"]),
         weight_decay=float(group["weight_decay"]),
-        **betas,
+        **{f"b{i}": float(b) for i, b in enumerate(group["betas"], start=1)},
     )
     if "max_grad_norm" in group:
         config.clip = float(group["max_grad_norm"]) or None
 
 
 def _name_of(part, table):
-    """part's name in the table; of one that the originals lack, its own."""
+    """Returns part's name in the table; its own name if the originals lack it."""
     own = getattr(part, "__name__", type(part).__name__)
     return next((name for name, known in table.items() if known == part), own)

@@ -76,7 +76,7 @@ def read(path):
     config = _config(told) if beside else {}
     multihost.assert_equal_files(file, *beside)
     opened = open_file(file)
-    if not opened.is_state(opened.content()):
+    if not opened.is_state_dict(opened.content()):
         raise UserError(f"{file} holds no table of tensors")
     tensors = Tensors(opened, {name: (name,) for name in opened.content()})
     config = config or _metadata(opened)

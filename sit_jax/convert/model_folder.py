@@ -10,9 +10,10 @@ import json
 import jax
 import numpy as np
 
-from sit_jax.convert import diffusers_files, tensor_files, torch_files
+from sit_jax.convert import diffusers_files, tensor_files
 from sit_jax.convert.card import card
-from sit_jax.convert.comparison import compare
+from sit_jax.convert.checkpoint import compare_tensors
+from sit_jax.convert.state_dict import read_torch_file
 from sit_jax.errors import UserError
 from sit_jax.files import sha256
 from sit_jax.models.dit import DiT, SiT
@@ -31,7 +32,7 @@ def write(folder, stored, layout, name, figures=()):
     if layout == "diffusers":
         words = _require_dit(stored)
         lines.append(words)
-        config = diffusers_files.config_of(stored.released.model, stored.released.shape)
+        config = diffusers_files.config_of(stored.spec.model, stored.spec.shape)
         tensors, file = diffusers_files.named(content), diffusers_files.WEIGHTS[0]
     else:
         config, tensors, file = stored.meta["config"], content, "model.safetensors"
@@ -39,9 +40,9 @@ def write(folder, stored, layout, name, figures=()):
     tensor_files.write(folder / file, tensors)
     del tensors
     read = diffusers_files.read(folder) if layout == "diffusers" else None
-    written = read or torch_files.read(folder / file)
+    written = read or read_torch_file(folder / file)
     each = ((p, n, array) for p in parts for n, array in parts[p].items())
-    found = compare(each, {part: written.ema for part in parts})
+    found = compare_tensors(each, {part: written.ema for part in parts})
     shas = {file: sha256(folder / file)}
     snippet = "diffusers" if layout == "diffusers" else "torch"
     text = card(stored, _shown(name, file, layout), snippet, shas, figures, words)
@@ -80,13 +81,13 @@ def told(found):
 
 def _require_dit(stored):
     """-> the sentence about diffusers' numbers; refuses what it has no class for."""
-    model = stored.released.model
+    model = stored.spec.model
     if not isinstance(model, DiT) or isinstance(model, SiT):
         raise UserError(
             f"diffusers has no class for a {type(model).__name__}; "
             "--to released writes a folder with a loader"
         )
-    return told(gap(model, stored.released.shape, stored.ema()))
+    return told(gap(model, stored.spec.shape, stored.ema()))
 
 
 def _shown(name, file, layout):

@@ -65,7 +65,7 @@ def to_torch(rules: Rules, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
         UserError: params and rules do not name the same leaves.
     """
     flat = flatten_dict(params, sep="/")
-    state = dict.fromkeys(_in_torch_order(rules, _count_layers(rules, flat)))
+    state = dict.fromkeys(_in_torch_order(rules, flat))
     for torch_name, path, layout in rules:
         theirs, ours = layout.split("->")
         array = np.asarray(flat[path])
@@ -73,6 +73,23 @@ def to_torch(rules: Rules, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
             layer = np.einsum(f"{ours}->{theirs}", layer)
             state[torch_name.replace("*", str(i))] = np.array(layer, order="C")
     return state
+
+
+def torch_shapes(rules: Rules, flat: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a state dict, in torch's order.
+
+    Args:
+        rules: the table of the network.
+        flat: paths of our parameters to anything with a shape.
+    """
+    shapes = {}
+    for torch_name, path, layout in rules:
+        theirs, ours = layout.split("->")
+        shape = flat[path].shape
+        sizes = dict(zip(ours, shape[-len(ours) :], strict=True))
+        for name in _layer_names(torch_name, shape[0]):
+            shapes[name] = tuple(sizes[axis] for axis in theirs)
+    return {name: shapes[name] for name in _in_torch_order(rules, flat)}
 
 
 def torch_names(rules: Rules, state: Iterable[str]) -> list[list[str]]:
@@ -147,14 +164,15 @@ def _count_layers(rules: Rules, flat: Mapping) -> dict[str, int]:
         raise UserError(f"weights and rules do not share {join_names(different)}")
     depths = {}
     for torch_name, path, _ in rules:
-        depth, run = len(flat[path]), _run_of(torch_name)
+        depth, run = flat[path].shape[0], _run_of(torch_name)
         if run is not None and depths.setdefault(run, depth) != depth:
             raise UserError(f"{path} has {depth} layers, not {depths[run]}")
     return depths
 
 
-def _in_torch_order(rules: Rules, depths: Mapping[str, int]) -> Iterator[str]:
+def _in_torch_order(rules: Rules, flat: Mapping) -> Iterator[str]:
     """Yields torch names with the layers of a run interleaved: all of 0, of 1, ..."""
+    depths = _count_layers(rules, flat)
     for run, group in itertools.groupby(rules, lambda rule: _run_of(rule[0])):
         names = [torch_name for torch_name, _, _ in group]
         for i in range(depths.get(run, 1)):
@@ -255,6 +273,13 @@ _RULES = {MDTv2: MDTV2_RULES, MDT: MDT_RULES, DiT: DIT_RULES}  # subclasses firs
 def rules_for(model: DiT | MDT) -> Rules:
     """Returns the rules of a SiT, DiT, MDT or MDTv2."""
     return next(rules for kind, rules in _RULES.items() if isinstance(model, kind))
+
+
+def mdt_family(names: Iterable[str]) -> str | None:
+    """Returns mdt or mdtv2 by the names in a torch state dict, None for others."""
+    if any(name.startswith("en_inblocks.") for name in names):
+        return "mdtv2"
+    return "mdt" if f"blocks.0.{BIAS_TABLE}" in names else None
 
 
 def torch_constants(model: DiT | MDT, side: int) -> dict[str, np.ndarray]:

@@ -1,111 +1,160 @@
-"""Containers of tensors, .pt and .safetensors: read without running code, and written.
+"""Files of tensors, .pt and .safetensors: read without running code, and written.
 
-Opening one gives names and shapes; a tensor is read when it is asked for.
+Opening a file gives names and shapes; a tensor is read when it is asked for.
 """
 
+import abc
 import argparse
-import errno
 import json
 import math
 import re
 import warnings
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from sit_jax.convert import torch_containers
 from sit_jax.errors import UserError
 from sit_jax.files import local_path
 
-KINDS = (".pt", ".pth", ".bin", ".safetensors")
-WINDOW = 2**26  # bytes
+SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
+SHARDED = ".index.json"  # ends the name of the list of a file in several parts
 FLOATS = ("float32", "float16", "bfloat16")  # all exact in float32
-INDEX = "relative_position_index"  # what the names of tables of integers end in
+INDEX = "relative_position_index"  # ends the names of MDT's integer tables
+# A mapped file counts as memory where it has been read, until it is closed: so it is
+# opened anew after every so many bytes. XL then converts in 1.5 times its size.
+REOPEN_AFTER = 2**26
+_SAFETENSORS_DTYPES = {
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+}
+
+
+class TensorFile(abc.ABC):
+    """An opened file: nested dicts whose leaves are tensors that are not read yet."""
+
+    def __init__(self, path: Path):
+        self.path, self._content, self._bytes_read = path, None, 0
+
+    @property
+    def paths(self) -> list[Path]:
+        """All files that are read."""
+        return [self.path]
+
+    def content(self) -> Any:
+        """Returns a dict by the tensors' names, or what torch.save was given."""
+        if self._content is None:
+            self._content, self._bytes_read = self._open(), 0
+        return self._content
+
+    def read(self, keys: tuple) -> np.ndarray:
+        """Returns the tensor that these keys lead to."""
+        array = self._read(keys)
+        self._bytes_read += array.nbytes
+        if self._bytes_read > REOPEN_AFTER:
+            self._content = None
+        return array
+
+    def metadata(self) -> dict[str, str]:
+        """Returns the texts that a .safetensors holds beside its tensors."""
+        return {}
+
+    @abc.abstractmethod
+    def is_state_dict(self, value: Any) -> bool:
+        """Tells whether a part of content() is a dict of tensors alone."""
+
+    @abc.abstractmethod
+    def shape_and_dtype(self, keys: tuple) -> tuple[tuple[int, ...], str]:
+        """Returns shape and name of the dtype of the tensor that keys lead to."""
+
+    @abc.abstractmethod
+    def _open(self) -> Any: ...
+
+    @abc.abstractmethod
+    def _read(self, keys: tuple) -> np.ndarray: ...
 
 
 class Tensors(Mapping):
-    """Names to float32 arrays, in the order given, each read when it is asked for.
+    """Names to float32 arrays, each read when it is asked for.
 
-    MDT's tables of positions are int64.
+    Attributes:
+        shapes: names to shapes.
+        dtypes: sorted names of the dtypes in the file. Halves are read as float32, and
+            MDT's position tables as int64.
     """
 
-    def __init__(self, opened, places):
-        self._opened, self._places = opened, places
-        like = {name: opened.like(place) for name, place in places.items()}
-        self.shapes = {name: shape for name, (shape, _) in like.items()}
-        self.dtypes = sorted({dtype for _, dtype in like.values()})
-        size = opened.path.stat().st_size
-        for name, (shape, dtype) in like.items():
+    def __init__(self, file: TensorFile, keys: Mapping[str, tuple]):
+        """Checks dtypes and sizes; keys: names to the keys that lead to a tensor."""
+        self._file, self._keys = file, dict(keys)
+        self.shapes, dtypes = {}, set()
+        size = sum(path.stat().st_size for path in file.paths)
+        for name, place in self._keys.items():
+            shape, dtype = file.shape_and_dtype(place)
             if dtype not in FLOATS and not (dtype == "int64" and name.endswith(INDEX)):
-                raise UserError(f"{opened.path}: {name} is {dtype}, not {FLOATS[0]}")
+                raise UserError(f"{file.path}: {name} is {dtype}, not {FLOATS[0]}")
             if math.prod(shape) > size:  # a view that repeats one number
                 raise UserError(
-                    f"{opened.path}: {name} is {list(shape)}, but the whole file has "
+                    f"{file.path}: {name} is {list(shape)}, but the whole file has "
                     f"{size} bytes; get another one"
                 )
+            self.shapes[name] = shape
+            dtypes.add(dtype)
+        self.dtypes = sorted(dtypes)
 
-    def __getitem__(self, name):
-        found = self._opened.read(self._places[name])
-        return np.asarray(found, np.int64 if found.dtype.kind == "i" else np.float32)
+    def __getitem__(self, name: str) -> np.ndarray:
+        array = self._file.read(self._keys[name])
+        return np.asarray(array, np.int64 if array.dtype.kind == "i" else np.float32)
 
-    def __iter__(self):
-        return iter(self._places)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
 
-    def __len__(self):
-        return len(self._places)
+    def __len__(self) -> int:
+        return len(self._keys)
 
 
-def open_file(path):
-    """-> an object with .content(), the nested dicts of the file, for Tensors."""
+def open_file(path: str | Path) -> TensorFile:
+    """Opens a .pt, .pth, .bin or .safetensors, or the .index.json of one in parts.
+
+    Raises:
+        UserError: there is no such file, it is damaged, or it would run code.
+    """
     path = local_path(path)
-    if path.suffix not in KINDS:
-        raise UserError(f"{path} does not end in {', '.join(KINDS)}")
+    if not path.name.endswith((*SUFFIXES, SHARDED)):
+        raise UserError(f"{path} does not end in {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise UserError(f"no file at {path}")
-    return (_Safetensors if path.suffix == ".safetensors" else _Pickled)(path)
+    if path.name.endswith(SHARDED):
+        return _ShardedFile(path)
+    return (_SafetensorsFile if path.suffix == ".safetensors" else _PickledFile)(path)
 
 
-def write(path, content):
-    """Nested dicts of arrays as .pt, one dict of arrays as .pt or .safetensors."""
+def write(path: str | Path, content: Mapping) -> None:
+    """Writes nested dicts of arrays as .pt, or one dict of arrays as .safetensors."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
     path = Path(path)
-    save = _save_safetensors if path.suffix == ".safetensors" else _save_pickled
     try:
-        with open(path, "wb") as file:
-            save(content, file)
-    except (OSError, RuntimeError) as error:  # torch puts one on top of the other
+        if path.suffix == ".safetensors":
+            arrays = {name: np.ascontiguousarray(a) for name, a in content.items()}
+            save_file(arrays, path, metadata={"format": "pt"})
+        else:
+            torch.save(_to_tensors(content), path)
+    except (OSError, RuntimeError, SafetensorError) as error:
         below = error.__context__ if isinstance(error, RuntimeError) else error
-        reason = getattr(below, "strerror", None) or _first(error)
+        reason = getattr(below, "strerror", None) or _first_sentence(error)
         raise UserError(f"{path.parent}: cannot write, {reason}") from error
 
 
-class _Opened:
-    """A file's nested dicts; an item's place in it is the keys that lead there.
+class _PickledFile(TensorFile):
+    """A file of torch.save; before torch 1.6 it was no zip."""
 
-    A file is mapped into memory, and what has been read of it counts as memory until it
-    is closed: so after every WINDOW bytes it is opened anew.
-    """
-
-    def __init__(self, path):
-        self.path, self._content, self._read = path, None, 0
-
-    def content(self):
-        if self._content is None:
-            self._content, self._read = self._open(), 0
-        return self._content
-
-    def read(self, place):
-        found = self._at(place)
-        self._read += found.nbytes
-        if self._read > WINDOW:
-            self._content = None
-        return _numpy(found)
-
-
-class _Pickled(_Opened):
-    _is_zip = None
-
-    def is_state(self, value):
+    def is_state_dict(self, value):
         import torch
 
         return (
@@ -114,105 +163,129 @@ class _Pickled(_Opened):
             and all(isinstance(item, torch.Tensor) for item in value.values())
         )
 
-    def like(self, place):
-        tensor = self._at(place)
+    def shape_and_dtype(self, keys):
+        tensor = self._leaf(keys)
         return tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
 
-    def _at(self, place):
-        found = self.content()
-        for key in place:
-            found = found[key]
-        return found
+    def _leaf(self, keys):
+        leaf = self.content()
+        for key in keys:
+            leaf = leaf[key]
+        return leaf
+
+    def _read(self, keys):
+        tensor = self._leaf(keys).detach()
+        is_bfloat16 = str(tensor.dtype) == "torch.bfloat16"  # which numpy has not
+        return (tensor.float() if is_bfloat16 else tensor).numpy()
 
     def _open(self):
         import torch
 
-        try:
-            if self._is_zip is None:  # the first time
-                self._is_zip = torch_containers.check(self.path)
-            with (
-                torch.serialization.safe_globals([argparse.Namespace]),
-                warnings.catch_warnings(),
-            ):
-                warnings.simplefilter("ignore")  # the error that follows says it
+        is_zip = zipfile.is_zipfile(self.path)
+        with (
+            torch.serialization.safe_globals([argparse.Namespace]),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # the error that follows says it
+            try:
                 return torch.load(
-                    self.path, map_location="cpu", weights_only=True, mmap=self._is_zip
+                    self.path, map_location="cpu", weights_only=True, mmap=is_zip
                 )
-        except UserError:
-            raise
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # mapping a file that ends too early
-                raise
-            raise UserError(_damaged(self.path, "it ends too early")) from error
-        except Exception as error:  # random bytes can fail in any way
-            raise UserError(_damaged(self.path, error)) from error
+            except Exception as error:  # random bytes can fail in any way
+                if names := _unsafe_globals(self.path, is_zip, str(error)):
+                    raise UserError(
+                        f"{self.path} was not read: it would run "
+                        f"{', '.join(names)[:200]}; a file of weights must not run code"
+                    ) from error
+                raise _damage(self.path, error) from error
 
 
-class _Safetensors(_Opened):
-    def is_state(self, value):
+class _SafetensorsFile(TensorFile):
+    def is_state_dict(self, value):
         return bool(value)
 
-    def like(self, place):
-        part = self.content()[place[0]].get_slice(place[0])
-        names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
-        return tuple(part.get_shape()), names.get(part.get_dtype(), part.get_dtype())
+    def shape_and_dtype(self, keys):
+        part = self.content()[keys[0]].get_slice(keys[0])
+        dtype = part.get_dtype()
+        return tuple(part.get_shape()), _SAFETENSORS_DTYPES.get(dtype, dtype)
 
-    def _at(self, place):
-        return self.content()[place[0]].get_tensor(place[0])
+    def metadata(self):
+        handle = next(iter(self.content().values()), None)
+        return (handle and handle.metadata()) or {}
+
+    def _read(self, keys):
+        return self.content()[keys[0]].get_tensor(keys[0])
 
     def _open(self):
         import ml_dtypes  # noqa: F401  makes numpy know bfloat16
         from safetensors import SafetensorError, safe_open
 
         try:
-            file = safe_open(self.path, framework="numpy")
+            handle = safe_open(self.path, framework="numpy")
         except SafetensorError as error:
-            raise UserError(_damaged(self.path, error)) from error
-        return dict.fromkeys(file.keys(), file)
+            raise _damage(self.path, error) from error
+        return dict.fromkeys(handle.keys(), handle)
 
 
-def _numpy(found):
-    if isinstance(found, np.ndarray):
-        return found
-    found = found.detach()
-    return (found.float() if str(found.dtype) == "torch.bfloat16" else found).numpy()
+class _ShardedFile(TensorFile):
+    """Several files and the JSON that says which one holds a tensor."""
+
+    @property
+    def paths(self):
+        shards = {shard.path: shard for shard in self.content().values()}
+        return [self.path, *shards]
+
+    def is_state_dict(self, value):
+        return bool(value)
+
+    def shape_and_dtype(self, keys):
+        return self.content()[keys[0]].shape_and_dtype(keys)
+
+    def _read(self, keys):
+        return self.content()[keys[0]].read(keys)
+
+    def _open(self):
+        try:
+            names = json.loads(self.path.read_text())["weight_map"]
+            shards = {
+                name: open_file(self.path.with_name(name))
+                for name in set(names.values())
+            }
+            if lacking := [n for n in names if n not in shards[names[n]].content()]:
+                raise UserError(f"{self.path}: {lacking[0]} is not in its file")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _damage(self.path, error) from error
+        return {name: shards[file] for name, file in names.items()}
 
 
-def _save_pickled(content, file):
+def _unsafe_globals(path, is_zip, message):
+    """Returns what a file would import or call, as far as torch tells."""
     import torch
 
-    torch.save(_as_torch(content), file)
+    if not is_zip:
+        return re.findall(r"GLOBAL ([\w.]+)", message)
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # the pickle inside is damaged
+        return []
 
 
-def _as_torch(value):
+def _to_tensors(value):
     import torch
 
     if isinstance(value, dict):
-        return type(value)((key, _as_torch(item)) for key, item in value.items())
+        return type(value)((key, _to_tensors(item)) for key, item in value.items())
     if not isinstance(value, np.ndarray):
         return value
     return torch.from_numpy(value if value.flags.writeable else value.copy())
 
 
-def _save_safetensors(state, file):
-    """One tensor after the other; the library's own writer first copies them all."""
-    header, end = {}, 0
-    for name, array in state.items():
-        place = [end, end := end + array.nbytes]
-        dtype = "I64" if array.dtype.kind == "i" else "F32"
-        header[name] = dict(dtype=dtype, shape=array.shape, data_offsets=place)
-    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for array in state.values():
-        little = "<i8" if array.dtype.kind == "i" else "<f4"
-        file.write(np.ascontiguousarray(array, little).data)
+def _damage(path, error):
+    return UserError(
+        f"{path} is damaged or no file of weights ({_first_sentence(error)})"
+    )
 
 
-def _damaged(path, error):
-    return f"{path} is damaged or no file of weights ({_first(error)})"
-
-
-def _first(error):
-    text = str(error).strip() or type(error).__name__
-    return re.split(r"[\n.]", text)[0][:100]
+def _first_sentence(error):
+    text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    return re.split(r"[\n.]", text or type(error).__name__)[0][:100]

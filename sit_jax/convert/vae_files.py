@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from sit_jax.convert import releases, torch_files
+from sit_jax.convert import pretrained
 from sit_jax.convert.rules import (
     join_names,
     require_match,
@@ -15,6 +15,7 @@ from sit_jax.convert.rules import (
     to_flax,
     vae_rules,
 )
+from sit_jax.convert.state_dict import read_torch_file
 from sit_jax.errors import UserError
 from sit_jax.files import parse_json
 from sit_jax.models.codec import Latents, Vae
@@ -48,7 +49,7 @@ TRAINING = "loss."  # begins the names of what CompVis' files hold besides
 
 
 def load_vae(source, word="exact", place=None, **fields):
-    """-> codec.Vae of a folder, a file, a name of releases.py or hf:owner/repo/file.
+    """-> codec.Vae of a folder, a file, a name of pretrained.py or hf:owner/repo/file.
 
     word: see precision.py. place: a device or sharding for the weights. fields: others
     of Vae's, as rounding=to_uint8_mdt. A folder is diffusers', or
@@ -140,16 +141,16 @@ def _read(path):
 
 def _files(source):
     """-> Path of the weights, and of their config.json or None."""
-    release = releases.find(source)
-    path = releases.fetch(source)
+    release = pretrained.find(source)
+    path = pretrained.fetch(source)
     if path.is_dir():
         path = _inside(path)
     elif not path.is_file():
-        names = (n for n, r in releases.RELEASES.items() if r.family == "vae")
+        names = (n for n, r in pretrained.PRETRAINED.items() if r.family == "vae")
         raise UserError(f"no VAE at {path}; names are {', '.join(names)}")
-    if release is not None and str(source) not in releases.RELEASES:
+    if release is not None and str(source) not in pretrained.PRETRAINED:
         beside = str(source).rpartition("/")[0]
-        return path, releases.fetch(f"{beside}/config.json")
+        return path, pretrained.fetch(f"{beside}/config.json")
     config = path.with_name("config.json")
     return path, config if config.is_file() else None
 
@@ -163,7 +164,7 @@ def _inside(folder):
 
 
 def _params(path, model, config):
-    tensors = torch_files.read(path).ema
+    tensors = read_torch_file(path).ema
     names = [name for name in tensors if not name.startswith(TRAINING)]
     names = to_diffusers_names(names, len(model.channels))
     state = {

@@ -12,10 +12,10 @@ from sit_jax import checkpoint
 from sit_jax.adapters.quantize import quantized_shapes
 from sit_jax.adapters.weights import merge_adapters
 from sit_jax.config import from_json
-from sit_jax.convert import diffusers_files, releases
+from sit_jax.convert import diffusers_files, pretrained
 from sit_jax.convert.base import load_adapted
 from sit_jax.convert.infer_config import FAMILIES
-from sit_jax.convert.tensor_files import KINDS
+from sit_jax.convert.tensor_files import SUFFIXES
 from sit_jax.errors import UserError
 from sit_jax.experiment import build_experiment
 from sit_jax.files import as_path
@@ -76,20 +76,20 @@ def open_weights(path, torch_file):
     """-> an object with .config and .load; torch_file(path) opens what torch wrote.
 
     path: a workdir, checkpoint, .pt, .safetensors or folder of diffusers; also a name
-    of releases.RELEASES, or hf:owner/repo/file.
+    of pretrained.PRETRAINED, or hf:owner/repo/file.
     """
-    path = releases.fetch(path)
+    path = pretrained.fetch(path)
     if not path.exists():
         names = (
             n
-            for n, r in releases.RELEASES.items()
+            for n, r in pretrained.PRETRAINED.items()
             if r.family not in ("vae", "inception")
         )
         raise UserError(
             f"no weights at {path}: no such file or folder, and no release, which is "
             f"downloaded by its name: {', '.join(names)}"
         )
-    if path.suffix in KINDS or diffusers_files.is_folder(path):
+    if path.suffix in SUFFIXES or diffusers_files.is_folder(path):
         return torch_file(path)
     found = Directory(*checkpoint.find_step(path))
     step = found.path / str(found.step)
@@ -110,5 +110,5 @@ def require_torch(path, family, heads):
 
 def family_of(path, given=None):
     """The family of a torch file: as given, or as the name of a release tells."""
-    told = getattr(releases.find(path), "family", None)
+    told = getattr(pretrained.find(path), "family", None)
     return given or (told if told in FAMILIES else None)

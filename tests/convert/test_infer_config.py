@@ -5,7 +5,7 @@ from networks import recorded_model
 from recorded import case, weights
 
 from sit_jax.convert.infer_config import describe_network
-from sit_jax.convert.released import Released
+from sit_jax.convert.state_dict import StateDictSpec
 from sit_jax.errors import UserError
 from sit_jax.models.dit import SIZES, SiT
 
@@ -30,7 +30,7 @@ def test_describe_network_knows_heads_of_published_sizes():
     for size in SIZES.values():
         for depth, heads in ((size["depth"], size["heads"]), (size["depth"] + 1, None)):
             sizes = size | dict(depth=depth, patch=8, classes=3, learn_sigma=False)
-            spec = Released(SiT(**sizes), (16, 16, 4))
+            spec = StateDictSpec(SiT(**sizes), (16, 16, 4))
             constants = {name: x.shape for name, x in spec.constants.items()}
             fields = describe_network(constants | spec.trained)
             assert fields["heads"] == heads and fields["depth"] == depth

@@ -18,8 +18,9 @@ from PIL import Image
 
 from sit_jax import files
 from sit_jax.config import from_json
-from sit_jax.convert import lora_files, torch_files, vae_files
+from sit_jax.convert import lora_files, vae_files
 from sit_jax.convert.graph_files import constants
+from sit_jax.convert.state_dict import read_torch_file
 from sit_jax.data.archives import TarFiles, read_members
 from sit_jax.data.images import to_rgb
 from sit_jax.data.latent_cache import (
@@ -39,7 +40,7 @@ SPACE = Path("/dev/shm") if Path("/dev/shm").is_dir() else None  # no disk is wo
 
 
 def pt(path):
-    file = torch_files.read(path)
+    file = read_torch_file(path)
     for part in file.parts().values():
         dict(part.items()) if hasattr(part, "items") else part
 

@@ -12,10 +12,10 @@ from conftest import ROOT
 MAKE = """
 import sys, torch
 from sit_jax.models.dit import SiT
-from sit_jax.released import Released
-released = Released(SiT(), (32, 32, 4))
-state = {name: torch.from_numpy(x) for name, x in released.constants.items()}
-state |= {name: torch.randn(shape) for name, shape in released.trained.items()}
+from sit_jax.convert.state_dict import StateDictSpec
+spec = StateDictSpec(SiT(), (32, 32, 4))
+state = {name: torch.from_numpy(x) for name, x in spec.constants.items()}
+state |= {name: torch.randn(shape) for name, shape in spec.trained.items()}
 torch.save(state, sys.argv[1])
 """
 

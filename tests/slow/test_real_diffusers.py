@@ -12,9 +12,9 @@ from recorded import arrays, nchw, nhwc, relative, weights
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 from sit_jax.convert import diffusers_files, tensor_files
-from sit_jax.convert.exchange import open_torch
-from sit_jax.convert.released import Released
+from sit_jax.convert.checkpoint import open_torch_file
 from sit_jax.convert.rules import DIT_RULES, to_flax
+from sit_jax.convert.state_dict import StateDictSpec
 from sit_jax.models import layers
 from sit_jax.models.dit import DiT
 
@@ -72,9 +72,9 @@ def test_what_diffusers_saves_is_read(tmp_path):
     network.save_pretrained(tmp_path)
     from sit_jax.recipes import dit
 
-    opened = open_torch(tmp_path, lambda family: dit())
+    opened = open_torch_file(tmp_path, lambda family: dit())
     assert opened.config.model.width == 40 and opened.config.model.heads == 4
     found = opened.file.ema
-    assert set(found) == set(Released(MODEL, SHAPE).names)
+    assert set(found) == set(StateDictSpec(MODEL, SHAPE).names)
     wanted = state["transformer_blocks.1.attn1.to_v.bias"].numpy()
     np.testing.assert_array_equal(found["blocks.1.attn.qkv.bias"][80:], wanted)

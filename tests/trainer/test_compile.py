@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from flax import struct
 
-from sit_jax.convert import releases
+from sit_jax.convert import pretrained
 from sit_jax.errors import UserError
 from sit_jax.parallel import sharding_rules
 from sit_jax.parallel.mesh import make_mesh, replicated
@@ -153,7 +153,7 @@ def test_nor_without_a_home(unset, monkeypatch):
     assert jax.config.jax_compilation_cache_dir is None
     monkeypatch.delenv("SIT_JAX_CACHE", raising=False)
     with pytest.raises(UserError, match="no home folder .* SIT_JAX_CACHE"):
-        releases.cache()
+        pretrained.cache_dir()
 
 
 def test_a_folder_given_to_jax_itself_counts(unset, tmp_path):

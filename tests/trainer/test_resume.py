@@ -18,7 +18,7 @@ from recorded import FOLDER
 import sample
 from sit_jax import checkpoint
 from sit_jax.config import spec, to_json
-from sit_jax.convert.exchange import open_torch
+from sit_jax.convert.checkpoint import open_torch_file
 from sit_jax.convert.given import Given
 from sit_jax.data.folders import ImageFolder
 from sit_jax.diffusion.gaussian import GaussianDiffusion
@@ -266,7 +266,7 @@ def test_weights_only_leaves_the_optimizer(tmp_path, monkeypatch):
 def test_a_torch_file_gives_its_weights(monkeypatch):
     """The recorded SiT, as --init would open it; 4 classes in place of its own."""
     path = FOLDER / "weights" / "sit_a.pt"
-    torch_file = lambda path: open_torch(path, published, "sit", 4)
+    torch_file = lambda path: open_torch_file(path, published, family="sit", heads=4)
     theirs = torch_file(path)
     c = theirs.config.copy_and_resolve_references()
     c.model.classes = 4

@@ -1,0 +1,160 @@
+"""Weights by name, from a server that stands in this process."""
+
+import subprocess
+import sys
+
+import file_server
+import pytest
+from conftest import ROOT
+from file_server import CONTENT, SHA, Handler
+
+from sit_jax.convert import pretrained
+from sit_jax.convert.pretrained import PRETRAINED, PretrainedFile, fetch, find
+from sit_jax.convert.weights import open_weights
+from sit_jax.errors import UserError
+
+cache = file_server.cache
+server = file_server.server
+
+
+@pytest.fixture
+def plain(server, monkeypatch):
+    """Sets the entry of a table whose one file is no file of the Hub."""
+
+    def put(**known):
+        file = PretrainedFile(f"{server.url}/models/x.pt", "MIT", "dit", **known)
+        monkeypatch.setattr(pretrained, "PRETRAINED", {"x": file})
+
+    put(sha256=SHA, size=len(CONTENT))
+    return put
+
+
+@pytest.mark.parametrize("name", ["sit-xl2-256", "inception"])
+def test_fetch_without_network_says_what_to_put_where(name, cache, monkeypatch):
+    nowhere = "http://127.0.0.1:9"
+    entry = PRETRAINED[name]
+    if name == "inception":
+        entry = PretrainedFile(f"{nowhere}/models/x.pth", "Apache-2.0")
+    monkeypatch.setitem(PRETRAINED, name, entry)
+    monkeypatch.setenv("HF_ENDPOINT", nowhere)
+    with pytest.raises(UserError, match=" was not loaded ") as caught:
+        fetch(name)
+    line = str(caught.value)
+    assert line.startswith(entry.url) and "\n" not in line
+    assert entry.url.startswith(nowhere)
+    assert line.endswith(f"put it at {cache / entry.cache_path}")
+
+
+def test_pretrained_table_has_sources_and_licences():
+    names = "sit-xl2-256 dit-xl2-256 dit-xl2-512 mdt-xl2 mdtv2-xl2 sd-vae-ft-mse"
+    assert {*names.split(), "sd-vae-ft-ema", "inception"} == set(PRETRAINED)
+    paths = {entry.cache_path for entry in PRETRAINED.values()}
+    assert len(paths) == len(PRETRAINED)
+    for name, entry in PRETRAINED.items():
+        assert entry.url.startswith("https://") and entry.licence
+        assert name.split("-")[0] in (entry.family, "sd")
+    assert "BY-NC" in PRETRAINED["dit-xl2-256"].licence
+    assert PRETRAINED["sd-vae-ft-mse"].url == (
+        "https://huggingface.co/stabilityai/sd-vae-ft-mse/resolve/main/"
+        "diffusion_pytorch_model.safetensors"
+    )
+
+
+def test_fetch_loads_a_named_file_once_and_tells_its_licence(server, cache, capsys):
+    path = fetch("sit-xl2-256")
+    assert path == cache / "nyu-visionx" / "SiT-collections" / "SiT-XL-2-256.pt"
+    assert path.read_bytes() == CONTENT
+    where = "/nyu-visionx/SiT-collections/resolve/main/SiT-XL-2-256.pt"
+    assert ("GET", where) in server.requests
+    assert "licence MIT" in capsys.readouterr().err
+    count = len(server.requests)
+    assert fetch("sit-xl2-256") == path and len(server.requests) == count
+    assert capsys.readouterr().err == ""
+
+
+def test_fetch_loads_any_file_of_the_hub(server, cache):
+    name = "hf:some.one/a_repo/folder/the file.pt"
+    assert fetch(name) == cache / "some.one" / "a_repo" / "folder" / "the file.pt"
+    path = "/some.one/a_repo/resolve/main/folder/the%20file.pt"
+    assert ("GET", path) in server.requests
+
+
+def test_fetch_goes_on_after_a_broken_connection(server, cache):
+    server.drops = (100_000,)
+    assert fetch("mdt-xl2").read_bytes() == CONTENT
+
+
+def test_fetch_refuses_a_file_of_another_sha256(server, cache):
+    server.etag = "1" * 64
+    with pytest.raises(UserError, match=f"{SHA}, not 300000 of 1{{64}}; .* removed"):
+        fetch("mdt-xl2")
+    assert not (cache / PRETRAINED["mdt-xl2"].cache_path).exists()
+    server.etag = "a4b8c1"  # a small file's is not a sha256 of it
+    assert fetch("hf:a/b/config.json").read_bytes() == CONTENT
+
+
+def test_fetch_loads_a_plain_url(plain, server, cache):
+    assert fetch("x").read_bytes() == CONTENT
+    assert [method for method, _ in server.requests] == ["GET"]
+
+
+def test_fetch_refuses_a_plain_url_of_another_sha256(plain, server, cache):
+    plain(sha256="0" * 64)
+    with pytest.raises(UserError, match="x.pt was not loaded .*does not match"):
+        fetch("x")
+    assert not [path for path in cache.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    "name", ["hf:", "hf:owner/repo", "hf:a//b", "hf:a/../b", "hf:a/b/..", "hf:a/b/c/"]
+)
+def test_fetch_refuses_what_is_no_name(name, cache):
+    with pytest.raises(UserError, match="is not hf:owner/repo/file"):
+        fetch(name)
+
+
+def test_fetch_names_what_is_called_like_a_published_file(cache, tmp_path, monkeypatch):
+    """A folder that port_weights.py made, or a clone of the Hub's repository."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mdtv2-xl2").mkdir()
+    with pytest.raises(UserError, match="so; ./mdtv2-xl2 is what is here"):
+        fetch("mdtv2-xl2")
+    assert fetch("./mdtv2-xl2").samefile(tmp_path / "mdtv2-xl2")
+
+
+def test_fetch_returns_a_path_as_it_is(tmp_path):
+    assert fetch(tmp_path / "x.pt") == tmp_path / "x.pt" and find("x.pt") is None
+    assert fetch("~/x.pt").is_absolute()
+
+
+def test_fetch_refuses_a_cached_file_of_another_size(cache):
+    path = cache / PRETRAINED["sd-vae-ft-mse"].cache_path
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"12345")
+    with pytest.raises(UserError, match="has 5 bytes, sd-vae-ft-mse has 334643276; re"):
+        fetch("sd-vae-ft-mse")
+
+
+def test_fetch_tells_what_the_server_refuses(server, cache, monkeypatch):
+    monkeypatch.setattr(Handler, "do_HEAD", lambda self: self.send_error(404))
+    with pytest.raises(UserError, match="mdt_xl2_v2_ckpt.pt was not loaded .*404"):
+        fetch("mdtv2-xl2")
+
+
+def test_open_weights_takes_published_names(server, cache):
+    opened = open_weights("mdtv2-xl2", lambda path: path.name)
+    assert opened == "mdt_xl2_v2_ckpt.pt"
+    with pytest.raises(
+        UserError, match="no weights at sit-xl2: .* by its name: sit-xl2-256,"
+    ):
+        open_weights("sit-xl2", None)
+
+
+def test_import_of_pretrained_asks_nothing_of_the_network():
+    program = (
+        "import socket\n"
+        "def refuse(*words): raise SystemExit('network at import')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "import sit_jax.convert.pretrained\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
