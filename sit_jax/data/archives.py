@@ -102,14 +102,8 @@ class ImageNetTar(Images):
             for image in sorted(images):
                 members.append(image._replace(name=f"{classes[label]}/{image.name}"))
                 labels.append(label)
-        super().__init__(
-            TarFiles([path], [0] * len(members), members),
-            labels,
-            classes,
-            size=size,
-            flip=flip,
-            max_corrupt_fraction=max_corrupt_fraction,
-        )
+        files = TarFiles([path], [0] * len(members), members)
+        super().__init__(files, labels, classes, size, flip, max_corrupt_fraction)
 
 
 class WebdatasetTars(Images):
@@ -142,14 +136,9 @@ class WebdatasetTars(Images):
                 members.append(image)
                 labels.append(label)
                 tars.append(number)
-        super().__init__(
-            TarFiles(paths, tars, members),
-            labels,
-            [str(label) for label in range(classes)],
-            size=size,
-            flip=flip,
-            max_corrupt_fraction=max_corrupt_fraction,
-        )
+        files = TarFiles(paths, tars, members)
+        names = [str(label) for label in range(classes)]
+        super().__init__(files, labels, names, size, flip, max_corrupt_fraction)
 
 
 class Tfds(Images):
@@ -176,14 +165,8 @@ class Tfds(Images):
         source = self._open()
         info = source.dataset_info
         self.full_name, self._length = info.full_name, len(source)
-        super().__init__(
-            None,
-            (),
-            info.features["label"].names,
-            size=size,
-            flip=flip,
-            max_corrupt_fraction=max_corrupt_fraction,
-        )
+        names = info.features["label"].names
+        super().__init__(None, (), names, size, flip, max_corrupt_fraction)
 
     def __len__(self):
         return self._length

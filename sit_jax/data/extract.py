@@ -18,16 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
+from sit_jax.data import latent_cache
 from sit_jax.data.images import CROP
-from sit_jax.data.latent_cache import (
-    PLAN,
-    CacheMetadata,
-    begin_cache,
-    default_shards,
-    finish_cache,
-    missing_shards,
-    write_shard,
-)
+from sit_jax.data.latent_cache import CacheMetadata
 from sit_jax.data.loader import CorruptImages, prefetch, read_next, read_records
 from sit_jax.data.sources import DataSource
 from sit_jax.errors import UserError
@@ -76,7 +69,7 @@ def describe(
     """Returns the metadata of the cache that a source of images and a codec give."""
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    shards = default_shards(len(source)) if shards is None else shards
+    shards = latent_cache.default_shards(len(source)) if shards is None else shards
     if not 1 <= shards <= min(MOST_SHARDS, len(source)):
         raise UserError(
             f"{shards} shards for {len(source)} images: each needs one, and more than "
@@ -131,7 +124,7 @@ def extract(
         multihost.barrier()
         about = None
         if multihost.is_primary():
-            about = finish_cache(path, metadata, source.class_names)
+            about = latent_cache.finish_cache(path, metadata, source.class_names)
             if about is None and multihost.process_count() > 1:
                 raise UserError(
                     f"{path} lacks shards that other processes have written; it must "
@@ -181,14 +174,16 @@ def encode(
 def _begin(out, metadata):
     """Returns the folder of the cache, which process 0 makes and the others see."""
     if multihost.is_primary():
-        begin_cache(out, metadata)
-    multihost.assert_shared(local_path(out) / PLAN)
-    return begin_cache(out, metadata)
+        latent_cache.begin_cache(out, metadata)
+    multihost.assert_shared(local_path(out) / latent_cache.PLAN)
+    return latent_cache.begin_cache(out, metadata)
 
 
 def _write_shards(path: Path, source, codec, metadata, options) -> int:
     """Writes the shards of this process that are missing; returns their images."""
-    numbers = missing_shards(path, metadata, options.process, options.count)
+    numbers = latent_cache.missing_shards(
+        path, metadata, options.process, options.count
+    )
     total = sum(len(metadata.shard_ids(number)) for number in numbers)
     corrupt = CorruptImages(source, options.say, treatment="it is left out")
     encoder = Encoder(codec, metadata, options.batch_size)
@@ -198,7 +193,7 @@ def _write_shards(path: Path, source, codec, metadata, options) -> int:
     batches = _encoded_batches(source, encoder, metadata, numbers, options)
     with contextlib.closing(batches):
         for number, group in itertools.groupby(batches, lambda batch: batch.shard):
-            with write_shard(path, metadata, number) as writer:
+            with latent_cache.write_shard(path, metadata, number) as writer:
                 for batch in group:
                     corrupt.add(batch.corrupt)
                     writer.add(*_intact_images(batch, source), batch.corrupt)

@@ -69,14 +69,8 @@ class ImageFolder(Images):
                 raise UserError(f"no images in {root / name}; remove it or fill it")
             names += [os.path.relpath(image, root) for image in images]
             labels += [label] * len(images)
-        super().__init__(
-            FolderFiles(root, names),
-            labels,
-            classes,
-            size=size,
-            flip=flip,
-            max_corrupt_fraction=max_corrupt_fraction,
-        )
+        files = FolderFiles(root, names)
+        super().__init__(files, labels, classes, size, flip, max_corrupt_fraction)
         reasons = {
             "lie beside the folders of the classes": beside,
             f"do not end in {', '.join(ENDINGS)}": others,
@@ -119,14 +113,8 @@ class AdmFolder(Images):
                 )
         ids = [os.path.basename(name).split("_")[0] for name in names]
         classes, labels = np.unique(ids, return_inverse=True)
-        super().__init__(
-            FolderFiles(root, names),
-            labels,
-            classes.tolist(),
-            size=size,
-            flip=flip,
-            max_corrupt_fraction=max_corrupt_fraction,
-        )
+        files, classes = FolderFiles(root, names), classes.tolist()
+        super().__init__(files, labels, classes, size, flip, max_corrupt_fraction)
 
 
 class CifarFolder(ImageFolder):

@@ -59,7 +59,6 @@ class Images(DataSource):
         files: ImageFiles,
         labels: Sequence[int],
         class_names: Sequence[str],
-        *,
         size: int,
         flip: bool,
         max_corrupt_fraction: float,

@@ -237,10 +237,7 @@ def read_next(iterator: Iterator[Any]) -> Any:
 
 
 def read_records(
-    source: DataSource,
-    ids: Sequence[int],
-    flips: Sequence[bool],
-    replace: bool = True,
+    source: DataSource, ids: Sequence[int], flips: Sequence[bool], replace: bool = True
 ) -> tuple[Rows, dict[int, str]]:
     """Reads records as the rows of a batch: checked, flipped, stacked.
 
