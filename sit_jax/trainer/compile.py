@@ -80,8 +80,6 @@ class ReplicaCheck:
     """
 
     def __init__(self, every: int, state: Any):
-        if every < 0:
-            raise UserError(f"check_replicas is {every}; 0 is never, else at least 1")
         self._groups = {n: _replicas(x) for n, x in leaves_by_name(state).items()}
         is_replicated = any(len(g) > 1 for gs in self._groups.values() for g in gs)
         self._every = every if is_replicated else 0

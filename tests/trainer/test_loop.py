@@ -158,12 +158,6 @@ def test_init_that_is_already_there_says_so(run, tmp_path):
     assert code == 2 and "is at step 8 and config.steps is 8" in err
 
 
-def test_a_workdir_that_cannot_be_made(run, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    code, _, err = run("--config", TINY, "--workdir", tmp_path / "file")
-    assert code == 2 and str(tmp_path / "file") in err and err.count("\n") == 1
-
-
 def test_a_disk_without_room_for_a_step_is_refused_first(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=9))

@@ -13,7 +13,6 @@ from sit_jax.trainer.workdir import (
     open_workdir,
     read_json,
     require_same_config,
-    write_json,
 )
 
 CONFIG = {
@@ -76,16 +75,6 @@ def test_what_is_refused_leaves_nothing(tmp_path):
     assert tree(tmp_path) == before
 
 
-def test_the_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert open_workdir("~/run", CONFIG) == tmp_path / "run"
-
-
-def test_the_same_config_again_is_welcome(tmp_path):
-    open_workdir(tmp_path, CONFIG)
-    assert open_workdir(str(tmp_path), but()) == tmp_path
-
-
 @pytest.mark.parametrize(
     "changes, said",
     [
@@ -134,14 +123,6 @@ def test_a_damaged_config_is_named(tmp_path, text):
     (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(UserError, match=r"config\.json is not JSON"):
         open_workdir(tmp_path, CONFIG)
-
-
-def test_writing_that_fails_leaves_the_old_file_whole(tmp_path):
-    file = tmp_path / "config.json"
-    write_json(file, CONFIG)
-    with pytest.raises(TypeError):
-        write_json(file, {"x": object()})
-    assert read_json(file) == CONFIG and os.listdir(tmp_path) == ["config.json"]
 
 
 def test_a_file_in_the_folder_s_place_is_refused(tmp_path):
