@@ -202,9 +202,9 @@ def require_writable(path: PathLike) -> None:
         raise UserError(f"{path}: {folder} is not writable; name another place")
 
 
-def require_space(path: AnyPath, size: float) -> None:
+def require_space(path: PathLike, size: float) -> None:
     """Refuses to begin an output of `size` bytes that the disk cannot hold."""
-    folder = Path(tempfile.gettempdir())
+    path, folder = absolute_path(path), Path(tempfile.gettempdir())
     if not is_remote(path):
         folder = next(parent for parent in path.parents if parent.is_dir())
     if (free := shutil.disk_usage(folder).free) < size:
