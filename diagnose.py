@@ -8,7 +8,7 @@ side's, both compute the same images.
 import dataclasses
 
 from sit_jax.cli.main import entry_point, make_parser, parse_args
-from sit_jax.convert.given import Given
+from sit_jax.convert.open import WeightsRef
 from sit_jax.diagnosis import bundle, diagnosis, paired
 from sit_jax.diagnosis.stages import collect
 from sit_jax.diagnosis.swapping import decoded, exchanged_sides
@@ -240,7 +240,7 @@ def _images(evidence):
 
 
 def _open(path, family=None, heads=None):
-    return Given(path, family=family, heads=heads, base=published).open()
+    return WeightsRef(path, family=family, heads=heads, base=published).open()
 
 
 if __name__ == "__main__":

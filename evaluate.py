@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from sit_jax.cli.main import entry_point, make_parser, parse_args
-from sit_jax.convert import inception_weights
+from sit_jax.convert import inception
 from sit_jax.errors import UserError
 from sit_jax.evaluation import evaluation, label_policy, summary
 from sit_jax.evaluation.digit_features import WIDTHS, DigitFeatures
@@ -192,7 +192,7 @@ def _network(args, sides, missing):
         return DigitFeatures()
     most = max(source.count for _, source in needs)
     try:
-        weights = inception_weights.load(args.inception)
+        weights = inception.load_inception(args.inception)
     except UserError:
         if args.inception or any(side.summary is None for side, _ in needs):
             raise

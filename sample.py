@@ -13,7 +13,7 @@ from sit_jax import config as configs
 from sit_jax.adapters.quantize import FORMS, SKIP, make_quantizer
 from sit_jax.cli.main import entry_point, make_parser, parse_args
 from sit_jax.convert import adapters
-from sit_jax.convert.given import Given, add_untold
+from sit_jax.convert.open import WeightsRef, add_torch_flags
 from sit_jax.errors import UserError
 from sit_jax.models.codec import rounding_name
 from sit_jax.parallel import multihost
@@ -137,7 +137,7 @@ def _parser():
     add("--no-ema", action="store_true", help="the weights themselves, not their mean")
     add("--vae", metavar="PATH", help="or sd-vae-ft-mse, sd-vae-ft-ema")
     add("--rounding", metavar="RULE", help="dit (DiT, SiT) | mdt (MDT)")
-    add_untold(add)
+    add_torch_flags(add)
     add("--overwrite", action="store_true")
     add("--force", action="store_true", help="other weights than the manifest's")
     settings.add_flags(parser)
@@ -171,7 +171,9 @@ def _job(args, overrides):
     weights = _open(source, args.family, args.heads)
     config = settings.apply(weights.config, args, overrides, source, published)
     item = "params" if args.no_ema else "ema"
-    classes = config.model.classes + adapters.new_classes(args.lora, weights, item)
+    classes = config.model.classes + adapters.count_new_classes(
+        args.lora, weights, item
+    )
     seed = published.seed if published and args.seed is None else args.seed or 0
     word, number = _asked(args, published, tuple(config.shape))
     made = job.Job(
@@ -225,7 +227,7 @@ def _own_vae(args, config):
 
 
 def _open(path, family=None, heads=None):
-    return Given(path, family=family, heads=heads, base=published).open()
+    return WeightsRef(path, family=family, heads=heads, base=published).open()
 
 
 def _studio(wanted, expected):

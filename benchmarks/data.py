@@ -140,7 +140,7 @@ def time_extraction(folder, vae, out, size, batch=8):
     import jax
     from vae import codec as random
 
-    from sit_jax.convert.vae_files import load_vae
+    from sit_jax.convert.vae import load_vae
     from sit_jax.data.extract import Encoder, ExtractOptions, describe, extract
     from sit_jax.models.vae import AutoencoderKL
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
-from sit_jax.convert.inception_weights import Weights
+from sit_jax.convert.inception import InceptionWeights
 from sit_jax.evaluation.features import Extractor, inception_extractor
 from sit_jax.evaluation.metrics import Gaussian, frechet
 from sit_jax.evaluation.metrics.manifold import precision_recall
@@ -125,7 +125,7 @@ def complete(args):
     def extractor(weights, mesh, batch_size):
         return Extractor(network, {"scale": np.float32(1 / 64)}, mesh, batch_size, {})
 
-    evaluate.inception_weights.load = lambda path: None
+    evaluate.inception.load_inception = lambda path: None
     evaluate.inception_extractor = extractor
     with tempfile.TemporaryDirectory() as folder:
         sides = Path(folder, "samples.npz"), Path(folder, "reference.npz")
@@ -158,7 +158,7 @@ def random_weights():
         kernel = z * np.float32(np.sqrt(2 / np.prod(shape[:-1])))
         kinds = {"kernel": kernel, "scale": 1 + 0.1 * z, "var": 0.6 + 0.1 * np.abs(z)}
         flat[path] = kinds.get(path.rsplit("/", 1)[1], 0.1 * z)
-    return Weights(unflatten_dict(flat, sep="/"), None, "random", False)
+    return InceptionWeights(unflatten_dict(flat, sep="/"), None, "random", False)
 
 
 def torch_fidelity(folder, weights, images):

@@ -24,7 +24,7 @@ import numpy as np
 import score_digits
 from sit_jax.adapters.quantize import SKIP, quantize_params, tree_bytes
 from sit_jax.config import spec
-from sit_jax.convert.weights import open_weights
+from sit_jax.convert.open import open_weights
 from sit_jax.data.sources import Digits
 from sit_jax.evaluation.metrics.gaussian import Gaussian, frechet
 from sit_jax.experiment import build_experiment

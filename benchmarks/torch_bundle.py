@@ -25,7 +25,7 @@ from torch_judge import TorchJudge
 
 import diagnose
 from sit_jax.cli.main import entry_point, make_parser, parse_args
-from sit_jax.convert import inception_weights
+from sit_jax.convert import inception
 from sit_jax.convert import parity as originals
 from sit_jax.convert.rules import to_torch
 from sit_jax.convert.state_dict import StateDictSpec
@@ -69,7 +69,7 @@ def main():
     allow_tf32(args.tf32)
     judge = None
     if args.inception:
-        judge = TorchJudge(inception_weights.load(args.inception), args.device)
+        judge = TorchJudge(inception.load_inception(args.inception), args.device)
     made = collect(room, manifest, out, args, given, judge)
     bundle.write(made)
     print(f"{len(made.stages)} stages of {len(made.inputs['t'])} images")

@@ -24,7 +24,7 @@ SPATIAL = 7  # channels
 
 
 class TorchJudge:
-    """weights: inception_weights.load(). Stages as in diagnosis/stages.py."""
+    """weights: inception.load_inception(). Stages as in diagnosis/stages.py."""
 
     def __init__(self, weights, device="cpu", folder=None):
         self.device, self.network = device, network(weights, folder).to(device)

@@ -11,7 +11,7 @@ import pytest
 from small import called
 
 import evaluate
-from sit_jax.convert.inception_weights import Weights
+from sit_jax.convert.inception import InceptionWeights
 from sit_jax.errors import UserError
 from sit_jax.evaluation import evaluation
 from sit_jax.evaluation.features import Extractor, pipeline
@@ -32,7 +32,7 @@ def toy(params, images):
 
 def weights(seed=0, released=True):
     w = np.random.default_rng(seed).standard_normal((12, 12), np.float32)
-    return Weights({"w": w}, None, str(seed) * 64, released)
+    return InceptionWeights({"w": w}, None, str(seed) * 64, released)
 
 
 def extractor(weights, mesh=None, batch_size=64):
@@ -50,7 +50,7 @@ def network(monkeypatch):
                 raise UserError("no Inception weights; put x into y")
             return found
 
-        monkeypatch.setattr(evaluate.inception_weights, "load", load)
+        monkeypatch.setattr(evaluate.inception, "load_inception", load)
 
     monkeypatch.setattr(evaluate, "inception_extractor", extractor)
     monkeypatch.setattr(evaluation, "LEAST", 205)

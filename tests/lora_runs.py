@@ -8,7 +8,7 @@ import small
 
 from sit_jax.adapters.lora import LoRA
 from sit_jax.config import spec, to_json
-from sit_jax.convert.base import load_base, trained_shapes
+from sit_jax.convert.open import adapter_shapes, load_base
 from sit_jax.experiment import build_experiment
 from sit_jax.parallel.mesh import make_mesh
 from sit_jax.trainer.resume import init_lora
@@ -42,7 +42,7 @@ def saved(workdir, base, seed=0, **adapter):
     _, record = load_base(parts, make_mesh(), str(base))
     rng = np.random.default_rng(seed)
     draw = lambda x: 0.1 * rng.standard_normal(x.shape).astype(np.float32)
-    items = {n: jax.tree.map(draw, trained_shapes(parts)) for n in ("params", "ema")}
+    items = {n: jax.tree.map(draw, adapter_shapes(parts)) for n in ("params", "ema")}
     told = to_json(grown(adapter))
     meta = {"config": told, "base": record, "step": 2}
     small.save(workdir / "checkpoints", 2, meta, **items)

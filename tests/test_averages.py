@@ -12,8 +12,7 @@ from networks import quick_jit
 
 from sit_jax import checkpoint
 from sit_jax.config import spec, to_json
-from sit_jax.convert.given import Given
-from sit_jax.convert.weights import open_weights
+from sit_jax.convert.open import WeightsRef, open_weights
 from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.diffusion.timesteps import LossSecondMoment
 from sit_jax.errors import UserError
@@ -74,7 +73,8 @@ def saved(tmp_path_factory):
 
 def begun(given, *rates):
     parts = build_experiment(config(*rates), TRAINING)
-    return resume.restore_or_init(parts, make_mesh(), 0, "nowhere", Given(given))[0]
+    weights = WeightsRef(given)
+    return resume.restore_or_init(parts, make_mesh(), 0, "nowhere", weights)[0]
 
 
 def equal(one, other):
@@ -118,5 +118,5 @@ def test_weights_of_the_other_version_are_refused_by_both_names(kind, tmp_path):
     )
     names = f"an {kind.__name__}, but the config's network is an {other.__name__}$"
     with pytest.raises(UserError, match=f"given holds the weights of {names}"):
-        given = Given(tmp_path / "given")
+        given = WeightsRef(tmp_path / "given")
         resume.restore_or_init(parts, make_mesh(), 0, tmp_path / "run", given)

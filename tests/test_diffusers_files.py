@@ -15,7 +15,7 @@ from small import called
 import sample
 from sit_jax.cli import port_weights
 from sit_jax.config import spec
-from sit_jax.convert import diffusers_files
+from sit_jax.convert import diffusers
 from sit_jax.convert.rules import DIT_RULES, to_flax
 from sit_jax.errors import UserError
 from sit_jax.models import layers
@@ -24,7 +24,7 @@ from sit_jax.models.dit import DiT, SiT
 DIT_A = FOLDER / "weights" / "dit_a.pt"
 MODEL = DiT(depth=2, width=40, heads=4, patch=2, classes=10)
 SHAPE = (8, 8, 4)
-FILE = diffusers_files.WEIGHTS[0]
+FILE = diffusers.WEIGHTS
 
 
 @pytest.fixture
@@ -109,9 +109,9 @@ def test_the_shifted_frequencies_are_those_of_the_formula():
 
 def test_the_difference_is_measured_and_stands_in_the_card(exported, tmp_path, port):
     params = to_flax(DIT_RULES, weights("dit_a"))[0]
-    from sit_jax.convert.model_folder import gap
+    from sit_jax.convert.model_card import numeric_gap
 
-    found = gap(MODEL, SHAPE, params, times=(5, 999))
+    found = numeric_gap(MODEL, SHAPE, params, times=(5, 999))
     assert found[5] < 0.05 < 0.1 < found[999]
     figures = tmp_path / "fid.json"
     figures.write_text('{"fid": 12.5}')
@@ -213,4 +213,4 @@ def test_wrong_use_is_one_line(exported, tmp_path, port, words, said):
 def test_a_network_that_diffusers_cannot_hold_is_refused():
     odd = dataclasses.replace(MODEL, mlp_ratio=2.0)
     with pytest.raises(UserError, match="mlp_ratio of 4, not 2.0"):
-        diffusers_files.config_of(odd, SHAPE)
+        diffusers.diffusers_config(odd, SHAPE)

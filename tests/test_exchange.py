@@ -26,7 +26,7 @@ from sit_jax.convert.checkpoint import (
     compare_tensors,
     open_torch_file,
 )
-from sit_jax.convert.given import Given
+from sit_jax.convert.open import WeightsRef
 from sit_jax.convert.optimizer import to_optax
 from sit_jax.convert.rules import DIT_RULES, to_torch
 from sit_jax.convert.state_dict import StateDictSpec, read_torch_file
@@ -89,7 +89,7 @@ def test_training_goes_on_from_a_ported_run(tmp_path):
     stored(weights_, tmp_path / "ck")
     parts = build_experiment(weights_.config, TRAINING)
     mesh = make_mesh()
-    given = Given(tmp_path / "ck")
+    given = WeightsRef(tmp_path / "ck")
     state, origin, _ = resume.restore_or_init(parts, mesh, 0, tmp_path / "run", given)
     assert "step 20" in origin
     assert int(state.step) == 20

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from sit_jax.convert.inception_weights import Weights
+from sit_jax.convert.inception import InceptionWeights
 from sit_jax.errors import UserError
 from sit_jax.evaluation.features import (
     Extractor,
@@ -150,8 +150,8 @@ def test_features_that_are_no_numbers_are_refused(tmp_path):
 
 
 def test_pipelines_are_told_apart():
-    one = pipeline(Weights({}, None, "a" * 64, False))
-    other = pipeline(Weights({}, None, "b" * 64, False))
+    one = pipeline(InceptionWeights({}, None, "a" * 64, False))
+    other = pipeline(InceptionWeights({}, None, "b" * 64, False))
     assert unlike(one, one) == [] and unlike(one, other) == ["weights"]
     assert unlike(one, one | {"resize": "half-pixel"}) == ["resize"]
     assert unlike(one, one | {"library": "another", "precision": "fast"}) == []

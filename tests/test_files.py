@@ -22,7 +22,7 @@ from memory_bucket import Memory, step
 from sit_jax.convert.releases import fetch
 
 from sit_jax import checkpoint, files
-from sit_jax.convert import lora_files, tensor_files
+from sit_jax.convert import peft, tensor_files
 from sit_jax.errors import UserError
 from sit_jax.files import (
     as_path,
@@ -342,8 +342,8 @@ def test_a_bucket_file_that_is_mapped_is_copied_once(
 
 
 def test_a_peft_folder_in_a_bucket_is_refused(bucket):
-    (bucket / "adapter" / lora_files.CONFIG).write_text("{}")
-    assert lora_files.is_adapter("gs://here/adapter")
-    assert not lora_files.is_adapter("gs://here/run")  # a run's may be there
+    (bucket / "adapter" / peft.CONFIG).write_text("{}")
+    assert peft.is_adapter("gs://here/adapter")
+    assert not peft.is_adapter("gs://here/run")  # a run's may be there
     with pytest.raises(UserError, match="gs://here/adapter: .*gcloud storage cp"):
-        lora_files.read("gs://here/adapter")
+        peft.read_adapter_files("gs://here/adapter")

@@ -9,9 +9,14 @@ import torch
 from flax.traverse_util import unflatten_dict
 from tensorboardX.proto.graph_pb2 import GraphDef
 
-from sit_jax.convert import inception_weights
-from sit_jax.convert.graph_files import constants
-from sit_jax.convert.inception_weights import CONVERTED, FILE, SIZE, load
+from sit_jax.convert import inception as inception_files
+from sit_jax.convert.inception import (
+    CONVERTED,
+    FILE,
+    SIZE,
+    load_inception,
+    read_graph_constants,
+)
 from sit_jax.convert.rules import to_torch
 from sit_jax.errors import UserError
 from sit_jax.manifest import weights_hash
@@ -37,7 +42,7 @@ FLOAT, INT32 = 1, 3  # TensorFlow's numbers for them
 def cache(monkeypatch, tmp_path):
     """A narrow network, and caches of its own; -> the folder."""
     for name, value in (("RULES", RULES), ("TF_RULES", TF_RULES), ("SHAPES", SHAPES)):
-        monkeypatch.setattr(inception_weights, name, value)
+        monkeypatch.setattr(inception_files, name, value)
     monkeypatch.setenv("SIT_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     return tmp_path / "cache"
@@ -67,7 +72,7 @@ def released(monkeypatch, tmp_path):
     """A .pth that counts as the released one."""
     path = torch_file(tmp_path / FILE)
     sha = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setattr(inception_weights, "SHA256", sha)
+    monkeypatch.setattr(inception_files, "SHA256", sha)
     return path
 
 
@@ -107,44 +112,44 @@ def assert_same(found):
 
 
 def test_a_state_dict_is_read(tmp_path, cache):
-    found = load(torch_file(tmp_path / "x.pth"))
+    found = load_inception(torch_file(tmp_path / "x.pth"))
     assert_same(found)
-    assert not found.spec and not cache.exists()
+    assert not found.is_published and not cache.exists()
 
 
 def test_the_released_file_is_converted_once(released, cache):
-    found = load(released)
+    found = load_inception(released)
     assert_same(found)
-    assert found.spec
+    assert found.is_published
     released.unlink()
-    again = load()  # from the cache, without the original
+    again = load_inception()  # from the cache, without the original
     assert_same(again)
-    assert again.released and again.path == cache / CONVERTED
+    assert again.is_published and again.path == cache / CONVERTED
 
 
 def test_a_converted_file_that_changed_is_refused(released, cache):
-    load(released)
+    load_inception(released)
     data = bytearray((cache / CONVERTED).read_bytes())
     data[-1] ^= 1
     (cache / CONVERTED).write_bytes(data)
     with pytest.raises(UserError, match=r"safetensors has changed .* remove it"):
-        load()
+        load_inception()
 
 
 def test_a_safetensors_from_elsewhere_is_read_and_not_trusted(
     released, cache, tmp_path
 ):
-    load(released)
+    load_inception(released)
     other = tmp_path / "x.safetensors"
     other.write_bytes((cache / CONVERTED).read_bytes())
-    found = load(other)
+    found = load_inception(other)
     assert_same(found)
-    assert not found.spec
+    assert not found.is_published
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(released, cache):
     cache.write_text("a file in the way")
-    assert_same(load(released))
+    assert_same(load_inception(released))
 
 
 @pytest.mark.parametrize("place", ["cache", "torch/hub/checkpoints"])
@@ -153,25 +158,25 @@ def test_a_file_with_other_bytes_under_the_released_name_is_refused(tmp_path, pl
     with pytest.raises(
         UserError, match=rf"{FILE} is damaged: its sha256 is \w+, not 672"
     ):
-        load()
+        load_inception()
 
 
 def test_missing_weights_are_named_with_size_hash_and_place(cache):
     with pytest.raises(UserError) as error:
-        load()
+        load_inception()
     said = str(error.value)
     assert said.startswith("no Inception weights; put pt_inception-2015-12-05-6726825d")
-    assert f"{SIZE} bytes, sha256 {inception_weights.SHA256}" in said
+    assert f"{SIZE} bytes, sha256 {inception_files.SHA256}" in said
     assert f"into {cache}" in said and "--inception" in said and "\n" not in said
 
 
 def test_a_path_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match=r"no file at .*x\.pth; put pt_inception"):
-        load(tmp_path / "x.pth")
+        load_inception(tmp_path / "x.pth")
 
 
 def test_the_released_hash_begins_as_the_file_is_named():
-    assert FILE.removesuffix(".pth").endswith(inception_weights.SHA256[:8])
+    assert FILE.removesuffix(".pth").endswith(inception_files.SHA256[:8])
 
 
 @pytest.mark.parametrize(
@@ -189,7 +194,7 @@ def test_the_released_hash_begins_as_the_file_is_named():
 )
 def test_other_networks_are_refused(tmp_path, change, message):
     with pytest.raises(UserError, match=message):
-        load(torch_file(tmp_path / "x.pth", **change))
+        load_inception(torch_file(tmp_path / "x.pth", **change))
 
 
 def test_a_state_dict_without_a_layer_is_refused(tmp_path):
@@ -197,19 +202,19 @@ def test_a_state_dict_without_a_layer_is_refused(tmp_path):
     with pytest.raises(
         UserError, match="x.pth: weights lack Conv2d_1a_3x3.conv.weight"
     ):
-        load(tmp_path / "x.pth")
+        load_inception(tmp_path / "x.pth")
 
 
 def test_the_tensorflow_graph_holds_the_same(tmp_path, cache):
-    found = load(graph(tmp_path / "classify_image_graph_def.pb"))
+    found = load_inception(graph(tmp_path / "classify_image_graph_def.pb"))
     assert_same(found)
-    assert found.spec
+    assert found.is_published
     assert json.loads((cache / CONVERTED).with_suffix(".json").read_text())["released"]
-    assert_same(load())
+    assert_same(load_inception())
 
 
 def test_constants_of_a_graph(tmp_path):
-    found = constants(graph(tmp_path / "x.pb"))
+    found = read_graph_constants(graph(tmp_path / "x.pb"))
     assert set(found) == {name for name, _, _ in TF_RULES} | {"ones"}
     np.testing.assert_array_equal(found["ones"], np.ones((2, 3)))
 
@@ -219,11 +224,11 @@ def test_a_damaged_graph_is_refused(tmp_path, cut):
     path = graph(tmp_path / "x.pb")
     path.write_bytes(path.read_bytes()[:-cut])
     with pytest.raises(UserError, match="x.pb"):
-        load(path)
+        load_inception(path)
 
 
 @pytest.mark.parametrize("data", [b"", b"no graph at all", b"\xff" * 40])
 def test_what_is_no_graph_is_refused(tmp_path, data):
     (tmp_path / "x.pb").write_bytes(data)
     with pytest.raises(UserError, match="TensorFlow graph"):
-        load(tmp_path / "x.pb")
+        load_inception(tmp_path / "x.pb")

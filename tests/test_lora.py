@@ -27,9 +27,8 @@ from sit_jax.adapters.weights import (
 )
 from sit_jax.cli.quantize import save_quantized
 from sit_jax.config import to_json
-from sit_jax.convert.adapters import put_all
-from sit_jax.convert.base import load_adapted, trained_shapes
-from sit_jax.convert.given import Given
+from sit_jax.convert.adapters import apply_adapters
+from sit_jax.convert.open import WeightsRef, adapter_shapes, load_adapted
 from sit_jax.errors import UserError
 from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.parallel.mesh import make_mesh
@@ -86,7 +85,7 @@ def test_a_checkpoint_holds_adapters_and_says_what_they_are_of(run, base):
     assert meta["base"]["path"] == str(base) and meta["base"]["step"] == 8
     assert len(meta["base"]["sha256"]) == 64
     parts = build_experiment(config(), TRAINING)
-    shapes = trained_shapes(parts)
+    shapes = adapter_shapes(parts)
     held = checkpoint.load(directory, step, params=placed(shapes))["params"]
     sizes = {name: x.shape for name, x in checkpoint.leaves_by_name(held).items()}
     assert sizes == {
@@ -110,7 +109,7 @@ def test_what_train_saves_is_enough_to_go_on(base, tmp_path, monkeypatch):
     good = {name: np.asarray(value) for name, value in good.items()}
     step = lambda state, *_: (state.replace(step=state.step + 1), dict(good))
     monkeypatch.setattr(train, "_compiled", lambda *_: step)
-    train(config(), tmp_path, Given(str(base)))
+    train(config(), tmp_path, WeightsRef(str(base)))
     train(config(steps=3), tmp_path)  # the meta tell the base
     assert checkpoint.steps(tmp_path / "checkpoints") == [2, 3]
     told = checkpoint.read_meta(tmp_path / "checkpoints", 3)["base"]
@@ -119,7 +118,7 @@ def test_what_train_saves_is_enough_to_go_on(base, tmp_path, monkeypatch):
 
 @pytest.mark.slow  # compiles a training step; test_stored_steps.py takes one too
 def test_a_run_begins_over_its_base_and_goes_on_without_being_told(base, tmp_path):
-    train(config(), tmp_path, Given(str(base)))
+    train(config(), tmp_path, WeightsRef(str(base)))
     train(config(steps=3), tmp_path)  # the meta tell the base
     assert checkpoint.steps(tmp_path / "checkpoints") == [2, 3]
     records = [
@@ -129,7 +128,7 @@ def test_a_run_begins_over_its_base_and_goes_on_without_being_told(base, tmp_pat
     before, after = (checkpoint.items(tmp_path / "checkpoints", n) for n in (2, 3))
     assert before == after >= {"params", "ema", "opt_state"}
     whole = tmp_path / "whole"
-    train(config(steps=3), whole, Given(str(base)))
+    train(config(steps=3), whole, WeightsRef(str(base)))
     assert small.losses(whole) == small.losses(tmp_path)
 
 
@@ -178,7 +177,7 @@ def test_a_quantized_checkpoint_can_be_the_base(base, tmp_path, form):
 @pytest.mark.slow  # compiles a training step
 def test_the_whole_network_can_be_trained_from_merged_adapters(run, tmp_path):
     c = small.config(steps=1, save_every=1, preview=0)
-    train(c, tmp_path, Given(str(run)))
+    train(c, tmp_path, WeightsRef(str(run)))
     held = checkpoint.items(tmp_path / "checkpoints", 1)
     assert {"params", "ema", "opt_state"} <= held
 
@@ -232,7 +231,7 @@ def test_adapters_where_they_do_not_belong(called, run, base, tmp_path):
     ]
     for (weights, words, sha), line in told:
         with pytest.raises(UserError, match=line) as raised:
-            put_all(weights, words, parts.model, sha)
+            apply_adapters(weights, words, parts.model, sha)
         assert "\n" not in str(raised.value)
     code, _, err = called(port_weights, run, tmp_path / "x.pt")
     assert code == 2 and "say what they shall become" in err

@@ -11,9 +11,8 @@ from sit_jax import checkpoint
 from sit_jax.adapters.quantize import SKIP, quantize_params
 from sit_jax.adapters.weights import LABEL_TABLE, materialize, merge_adapters
 from sit_jax.config import to_json
-from sit_jax.convert.adapters import new_classes, put_all
-from sit_jax.convert.base import load_adapted
-from sit_jax.convert.weights import open_weights
+from sit_jax.convert.adapters import apply_adapters
+from sit_jax.convert.open import load_adapted, open_weights
 from sit_jax.errors import UserError
 from sit_jax.experiment import build_experiment
 from sit_jax.parallel.mesh import make_mesh
@@ -50,7 +49,9 @@ def params(base):
 
 
 def worn(base, *words):
-    return put_all(params(base), [str(word) for word in words], PARTS.model, None)
+    return apply_adapters(
+        params(base), [str(word) for word in words], PARTS.model, None
+    )
 
 
 def equal(one, other):
@@ -75,7 +76,7 @@ def test_new_rows_come_with_their_adapters(base, tmp_path, targets):
     equal(found, own(run))
     assert found["cond"]["label"]["embedding"].shape == (8, 16)
     assert [each["new_classes"] for each in records] == [2]
-    assert new_classes([f"{run}:0.5"], open_weights(base, None)) == 2
+    assert count_new_classes([f"{run}:0.5"], open_weights(base, None)) == 2
 
 
 def test_rows_are_whole_at_any_weight(base, more):
@@ -122,7 +123,7 @@ def test_pefts_files_bring_their_rows_too(called, base, more, tmp_path):
     equal(worn(base, tmp_path / "f")[0], worn(base, more)[0])
     other = jax.tree.map(lambda w: w + 1, params(base))
     with pytest.raises(UserError, match="rows of the label table that the base has"):
-        put_all(other, [str(tmp_path / "f")], PARTS.model, None)
+        apply_adapters(other, [str(tmp_path / "f")], PARTS.model, None)
 
 
 def test_an_adapted_table_with_new_rows_is_not_pefts(called, base, tmp_path):
@@ -135,7 +136,7 @@ def test_an_adapted_table_with_new_rows_is_not_pefts(called, base, tmp_path):
 @pytest.mark.slow  # quantizes a network
 def test_int8_weights_take_new_rows(base, more, tmp_path):
     weights = quantize_params(params(base), "w8a8", SKIP)
-    found, _ = put_all(weights, [str(more)], PARTS.model, None)
+    found, _ = apply_adapters(weights, [str(more)], PARTS.model, None)
     assert found["cond"]["label"]["embedding"].shape == (8, 16)
     node = found["blocks"]["attn"]["qkv"]["kernel"]
     assert node.base.codes.dtype == "int8"

@@ -16,6 +16,7 @@ from recorded import FOLDER, nhwc, relative
 
 from sit_jax import checkpoint
 from sit_jax.adapters.apply import apply_model
+from sit_jax.adapters.lora import LoRA
 from sit_jax.adapters.weights import (
     LABEL_TABLE,
     ExtraRows,
@@ -26,9 +27,9 @@ from sit_jax.adapters.weights import (
 )
 from sit_jax.cli import port_weights
 from sit_jax.config import from_json, to_json
-from sit_jax.convert import lora_files, lora_names
-from sit_jax.convert.adapters import named, open_adapter, put_on
-from sit_jax.convert.base import trained_shapes
+from sit_jax.convert import peft
+from sit_jax.convert.adapters import apply_adapter, open_adapter, parse_adapter
+from sit_jax.convert.open import adapter_shapes
 from sit_jax.convert.rules import DIT_RULES, MDTV2_RULES
 from sit_jax.experiment import build_experiment
 from sit_jax.models.mdt import MDTv2
@@ -85,7 +86,7 @@ def recorded(name):
 @pytest.mark.parametrize("name", ["lora", "dora"])
 def test_adapters_of_peft_give_pefts_output(name):
     """Made by the real peft (tests/slow/record_peft.py); float32 in another order."""
-    params = put_on(recorded_params("sit_forward_a"), opened(RECORDED / name))
+    params = apply_adapter(recorded_params("sit_forward_a"), opened(RECORDED / name))
     assert relative(output(merge_adapters(params)), recorded(name)) < 3e-6
     assert relative(output(recorded_params("sit_forward_a")), recorded(name)) > 0.1
 
@@ -112,7 +113,7 @@ def test_peft_to_ours_and_back_is_the_same_adapter(tmp_path, port, base, name):
         assert again.scale == pytest.approx(node.scale, rel=1e-15)
         if node.magnitude is not None:
             np.testing.assert_array_equal(again.magnitude, node.magnitude)
-    mode = (tmp_path / "files" / lora_files.WEIGHTS).stat().st_mode
+    mode = (tmp_path / "files" / peft.WEIGHTS).stat().st_mode
     assert mode & 0o044 == 0o044  # others may read it, as what we write elsewhere
 
 
@@ -124,7 +125,7 @@ def test_the_checkpoint_of_foreign_adapters_can_be_trained_on(tmp_path, port, ba
     assert parts.adapter.rank == 2
     names = {
         name.rpartition("/")[0]
-        for name in checkpoint.leaves_by_name(trained_shapes(parts))
+        for name in checkpoint.leaves_by_name(adapter_shapes(parts))
     }
     assert names == set(opened(RECORDED / "lora").flat)
 
@@ -135,8 +136,8 @@ def test_diffusers_files_go_out_and_in(tmp_path, port, base):
     assert code == 2 and "diffusers' files hold no label table" in err
     del (flat := opened(RECORDED / "lora").flat)[LABEL_TABLE]
     (tmp_path / "d").mkdir()
-    lora_files.write_diffusers(tmp_path / "d", lora_names.pairs(DIT_RULES, flat))
-    state = safetensors.numpy.load_file(tmp_path / "d" / lora_files.DIFFUSERS)
+    peft.write_diffusers(tmp_path / "d", peft.to_pairs(DIT_RULES, flat))
+    state = safetensors.numpy.load_file(tmp_path / "d" / peft.DIFFUSERS)
     assert "transformer.transformer_blocks.1.attn1.to_k.lora_B.weight" in state
     again = opened(tmp_path / "d")
     for path, node in flat.items():
@@ -155,10 +156,10 @@ def test_new_rows_travel_as_pefts_whole_module(tmp_path, base):
     table = np.asarray(params["cond"]["label"]["embedding"])
     rows = np.full((2, 40), 3.0, np.float32)
     grown = np.asarray(materialize(ExtraRows(table, rows)))
-    lora_files.write_peft(
-        tmp_path, {"blocks.0.attn.proj": pair(1, 40, 40)}, "base", 0.0, grown
+    peft.write_peft(
+        tmp_path, {"blocks.0.attn.proj": pair(1, 40, 40)}, "base", table=grown
     )
-    state = safetensors.numpy.load_file(tmp_path / lora_files.WEIGHTS)
+    state = safetensors.numpy.load_file(tmp_path / peft.WEIGHTS)
     assert state["base_model.model.y_embedder.embedding_table.weight"].shape == (13, 40)
     flat = opened(tmp_path).flat
     np.testing.assert_array_equal(flat[LABEL_TABLE].new_rows, rows)
@@ -169,10 +170,10 @@ def changed(tmp_path, config=None, **tensors):
     """A copy of the recorded adapter with other settings and more tensors."""
     folder = tmp_path / "changed"
     shutil.copytree(RECORDED / "lora", folder)
-    told = json.loads((folder / lora_files.CONFIG).read_text())
-    (folder / lora_files.CONFIG).write_text(json.dumps({**told, **(config or {})}))
-    state = safetensors.numpy.load_file(folder / lora_files.WEIGHTS)
-    safetensors.numpy.save_file({**state, **tensors}, folder / lora_files.WEIGHTS)
+    told = json.loads((folder / peft.CONFIG).read_text())
+    (folder / peft.CONFIG).write_text(json.dumps({**told, **(config or {})}))
+    state = safetensors.numpy.load_file(folder / peft.WEIGHTS)
+    safetensors.numpy.save_file({**state, **tensors}, folder / peft.WEIGHTS)
     return folder
 
 
@@ -194,7 +195,7 @@ ZEROS = np.zeros((2, 2), np.float32)
             },
             "another network: this one has no blocks.7.attn.proj",
         ),
-        ({}, {"blocks.0.mlp.fc1.lora_A.weight": ZEROS}, "fc1 has no up matrix"),
+        ({}, {"blocks.0.mlp.fc1.lora_A.weight": ZEROS}, "fc1 has no lora b matrix"),
         ({"peft_type": "LOHA"}, {}, "peft_type is 'LOHA', not 'LORA'"),
         ({"bias": "all"}, {}, "bias is 'all'; only 'none' is read"),
         ({"init_lora_weights": "pissa"}, {}, "which also changed the base"),
@@ -225,9 +226,9 @@ def test_what_the_command_lacks_is_said(tmp_path, port, base):
 
 
 def test_a_weight_may_stand_behind_the_path():
-    assert named("runs/a") == ("runs/a", 1.0)
-    assert named("runs/a:0.8") == ("runs/a", 0.8)
-    assert named("a:-1") == ("a", -1.0)
+    assert parse_adapter("runs/a") == ("runs/a", 1.0)
+    assert parse_adapter("runs/a:0.8") == ("runs/a", 0.8)
+    assert parse_adapter("a:-1") == ("a", -1.0)
 
 
 def test_adapters_of_mdt_have_its_names():
@@ -238,11 +239,11 @@ def test_adapters_of_mdt_have_its_names():
     targets = ".*(decoder_blocks/attn/qkv|out_blocks/skip)/kernel"
     tree = LoRA(rank=2, targets=targets).add_adapters(zeros, jax.random.key(0))
     flat = flatten_dict(tree, is_leaf=lambda _, node: is_weight_leaf(node), sep="/")
-    found = lora_names.pairs(MDTV2_RULES, flat)
+    found = peft.to_pairs(MDTV2_RULES, flat)
     assert list(found) == [
         "en_outblocks.0.skip_linear",
         "de_blocks.0.attn.qkv",
         "de_blocks.1.attn.qkv",
     ]
-    back = lora_names.adapters(MDTV2_RULES, flatten_dict(shapes, sep="/"), found, "x")
+    back = peft.from_pairs(MDTV2_RULES, flatten_dict(shapes, sep="/"), found, "x")
     assert back["out_blocks/skip/kernel"].lora_a.shape == (1, 32, 2)

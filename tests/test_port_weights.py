@@ -17,7 +17,7 @@ from sit_jax import checkpoint
 from sit_jax.cli import port_weights
 from sit_jax.config import from_json
 from sit_jax.convert import tensor_files
-from sit_jax.convert.given import Given
+from sit_jax.convert.open import WeightsRef
 from sit_jax.convert.rules import DIT_RULES, to_flax
 from sit_jax.convert.state_dict import read_torch_file
 from sit_jax.manifest import weights_hash
@@ -115,7 +115,7 @@ def test_safetensors_hold_the_average(tmp_path, port, ported):
 def test_training_goes_on_from_a_ported_file(tmp_path, ported, capsys):
     config = from_json(checkpoint.read_meta(ported / "full", 20)["config"])
     config.update(synthetic=True, batch_size=8, steps=21, log_every=1, sample_every=100)
-    train(config, tmp_path, Given(ported / "full"))
+    train(config, tmp_path, WeightsRef(ported / "full"))
     assert "step 20" in capsys.readouterr().out
     assert list(losses(tmp_path)) == [21]
     assert checkpoint.steps(tmp_path / "checkpoints") == [21]

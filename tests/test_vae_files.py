@@ -11,7 +11,7 @@ from test_vae import compvis, recorded_state
 from vae_folders import BIN, CONFIG, GOLDEN, SAFE, folder, same
 
 from sit_jax.convert import pretrained
-from sit_jax.convert.vae_files import described, load_vae
+from sit_jax.convert.vae import load_vae, read_vae_config
 from sit_jax.errors import UserError
 from sit_jax.models.codec import to_uint8, to_uint8_mdt
 from sit_jax.models.vae import AutoencoderKL
@@ -118,14 +118,14 @@ def test_a_config_of_something_else_is_one_line(tmp_path, config, told):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
     with pytest.raises(UserError, match=told) as caught:
-        described(path)
+        read_vae_config(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_config_that_is_no_json_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="no config.json of a VAE"):
-        described(tmp_path / "config.json")
+        read_vae_config(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_files_of_the_hub_and_names_come_from_the_cache(tmp_path, monkeypatch):
     folder(tmp_path / "me" / "small")
     same(load_vae(f"hf:me/small/{SAFE}"))
     (tmp_path / "me" / "small" / "config.json").unlink()
-    with pytest.raises(UserError, match="resolve/main/config.json; load it elsewhere"):
+    with pytest.raises(UserError, match="resolve/main/config.json was not loaded"):
         load_vae(f"hf:me/small/{SAFE}")
     # a name of the table is of the published size, without a config.json
     source = f"hf:me/small/{SAFE}"

@@ -10,7 +10,7 @@ from test_vae import recorded_params
 from vae_folders import GOLDEN
 
 from sit_jax.config import spec
-from sit_jax.convert.vae_files import load_vae, strange, with_vae
+from sit_jax.convert.vae import encoder_warning, load_vae, with_vae
 from sit_jax.errors import UserError
 from sit_jax.experiment import build_experiment
 from sit_jax.manifest import weights_hash
@@ -66,9 +66,9 @@ def test_a_vae_of_other_latents_is_refused():
 def test_latents_of_another_encoder_are_told():
     """An edition with the same encoder is none, nor is a run that does not say."""
     vae = {"encoder_sha256": "b" * 64}
-    said = strange("v", vae, "runs/x", {"encoder_sha256": "a" * 64})
+    said = encoder_warning("v", vae, "runs/x", {"encoder_sha256": "a" * 64})
     assert said.startswith("WARNING: runs/x was trained on latents of another encoder")
     assert f"({'a' * 12}, not {'b' * 12})" in said
-    assert strange("v", vae, "runs/x", vae) is None
-    assert strange("v", vae, "runs/x", {}) is None
-    assert strange(None, {}, "runs/x", vae) is None
+    assert encoder_warning("v", vae, "runs/x", vae) is None
+    assert encoder_warning("v", vae, "runs/x", {}) is None
+    assert encoder_warning(None, {}, "runs/x", vae) is None

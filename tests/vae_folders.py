@@ -8,11 +8,11 @@ from recorded import FOLDER
 from test_vae import recorded_params, recorded_state
 
 from sit_jax.convert import tensor_files
-from sit_jax.convert.vae_files import FILES
+from sit_jax.convert.diffusers import STEM
 
 GOLDEN = FOLDER / "vae"
 CONFIG = json.loads((GOLDEN / "config.json").read_text())
-SAFE, BIN = FILES
+SAFE, BIN = f"{STEM}.safetensors", f"{STEM}.bin"
 
 
 def same(vae):

@@ -42,7 +42,7 @@ class Slow(Extractor):
     def __call__(self, batches):
         return super().__call__((time.sleep(0.05), each)[1] for each in batches)
 
-evaluate.inception_weights.load = lambda path: t.weights()
+evaluate.inception.load_inception = lambda path: t.weights()
 evaluate.inception_extractor = lambda weights, mesh, size: Slow(
     t.toy, weights.params, mesh, size, t.pipeline(weights)
 )

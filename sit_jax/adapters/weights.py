@@ -395,7 +395,8 @@ def full_matches(
     try:
         compiled = regex.compile(pattern)
         for text in texts:
-            left = max(deadline - time.monotonic(), 1e-3)
+            if (left := deadline - time.monotonic()) <= 0:
+                raise TimeoutError
             if compiled.fullmatch(text, timeout=left):
                 yield text
     except TimeoutError as error:

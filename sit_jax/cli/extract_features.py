@@ -8,7 +8,7 @@ import time
 from functools import partial
 
 from sit_jax.cli.main import entry_point, make_parser, parse_args
-from sit_jax.convert.vae_files import load_vae
+from sit_jax.convert.vae import load_vae
 from sit_jax.data.archives import ImageNetTar, Tfds, WebdatasetTars
 from sit_jax.data.extract import DTYPES, ExtractOptions, describe, extract
 from sit_jax.data.folders import AdmFolder, CifarBinary, CifarFolder, ImageFolder

@@ -16,15 +16,13 @@ from sit_jax import checkpoint
 from sit_jax import config as configs
 from sit_jax.cli.main import entry_point, make_parser, parse_args
 from sit_jax.convert import (
-    adapter_exchange,
-    diffusers_files,
-    lora_files,
-    model_folder,
+    diffusers,
     parity,
+    peft,
     pretrained,
     tensor_files,
 )
-from sit_jax.convert.card import card
+from sit_jax.convert.adapters import port_adapter
 from sit_jax.convert.checkpoint import (
     CheckpointExport,
     compare_tensors,
@@ -32,9 +30,9 @@ from sit_jax.convert.checkpoint import (
     open_torch_file,
     require_equal,
 )
-from sit_jax.convert.given import add_untold
+from sit_jax.convert.model_card import LAYOUTS, model_card, write_model_folder
+from sit_jax.convert.open import add_torch_flags, family_of
 from sit_jax.convert.state_dict import mdt_file_name, mdt_number, read_torch_file
-from sit_jax.convert.weights import family_of
 from sit_jax.errors import UserError
 from sit_jax.files import (
     as_path,
@@ -62,14 +60,14 @@ def main() -> int:
         args.family = family_of(args.source, args.family)
         args.source = pretrained.fetch(args.source)
     is_adapter = bool(args.adapter or args.base)
-    is_adapter = is_adapter or lora_files.is_adapter_folder(args.source)
+    is_adapter = is_adapter or peft.is_adapter_folder(args.source)
     is_torch = not is_adapter and _is_torch_source(args)
     _refuse_meaningless(args, overrides, is_adapter, is_torch)
     _figure_paths(args)  # refused before anything is read
     original = args.reference and parity.import_original(args.reference)
     with multihost.lock_output(args.target):
         if is_adapter:
-            lines = adapter_exchange.port(
+            lines = port_adapter(
                 args.source,
                 args.target,
                 step=args.step,
@@ -94,11 +92,11 @@ def _parser():
     add = parser.add_argument
     add("source", metavar="SOURCE", help="x.pt, diffusers folder, workdir, name ...")
     add("target", metavar="TARGET", help="the other kind; written whole or not at all")
-    add_untold(add)
+    add_torch_flags(add)
     add("--config", metavar="FILE", help="of the run; refused if the weights differ")
     step_help = "of a checkpoint; default: the newest"
     add("--step", type=AtLeast(0), metavar="N", help=step_help)
-    add("--to", choices=model_folder.LAYOUTS, help="a folder, instead of a .pt")
+    add("--to", choices=LAYOUTS, help="a folder, instead of a .pt")
     add("--figures", metavar="FILE", nargs="+", help="of evaluate.py, for the card")
     add("--reference", metavar="DIR", help="clone of SiT or DiT to compare with")
     add("--adapter", choices=("peft", "diffusers", "merged"), help="what LoRA becomes")
@@ -115,7 +113,7 @@ def _is_torch_source(args):
         raise UserError(
             f"nothing at {source}; name a torch file, a workdir or a checkpoint"
         )
-    is_torch = not source.is_dir() or diffusers_files.is_folder(source)
+    is_torch = not source.is_dir() or diffusers.is_diffusers_folder(source)
     is_file = target.suffix in suffixes
     if is_torch and to:
         raise UserError(f"--to {to} is for a checkpoint; {source} is none")
@@ -126,7 +124,7 @@ def _is_torch_source(args):
     if not is_torch and not is_file and not to:
         raise UserError(
             f"{source} and {target} are both directories; name a "
-            f"{', '.join(suffixes)}, or --to {' or '.join(model_folder.LAYOUTS)}"
+            f"{', '.join(suffixes)}, or --to {' or '.join(LAYOUTS)}"
         )
     return is_torch
 
@@ -135,7 +133,7 @@ def _refuse_meaningless(args, overrides, is_adapter, is_torch):
     """Refuses flags that mean nothing on the way that is taken."""
     if overrides and not args.config:
         raise UserError(f"{overrides[0]} changes a --config, and none is given")
-    is_file = is_torch or (is_adapter and lora_files.is_adapter_folder(args.source))
+    is_file = is_torch or (is_adapter and peft.is_adapter_folder(args.source))
     if is_file and args.step is not None:
         raise UserError(f"--step {args.step} is for a checkpoint, not {args.source}")
     if is_torch and args.figures:
@@ -217,7 +215,13 @@ def to_torch_file(args, original=None):
         require_equal(compared)
         _print_parity(original, export, written.ema)
         shas = {name: sha256(folder / name) for name in files}
-        text = card(export, target.name, "torch", shas, _figure_paths(args))
+        text = model_card(
+            export,
+            name=target.name,
+            shas=shas,
+            figures=_figure_paths(args),
+            is_training_file="opt" in files[target.name],
+        )
         (folder / names[-1]).write_text(text)
     _print_network(export, ["float32"])
     if left_out:
@@ -235,8 +239,12 @@ def to_folder(args):
     require_space(target, sum(4 * leaf.size for leaf in shapes))
     with atomic_write(target) as folder:
         print(f"writing {target}", flush=True)
-        compared, lines = model_folder.write(
-            folder, export, args.to, target.name, _figure_paths(args)
+        compared, lines = write_model_folder(
+            folder,
+            export,
+            args.to,
+            name=target.name,
+            figures=_figure_paths(args),
         )
         require_equal(compared)
     _print_network(export, ["float32"])

@@ -15,7 +15,7 @@ from sit_jax.adapters.quantize import FORMS, SKIP, make_quantizer, quantize_stre
 from sit_jax.cli.main import entry_point, make_parser, parse_args
 from sit_jax.config import to_json
 from sit_jax.convert.checkpoint import format_columns
-from sit_jax.convert.given import Given, add_untold
+from sit_jax.convert.open import WeightsRef, add_torch_flags
 from sit_jax.errors import UserError
 from sit_jax.files import atomic_write, require_free, require_space
 from sit_jax.manifest import weights_hash
@@ -33,7 +33,7 @@ def main() -> int:
     add("--form", default="w8", metavar="WORD", help=FORMS)
     add("--skip", default=SKIP, metavar="REGEX", help="weights that stay floats")
     add("--no-ema", action="store_true", help="the weights themselves, not their EMA")
-    add_untold(add)
+    add_torch_flags(add)
     add("--overwrite", action="store_true")
     args, overrides = parse_args(parser)
     if overrides:
@@ -48,7 +48,7 @@ def quantize(args: Any) -> None:
     """Writes the quantized checkpoint that the arguments of main ask for."""
     target = require_free(args.target, args.overwrite)
     how = {"family": args.family, "heads": args.heads, "base": published}
-    opened = Given(args.source, **how).open()
+    opened = WeightsRef(args.source, **how).open()
     item = "params" if args.no_ema else "ema"
     if "quantized" in opened.meta:
         form = opened.meta["quantized"]["form"]

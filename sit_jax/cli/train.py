@@ -5,7 +5,7 @@ The same command in the same workdir goes on where its last checkpoint left off.
 
 from sit_jax import config as configs
 from sit_jax.cli.main import StopSignal, entry_point, make_parser, parse_args
-from sit_jax.convert.given import Given, add_flags
+from sit_jax.convert.open import WeightsRef, add_init_flags
 from sit_jax.experiment import describe
 from sit_jax.parallel import multihost
 from sit_jax.planning import report
@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("--workdir", metavar="DIR", help="default: runs/CONFIG")
     parser.add_argument("--print-config", action="store_true", help="and do no more")
     parser.add_argument("--wandb", metavar="PROJECT", help="also log to wandb")
-    add_flags(parser)
+    add_init_flags(parser)
     multihost.add_flags(parser)
     report.add_flags(parser)
     args, overrides = parse_args(parser)
@@ -49,7 +49,7 @@ def main() -> int:
             print(line, flush=True)
         return 0
     workdir = args.workdir or f"runs/{configs.run_name(args.config)}"
-    init = Given(args.init, args.weights_only, args.family, args.heads, published)
+    init = WeightsRef(args.init, args.weights_only, args.family, args.heads, published)
     train(config, workdir, init, wandb=args.wandb, stop=StopSignal())
     return 0
 

@@ -1,51 +1,68 @@
-"""Adapters opened from wherever they are, and put on a network's weights."""
+"""Opens adapters from wherever they are, applies them, and writes other forms of them.
+
+A checkpoint of adapters, or PEFT's or diffusers' files, become an Adapter;
+`port_adapter` moves them between these forms, or merges them into a network.
+"""
 
 import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sit_jax import checkpoint
+from sit_jax.adapters.lora import LoRA
 from sit_jax.adapters.weights import (
     LABEL_TABLE,
     ExtraRows,
     LoRAWeight,
-    is_weight_leaf,
+    flatten,
     materialize,
     merge_adapters,
 )
-from sit_jax.config import build, from_json
-from sit_jax.convert import lora_files, lora_names
-from sit_jax.convert.base import trained_shapes
+from sit_jax.config import build, spec, to_json
+from sit_jax.convert import peft
+from sit_jax.convert.open import (
+    CheckpointWeights,
+    LoadedWeights,
+    adapter_shapes,
+    base_shapes,
+    load_adapted,
+    load_base,
+)
 from sit_jax.convert.rules import rules_for
 from sit_jax.errors import UserError
 from sit_jax.experiment import build_experiment
+from sit_jax.files import atomic_write, require_free
 from sit_jax.manifest import weights_hash
-from sit_jax.parallel.mesh import replicated
+from sit_jax.parallel.mesh import make_mesh, replicated
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """flat: our adapters by path, without a base; base: its record, if it is known.
+    """Adapters without their base.
 
-    table: the whole label table [K, D], where a file holds that and not its new rows.
+    flat: by path. base: record of the base, if it is known. table: the whole label
+    table [K, D], where a file holds that and not its new rows.
     """
 
     path: str
     flat: dict[str, Any]
-    base: dict | None = None
+    base: dict[str, Any] | None = None
     dropout: float = 0.0
     table: np.ndarray | None = None
 
     @property
-    def sha256(self):
+    def sha256(self) -> str:
+        """Hash of all weights."""
         return weights_hash(self.flat)
 
     @property
-    def more(self):
+    def new_rows(self) -> Any:
         """Rows that it adds to the label table [N, D], or None."""
         node = self.flat.get(LABEL_TABLE)
         while isinstance(node, LoRAWeight):
@@ -53,106 +70,99 @@ class Adapter:
         return node.new_rows if isinstance(node, ExtraRows) else None
 
     @property
-    def new_classes(self):
-        return 0 if self.more is None else len(self.more)
+    def new_classes(self) -> int:
+        """How many classes it adds."""
+        return 0 if self.new_rows is None else len(self.new_rows)
 
 
-def open_adapter(path, model, shapes, item="ema"):
-    """-> Adapter of a run, a checkpoint, or the files of PEFT or diffusers.
+def open_adapter(
+    path: str | Path, model: Any, shapes: dict, item: str = "ema"
+) -> Adapter:
+    """Opens a run, a checkpoint, or the files of PEFT or diffusers.
 
-    model, and shapes of its parameters: the network that it shall be put on.
+    Args:
+      path: where they are.
+      model: the network that they shall be put on.
+      shapes: of its parameters.
+      item: of a checkpoint, "ema" or "params".
+
+    Raises:
+      UserError: they are no adapters, or of another network.
     """
-    flat = flatten_dict(shapes, sep="/")
-    if not lora_files.is_adapter(path):
-        return _of_checkpoint(path, item)
-    pairs, dropout, table = lora_files.read(path)
-    rules = rules_for(model)
-    found = lora_names.adapters(rules, flat, pairs, path) if pairs else {}
-    if table is not None:
-        found[LABEL_TABLE] = _new_rows(path, table, flat)
-    if not found:
+    if not peft.is_adapter_file(path):
+        return _open_checkpoint(path, item)
+    files, flat = peft.read_adapter_files(path), {}
+    shapes = flatten_dict(shapes, sep="/")
+    if files.pairs:
+        flat = peft.from_pairs(rules_for(model), shapes, files.pairs, path)
+    if files.table is not None:
+        old, width = shapes[LABEL_TABLE].shape
+        if files.table.shape[1] != width or len(files.table) < old:
+            raise UserError(
+                f"{path} is for another network: its label table is "
+                f"{files.table.shape}, here it is {(old, width)}"
+            )
+        # new rows stand between the base's classes and the null label
+        flat[LABEL_TABLE] = ExtraRows(None, files.table[old - 1 : -1])
+    if not flat:
         raise UserError(f"{path} holds no adapter")
-    return Adapter(str(path), found, None, dropout, table)
+    return Adapter(str(path), flat, None, files.dropout, files.table)
 
 
-def put_on(params, adapter, weight=1.0, sha256=None):
-    """The parameters with an adapter, `weight` times as strong, over them.
+def apply_adapter(
+    params: dict, adapter: Adapter, weight: float = 1.0, sha256: str | None = None
+) -> dict:
+    """Returns the parameters with an adapter over them.
 
-    Rows for new classes are as they are at any weight. sha256: of the parameters, to
-    be held against the base that the adapter names.
+    Args:
+      params: of the base; other adapters may be on it.
+      adapter: to put over them. Rows for new classes are as they are at any weight.
+      weight: factor of its update.
+      sha256: of the parameters, to compare with the base that the adapter names.
     """
     if adapter.base and sha256 not in (None, adapter.base["sha256"]):
         raise UserError(
             f"{adapter.path} belongs to other weights ({adapter.base['sha256'][:12]}, "
             f"{adapter.base['path']}), not to these ({sha256[:12]})"
         )
-    nodes = flattened(params)
-    if adapter.more is not None:
-        nodes[LABEL_TABLE] = _grown(adapter, nodes[LABEL_TABLE])
+    nodes = flatten(params)
+    if adapter.new_rows is not None:
+        nodes[LABEL_TABLE] = _add_rows(adapter, nodes[LABEL_TABLE])
     for path, node in adapter.flat.items():
         if isinstance(node, LoRAWeight):
             nodes[path] = _over(adapter.path, path, node, nodes.get(path), weight)
     return unflatten_dict(nodes, sep="/")
 
 
-def opened(words, model, shapes, item="ema"):
-    """-> [(Adapter, weight)] of PATH or PATH:WEIGHT; new classes bring at most one."""
-    pairs = [(open_adapter(p, model, shapes, item), w) for p, w in map(named, words)]
-    growing = [adapter.path for adapter, _ in pairs if adapter.new_classes]
-    if len(growing) > 1:
-        raise UserError(
-            f"--lora {growing[0]} and {growing[1]} both add classes to the label "
-            "table, under the same numbers; take one of them"
-        )
-    return pairs
+def apply_adapters(
+    params: dict, words: Sequence[str], model: Any, sha256: str | None, item="ema"
+) -> tuple[dict, list[dict[str, Any]]]:
+    """Returns the parameters with the adapters of PATH or PATH:WEIGHT merged in.
 
-
-def new_classes(words, weights, item="ema"):
-    """How many classes the adapters of PATH or PATH:WEIGHT add to opened weights."""
-    if not words:
-        return 0
-    shapes = unflatten_dict(weights.shapes(), sep="/")
-    pairs = opened(words, build(weights.config.model), shapes, item)
-    return sum(adapter.new_classes for adapter, _ in pairs)
-
-
-def put_all(params, words, model, sha256, item="ema"):
-    """-> parameters with the adapters of PATH or PATH:WEIGHT merged in, and records."""
-    pairs, records = opened(words, model, params, item), []
-    # new rows last, for another's adapter of the table knows nothing of them
-    for adapter, weight in sorted(pairs, key=lambda pair: pair[0].new_classes):
-        params = put_on(params, adapter, weight, sha256)
-    for adapter, weight in pairs:
+    Also a record of each, for a manifest.
+    """
+    adapters, records = _open_words(words, model, params, item), []
+    # new rows last, since another's adapter of the table knows nothing of them
+    for adapter, weight in sorted(adapters, key=lambda pair: pair[0].new_classes):
+        params = apply_adapter(params, adapter, weight, sha256)
+    for adapter, weight in adapters:
         record = {"path": adapter.path, "weight": weight, "sha256": adapter.sha256}
         record["new_classes"] = adapter.new_classes
         records.append({**record, "base": adapter.base})
     return merge_adapters(params), records
 
 
-def taken_out(params, adapter):
-    """The parameters [..] that an adapter was merged into, without it and its rows.
-
-    Each way rounds once. With lengths (DoRA) there is no way back: those of the base
-    are not kept.
-    """
-    nodes = flattened(params)
-    for path, node in adapter.flat.items():
-        if not isinstance(node, LoRAWeight):
-            continue
-        if node.magnitude is not None:
-            raise UserError(
-                f"{adapter.path} has lengths (DoRA), in whose place the base's are not "
-                "kept: no way back; take the base itself"
-            )
-        nodes[path] = nodes[path] - node.scale * (node.lora_a @ node.lora_b)
-    if new := adapter.new_classes:
-        table = nodes[LABEL_TABLE]
-        nodes[LABEL_TABLE] = jnp.concatenate([table[: -1 - new], table[-1:]])
-    return unflatten_dict(nodes, sep="/")
+def count_new_classes(words: Sequence[str], weights: LoadedWeights, item="ema") -> int:
+    """Counts the classes that adapters of PATH or PATH:WEIGHT add to opened weights."""
+    if not words:
+        return 0
+    shapes = unflatten_dict(weights.shapes(), sep="/")
+    adapters = _open_words(words, build(weights.config.model), shapes, item)
+    return sum(adapter.new_classes for adapter, _ in adapters)
 
 
-def named(word):
-    """PATH:WEIGHT or PATH -> path, weight."""
+def parse_adapter(word: str) -> tuple[str, float]:
+    """Returns path and weight of PATH:WEIGHT or PATH."""
     path, colon, weight = word.rpartition(":")
     if not colon or weight.startswith("//"):  # gs://...
         return word, 1.0
@@ -162,73 +172,214 @@ def named(word):
         raise UserError(f"--lora {word!r}: PATH, or PATH:WEIGHT as a:0.8") from error
 
 
-def _grown(adapter, table):
+def port_adapter(
+    source: str | Path,
+    target: str | Path,
+    *,
+    kind: str | None = None,
+    base: str | Path | None = None,
+    step: int | None = None,
+    overwrite: bool = False,
+) -> list[str]:
+    """Moves LoRA between a checkpoint and files, or merges it into its base.
+
+    Args:
+      source: a run or checkpoint of adapters, or their files.
+      target: a folder, written whole or not at all.
+      kind: peft, diffusers, merged, or None for files that become a checkpoint.
+      base: of files, the workdir or checkpoint that they belong to.
+      step: of a checkpoint; default: the newest.
+      overwrite: replaces adapters in target.
+
+    Returns:
+      lines that say what was written.
+    """
+    target = require_free(target, overwrite)
+    ours = {peft.CONFIG, peft.WEIGHTS, peft.DIFFUSERS}
+    held = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    if foreign := [name for name in held - ours if not name.isdecimal()]:
+        raise UserError(
+            f"{target} is not overwritten: it holds {foreign[0]}, no adapter"
+        )
+    if kind in ("peft", "diffusers"):
+        with atomic_write(target) as folder:
+            folder.mkdir()
+            return [_write_files(_find(source, step), folder, kind), str(target)]
+    if kind == "merged":
+        items, meta = _merge(_find(source, step))
+    elif base is None:
+        raise UserError(f"{source} holds adapters: add --base, the network they are of")
+    else:
+        items, meta = _read_files(source, base)
+    with atomic_write(target) as folder:
+        saved = checkpoint.Checkpoints(folder, items=items)
+        saved.save(meta["step"], meta, **items)
+        saved.close()
+    return [f"{weights_hash(items['ema'])}  ema", f"{target}/{meta['step']}"]
+
+
+def _write_files(weights, folder, kind):
+    """Writes a checkpoint's EMA of adapters as files; returns a line that says so."""
+    experiment = build_experiment(weights.config)
+    where = f"{weights.path}/{weights.step}"
+    adapter = open_adapter(where, experiment.model, base_shapes(experiment))
+    pairs = peft.to_pairs(rules_for(experiment.model), adapter.flat)
+    if kind == "diffusers":
+        if LABEL_TABLE in adapter.flat:
+            raise UserError(
+                "diffusers' files hold no label table; write --adapter peft"
+            )
+        peft.write_diffusers(folder, pairs)
+    else:
+        record, table = weights.meta["base"], None
+        if adapter.new_rows is not None:
+            node = adapter.flat[LABEL_TABLE]
+            if isinstance(node, LoRAWeight):
+                raise UserError(
+                    f"{adapter.path}: the label table is both adapted and longer by "
+                    f"{adapter.new_classes} rows, and PEFT's files hold one of the two"
+                )
+            base, _ = load_base(experiment, make_mesh(), record["path"], record)
+            node = node.replace(base=flatten(base)[LABEL_TABLE])
+            table = np.asarray(materialize(node))
+        peft.write_peft(
+            folder, pairs, record["path"], dropout=adapter.dropout, table=table
+        )
+    return f"{len(pairs)} modules adapted, of {where}, for {kind}"
+
+
+def _merge(weights):
+    """-> items and meta of a checkpoint of the network with the adapters in it."""
+    config = weights.config
+    experiment = build_experiment(config)
+    where = f"{weights.path}/{weights.step}"
+    adapter = open_adapter(where, experiment.model, base_shapes(experiment))
+    params, record = load_adapted(experiment, make_mesh(), weights, "ema")
+    params = materialize(params)
+    del config["adapter"]
+    meta = {"config": to_json(config), "step": 0, "merged": record}
+    meta["merged_adapter"] = {
+        "path": adapter.path,
+        "sha256": adapter.sha256,
+        "new_classes": adapter.new_classes,
+    }
+    return {"params": params, "ema": params}, meta
+
+
+def _read_files(source, base):
+    """-> items and meta of a checkpoint of the adapters in files, over their base."""
+    config = CheckpointWeights(*checkpoint.find_step(base)).config
+    below = build_experiment(config)
+    adapter = open_adapter(source, below.model, base_shapes(below))
+    config.adapter = _settings(source, adapter)
+    config.model.classes += adapter.new_classes
+    experiment = build_experiment(config)
+    params, record = load_base(experiment, make_mesh(), base)
+    _require_same_rows(adapter, flatten(params)[LABEL_TABLE])
+    tree = jax.tree.map(np.asarray, unflatten_dict(adapter.flat, sep="/"))
+    checkpoint.require_same_shapes(str(source), tree, adapter_shapes(experiment))
+    meta = {"config": to_json(config), "step": 0, "base": record, "from": str(source)}
+    return {"params": tree, "ema": tree}, meta
+
+
+def _settings(source, adapter):
+    """The spec of a LoRA that trains what was read."""
+    nodes = {p: n for p, n in adapter.flat.items() if isinstance(n, LoRAWeight)}
+    if not nodes:
+        raise UserError(f"{source} holds new rows alone, no adapters")
+    first = next(iter(nodes.values()))
+    rank = first.lora_a.shape[-1]
+    return spec(
+        LoRA,
+        targets="|".join(map(re.escape, nodes)),
+        rank=rank,
+        alpha=float(first.scale * rank),
+        dropout=adapter.dropout,
+        dora=any(node.magnitude is not None for node in nodes.values()),
+        new_classes=adapter.new_classes,
+    )
+
+
+def _find(source, step):
+    directory, newest = checkpoint.find_step(source)
+    weights = CheckpointWeights(directory, newest if step is None else step)
+    if "base" not in weights.meta:
+        raise UserError(
+            f"{directory}/{weights.step} holds a network of its own, no adapters"
+        )
+    return weights
+
+
+def _open_words(words, model, shapes, item):
+    """-> [(Adapter, weight)]; new classes may come with at most one."""
+    adapters = []
+    for path, weight in map(parse_adapter, words):
+        adapters.append((open_adapter(path, model, shapes, item), weight))
+    growing = [adapter.path for adapter, _ in adapters if adapter.new_classes]
+    if len(growing) > 1:
+        raise UserError(
+            f"--lora {growing[0]} and {growing[1]} both add classes to the label "
+            "table, under the same numbers; take one of them"
+        )
+    return adapters
+
+
+def _open_checkpoint(path, item):
+    weights = CheckpointWeights(*checkpoint.find_step(path))
+    if "base" not in weights.meta:
+        raise UserError(
+            f"{path} holds a network of its own, no adapters: use --weights"
+        )
+    experiment = build_experiment(weights.config, roles=("model", "adapter"))
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
+    like = jax.tree.map(put, adapter_shapes(experiment))
+    tree = checkpoint.load(weights.path, weights.step, **{item: like})[item]
+    tree = jax.tree.map(np.asarray, tree)  # to go where the base is
+    dropout = experiment.adapter.dropout
+    return Adapter(str(path), flatten(tree), weights.meta["base"], dropout)
+
+
+def _add_rows(adapter, table):
     """The label table with an adapter's new rows."""
-    more, (_, width) = adapter.more, table.shape
-    if more.shape[1] != width:
+    rows, (_, width) = adapter.new_rows, table.shape
+    if rows.shape[1] != width:
         raise UserError(
             f"{adapter.path} is for another network: its rows of {LABEL_TABLE} have "
-            f"{more.shape[1]} values, here they have {width}"
+            f"{rows.shape[1]} values, here they have {width}"
         )
-    require_same_rows(adapter, table)
-    return ExtraRows(table, _beside(more, jax.tree.leaves(table)[0]))
+    _require_same_rows(adapter, table)
+    return ExtraRows(table, _put_beside(rows, table))
 
 
-def _over(where, path, node, base, weight):
-    *_, fan_in, _ = node.lora_a.shape
-    size = (*node.lora_a.shape[:-2], fan_in, node.lora_b.shape[-1])
+def _over(source, path, node, base, weight):
+    """An adapter's node over a base or another adapter."""
+    *lead, fan_in, _ = node.lora_a.shape
+    size = (*lead, fan_in, node.lora_b.shape[-1])
     if base is None or tuple(base.shape) != size:
         found = "nothing" if base is None else tuple(base.shape)
         raise UserError(
-            f"{where} is for another network: its {path} is {size}, here it is {found}"
+            f"{source} is for another network: its {path} is {size}, here it is {found}"
         )
-    lengths = isinstance(base, LoRAWeight) and (node.magnitude, base.magnitude)
-    if lengths and lengths != (None, None):
+    is_adapted = isinstance(base, LoRAWeight)
+    if is_adapted and not (node.magnitude is None and base.magnitude is None):
         raise UserError(
-            f"{where}: {path} would have two adapters, one with lengths (DoRA), which "
+            f"{source}: {path} would have two adapters, one with lengths (DoRA), which "
             "are those of the base alone; use one at a time"
         )
-    node = _beside(node, jax.tree.leaves(base)[0])
+    node = _put_beside(node, base)
     return node.replace(base=base, scale=node.scale * weight, dropout=0.0)
 
 
-def _beside(node, leaf):
-    """On the devices of an array, where the same product gives the same bits."""
-    where = getattr(leaf, "sharding", None)
+def _put_beside(node, base):
+    """Puts an adapter where its base is: there the same product gives the same bits."""
+    where = getattr(jax.tree.leaves(base)[0], "sharding", None)
     if isinstance(where, jax.sharding.NamedSharding):
         where = replicated(where.mesh)
     return node if where is None else jax.device_put(node, where)
 
 
-def _of_checkpoint(path, item):
-    directory, step = checkpoint.find_step(path)
-    meta = checkpoint.read_meta(directory, step)
-    if "base" not in meta:
-        raise UserError(
-            f"{path} holds a network of its own, no adapters: use --weights"
-        )
-    like = trained_shapes(build_experiment(from_json(meta["config"])))
-    where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-    like = jax.tree.map(put, like)
-    tree = checkpoint.load(directory, step, **{item: like})[item]
-    dropout = from_json(meta["config"]).adapter.dropout
-    tree = jax.tree.map(np.asarray, tree)  # to go where the base is
-    return Adapter(str(path), flattened(tree), meta["base"], dropout)
-
-
-def _new_rows(path, table, flat):
-    """The rows between the base's classes and the null label."""
-    old, width = flat[LABEL_TABLE].shape
-    if table.shape[1] != width or len(table) < old:
-        raise UserError(
-            f"{path} is for another network: its label table is {table.shape}, "
-            f"here it is {(old, width)}"
-        )
-    return ExtraRows(None, table[old - 1 : -1])
-
-
-def require_same_rows(adapter, table):
+def _require_same_rows(adapter, table):
     """Refuses a whole table whose old rows were trained too: only new ones are kept."""
     if adapter.table is None:
         return
@@ -239,21 +390,3 @@ def require_same_rows(adapter, table):
             f"{adapter.path}: the rows of the label table that the base has too are "
             "other ones; only rows for new classes can be added"
         )
-
-
-def table_of(adapter, base):
-    """The whole label table [K, D] where an adapter adds rows to base's, else None."""
-    if adapter.more is None:
-        return None
-    node = adapter.flat[LABEL_TABLE]
-    if isinstance(node, LoRAWeight):
-        raise UserError(
-            f"{adapter.path}: the label table is both adapted and longer by "
-            f"{adapter.new_classes} rows, and PEFT's files hold one of the two"
-        )
-    return np.asarray(materialize(node.replace(base=base)))
-
-
-def flattened(tree):
-    """-> {path: array or stored weight}"""
-    return flatten_dict(tree, is_leaf=lambda _, node: is_weight_leaf(node), sep="/")

@@ -17,7 +17,7 @@ from flax.traverse_util import unflatten_dict
 
 from sit_jax import checkpoint
 from sit_jax.config import build, from_json, to_json
-from sit_jax.convert import diffusers_files
+from sit_jax.convert import diffusers
 from sit_jax.convert.infer_config import infer_config, train_args
 from sit_jax.convert.optimizer import (
     ADAN,
@@ -127,8 +127,8 @@ def open_torch_file(
     Raises:
         UserError: names or shapes are not those of the network.
     """
-    is_folder = diffusers_files.is_folder(path)
-    file = diffusers_files.read(path) if is_folder else read_torch_file(path)
+    is_folder = diffusers.is_diffusers_folder(path)
+    file = diffusers.read_diffusers_folder(path) if is_folder else read_torch_file(path)
     config = infer_config(file, base, family=family, heads=heads, config=config)
     spec = StateDictSpec(build(config.model), tuple(config.shape))
     spec.check(path, file.ema)

@@ -85,7 +85,7 @@ class Extractor:
 
 
 def inception_extractor(weights, mesh, batch_size=64):
-    """-> Extractor of the 2015 network; weights: inception_weights.load()."""
+    """-> Extractor of the 2015 network; weights: inception.load_inception()."""
     return Extractor(
         lambda params, images: Inception().apply(
             {"params": params}, preprocess(images)
@@ -100,7 +100,7 @@ def inception_extractor(weights, mesh, batch_size=64):
 def pipeline(weights):
     """What a record says of features by the 2015 network with these weights."""
     made = {"library": "sit_jax", "weights": weights.sha256}
-    return INCEPTION | made | {"released": weights.released}
+    return INCEPTION | made | {"released": weights.is_published}
 
 
 def unlike(one, other):

@@ -5,7 +5,7 @@ import functools
 
 import numpy as np
 
-from sit_jax.convert import inception_weights
+from sit_jax.convert import inception
 from sit_jax.errors import UserError
 from sit_jax.evaluation.digit_features import WIDTHS, DigitFeatures
 from sit_jax.evaluation.evaluated import open_side
@@ -22,7 +22,7 @@ def judge(name, weights=None, batch_size=64):
     """
     if name == "digits":
         return DigitFeatures()
-    found = inception_weights.load(weights)
+    found = inception.load_inception(weights)
     return inception_extractor(found, make_mesh(data=-1, fsdp=1), batch_size)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sit_jax.convert.base import base_shapes
+from sit_jax.convert.open import base_shapes
 from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.models import attention
 from sit_jax.parallel import mesh as mesh_lib

@@ -11,8 +11,8 @@ import numpy as np
 
 from sit_jax import config as configs
 from sit_jax.adapters.quantize import quantize_params
-from sit_jax.convert import vae_files
-from sit_jax.convert.adapters import put_all
+from sit_jax.convert import vae
+from sit_jax.convert.adapters import apply_adapters
 from sit_jax.diffusion import guidance
 from sit_jax.errors import UserError
 from sit_jax.experiment import build_experiment
@@ -61,7 +61,7 @@ def studio(job, opened, weak=None, expected=None):
         )
     record = {"weights_sha256": found, "precision": measured}
     if job.lora:
-        worn = put_all(params, job.lora, parts.model, found, job.item)
+        worn = apply_adapters(params, job.lora, parts.model, found, job.item)
         params, record["lora"] = worn
         parts = _with_classes(parts, sum(each["new_classes"] for each in worn[1]))
     if job.quantize:
@@ -74,7 +74,7 @@ def studio(job, opened, weak=None, expected=None):
             str(y): names[y] for y in np.unique(job.labels).tolist() if y < len(names)
         }
     parts, record["codec"] = with_codec(parts, job, config.precision.vae, mesh)
-    strange = vae_files.strange(job.vae, record["codec"], job.weights, opened.meta)
+    strange = vae.encoder_warning(job.vae, record["codec"], job.weights, opened.meta)
     if weak is not None:
         other = build_experiment(weak.config)
         guidance.check_guiding_model(parts, other, job.weak)
@@ -207,9 +207,7 @@ def with_codec(parts, job, word, mesh):
                 f"the network works on {type(parts.codec).__name__}, not on latents; "
                 "leave out --vae"
             )
-        parts = vae_files.with_vae(
-            parts, vae_files.load_vae(job.vae, word, replicated(mesh))
-        )
+        parts = vae.with_vae(parts, vae.load_vae(job.vae, word, replicated(mesh)))
     codec = parts.codec.replace(rounding=rounding)
     name = rounding_name(rounding)
     record = {"kind": type(codec).__name__, "rounding": name, **codec.record()}

@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 from sit_jax.adapters.weights import join
 from sit_jax.checkpoint import Checkpoints, steps
 from sit_jax.config import build, to_json
-from sit_jax.convert.given import Given
-from sit_jax.convert.vae_files import load_vae, with_vae
+from sit_jax.convert.open import WeightsRef
+from sit_jax.convert.vae import load_vae, with_vae
 from sit_jax.data.latent_cache import describe_data
 from sit_jax.data.loader import abstract_batch, batches
 from sit_jax.data.sources import Synthetic
@@ -56,7 +56,7 @@ class NeverStop(contextlib.nullcontext):
 def train(
     config: Any,
     workdir: PathLike,
-    init: Given = FRESH,
+    init: WeightsRef = FRESH,
     *,
     wandb: str | None = None,
     stop: StopFlag | None = None,

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int, UInt8
 
 from sit_jax.config import build
-from sit_jax.convert import inception_weights
+from sit_jax.convert import inception
 from sit_jax.errors import UserError
 from sit_jax.evaluation import evaluation, summary
 from sit_jax.evaluation.evaluated import open_side
@@ -199,7 +199,7 @@ class FidCurve:
         self._extractor = build(config.features)
         is_inception = self._extractor is None
         if is_inception:
-            weights = inception_weights.load()
+            weights = inception.load_inception()
             self._extractor = inception_extractor(weights, mesh, FID_BATCH)
         reference = build(config.reference)
         reference = _load_reference(reference, self._extractor, is_inception)

@@ -20,10 +20,14 @@ from jax.sharding import Mesh
 
 from sit_jax import checkpoint
 from sit_jax.config import difference, from_json
-from sit_jax.convert.base import load_base, require_checkpoint
-from sit_jax.convert.given import Given
+from sit_jax.convert.open import (
+    CheckpointWeights,
+    WeightsRef,
+    load_base,
+    open_weights,
+    require_checkpoint,
+)
 from sit_jax.convert.rules import rules_for
-from sit_jax.convert.weights import Directory, open_weights
 from sit_jax.errors import UserError
 from sit_jax.experiment import build_experiment
 from sit_jax.files import is_remote, require_space
@@ -41,7 +45,7 @@ from sit_jax.training.state import (
     split_ema,
 )
 
-FRESH = Given()
+FRESH = WeightsRef()
 LABEL_TABLE = "y_embedder.embedding_table.weight"  # as torch files call it
 
 
@@ -50,7 +54,7 @@ def restore_or_init(
     mesh: Mesh,
     seed: int,
     directory: Path,
-    init: Given = FRESH,
+    init: WeightsRef = FRESH,
 ) -> tuple[TrainState, str, dict[str, Any]]:
     """Makes the state that a run begins with.
 
@@ -81,7 +85,7 @@ def restore_or_init(
     if init.path is None:
         state = jax.jit(make, out_shardings=shardings)(key)
         return state, "starts with fresh weights", {}
-    opened = open_weights(init.path, init.torch_file)
+    opened = open_weights(init.path, init.open_torch)
     other = _experiment_of(opened)
     if not init.weights_only and _is_resumable(opened, other, experiment, init.path):
         state = restore_state(
@@ -110,7 +114,7 @@ def _restore_newest(
 
 def _experiment_of(opened: Any) -> Any:
     """Returns what is built from opened weights' config; None if there is no config."""
-    if isinstance(opened, Directory):
+    if isinstance(opened, CheckpointWeights):
         meta = checkpoint.read_meta(opened.path, opened.step)
         return build_experiment(from_json(meta["config"])) if "config" in meta else None
     return build_experiment(opened.config)
@@ -123,7 +127,7 @@ def _is_resumable(opened: Any, other: Any, experiment: Any, source: str) -> bool
         if other.adapter is not None:
             return False  # what is loaded is its base with the adapters merged in
     same = other is None or is_same_network(experiment, other)
-    return same and isinstance(opened, Directory)
+    return same and isinstance(opened, CheckpointWeights)
 
 
 # ---- states in checkpoints ----

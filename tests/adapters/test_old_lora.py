@@ -13,8 +13,8 @@ from sit_jax import checkpoint
 from sit_jax.adapters.apply import apply_model
 from sit_jax.adapters.weights import merge_adapters
 from sit_jax.config import from_json
-from sit_jax.convert.adapters import open_adapter, put_all
-from sit_jax.convert.base import base_shapes, load_adapted
+from sit_jax.convert.adapters import apply_adapters, open_adapter
+from sit_jax.convert.open import CheckpointWeights, base_shapes, load_adapted
 from sit_jax.experiment import build_experiment
 from sit_jax.parallel.mesh import make_mesh
 
@@ -46,7 +46,7 @@ def test_old_run_of_adapters_loads_over_its_base(base):
         from_json(checkpoint.read_meta(directory, step)["config"])
     )
     params, record = load_adapted(
-        experiment, make_mesh(), directory, step, "ema", path=str(base)
+        experiment, make_mesh(), CheckpointWeights(directory, step), "ema", str(base)
     )
     assert record["sha256"] == SHA256["base"]
     adapter = open_adapter(
@@ -63,7 +63,7 @@ def test_old_peft_folder_loads(base):
     experiment = build_experiment(small.config())
     params = small.random_params(experiment, 10)
     words = [f"{FOLDER}/peft:0.5"]
-    params, (record,) = put_all(params, words, experiment.model, SHA256["base"])
+    params, (record,) = apply_adapters(params, words, experiment.model, SHA256["base"])
     assert record["sha256"] == SHA256["peft"] and record["weight"] == 0.5
     out, labels = expected("peft")
     assert relative(output(experiment.model, params, labels - 1), out) < 1e-6

@@ -9,8 +9,8 @@ from conftest import ROOT
 from file_server import CONTENT, SHA, Handler
 
 from sit_jax.convert import pretrained
+from sit_jax.convert.open import open_weights
 from sit_jax.convert.pretrained import PRETRAINED, PretrainedFile, fetch, find
-from sit_jax.convert.weights import open_weights
 from sit_jax.errors import UserError
 
 cache = file_server.cache

@@ -18,8 +18,8 @@ from PIL import Image
 
 from sit_jax import files
 from sit_jax.config import from_json
-from sit_jax.convert import lora_files, vae_files
-from sit_jax.convert.graph_files import constants
+from sit_jax.convert import peft
+from sit_jax.convert.inception import read_graph_constants
 from sit_jax.convert.state_dict import read_torch_file
 from sit_jax.data.archives import TarFiles, read_members
 from sit_jax.data.images import to_rgb
@@ -76,17 +76,17 @@ def metadata(path):
 
 
 def vae_config(path):
-    vae_files.described(path)
+    vae.read_vae_config(path)
 
 
 def adapter_config(path):
-    config = lora_files._config(path)
+    config = peft._config(path)
     for pattern in ("rank_pattern", "alpha_pattern"):
-        lora_files._matched(config.get(pattern), "blocks.0.attn.qkv" * 5, 1)
+        peft._matched(config.get(pattern), "blocks.0.attn.qkv" * 5, 1)
 
 
 def adapter(path):
-    lora_files.read(path)
+    peft.read_adapter_files(path)
 
 
 def bundled(path):
@@ -228,7 +228,7 @@ READERS = {  # name: ending of the file, its reader, files in order
     "shard": (".array_record", shard, shards),
     "image": (".png", image, images),
     "tar": (".tar", tar, tars),
-    "graph": (".pb", constants, graphs),
+    "graph": (".pb", read_graph_constants, graphs),
 }
 
 

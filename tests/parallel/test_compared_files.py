@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from sit_jax.convert import lora_files
+from sit_jax.convert import peft
 from sit_jax.errors import UserError
 from sit_jax.parallel import multihost
 from sit_jax.sampling import starts
@@ -25,7 +25,7 @@ def test_lora_files_compares_weights_and_config(tmp_path, compared):
     for name in names:
         (tmp_path / name).write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
     with pytest.raises(UserError):
-        lora_files.read(tmp_path)
+        peft.read_adapter_files(tmp_path)
     assert compared == names
 
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from test_evaluate_network import random_params
 
 from sit_jax.config import spec, to_json
-from sit_jax.convert.inception_weights import Weights
+from sit_jax.convert.inception import InceptionWeights
 from sit_jax.diagnosis import bundle, stages
 from sit_jax.diagnosis.diagnosis import diagnose as judge
 from sit_jax.diagnosis.diagnosis import open_evidence
@@ -62,7 +62,7 @@ def tensors():
 @pytest.fixture(scope="module")
 def made(tensors, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundles")
-    weights = Weights(random_params(), None, "0" * 64, False)
+    weights = InceptionWeights(random_params(), None, "0" * 64, False)
     mesh = make_mesh(data=-1, fsdp=1, devices=jax.devices()[:1])
 
     def make(name, given=None, held=None, settings=None, resize=None, **fields):

@@ -8,9 +8,9 @@ from recorded import nchw, nhwc, relative
 
 from sit_jax.adapters.apply import apply_model
 from sit_jax.adapters.lora import LoRA
-from sit_jax.adapters.weights import LoRAWeight, is_weight_leaf, merge_adapters
-from sit_jax.convert import lora_files, lora_names
-from sit_jax.convert.adapters import flattened, open_adapter, put_on
+from sit_jax.adapters.weights import LoRAWeight, flatten, is_weight_leaf, merge_adapters
+from sit_jax.convert import peft as peft_files
+from sit_jax.convert.adapters import apply_adapter, open_adapter
 from sit_jax.convert.rules import DIT_RULES, to_flax
 from sit_jax.models.dit import SiT
 
@@ -57,8 +57,8 @@ def random_adapters(**settings):
 
 
 def written(tree, folder):
-    pairs = lora_names.pairs(DIT_RULES, flattened(tree))
-    lora_files.write_peft(folder, pairs, "base")
+    pairs = peft_files.to_pairs(DIT_RULES, flatten(tree))
+    peft_files.write_peft(folder, pairs, "base")
     return pairs
 
 
@@ -87,7 +87,8 @@ def test_what_peft_writes_we_load_to_the_same_output(tmp_path, name, seed):
     network.save_pretrained(tmp_path)
     found = open_adapter(tmp_path, MODEL, params())
     assert (
-        relative(ours(merge_adapters(put_on(params(), found))), theirs(network)) < 3e-6
+        relative(ours(merge_adapters(apply_adapter(params(), found))), theirs(network))
+        < 3e-6
     )
 
 
@@ -104,7 +105,7 @@ def test_two_adapters_add_up_as_in_peft(tmp_path):
     network.base_model.set_adapter(["one", "two"])
     both = params()
     for name in ("one", "two"):
-        both = put_on(both, open_adapter(tmp_path / name, MODEL, params()))
+        both = apply_adapter(both, open_adapter(tmp_path / name, MODEL, params()))
     assert relative(ours(both), theirs(network)) < 3e-6
     assert relative(ours(merge_adapters(both)), theirs(network)) < 3e-6
 
@@ -157,7 +158,7 @@ class Masked(torch.nn.Module):
 def test_diffusers_names_on_a_network_with_split_qkv(tmp_path):
     """peft itself puts what we wrote for diffusers on three modules for q, k and v."""
     tree = random_adapters(targets=".*blocks/attn/qkv/kernel", rank=3, alpha=4.0)
-    pairs = lora_names.to_diffusers(lora_names.pairs(DIT_RULES, flattened(tree)))
+    pairs = peft_files.to_diffusers(peft_files.to_pairs(DIT_RULES, flatten(tree)))
     network = split(base())
     config = peft.LoraConfig(r=3, lora_alpha=3, target_modules=r".*\.to_[qkv]")
     network = peft.inject_adapter_in_model(config, network)

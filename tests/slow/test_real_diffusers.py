@@ -11,7 +11,7 @@ import torch
 from recorded import arrays, nchw, nhwc, relative, weights
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-from sit_jax.convert import diffusers_files, tensor_files
+from sit_jax.convert import tensor_files
 from sit_jax.convert.checkpoint import open_torch_file
 from sit_jax.convert.rules import DIT_RULES, to_flax
 from sit_jax.convert.state_dict import StateDictSpec
@@ -37,10 +37,10 @@ def test_diffusers_computes_what_our_dit_does(tmp_path, monkeypatch, model):
     """With torch's own frequencies on our side: its exp is not correctly rounded."""
     golden = arrays("dit_forward_a")
     state = {n: a for n, a in weights("dit_a").items() if n != "pos_embed"}
-    config = diffusers_files.config_of(model, SHAPE)
+    config = diffusers_files.diffusers_config(model, SHAPE)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    path = tmp_path / diffusers_files.WEIGHTS[0]
-    tensor_files.write(path, diffusers_files.named(state))
+    path = tmp_path / diffusers_files.WEIGHTS
+    tensor_files.write(path, diffusers_files.to_diffusers_state(state))
     network = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path).eval()
     loaded = tensor_files.open_file(path).content()
     assert set(loaded) == set(network.state_dict())  # strictly all of them
@@ -60,7 +60,7 @@ def test_diffusers_computes_what_our_dit_does(tmp_path, monkeypatch, model):
 
 
 def test_what_diffusers_saves_is_read(tmp_path):
-    config = diffusers_files.config_of(MODEL, SHAPE)
+    config = diffusers_files.diffusers_config(MODEL, SHAPE)
     config.pop("_class_name")
     torch.manual_seed(0)
     network = diffusers.DiTTransformer2DModel(**config)

@@ -25,7 +25,7 @@ extract_features.main()
 EVALUATE = """
 import evaluate
 import judged as t
-evaluate.inception_weights.load = lambda path: t.weights()
+evaluate.inception.load_inception = lambda path: t.weights()
 evaluate.inception_extractor = t.extractor
 t.evaluation.LEAST = 205
 evaluate.main()

@@ -5,7 +5,7 @@ import pytest
 import small
 
 from sit_jax.config import spec
-from sit_jax.convert import inception_weights
+from sit_jax.convert import inception
 from sit_jax.data.sources import Digits
 from sit_jax.errors import UserError
 from sit_jax.evaluation import evaluation
@@ -85,7 +85,7 @@ def test_a_point_is_of_images_as_sample_py_draws_them():
 
 
 def test_without_weights_there_is_one_line_and_no_curve(monkeypatch, tmp_path):
-    monkeypatch.setattr(inception_weights, "places", lambda: [tmp_path / "none"])
+    monkeypatch.setattr(inception, "places", lambda: [tmp_path / "none"])
     c, log = config(features=None), Log()
     look = Previews(log, c, build_experiment(c), make_mesh(data=-1, fsdp=1))
     assert look.draw(3, None) == 0 and log.values == {}

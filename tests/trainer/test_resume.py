@@ -19,7 +19,7 @@ import sample
 from sit_jax import checkpoint
 from sit_jax.config import spec, to_json
 from sit_jax.convert.checkpoint import open_torch_file
-from sit_jax.convert.given import Given
+from sit_jax.convert.open import WeightsRef
 from sit_jax.data.folders import ImageFolder
 from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.errors import UserError
@@ -129,7 +129,7 @@ def test_given_weights_are_never_exchanged_for_others(parts, saved):
     damage(saved / "8")
     mesh = make_mesh(devices=jax.devices()[:1])
     with pytest.raises(checkpoint.DamagedCheckpoint, match="8 is damaged"):
-        restore_or_init(parts, mesh, 0, saved / "none", Given(saved))
+        restore_or_init(parts, mesh, 0, saved / "none", WeightsRef(saved))
     assert checkpoint.steps(saved) == [3, 5, 8]
 
 
@@ -147,7 +147,7 @@ def test_a_run_goes_on_from_its_own_steps_and_not_from_what_it_began_with(
     (saved / "given").mkdir()
     shutil.copytree(saved / "3", saved / "given" / "3")
     shutil.rmtree(saved / "3")
-    state, *_ = restore_or_init(parts, mesh, 0, saved, Given(saved / "given"))
+    state, *_ = restore_or_init(parts, mesh, 0, saved, WeightsRef(saved / "given"))
     assert holds(state, weights, 8)
 
 
@@ -172,7 +172,7 @@ def thousand(tmp_path_factory):
 
 def begun_from(c, given, monkeypatch, **more):
     monkeypatch.setattr(jax, "jit", quick_jit)
-    init, parts = Given(given, **more), build_experiment(c, TRAINING)
+    init, parts = WeightsRef(given, **more), build_experiment(c, TRAINING)
     return resume.restore_or_init(parts, make_mesh(), 3, "nowhere", init)[:2]
 
 
@@ -295,7 +295,7 @@ def test_a_folder_of_photographs_is_finetuned_and_sampled(
     own.count_classes, own.steps, own.save_every = True, 2, 2
     own.codec = spec(sit().codec.make)
     work = tmp_path / "run"
-    train(own, work, Given(str(released)))
+    train(own, work, WeightsRef(str(released)))
     assert json.loads((work / "config.json").read_text())["model"]["classes"] == 10
     log = (work / "log.txt").read_text()
     assert "is new, for 10 classes instead of 1000, null label 10" in log
