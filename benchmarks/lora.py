@@ -33,7 +33,7 @@ from sit_jax.experiment import build_experiment
 from sit_jax.models.codec import Latents
 from sit_jax.models.dit import SIZES, SiT
 from sit_jax.models.layers import REMAT
-from sit_jax.training.state import create_train_state, init_params
+from sit_jax.training.state import TrainState, init_params
 from sit_jax.training.step import make_train_step
 
 SHAPE = (32, 32, 4)
@@ -89,7 +89,7 @@ def batch(args):
 def step(model, params, args):
     """-> seconds and memory of a compiled training step."""
     tx = optax.adamw(1e-4)
-    state = create_train_state(tx, params)
+    state = TrainState.create(params, tx)
     trained = sum(x.size for x in jax.tree.leaves(state.params))
     run = jax.jit(make_train_step(model, Interpolant(), tx))
     key, data = jax.random.key(0), batch(args)

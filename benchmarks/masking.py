@@ -33,7 +33,7 @@ from sit_jax.models.dit import DiT
 from sit_jax.models.mdt import MDTv2
 from sit_jax.samplers.ddpm import DDPM
 from sit_jax.training.optimizers import adan
-from sit_jax.training.state import init_state
+from sit_jax.training.state import TrainState
 from sit_jax.training.step import make_train_step
 
 SHAPE = (8, 8, 1)
@@ -82,8 +82,8 @@ def main():
 def runner(model, args):
     """-> run(seed), which gives a list of measurements."""
     tx, process = adan(2e-3), GaussianDiffusion(objective=mdt_min_snr_loss)
-    init = jax.jit(partial(init_state, model, tx, SHAPE))
-    step = make_train_step(model, process, tx, decay=0.99)
+    init = jax.jit(partial(TrainState.init, model, tx, SHAPE))
+    step = make_train_step(model, process, tx, ema_decay=0.99)
     step = jax.jit(step, donate_argnums=0)
     images, held_out = Digits(train=True), Digits(train=False)
     encode = lambda digits: np.float32(digits.images) / 127.5 - 1
@@ -123,13 +123,13 @@ def runner(model, args):
 def error_of(model, process, data, held_out):
     """-> error(params): mean squared error of the noise, the same draws for all."""
     key = jax.random.split(jax.random.key(7))
-    t = process.times(key[0], len(data))
+    t = process.sample_times(key[0], len(data))
     start = jax.random.normal(key[1], data.shape)
 
     @jax.jit
     def error(params):
         net = lambda x, t: model.apply({"params": params}, x, t, held_out.labels)
-        return GaussianDiffusion().loss(net, data, start, t)["mse"].mean()
+        return GaussianDiffusion().losses(net, data, start, t)["mse"].mean()
 
     return error
 
@@ -142,7 +142,7 @@ def sampler(model, process, labels):
         keys = rng.image_keys(seed, jnp.arange(len(labels)))
         net = lambda x, t: model.apply({"params": params}, x, t, jnp.asarray(labels))
         draw, start = rng.step_noise(keys, SHAPE), rng.initial_noise(keys, SHAPE)
-        return DDPM(steps=25)(draw, process, net, start)[0]
+        return DDPM(steps=25)(net, process, start, draw).data
 
     return drawn
 

@@ -62,7 +62,7 @@ def main():
 def likeness(args, words):
     """-> {word: {figure: value}} on the digits."""
     opened = open_weights(args.weights, None)
-    sampler = FixedStepODE(method=heun, steps=STEPS, frames=6)
+    sampler = FixedStepODE(method=heun, steps=STEPS, trajectory_length=6)
     parts = dataclasses.replace(build_experiment(opened.config), sampler=sampler)
     mesh = make_mesh(data=-1, fsdp=1)
     params = opened.load("ema", parts, mesh)

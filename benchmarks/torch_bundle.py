@@ -36,7 +36,6 @@ from sit_jax.files import require_free
 from sit_jax.manifest import weights_hash
 from sit_jax.precision import probe
 from sit_jax.ranges import COUNT
-from sit_jax.samplers import fixed_ode
 
 PACKAGES = ("torch", "timm", "torchdiffeq", "diffusers", "torch-fidelity", "numpy")
 WIDTHS = ((1,), (3,))  # of pictures
@@ -118,7 +117,7 @@ def collect(room, manifest, out, args, given=None, judge=None):
         "precision": measured,
         **where,
     }
-    count = args.steps * (1 if chain else fixed_ode.evaluations(line.method))
+    count = args.steps * (1 if chain else line.method.stages)
     name = "Ddim" if chain else line.method.__name__
     record = {
         "manifest": manifest,

@@ -49,8 +49,8 @@ def check(room):
             f"the originals guide 3 channels, the manifest {parts.guidance_channels}"
         )
     if isinstance(process, Interpolant):
-        known = process.path in PATHS and process.predicts in PREDICTIONS
-        known = known and process.sample_margin is None
+        known = process.path in PATHS and process.prediction in PREDICTIONS
+        known = known and process.sample_eps is None
     else:  # whatever its loss
         known = (
             dataclasses.replace(process, objective=hybrid_loss) == GaussianDiffusion()
@@ -120,7 +120,7 @@ def flow(parts, net, z, guided, steps, found, method):
     transport = importlib.import_module("transport")
     process = parts.process
     made = transport.create_transport(
-        PATHS[process.path], PREDICTIONS[process.predicts]
+        PATHS[process.path], PREDICTIONS[process.prediction]
     )
     sampler = transport.Sampler(made)
     model = lambda x, t: net(x, t)

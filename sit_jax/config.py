@@ -126,8 +126,29 @@ _MDT = {
     "sizes": "mask_buckets",
 }
 _CORRUPT = {"broken_share": "max_corrupt_fraction"}
+_CHAIN = {
+    "mend": "denoised_fn",
+    "lead": "cond_fn",
+    "frames": "trajectory_length",
+}
 # new name of a class, below sit_jax -> {old field: new field}
 RENAMED_FIELDS = {
+    "diffusion.interpolant.Interpolant": {
+        "predicts": "prediction",
+        "weight": "loss_weight",
+        "train_margin": "train_eps",
+        "sample_margin": "sample_eps",
+    },
+    "diffusion.gaussian.GaussianDiffusion": {
+        "predicts": "prediction",
+        "kept": "use_timesteps",
+    },
+    "samplers.adaptive_ode.AdaptiveODE": {"frames": "trajectory_length"},
+    "samplers.fixed_ode.FixedStepODE": {"frames": "trajectory_length"},
+    "samplers.fixed_ode.Adams": {"frames": "trajectory_length"},
+    "samplers.sde.SDE": {"frames": "trajectory_length"},
+    "samplers.ddpm.DDPM": _CHAIN,
+    "samplers.ddpm.DDIM": _CHAIN,
     "data.archives.ImageNetTar": _CORRUPT,
     "data.archives.Tfds": _CORRUPT,
     "data.archives.WebdatasetTars": _CORRUPT,
@@ -339,7 +360,9 @@ def _settable(value):
         return required_placeholder(object)
     if value is None:
         return placeholder(object)
-    if dataclasses.is_dataclass(value) and not isinstance(value, (type, ConfigDict)):
+    if hasattr(value, "__qualname__"):  # a function or class, stored by its name
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, ConfigDict):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         known = _fields(type(value))
         return spec(type(value), **{k: v for k, v in fields.items() if k in known})

@@ -119,7 +119,7 @@ class Experiment:
     @property
     def losses(self):
         """What the choice of times remembers at the start."""
-        return () if self.timesteps is None else self.timesteps.begin(self.process)
+        return () if self.timesteps is None else self.timesteps.init(self.process)
 
 
 def build_experiment(config, roles=SAMPLING):

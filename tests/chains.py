@@ -42,7 +42,7 @@ def normal(seed, *shape):
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def sample(sampler, process, net, noise, kicks):
-    return sampler(recorded_noise(kicks), process, net, noise)[0]
+    return sampler(net, process, noise, recorded_noise(kicks)).data
 
 
 def truthful(data, process=SMALL):

@@ -19,7 +19,7 @@ VARIANTS = {
     "v0": FULL,
     "v1": GaussianDiffusion(objective=d.rescaled_hybrid_loss),
     "v2": GaussianDiffusion(objective=d.rescaled_kl_loss),
-    "v3": GaussianDiffusion(predicts=predictions.data),
+    "v3": GaussianDiffusion(prediction=predictions.data),
     "v4": GaussianDiffusion(variance=d.fixed_large),
     "v5": GaussianDiffusion(variance=d.fixed_small),
     "v6": GaussianDiffusion(schedule=cosine_betas),
@@ -30,7 +30,7 @@ EVERY = jnp.arange(1000)
 
 @partial(jax.jit, static_argnums=0)
 def loss_of(process, out, data, noise, t):
-    return process.loss(given(out), data, noise, t)
+    return process.losses(given(out), data, noise, t)
 
 
 @partial(jax.jit, static_argnums=(0, 4))

@@ -85,7 +85,8 @@ def solved(sampler, x=1.0):
     """dx/dt = x + t from 0 to 1, forwards or backwards: -> relative error, stats."""
     start = jnp.full((2, 2, 2, 1), x)
     net = lambda x, t: x + expand_dims_like(t, x)
-    run = once(lambda start: sampler(None, Interpolant(), net, start))
-    data, stats = run(start)
+    run = once(lambda start: sampler(net, Interpolant(), start))
+    result = run(start)
+    data, stats = result.data, result.stats()
     exact = (x + 2) / np.e - 1 if sampler.reverse else (x + 1) * np.e - 2
     return float(np.abs(data - exact).max() / abs(exact)), stats

@@ -35,9 +35,11 @@ def test_gaussian_data_adaptively():
     process = Interpolant(PATHS["VP"], predictions.score)
     start = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
     net = gaussian(process, 1.5, 0.5)
-    run = lambda s: once(lambda z: s(None, process, net, z))(start)
-    data, stats = run(AdaptiveODE(rtol=1e-5, atol=1e-5))
-    fixed, _ = run(FixedStepODE(heun, 400))
+    run = lambda s: once(lambda z: s(net, process, z))(start)
+    result = run(AdaptiveODE(rtol=1e-5, atol=1e-5))
+    data, stats = result.data, result.stats()
+    result = run(FixedStepODE(heun, 400))
+    fixed, _ = result.data, result.stats()
     assert stats["finished"]
     np.testing.assert_allclose(data, fixed, atol=1e-3)  # the fixed grid's own error
 
@@ -48,7 +50,8 @@ def test_one_image_is_found_adaptively():
     image = jnp.linspace(-1, 1, 16).reshape(1, 4, 4, 1)
     noise = jax.random.normal(jax.random.key(1), (3, 4, 4, 1))
     net = one_image(process, image)
-    data, stats = once(lambda z: AdaptiveODE()(None, process, net, z))(noise)
+    result = once(lambda z: AdaptiveODE()(net, process, z))(noise)
+    data, stats = result.data, result.stats()
     assert stats["finished"]
     np.testing.assert_allclose(data, jnp.broadcast_to(image, data.shape), atol=0.02)
 
@@ -58,9 +61,9 @@ def test_first_step_follows_the_slope():
     at = []
     net = lambda x, t: jax.debug.callback(at.append, t[0]) or jnp.zeros_like(x) + 1e-3
     sampler = AdaptiveODE(rtol=1e-3, atol=1e-3)
-    _, stats = once(lambda z: sampler(None, Interpolant(), net, z))(
+    stats = once(lambda z: sampler(net, Interpolant(), z))(
         jnp.ones((1, 2, 2, 1))
-    )
+    ).stats()
     jax.effects_barrier()
     # the first is (0.01 / 0.5)^(1/5) = 0.46 long; from 0.01 there would be three
     assert stats["accepted"] == 2 and min(at) == 0 and max(at) == 1
@@ -74,7 +77,8 @@ def test_too_few_steps_allowed_is_reported(name):
     net = lambda x, t: jnp.cos(30 * expand_dims_like(t, x)) * x
     sampler = dataclasses.replace(SAMPLERS[name], max_steps=3)
     start = jnp.ones((1, 2, 2, 1))
-    data, stats = once(lambda z: sampler(None, Interpolant(), net, z))(start)
+    result = once(lambda z: sampler(net, Interpolant(), z))(start)
+    data, stats = result.data, result.stats()
     assert not stats["finished"].any() and np.isfinite(data).all()
     assert stats["accepted"] + stats["rejected"] == 3
 
@@ -86,8 +90,8 @@ def test_too_few_steps_allowed_is_reported(name):
 def test_a_network_that_is_not_finite_ends_soon(name, begins):
     net = lambda x, t: jnp.where(expand_dims_like(t, x) < begins, x, jnp.nan)
     start = jnp.ones((1, 2, 2, 1))
-    run = once(lambda z: SAMPLERS[name](None, Interpolant(), net, z))
-    data, stats = run(start)
+    run = once(lambda z: SAMPLERS[name](net, Interpolant(), z))
+    stats = run(start).stats()
     assert not stats["finished"].any() and stats["evaluations"] < 1000
 
 
@@ -102,10 +106,12 @@ def test_an_image_of_its_own_steps_does_not_see_its_neighbours():
     sampler = AdaptiveODE(rtol=1e-4, atol=1e-4, control=per_sample_control)
     noise = jax.random.normal(jax.random.key(0), (5, 4, 4, 2))
     noise *= jnp.arange(1, 6)[:, None, None, None] / 2
-    run = jax.jit(lambda z: sampler(None, Interpolant(), jumping, z))
-    together, stats = run(noise)
+    run = jax.jit(lambda z: sampler(jumping, Interpolant(), z))
+    result = run(noise)
+    together, stats = result.data, result.stats()
     assert len(set(stats["evaluations"].tolist())) > 2 and stats["finished"].all()
     keep = np.array([4, 0])
-    alone, few = run(noise[keep])
+    result = run(noise[keep])
+    alone, few = result.data, result.stats()
     np.testing.assert_array_equal(alone, together[keep])
     assert few["evaluations"].tolist() == stats["evaluations"][keep].tolist()

@@ -63,7 +63,7 @@ def saved(tmp_path_factory):
     rng = np.random.default_rng(0)
     unlike = lambda x: rng.permutation(x.size).reshape(x.shape).astype(x.dtype)
     state = jax.tree.map(lambda x: jax.device_put(unlike(x), x.sharding), state)
-    state = state.replace(step=jnp.int32(3), skipped=jnp.array([1, 0]))
+    state = state.replace(step=jnp.int32(3), skipped_steps=jnp.array([1, 0]))
     items = resume.checkpoint_items(state, parts.ema_decay)
     meta = resume.checkpoint_meta(state)
     folder = tmp_path_factory.mktemp("saved") / "ck"

@@ -23,9 +23,9 @@ def test_there_and_back_again():
         alpha, sigma = SMALL.path(t[:, None, None, None])
         return sigma * x / (0.25 * alpha**2 + sigma**2)
 
-    noise = DDIM(500, reverse=True)(None, SMALL, net, data)[0]
+    noise = DDIM(500, reverse=True)(net, SMALL, data).data
     assert abs(float(jnp.std(noise)) / float(jnp.std(data)) - 2) < 0.05
-    again = DDIM(500)(None, SMALL, net, noise)[0]
+    again = DDIM(500)(net, SMALL, noise).data
     # a step errs by its size; the last one ends at data
     np.testing.assert_allclose(again, data, atol=0.05)
 
@@ -33,7 +33,7 @@ def test_there_and_back_again():
 @pytest.mark.parametrize("name", ["ddpm", "ddim"])
 def test_a_classifier_leads(name):
     """The mean moves by the variance times the gradient, ddim's noise by sigma."""
-    process = SMALL.respaced(2)
+    process = SMALL.respace(2)
     x = jax.random.normal(jax.random.key(1), (2, 2, 2, 1))
     told = []
 
@@ -45,15 +45,15 @@ def test_a_classifier_leads(name):
     still = lambda i: jnp.zeros_like(x)
     make = {"ddpm": DDPM, "ddim": DDIM}[name]
     with jax.disable_jit():
-        moved, _ = make(2, lead=lead)(still, SMALL, net, x)
+        moved = make(2, cond_fn=lead)(net, SMALL, x, still).data
         told_steps = told[0][0], told[1][0]
-        plain, _ = make(2)(still, SMALL, net, x)
+        plain = make(2)(net, SMALL, x, still).data
     assert told_steps == (999, 0)
     at = lambda t: jnp.full(2, t)
     y = x
     for t in (1, 0):
         mean, log_var, guess = process.posterior(net, y, at(t))
-        (alpha_, alpha), (sigma_, sigma) = process.levels(np.array([t - 1, t]))
+        (alpha_, alpha), (sigma_, sigma) = process.float64_path(np.array([t - 1, t]))
         if name == "ddpm":
             y = mean + 50 * jnp.exp(log_var)
         else:
@@ -67,16 +67,19 @@ def test_a_classifier_leads(name):
 def test_guesses_are_mended_before_they_are_clipped(make):
     net = lambda x, t: 0.3 * x
     start, still = 3 * jnp.ones((1, 2, 2, 1)), lambda i: 0.0
-    data, _ = make(2, mend=lambda d: 0 * d + 0.25)(still, SMALL, net, start)
+    data = make(2, denoised_fn=lambda d: 0 * d + 0.25)(net, SMALL, start, still).data
     np.testing.assert_allclose(data, 0.25, rtol=1e-5)
-    data, _ = make(2, clip=True, mend=lambda d: 9 + 0 * d)(still, SMALL, net, start)
+    data = make(2, clip=True, denoised_fn=lambda d: 9 + 0 * d)(
+        net, SMALL, start, still
+    ).data
     np.testing.assert_allclose(data, 1.0, rtol=1e-5)
 
 
 def test_states_kept_on_the_way():
     net = lambda x, t: 0.3 * x
     start = jnp.ones((2, 2, 2, 1))
-    data, stats = DDIM(9, frames=3)(None, SMALL, net, start)
+    result = DDIM(9, trajectory_length=3)(net, SMALL, start)
+    data, stats = result.data, result.stats()
     assert stats["trajectory"].shape == (3, 2, 2, 2, 1)
     np.testing.assert_array_equal(stats["trajectory"][-1], data)
 
@@ -93,12 +96,12 @@ def test_truth_leads_to_the_data(sampler):
 def test_ddim_keeps_the_noise_it_started_with():
     """eta = 0 and the truth: every state mixes the same data and the same noise."""
     data, noise = normal(0, 2, 3, 2, 2, 4)
-    process = SMALL.respaced(10)
-    alpha, sigma = process.levels(np.arange(10))
+    process = SMALL.respace(10)
+    alpha, sigma = process.float64_path(np.arange(10))
     states = []
     net = watched(truthful(data), states)
     start = alpha[-1] * data + sigma[-1] * noise
-    jax.jit(lambda x: DDIM(10)(None, SMALL, net, x))(start)
+    jax.jit(lambda x: DDIM(10)(net, SMALL, x))(start)
     jax.effects_barrier()
     for x, a, s in zip(states, alpha[::-1], sigma[::-1], strict=True):
         np.testing.assert_allclose(x, a * data + s * noise, atol=2e-5)
@@ -107,9 +110,12 @@ def test_ddim_keeps_the_noise_it_started_with():
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_ddim_weights_keep_the_levels(eta):
     """Data and noise in the next state are as the next index wants them."""
-    for process in (SMALL, SMALL.respaced(10)):
+    for process in (SMALL, SMALL.respace(10)):
         t = np.arange(len(process.betas))
-        (alpha_, sigma_), (alpha, sigma) = process.levels(t - 1), process.levels(t)
+        (alpha_, sigma_), (alpha, sigma) = (
+            process.float64_path(t - 1),
+            process.float64_path(t),
+        )
         on_data, on_x, std = DDIM(eta=eta).weights(process)
         np.testing.assert_allclose(on_data + on_x * alpha, alpha_, rtol=1e-12)
         held = (on_x * sigma) ** 2 + std**2
@@ -119,11 +125,11 @@ def test_ddim_weights_keep_the_levels(eta):
 
 def test_ddim_with_eta_one_is_ddpm():
     """Same variance and same mean as the chain with the true step's variance."""
-    process = SMALL.respaced(10)
+    process = SMALL.respace(10)
     on_data, on_x, std = DDIM(eta=1.0).weights(process)
-    np.testing.assert_allclose(std**2, process.true_step[2], rtol=1e-12)
-    np.testing.assert_allclose(on_data, process.true_step[0], rtol=1e-12)
-    np.testing.assert_allclose(on_x, process.true_step[1], rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(std**2, process.q_posterior[2], rtol=1e-12)
+    np.testing.assert_allclose(on_data, process.q_posterior[0], rtol=1e-12)
+    np.testing.assert_allclose(on_x, process.q_posterior[1], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("sampler", [DDPM(250), DDIM(250), DDIM(250, eta=1.0)])
@@ -139,14 +145,17 @@ def test_samples_of_a_gaussian(sampler):
 
 def test_noise_is_drawn_in_the_order_of_the_steps():
     """draw(0) leaves the noisiest index, draw(1) the next; the last one is masked."""
-    process, silent = SMALL.respaced(3), lambda x, t: jnp.zeros_like(x)
+    process, silent = SMALL.respace(3), lambda x, t: jnp.zeros_like(x)
     zero = jnp.zeros((1, 1, 1, 1))
     ends = [
-        DDPM(3)(lambda i, k=k: zero + (i == k), SMALL, silent, zero)[0]
+        DDPM(3)(silent, SMALL, zero, lambda i, k=k: zero + (i == k)).data
         for k in range(3)
     ]
     # each step is linear in x; with no noise seen, the data guess is x / alpha
-    (alpha, _), (on_data, on_x, var) = process.levels(np.arange(3)), process.true_step
+    (alpha, _), (on_data, on_x, var) = (
+        process.float64_path(np.arange(3)),
+        process.q_posterior,
+    )
     pull = on_data / alpha + on_x
     exact = [np.sqrt(var[2]) * pull[1] * pull[0], np.sqrt(var[1]) * pull[0], 0.0]
     np.testing.assert_allclose(np.ravel(ends), exact, rtol=1e-5)
@@ -157,7 +166,8 @@ def test_ddim_without_eta_draws_nothing():
         raise AssertionError("drawn")
 
     noise = jnp.ones((2, 2, 2, 4))
-    data, stats = DDIM(5)(draw, SMALL, truthful(noise), noise)
+    result = DDIM(5)(truthful(noise), SMALL, noise, draw)
+    data, stats = result.data, result.stats()
     assert data.shape == noise.shape
     assert stats["evaluations"] == 5 and stats["evaluations"].dtype == jnp.int32
 
@@ -169,7 +179,7 @@ def test_network_sees_original_steps():
         jax.debug.callback(lambda t: told.append(t.tolist()), t, ordered=True)
         return jnp.zeros_like(x)
 
-    DDIM((2, 1))(None, SMALL, net, jnp.ones((2, 1, 1, 4)))
+    DDIM((2, 1))(net, SMALL, jnp.ones((2, 1, 1, 4)))
     jax.effects_barrier()
     assert told == [[500, 500], [499, 499], [0, 0]]
 
@@ -184,7 +194,7 @@ def test_impossible_steps(sampler, steps):
 @pytest.mark.parametrize("sampler", [DDPM(1001), DDIM(1001)])
 def test_more_steps_than_the_schedule(sampler):
     with pytest.raises(UserError, match="1001 steps of a diffusion of 1000"):
-        sampler(None, SMALL, None, jnp.ones((1, 1, 1, 4)))
+        sampler(None, SMALL, jnp.ones((1, 1, 1, 4)))
 
 
 @pytest.mark.parametrize("eta", [-0.1, 1.5, float("nan")])
@@ -197,13 +207,13 @@ def test_impossible_eta(eta):
 def test_a_process_without_a_chain(sampler):
     words = f"{type(sampler).__name__} samples a Diffusion; Interpolant has no chain"
     with pytest.raises(UserError, match=f"{words} of steps: use FixedStepODE or SDE"):
-        sampler(None, Interpolant(), None, jnp.ones((1, 1, 1, 4)))
+        sampler(None, Interpolant(), jnp.ones((1, 1, 1, 4)))
 
 
 def test_prediction_of_data_samples_alike():
     """The same knowledge told as data instead of noise makes the same samples."""
     noise, kicks = normal(3, 3, 2, 2, 4), normal(4, 10, 3, 2, 2, 4)
-    by_data = GaussianDiffusion(predicts=predictions.data, variance=fixed_small)
+    by_data = GaussianDiffusion(prediction=predictions.data, variance=fixed_small)
     told_noise = lambda x, t: gaussian(0.0, 1.0, SMALL)(x, t)
 
     def told_data(x, t):

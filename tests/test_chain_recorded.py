@@ -36,8 +36,9 @@ def test_recorded_runs(name, model):
     draw = recorded_noise(nhwc(g[run["noise"]])[:, :2])
     states = []
     net = watched(classifier_free_guidance(model, labels, 10, run["cfg"] or 1), states)
-    chain = jax.jit(lambda z: sampler(draw, GaussianDiffusion(), net, z))
-    data, stats = chain(nhwc(g["z"]))
+    chain = jax.jit(lambda z: sampler(net, GaussianDiffusion(), z, draw))
+    result = chain(nhwc(g["z"]))
+    data, stats = result.data, result.stats()
     jax.effects_barrier()
     assert stats["evaluations"] == len(states) == run["num_timesteps"]
     # five times the recording's own float32 noise at its end, of the scale there
@@ -61,7 +62,7 @@ def test_recorded_ways_back(name, model):
     g, run = arrays("dit_sampling"), BACK[name]
     net = classifier_free_guidance(model, jnp.asarray(g["y"]), 10, run["cfg"] or 1)
     sampler = DDIM(DDIMSpacing(25), clip=run["clip_denoised"], reverse=True)
-    chain = jax.jit(lambda x: sampler(None, GaussianDiffusion(), net, x)[0])
+    chain = jax.jit(lambda x: sampler(net, GaussianDiffusion(), x).data)
     end = nchw(chain(nhwc(g["x_data"])))
     rounding, scale = run["f32_vs_f64"]
     theirs = g[f"{name}.final"][:2]

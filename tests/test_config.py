@@ -172,7 +172,10 @@ def test_several_fields_at_once_and_the_last_word_counts():
         ("--config.synthetic", "--config.synthetic has no value"),
         ("--config.model=S", "--config.model stands for several fields; set one of"),
         ("--config.model.make=os.system", "--config.model.make is a function; only a"),
-        ("--config.process.predicts=score", "--config.process.predicts is a function"),
+        (
+            "--config.process.prediction=score",
+            "--config.process.prediction is a function",
+        ),
         ("--config.shape.x=3", "--config.shape.x=3: "),
         ("--steps=4", "unknown argument '--steps=4'"),
         ("model.depth=4", "unknown argument 'model.depth=4'"),
@@ -187,7 +190,9 @@ def test_a_wrong_argument_is_one_line_with_its_name(argument, said):
 
 def test_json_and_back_keeps_everything():
     c = example()
-    c.process = spec(GaussianDiffusion, kept=(0, 5, 9), predicts=predictions.data)
+    c.process = spec(
+        GaussianDiffusion, use_timesteps=(0, 5, 9), prediction=predictions.data
+    )
     again = from_json(stored(c))
     assert stored(again) == stored(c)
     for name in ("model", "process", "sampler", "mesh", "shape", "clip"):
@@ -271,9 +276,9 @@ def test_functions_of_a_role_are_values_but_no_constructors():
 def test_difference_names_what_differs():
     one, other = example(), example()
     other.model.depth, other.shape = 4, (4, 4, 1)
-    other.process = spec(GaussianDiffusion, predicts=predictions.data)
+    other.process = spec(GaussianDiffusion, prediction=predictions.data)
     del other.clip
     found = difference(to_json(one), to_json(other))
     names = [name for name, _, _ in found]
-    assert names == ["clip", "model.depth", "process.predicts", "shape"]
+    assert names == ["clip", "model.depth", "process.prediction", "shape"]
     assert found[0][1:] == ("null", "(absent)") and found[1][1:] == ("12", "4")

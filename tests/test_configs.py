@@ -23,7 +23,7 @@ from sit_jax.models.codec import to_uint8_mdt
 from sit_jax.models.mdt import MDT as MDT1
 from sit_jax.models.mdt import MDTv2
 from sit_jax.training.optimizers import adan
-from sit_jax.training.state import init_state
+from sit_jax.training.state import TrainState
 from sit_jax.training.step import make_train_step
 
 FOLDER = Path(__file__).parents[1] / "configs"
@@ -75,7 +75,7 @@ V1 = {
     "optimizer": {"learning_rate": 3e-4, "b1": 0.9, "b2": 0.999, "weight_decay": 0.0},
     "process": {
         **{"steps": 1000, "schedule": linear_betas, "variance": learned_range},
-        **{"objective": hybrid_loss, "predicts": predictions.noise},
+        **{"objective": hybrid_loss, "prediction": predictions.noise},
     },
     "codec": {"scale": 0.18215, "rounding": to_uint8_mdt},
     "guidance": {"scale": 3.8, "power": 4.0, "steps": 1000},
@@ -116,7 +116,7 @@ def parts(name):
 @cache
 def abstract_state(name):
     p = parts(name)
-    init = partial(init_state, p.model, p.optimizer, p.shape)
+    init = partial(TrainState.init, p.model, p.optimizer, p.shape)
     return jax.eval_shape(init, jax.random.key(0))
 
 

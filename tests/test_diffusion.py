@@ -19,9 +19,9 @@ from sit_jax.errors import UserError
 def test_true_step_is_bayes_rule():
     """Precisions of the two Gaussians that meet at x_{t-1} add up."""
     t = np.arange(1, 1000)
-    (alpha_, sigma_), beta = FULL.levels(t - 1), FULL.betas[t]
+    (alpha_, sigma_), beta = FULL.float64_path(t - 1), FULL.betas[t]
     precision = 1 / sigma_**2 + (1 - beta) / beta
-    on_data, on_x, var = (table[t] for table in FULL.true_step)
+    on_data, on_x, var = (table[t] for table in FULL.q_posterior)
     np.testing.assert_allclose(var, 1 / precision, rtol=1e-10)
     np.testing.assert_allclose(on_data, alpha_ / sigma_**2 / precision, rtol=1e-10)
     np.testing.assert_allclose(on_x, np.sqrt(1 - beta) / beta / precision, rtol=1e-10)
@@ -34,7 +34,7 @@ def test_true_step_is_bayes_rule():
 def test_telling_the_truth(predicts):
     """Whatever is predicted: the right answer costs nothing and gives the data."""
     process = GaussianDiffusion(
-        predicts=predicts, variance=d.fixed_small, objective=d.kl_loss
+        prediction=predicts, variance=d.fixed_small, objective=d.kl_loss
     )
     data, noise = some(0, 1000, 2, 2, 4), some(1, 1000, 2, 2, 4)
     t = expand_dims_like(EVERY, data)
@@ -43,17 +43,19 @@ def test_telling_the_truth(predicts):
     mean, _, found = posterior_of(process, out, x, EVERY)
     # float32 is divided by alpha = 0.006, or by previous's weight of 1e-4
     np.testing.assert_allclose(found, data, atol=5e-3)
-    on_data, on_x, _ = (d.gather(table, t) for table in process.true_step)
+    on_data, on_x, _ = (d.lookup(table, t) for table in process.q_posterior)
     np.testing.assert_allclose(mean, on_data * data + on_x * x, atol=2e-6)
     loss = loss_of(process, out, data, noise, EVERY)["loss"]
     np.testing.assert_allclose(loss[1:], 0, atol=1e-6)
-    squared = GaussianDiffusion(predicts=predicts, variance=d.fixed_small)
+    squared = GaussianDiffusion(prediction=predicts, variance=d.fixed_small)
     assert not np.any(loss_of(squared, out, data, noise, EVERY)["loss"] > 1e-10)
 
 
 def test_previous_is_not_read_as_noise():
     """The released sampler reads it as noise; here the answer is the mean itself."""
-    process = GaussianDiffusion(predicts=predictions.previous_x, variance=d.fixed_large)
+    process = GaussianDiffusion(
+        prediction=predictions.previous_x, variance=d.fixed_large
+    )
     x, out, t = some(0, 3, 2, 2, 4), some(1, 3, 2, 2, 4), jnp.array([0, 400, 999])
     mean, _, data = posterior_of(process, out, x, t)
     np.testing.assert_allclose(mean, out, atol=1e-5)
@@ -67,7 +69,7 @@ def test_bound_leaves_the_mean_alone():
 
     def parts(scale, v, process):
         net = lambda x, t: jnp.concatenate([scale * x, v + 0.1 * x], axis=-1)
-        return jax.tree.map(jnp.sum, process.loss(net, data, noise, t))
+        return jax.tree.map(jnp.sum, process.losses(net, data, noise, t))
 
     slopes = jax.jit(jax.jacrev(parts, (0, 1)), static_argnums=2)
     both, alone = (
@@ -83,7 +85,7 @@ def test_rescaling_counts_the_visited_steps():
     data, noise, out = some(0, 4, 2, 2, 4), some(1, 4, 2, 2, 4), some(2, 4, 2, 2, 8)
 
     def loss(objective):
-        process = GaussianDiffusion(objective=objective).respaced(50)
+        process = GaussianDiffusion(objective=objective).respace(50)
         return loss_of(process, out, data, noise, jnp.array([1, 2, 30, 49]))
 
     plain, hybrid = loss(d.kl_loss), loss(d.hybrid_loss)
@@ -100,7 +102,7 @@ def test_finite_at_every_step(objective):
     data, noise = 3 * some(0, 1000, 2, 2, 4), some(1, 1000, 2, 2, 4)
 
     def loss(out):
-        terms = process.loss(given(out), data, noise, EVERY)
+        terms = process.losses(given(out), data, noise, EVERY)
         return jnp.sum(terms["loss"]), terms["loss"]
 
     out = some(2, 1000, 2, 2, 8)
@@ -113,11 +115,11 @@ def test_bins_share_all_of_the_mass():
     data = jnp.linspace(-1, 1, 256).reshape(256, 1, 1, 1)
     same = lambda value: jnp.full_like(data, value)
     # a mean near the edge, so that the open outermost bin matters
-    step0 = d.NoisedBatch(data, data, same(0.97), jnp.zeros((256, 1, 1, 1), jnp.int32))
+    step0 = d.NoisyBatch(data, data, same(0.97), jnp.zeros((256, 1, 1, 1), jnp.int32))
     bits = jax.jit(FULL.bits)(step0, same(0.0), same(-6.0))
     np.testing.assert_allclose(jnp.sum(2.0**-bits), 1, atol=1e-5)
     # the middle of the range by hand: bin width times density, std exp(-3)
-    distance = float(data[244, 0, 0, 0]) - 0.97 / FULL.levels(0)[0]
+    distance = float(data[244, 0, 0, 0]) - 0.97 / FULL.float64_path(0)[0]
     density = np.exp(-(distance**2) * np.exp(6) / 2) / np.sqrt(2 * np.pi) * np.exp(3)
     # 3 %: the tanh in place of the normal distribution function
     np.testing.assert_allclose(2.0 ** -bits[244], 2 / 255 * density, rtol=0.03)
@@ -136,12 +138,12 @@ def test_variances_lie_where_they_should():
 
 
 def test_times_are_uniform_over_all_steps():
-    t = np.asarray(FULL.times(jax.random.key(0), 200_000))
+    t = np.asarray(FULL.sample_times(jax.random.key(0), 200_000))
     counts = np.bincount(t, minlength=1000)
     assert t.dtype == np.int32 and t.min() == 0 and t.max() == 999
     # 200 expected in each, so a standard deviation of 14
     assert counts.min() > 200 - 6 * 14.2 and counts.max() < 200 + 6 * 14.2
-    few = np.asarray(FULL.respaced(3).times(jax.random.key(0), 100))
+    few = np.asarray(FULL.respace(3).sample_times(jax.random.key(0), 100))
     assert set(few) == {0, 1, 2}
 
 
@@ -149,27 +151,27 @@ def test_network_is_told_original_steps():
     told = []
     net = lambda x, t: told.append(t) or jnp.zeros((3, 2, 2, 8))
     x = some(0, 3, 2, 2, 4)
-    process = FULL.respaced(10)
+    process = FULL.respace(10)
     process.posterior(net, x, jnp.array([0, 4, 9]))
-    process.loss(net, x, x, jnp.array([0, 4, 9]))
+    process.losses(net, x, x, jnp.array([0, 4, 9]))
     for t in told:
         assert t.dtype == jnp.int32
         np.testing.assert_array_equal(t, [0, 444, 999])
 
 
 def test_respacing_keeps_the_levels():
-    once, twice = FULL.respaced(100), FULL.respaced(100).respaced(4)
-    assert twice.told == tuple(once.told[i] for i in (0, 33, 66, 99))
+    once, twice = FULL.respace(100), FULL.respace(100).respace(4)
+    assert twice.timestep_map == tuple(once.timestep_map[i] for i in (0, 33, 66, 99))
     for process in (once, twice):
-        ours = process.levels(np.arange(len(process.betas)))
-        theirs = FULL.levels(np.array(process.told))
+        ours = process.float64_path(np.arange(len(process.betas)))
+        theirs = FULL.float64_path(np.array(process.timestep_map))
         np.testing.assert_allclose(ours, theirs, rtol=1e-12)
 
 
 @pytest.mark.parametrize("variance", [d.learned_range, d.fixed_large, d.fixed_small])
 def test_a_chain_of_one_step(variance):
     """The released code fails here; beta stands in for the missing variance."""
-    process = GaussianDiffusion(variance=variance).respaced(1)
+    process = GaussianDiffusion(variance=variance).respace(1)
     out = some(0, 2, 2, 2, 8 if variance is d.learned_range else 4)
     x, t = some(1, 2, 2, 2, 4), jnp.zeros(2, jnp.int32)
     mean, log_var, data = posterior_of(process, out, x, t)
@@ -206,7 +208,7 @@ def test_wrong_number_of_channels(fields, channels, words):
     process, x, t = GaussianDiffusion(**fields), some(0, 2, 2, 2, 4), jnp.array([1, 2])
     out = jnp.ones((2, 2, 2, channels))
     with pytest.raises(UserError, match=words):
-        process.loss(given(out), x, x, t)
+        process.losses(given(out), x, x, t)
     with pytest.raises(UserError, match=words):
         posterior_of(process, out, x, t)
 
@@ -214,13 +216,13 @@ def test_wrong_number_of_channels(fields, channels, words):
 @pytest.mark.parametrize(
     "fields, words",
     [
-        ({"predicts": predictions.velocity}, "cannot predict velocity.*Interpolant"),
+        ({"prediction": predictions.velocity}, "cannot predict velocity.*Interpolant"),
         ({"steps": 0}, "steps=0"),
         ({"steps": 10}, "betas from 0.01 to 2, outside 0..1; keep steps=1000"),
-        ({"kept": ()}, "ascending step numbers from 0 to 999"),
-        ({"kept": (0, 5, 5)}, "ascending"),
-        ({"kept": (5, 1000)}, "from 0 to 999"),
-        ({"kept": (-1, 5)}, "from 0 to 999"),
+        ({"use_timesteps": ()}, "ascending step numbers from 0 to 999"),
+        ({"use_timesteps": (0, 5, 5)}, "ascending"),
+        ({"use_timesteps": (5, 1000)}, "from 0 to 999"),
+        ({"use_timesteps": (-1, 5)}, "from 0 to 999"),
     ],
 )
 def test_impossible_settings(fields, words):
@@ -230,19 +232,19 @@ def test_impossible_settings(fields, words):
 
 def test_more_steps_than_there_are():
     with pytest.raises(UserError, match="1001 steps of a diffusion of 1000"):
-        FULL.respaced(1001)
+        FULL.respace(1001)
     with pytest.raises(UserError, match="11 steps of a diffusion of 10"):
-        FULL.respaced(10).respaced(11)
+        FULL.respace(10).respace(11)
 
 
 def test_as_a_config():
     settings = dict(
-        schedule=cosine_betas, predicts=predictions.previous_x, variance=d.fixed_small
+        schedule=cosine_betas, prediction=predictions.previous_x, variance=d.fixed_small
     )
     process = GaussianDiffusion(
-        objective=d.rescaled_kl_loss, kept=(0, 10, 999), **settings
+        objective=d.rescaled_kl_loss, use_timesteps=(0, 10, 999), **settings
     )
     node = config.spec(GaussianDiffusion, objective=d.rescaled_kl_loss, **settings)
-    node.kept = (0, 10, 999)
+    node.use_timesteps = (0, 10, 999)
     assert config.build(config.from_json(config.to_json(node), "process")) == process
     assert config.build(config.spec(GaussianDiffusion)) == FULL != process

@@ -35,15 +35,15 @@ def network(model):
 
 @pytest.mark.parametrize("name", SPACINGS)
 def test_recorded_tables(name):
-    process = FULL.respaced(SPACINGS[name])
+    process = FULL.respace(SPACINGS[name])
     g = {k.removeprefix(f"{name}."): v for k, v in arrays("dit_tables").items()}
     rows = g["idx"] if name == "full" else np.arange(len(process.betas))
     (alpha, sigma), bar = (
-        process.levels(np.arange(len(process.betas))),
+        process.float64_path(np.arange(len(process.betas))),
         process.alpha_bar,
     )
     ours = {
-        "timestep_map": np.array(process.told),
+        "timestep_map": np.array(process.timestep_map),
         "betas": process.betas,
         "alphas_cumprod": bar[1:],
         "alphas_cumprod_prev": bar[:-1],
@@ -53,10 +53,10 @@ def test_recorded_tables(name):
         "log_one_minus_alphas_cumprod": np.log(1 - bar[1:]),
         "sqrt_recip_alphas_cumprod": 1 / alpha,
         "sqrt_recipm1_alphas_cumprod": sigma / alpha,
-        "posterior_variance": process.true_step[2],
+        "posterior_variance": process.q_posterior[2],
         "posterior_log_variance_clipped": process.log_variances[0],
-        "posterior_mean_coef1": process.true_step[0],
-        "posterior_mean_coef2": process.true_step[1],
+        "posterior_mean_coef1": process.q_posterior[0],
+        "posterior_mean_coef2": process.q_posterior[1],
     }
     for key, table in ours.items():
         # float64 throughout: what is left is the order of a few roundings
@@ -67,9 +67,9 @@ def test_recorded_tables(name):
 
 
 def test_published_figures():
-    np.testing.assert_allclose(FULL.levels(999)[0] ** 2, 4.0358298e-5, rtol=1e-8)
-    np.testing.assert_allclose(FULL.levels(499)[0] ** 2, 0.07858724, rtol=1e-7)
-    np.testing.assert_allclose(1 / FULL.levels(999)[0], 157.410457, rtol=1e-8)
+    np.testing.assert_allclose(FULL.float64_path(999)[0] ** 2, 4.0358298e-5, rtol=1e-8)
+    np.testing.assert_allclose(FULL.float64_path(499)[0] ** 2, 0.07858724, rtol=1e-7)
+    np.testing.assert_allclose(1 / FULL.float64_path(999)[0], 157.410457, rtol=1e-8)
     np.testing.assert_allclose(FULL.log_variances[0][:2], -9.81672514, rtol=1e-9)
 
 
@@ -129,12 +129,12 @@ def test_recorded_mixture_and_true_step():
     g, (data, noise, t) = arrays("dit_training_losses"), batch()
     seen = []
     net = lambda x, t: seen.append((x, t)) or jnp.zeros((4, 8, 8, 8))
-    FULL.loss(net, data, noise, t)
+    FULL.losses(net, data, noise, t)
     close(nchw(seen[0][0]), g["v0.x_t"])
     np.testing.assert_array_equal(seen[0][1], t)
     on_data, on_x, _ = (
-        d.gather(table, expand_dims_like(t, data)) for table in FULL.true_step
+        d.lookup(table, expand_dims_like(t, data)) for table in FULL.q_posterior
     )
     close(nchw(on_data * data + on_x * seen[0][0]), g["v0.q_posterior_mean"])
-    log_var = d.gather(FULL.log_variances[0], t)
+    log_var = d.lookup(FULL.log_variances[0], t)
     close(log_var, g["v0.q_posterior_log_variance"])

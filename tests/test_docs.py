@@ -24,7 +24,7 @@ MADE = {"x.pt.md", "report.md", "commit_success.txt", "configs/NAME.py"}
 # --config.x is below; the others are other programs'
 NOT_HERE = ("--config.", "--xla_", "--lr_anneal_steps")
 OURS = {"config.clip", "manifest.json", "config.json", "evaluation.json"}  # no modules
-CHOSEN = {"process.weight.most"}  # there once a file has chosen such an object
+CHOSEN = {"process.loss_weight.most"}  # there once a file has chosen such an object
 
 
 def spans(text):

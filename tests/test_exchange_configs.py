@@ -44,17 +44,21 @@ def test_the_run_is_read_off_its_args():
     [
         (
             dict(path_type="VP", prediction="noise", loss_weight="velocity"),
-            dict(path=paths.VP(), predicts=predictions.noise, weight=velocity_weight),
+            dict(
+                path=paths.VP(),
+                prediction=predictions.noise,
+                loss_weight=velocity_weight,
+            ),
         ),
         (
             dict(path_type="GVP", prediction="score", loss_weight="likelihood")
             | dict(train_eps=0.01, sample_eps=0.02),
             dict(
                 path=paths.gvp,
-                predicts=predictions.score,
-                weight=likelihood_weight,
-                train_margin=0.01,
-                sample_margin=0.02,
+                prediction=predictions.score,
+                loss_weight=likelihood_weight,
+                train_eps=0.01,
+                sample_eps=0.02,
             ),
         ),
         # The originals ignore both margins here, and the second one there.

@@ -109,7 +109,7 @@ def test_outside_the_interval_the_null_half_is_not_computed():
 
 def test_autoguidance_leads_away_from_the_worse_network():
     worse = lambda x, t, y: 0.5 * net(x, t, y)
-    out = classifier_free_guidance(net, LABELS, 9, 2.0, 4, weak=worse)(X, T)
+    out = classifier_free_guidance(net, LABELS, 9, 2.0, 4, guiding_model=worse)(X, T)
     np.testing.assert_allclose(out, 1.5 * net(X, T, LABELS), rtol=1e-6)
 
 

@@ -50,7 +50,7 @@ def assert_recorded(ours, name):
 def test_recorded_losses(path, predicts):
     for (net, function), weight in itertools.product(nets().items(), WEIGHTS):
         process = Interpolant(PATHS[path], PREDICTS[predicts], WEIGHTS[weight])
-        loss = process.loss(function, DATA, NOISE, T)["loss"]
+        loss = process.losses(function, DATA, NOISE, T)["loss"]
         assert loss.shape == (3,)
         assert_recorded(loss, f"loss_{net}.{path}.{predicts}.{weight}")
 
@@ -61,7 +61,7 @@ def test_recorded_drift_and_score(path, predicts):
     x = jnp.asarray(nhwc(G[f"path.{path}.xt"]))
     targets = {"drift": predictions.velocity, "score": predictions.score}
     for (net, function), name in itertools.product(nets().items(), targets):
-        ours = process.field(function, targets[name])(x, T)
+        ours = process.prediction_fn(function, targets[name])(x, T)
         assert_recorded(nchw(ours), f"{name}_{net}.{path}.{predicts}")
 
 
@@ -74,7 +74,7 @@ def test_recorded_conversions(path, source, target):
     out = jnp.asarray(nhwc(G["fixed_model_output"]))
     x, at = jnp.asarray(nhwc(G[f"path.{path}.xt"])), expand_dims_like(T, out)
     ours = predictions.convert(
-        out, x, at, PATHS[path], PREDICTS[source], PREDICTS[target]
+        out, x, at, PATHS[path], source=PREDICTS[source], target=PREDICTS[target]
     )
     assert_recorded(nchw(ours), f"path.{path}.{target}_from_{source}")
 
@@ -91,7 +91,9 @@ def test_every_conversion_of_the_truth_is_the_truth(path):
         p, q = predicts(PATHS[path], t)
         truth[predicts] = p * DATA + q * NOISE
     for source, target in itertools.product(every, every):
-        ours = predictions.convert(truth[source], x, t, PATHS[path], source, target)
+        ours = predictions.convert(
+            truth[source], x, t, PATHS[path], source=source, target=target
+        )
         # dividing by alpha costs two digits where VP has little of it (0.06 at 0.1)
         assert relative(ours, truth[target]) < 2e-5, (source, target)
 
@@ -103,14 +105,14 @@ def test_the_truth_has_no_loss_and_swapped_roles_do(path, predicts):
     p, q = predicts(PATHS[path], expand_dims_like(T, DATA))
     truth = lambda x, t: p * DATA + q * NOISE
     scale = np.mean(np.asarray(truth(None, None)) ** 2)
-    assert process.loss(truth, DATA, NOISE, T)["loss"].max() < 1e-10 * max(scale, 1)
-    assert process.loss(truth, NOISE, DATA, T)["loss"].max() > 1
+    assert process.losses(truth, DATA, NOISE, T)["loss"].max() < 1e-10 * max(scale, 1)
+    assert process.losses(truth, NOISE, DATA, T)["loss"].max() > 1
 
 
 def test_the_network_sees_the_mixture_and_its_time():
     seen = []
     net = lambda x, t: seen.append((x, t)) or x
-    Interpolant().loss(net, DATA, NOISE, T)
+    Interpolant().losses(net, DATA, NOISE, T)
     x, t = seen[0]
     assert relative(x, nhwc(G["path.Linear.xt"])) < 1e-6
     np.testing.assert_array_equal(t, T)
@@ -120,17 +122,20 @@ def test_a_variance_half_is_dropped():
     net = lambda x, t: jnp.concatenate([x, jnp.full_like(x, 9.0)], axis=-1)
     plain = lambda x, t: x
     process = Interpolant()
-    one, other = (process.loss(n, DATA, NOISE, T)["loss"] for n in (net, plain))
+    one, other = (process.losses(n, DATA, NOISE, T)["loss"] for n in (net, plain))
     np.testing.assert_array_equal(one, other)
-    assert process.field(net, predictions.score)(jnp.asarray(DATA), T).shape[-1] == 4
+    assert (
+        process.prediction_fn(net, predictions.score)(jnp.asarray(DATA), T).shape[-1]
+        == 4
+    )
 
 
 @pytest.mark.parametrize("path, predicts", EVERY)
 def test_losses_are_finite_at_both_ends(path, predicts):
     for weight in WEIGHTS.values():
         process = Interpolant(PATHS[path], PREDICTS[predicts], weight)
-        ends = jnp.array([*process.train_span(), 0.5], jnp.float32)
-        loss = process.loss(lambda x, t: 0.3 * x, DATA, NOISE, ends)["loss"]
+        ends = jnp.array([*process.train_interval(), 0.5], jnp.float32)
+        loss = process.losses(lambda x, t: 0.3 * x, DATA, NOISE, ends)["loss"]
         assert np.isfinite(loss).all()
 
 
@@ -148,11 +153,13 @@ TABLE = [
 def test_published_intervals(paths, predicts, train, ode, last, no_last):
     for path, predict in itertools.product(paths, predicts):
         process = Interpolant(PATHS[path], PREDICTS[predict])
-        assert process.train_span() == pytest.approx(train, abs=1e-12)
-        assert process.span() == pytest.approx(ode, abs=1e-12)
-        assert process.span(reverse=True) == pytest.approx(ode[::-1], abs=1e-12)
-        assert process.span(last=0.04) == pytest.approx(last, abs=1e-12)
-        assert process.span(last=0.0) == pytest.approx(no_last, abs=1e-12)
+        assert process.train_interval() == pytest.approx(train, abs=1e-12)
+        assert process.time_interval() == pytest.approx(ode, abs=1e-12)
+        assert process.time_interval(reverse=True) == pytest.approx(
+            ode[::-1], abs=1e-12
+        )
+        assert process.time_interval(last_step=0.04) == pytest.approx(last, abs=1e-12)
+        assert process.time_interval(last_step=0.0) == pytest.approx(no_last, abs=1e-12)
 
 
 def recorded_intervals():
@@ -174,8 +181,10 @@ def our_interval(names, margins, flags):
     path, predicts = names
     process = Interpolant(PATHS[path], PREDICTS[predicts], unweighted, *margins)
     if not sampling:
-        return process.train_span()
-    return process.span(by_score and sde, size if sde else 0.0, reverse)
+        return process.train_interval()
+    return process.time_interval(
+        by_score=by_score and sde, last_step=size if sde else 0.0, reverse=reverse
+    )
 
 
 def test_recorded_intervals():
@@ -201,30 +210,34 @@ def test_recorded_intervals():
 @pytest.mark.parametrize("path, predicts", EVERY)
 def test_each_given_margin_is_honoured(path, predicts):
     start = 0.0 if path == "VP" else 0.01  # VP has some data in it from the start
-    train = Interpolant(PATHS[path], PREDICTS[predicts], train_margin=0.01)
-    sample = Interpolant(PATHS[path], PREDICTS[predicts], sample_margin=0.01)
+    train = Interpolant(PATHS[path], PREDICTS[predicts], train_eps=0.01)
+    sample = Interpolant(PATHS[path], PREDICTS[predicts], sample_eps=0.01)
     usual = Interpolant(PATHS[path], PREDICTS[predicts])
-    assert train.train_span() == sample.span() == (start, 0.99)
-    assert sample.span(reverse=True) == (0.99, start)
-    assert sample.span(last=0.04) == (start, 0.96)
-    assert train.span() == usual.span()
-    assert sample.train_span() == usual.train_span()
+    assert train.train_interval() == sample.time_interval() == (start, 0.99)
+    assert sample.time_interval(reverse=True) == (0.99, start)
+    assert sample.time_interval(last_step=0.04) == (start, 0.96)
+    assert train.time_interval() == usual.time_interval()
+    assert sample.train_interval() == usual.train_interval()
 
 
 @pytest.mark.parametrize("path", ["Linear", "GVP"])
 def test_a_diffusion_that_is_infinite_at_0_starts_later(path):
-    assert Interpolant(PATHS[path]).span(by_score=True) == (0.001, 1.0)
-    assert Interpolant(PATHS["VP"]).span(by_score=True) == (0.0, 0.999)
+    assert Interpolant(PATHS[path]).time_interval(by_score=True) == (0.001, 1.0)
+    assert Interpolant(PATHS["VP"]).time_interval(by_score=True) == (0.0, 0.999)
 
 
 def test_margins_of_a_path_of_ones_own():
     cubic = lambda t: (t**3, 1 - t**3)  # like Linear
     root = lambda t: (jnp.sqrt(t), 1 - t)  # infinitely steep at 0
-    assert Interpolant(cubic).span() == (0, 1)
-    assert Interpolant(cubic, predictions.noise).span() == (0.001, 0.999)
-    assert Interpolant(root).span() == Interpolant(root).train_span() == (0.001, 1)
+    assert Interpolant(cubic).time_interval() == (0, 1)
+    assert Interpolant(cubic, predictions.noise).time_interval() == (0.001, 0.999)
+    assert (
+        Interpolant(root).time_interval()
+        == Interpolant(root).train_interval()
+        == (0.001, 1)
+    )
     own = lambda path, t: (1.0, -1.0)  # a prediction of one's own is converted
-    assert Interpolant(linear, own).span() == (0.001, 0.999)
+    assert Interpolant(linear, own).time_interval() == (0.001, 0.999)
 
 
 def test_intervals_are_numbers_while_tracing():
@@ -232,22 +245,22 @@ def test_intervals_are_numbers_while_tracing():
 
     @jax.jit
     def traced(x):
-        assert all(isinstance(t, float) for t in process.span())
-        return x + process.span()[1]
+        assert all(isinstance(t, float) for t in process.time_interval())
+        return x + process.time_interval()[1]
 
     assert traced(0.0) == np.float32(0.999)
 
 
 def test_times_fill_the_interval():
-    process = Interpolant(PATHS["GVP"], predictions.score, train_margin=0.2)
-    t = process.times(jax.random.key(0), 4000)
+    process = Interpolant(PATHS["GVP"], predictions.score, train_eps=0.2)
+    t = process.sample_times(jax.random.key(0), 4000)
     assert t.shape == (4000,) and 0.2 <= t.min() < 0.205 and 0.795 < t.max() <= 0.8
     # the standard error of the mean is 0.6 / sqrt(12 * 4000) = 0.003
     assert abs(t.mean() - 0.5) < 0.015
 
 
 @pytest.mark.parametrize("margin", [-0.1, 0.5, float("nan")])
-@pytest.mark.parametrize("field", ["train_margin", "sample_margin"])
+@pytest.mark.parametrize("field", ["train_eps", "sample_eps"])
 def test_margins_out_of_range_are_refused(field, margin):
     with pytest.raises(UserError, match=f"{field}={margin}"):
         Interpolant(**{field: margin})

@@ -46,13 +46,13 @@ def measured(name):
     ode = AdaptiveODE(rtol=run["rtol"], atol=run["atol"], control=torchdiffeq_control)
     if run["method"] in METHODS:
         ode = FixedStepODE(METHODS[run["method"]], run["num_steps"] - 1)
-    likelihood = FlowLikelihood(ode, fresh=run["eps"] == "fresh")
+    likelihood = FlowLikelihood(ode, fresh_probes=run["eps"] == "fresh")
     draw = draws(name)
 
     @once
     def go(params, x):
         net = lambda x, t: network.apply({"params": params}, x, t, jnp.asarray(G["y"]))
-        return likelihood(draw, process, net, x)
+        return likelihood(net, process, x, draw)
 
     return go(params, START)
 
@@ -96,12 +96,11 @@ def test_gaussian_data(path, predicts, trace):
     likelihood = FlowLikelihood(AdaptiveODE(rtol=1e-6, atol=1e-6), **how)
     draw = rng.rademacher_probes(rng.image_keys(0, jnp.arange(3)), (2, 2, 1))
     net = gaussian(process, 0.7, 0.4)
-    stats, end = once(lambda x: likelihood(draw, process, net, x))(data)
-    np.testing.assert_allclose(
-        stats["nats"], gaussian_density(data, 0.7, 0.4), atol=1e-3
-    )
-    np.testing.assert_allclose(end, (data - 0.7) / 0.4, atol=1e-3)
-    assert stats["finished"]
+    result = once(lambda x: likelihood(net, process, x, draw))(data)
+    exact = gaussian_density(data, 0.7, 0.4)
+    np.testing.assert_allclose(result.nats, exact, atol=1e-3)
+    np.testing.assert_allclose(result.noise, (data - 0.7) / 0.4, atol=1e-3)
+    assert result.finished
 
 
 def test_vp_stops_where_its_noise_does():
@@ -110,12 +109,10 @@ def test_vp_stops_where_its_noise_does():
     data = 0.7 + 0.4 * jax.random.normal(jax.random.key(0), (3, 2, 2, 1))
     draw = rng.rademacher_probes(rng.image_keys(0, jnp.arange(3)), (2, 2, 1))
     net = gaussian(process, 0.7, 0.4)
-    run = once(lambda x: FlowLikelihood(FixedStepODE(rk4, 100))(draw, process, net, x))
-    stats, _ = run(data)
+    run = once(lambda x: FlowLikelihood(FixedStepODE(rk4, 100))(net, process, x, draw))
     # what is measured is the data with the noise of time 0.999, 0.011 of it
-    np.testing.assert_allclose(
-        stats["nats"], gaussian_density(data, 0.7, 0.4), atol=0.02
-    )
+    exact = gaussian_density(data, 0.7, 0.4)
+    np.testing.assert_allclose(run(data).nats, exact, atol=0.02)
 
 
 def mixing(x, t):
@@ -129,9 +126,9 @@ def test_probes_average_to_the_trace():
     draw = rng.rademacher_probes(keys, (3, 3, 1))
     ode = FixedStepODE(heun, 4)
     run = lambda **how: once(
-        lambda x: FlowLikelihood(ode, **how)(draw, Interpolant(), mixing, x)[0]["nats"]
+        lambda x: FlowLikelihood(ode, **how)(mixing, Interpolant(), x, draw).nats
     )(data)
-    whole, one, many = run(trace=exact_trace), run(), run(probes=400)
+    whole, one, many = run(trace=exact_trace), run(), run(num_probes=400)
     assert np.abs(one - whole).max() > 0.1
     # the spread of one probe is about 1, of 400 a twentieth
     np.testing.assert_allclose(many, whole, atol=0.2)
@@ -142,9 +139,9 @@ def test_a_record_does_not_see_its_neighbours():
     draw = rng.rademacher_probes(rng.image_keys(5, jnp.arange(4)), (3, 3, 1))
     two = rng.rademacher_probes(rng.image_keys(5, jnp.arange(2)), (3, 3, 1))
     go = lambda draw: (
-        lambda x: FlowLikelihood(FixedStepODE(heun, 4))(draw, Interpolant(), mixing, x)[
-            0
-        ]["nats"]
+        lambda x: (
+            FlowLikelihood(FixedStepODE(heun, 4))(mixing, Interpolant(), x, draw).nats
+        )
     )
     alone, together = once(go(two))(data[:2]), once(go(draw))(data)
     np.testing.assert_allclose(alone, together[:2], rtol=1e-6)
@@ -159,16 +156,15 @@ def test_recorded_bounds(name, model):
     net = lambda x, t: model(x, t, labels)
     bound = VariationalBound(int(run["respacing"]), clip=run["clip_denoised"])
     draw = rng.recorded_noise(kicks)
-    stats, _ = once(lambda x: bound(draw, GaussianDiffusion(), net, x))(
-        nhwc(g["x_data"])
-    )
+    run_bound = once(lambda x: bound(net, GaussianDiffusion(), x, draw))
+    result = run_bound(nhwc(g["x_data"]))
     size = np.prod(g["x_data"].shape[1:])
     ours = {
-        "total_bpd": -stats["nats"] / (size * np.log(2)),
-        "prior_bpd": stats["prior"],
-        "vb": stats["bound"].T,
-        "xstart_mse": stats["data_mse"].T,
-        "mse": stats["noise_mse"].T,
+        "total_bpd": -result.nats / (size * np.log(2)),
+        "prior_bpd": result.prior_vb,
+        "vb": result.vb.T,
+        "xstart_mse": result.data_mse.T,
+        "mse": result.noise_mse.T,
     }
     for key, (rounding, scale) in run["f32_vs_f64"].items():
         slack = max(5 * rounding, 1e-5 * scale)
@@ -178,7 +174,7 @@ def test_recorded_bounds(name, model):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: FlowLikelihood(probes=0), "probes=0"),
+        (lambda: FlowLikelihood(num_probes=0), "num_probes=0"),
         (lambda: FlowLikelihood(SDE()), "SDE follows no flow"),
         (
             lambda: FlowLikelihood()(None, GaussianDiffusion(), None, None),
@@ -186,7 +182,7 @@ def test_recorded_bounds(name, model):
         ),
         (
             lambda: VariationalBound()(None, Interpolant(), None, None),
-            "ChainBound samples a Diffusion",
+            "VariationalBound samples a GaussianDiffusion",
         ),
     ],
     ids=["probes", "sde", "diffusion", "interpolant"],
@@ -200,4 +196,4 @@ def test_an_exact_trace_of_much_is_refused():
     likelihood = FlowLikelihood(FixedStepODE(euler, 1), trace=exact_trace)
     draw = rng.rademacher_probes(rng.image_keys(0, jnp.arange(1)), (32, 32, 5))
     with pytest.raises(UserError, match="exact trace of 5120 dimensions"):
-        likelihood(draw, Interpolant(), lambda x, t: x, jnp.ones((1, 32, 32, 5)))
+        likelihood(lambda x, t: x, Interpolant(), jnp.ones((1, 32, 32, 5)), draw)

@@ -53,7 +53,7 @@ def test_the_start_is_pefts(base):
 
 def test_new_classes_begin_as_the_null_label_and_tables_by_their_other_side(base):
     parts, state, _ = begun(base, new_classes=2, targets=LABEL_TABLE)
-    node = join(state.params, state.frozen)["cond"]["label"]["embedding"]
+    node = join(state.params, state.frozen_params)["cond"]["label"]["embedding"]
     assert isinstance(node, LoRAWeight) and isinstance(node.base, ExtraRows)
     assert not np.any(node.lora_a) and np.std(node.lora_b) > 0.5
     table = np.asarray(node.read())
@@ -65,7 +65,7 @@ def test_new_classes_begin_as_the_null_label_and_tables_by_their_other_side(base
 @pytest.mark.parametrize("dora", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_step_0_gives_what_the_base_gives(base, dora):
     parts, state, _ = begun(base, dora=dora, targets="blocks/.*")
-    stored = join(state.params, state.frozen)
+    stored = join(state.params, state.frozen_params)
     plain = jax.tree.map(
         np.asarray, small.random_params(build_experiment(small.config(), TRAINING), 10)
     )
@@ -154,9 +154,12 @@ def test_another_base_is_refused_by_its_hash(run, tmp_path):
 @pytest.mark.slow  # test_stored_steps.py takes a step over int8
 def test_int8_stays_int8(base):
     parts, state, _ = begun(base, int8="blocks/attn/qkv/kernel")
-    kinds = {x.dtype for x in jax.tree.leaves(state.frozen["blocks"])}
+    kinds = {x.dtype for x in jax.tree.leaves(state.frozen_params["blocks"])}
     assert {str(kind) for kind in kinds} == {"int8", "float32"}
-    assert state.frozen["blocks"]["attn"]["qkv"]["kernel"].base.codes.dtype == "int8"
+    assert (
+        state.frozen_params["blocks"]["attn"]["qkv"]["kernel"].base.codes.dtype
+        == "int8"
+    )
 
 
 @pytest.mark.parametrize("form", [pytest.param("w8", marks=pytest.mark.slow), "w8a8"])
@@ -170,7 +173,7 @@ def test_a_quantized_checkpoint_can_be_the_base(base, tmp_path, form):
             begun(tmp_path / "q")
         return
     _, state, record = begun(tmp_path / "q")
-    node = state.frozen["blocks"]["attn"]["qkv"]["kernel"]
+    node = state.frozen_params["blocks"]["attn"]["qkv"]["kernel"]
     assert node.base.codes.dtype == "int8" and len(record["sha256"]) == 64
 
 

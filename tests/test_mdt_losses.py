@@ -36,9 +36,9 @@ def test_the_losses_of_both_passes_are_as_recorded(name):
     total = slack = 0
     data, noise = nhwc(golden["loss.x_start"]), nhwc(golden["loss.noise"])
     t, y = jnp.asarray(golden["loss.t"], jnp.int32), golden["loss.y"]
-    loss = lambda out: process(name).loss(lambda x, t: out, data, noise, t)
+    loss = lambda out: process(name).losses(lambda x, t: out, data, noise, t)
     terms_of = quick_jit(loss)
-    alpha, sigma = process(name).levels(golden["loss.t"])
+    alpha, sigma = process(name).float64_path(golden["loss.t"])
     x = alpha[:, None, None, None] * data + sigma[:, None, None, None] * noise
     for key, masks in (("nomask", {}), ("mask", recorded_masks(name))):
         inputs = (x.astype(np.float32), golden["loss.t"], y, masks)
@@ -69,14 +69,14 @@ def test_min_snr_weighs_the_squared_error_alone(which):
 
     golden = arrays("mdt2")
     predicts = predictions.data if which == "fixed_xstart" else predictions.noise
-    process = GaussianDiffusion(predicts=predicts, objective=mdt_min_snr_loss)
+    process = GaussianDiffusion(prediction=predicts, objective=mdt_min_snr_loss)
     out = nhwc(golden["loss.fixed_model_output"])
     data, noise = nhwc(golden["loss.x_start"]), nhwc(golden["loss.noise"])
     t = jnp.asarray(golden["loss.t"], jnp.int32)
     net = lambda x, t: jnp.asarray(out)
     both = lambda: (
-        process.loss(net, data, noise, t),
-        GaussianDiffusion(predicts=predicts).loss(net, data, noise, t),
+        process.losses(net, data, noise, t),
+        GaussianDiffusion(prediction=predicts).losses(net, data, noise, t),
     )
     terms, plain = quick_jit(both)()
     np.testing.assert_allclose(
@@ -93,7 +93,7 @@ def test_min_snr_is_that_of_the_schedule():
     ones = jnp.ones((n, 1, 1, 1))
     process = GaussianDiffusion(objective=mdt_min_snr_loss)
     out = lambda x, t: jnp.concatenate([0 * ones, 0 * ones], -1)
-    terms = quick_jit(lambda: process.loss(out, 0 * ones, ones, jnp.arange(n)))()
+    terms = quick_jit(lambda: process.losses(out, 0 * ones, ones, jnp.arange(n)))()
     weight = np.asarray(terms["mse"])
     seen = weight[[0, 50, 100, 130]]
     np.testing.assert_allclose(seen, [5.0e-4, 0.155, 0.586, 1.0], rtol=2e-3)

@@ -59,7 +59,7 @@ def test_a_chain_of_eight_steps_ends_as_recorded(name, run, cfg):
             net, jnp.asarray(golden["sample.y"]), model.classes, scale
         )
         chain = DDPM(steps=8, clip=told["clip_denoised"])
-        return chain(lambda i: noise[i], GaussianDiffusion(), net, start)[0]
+        return chain(net, GaussianDiffusion(), start, lambda i: noise[i]).data
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layers, "timestep_frequencies", lambda half, shift: FREQUENCIES)

@@ -27,7 +27,7 @@ def data_loss(alpha, sigma, most=5.0):
 def outputs(path, predicts, x, t):
     """What a network says whose guess at the data is wrong by OFF, at x."""
     alpha, sigma = path(t)
-    p, q = predicts(path, t)
+    p, q = predicts.weights(path, t)
     data = DATA + OFF
     return p * data + q * (x - alpha * data) / sigma
 
@@ -41,7 +41,7 @@ def test_all_predictions_of_an_interpolant_have_one_loss(path):
         predicts = getattr(predictions, name)
         net = lambda x, t, predicts=predicts: outputs(path, predicts, x, at)
         process = Interpolant(path, predicts, MinSnr())
-        loss = process.loss(net, DATA, NOISE, t)["loss"]
+        loss = process.losses(net, DATA, NOISE, t)["loss"]
         # differences of float32 numbers about 10 times their difference
         np.testing.assert_allclose(loss, wanted, rtol=2e-4, err_msg=name)
 
@@ -50,7 +50,7 @@ def test_all_predictions_of_an_interpolant_have_one_loss(path):
 def test_and_all_of_a_diffusion(predicts):
     predicts = previous_x if predicts == "previous" else getattr(predictions, predicts)
     process = GaussianDiffusion(
-        predicts=predicts, variance=fixed_small, objective=MinSnrHybridLoss(3.0)
+        prediction=predicts, variance=fixed_small, objective=MinSnrHybridLoss(3.0)
     )
     t = jnp.array([5, 100, 200, 400, 700])
     at = expand_dims_like(t, DATA)
@@ -61,8 +61,8 @@ def test_and_all_of_a_diffusion(predicts):
         data = DATA + OFF
         return p * data + q * (x - alpha * data) / sigma
 
-    loss = quick_jit(lambda: process.loss(net, DATA, NOISE, t))()["loss"]
-    alpha, sigma = process.levels(np.asarray(t))
+    loss = quick_jit(lambda: process.losses(net, DATA, NOISE, t))()["loss"]
+    alpha, sigma = process.float64_path(np.asarray(t))
     # `previous` moves by 1e-2 of the data's error: float32 leaves 1e-4 of that
     np.testing.assert_allclose(loss, data_loss(alpha, sigma, 3.0), rtol=5e-3)
 
@@ -89,8 +89,8 @@ def test_weights_are_finite_over_the_times_that_are_trained_on():
     for path in (linear, gvp, VP()):
         for name in PREDICTS:
             process = Interpolant(path, getattr(predictions, name), MinSnr())
-            t = jnp.array(process.train_span(), jnp.float32)
-            assert np.isfinite(process.weight(path, process.predicts, t)).all()
+            t = jnp.array(process.train_interval(), jnp.float32)
+            assert np.isfinite(process.loss_weight(path, process.prediction, t)).all()
 
 
 @pytest.mark.parametrize("make", [MinSnr, MinSnrHybridLoss])

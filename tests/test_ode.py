@@ -63,9 +63,9 @@ def test_gaussian_data_exactly(path, predicts):
     process, mean, std = Interpolant(PATHS[path], predicts), 1.5, 0.5
     start = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
     net = gaussian(process, mean, std)
-    data, _ = once(lambda z: FixedStepODE(heun, 200)(None, process, net, z))(start)
+    data = once(lambda z: FixedStepODE(heun, 200)(net, process, z))(start).data
     (at_0, left_0), (at_1, left_1) = (
-        map(float, process.path(jnp.float32(t))) for t in process.span()
+        map(float, process.path(jnp.float32(t))) for t in process.time_interval()
     )
     ratio = np.hypot(at_1 * std, left_1) / np.hypot(at_0 * std, left_0)
     # 200 steps of order 2, with slopes up to about 10
@@ -81,7 +81,7 @@ def test_one_image_is_found(path, predicts, method):
     image = jnp.linspace(-1, 1, 16).reshape(1, 4, 4, 1)
     noise = jax.random.normal(jax.random.key(1), (3, 4, 4, 1))
     net = one_image(process, image)
-    data, _ = once(lambda z: FixedStepODE(method, 200)(None, process, net, z))(noise)
+    data = once(lambda z: FixedStepODE(method, 200)(net, process, z))(noise).data
     # what is left of the noise at the end, up to 0.011 of it, and the grid's error
     np.testing.assert_allclose(data, jnp.broadcast_to(image, data.shape), atol=0.05)
 
@@ -107,8 +107,8 @@ def test_evaluations_are_those_made(sampler):
     # the jump makes adaptive solvers reject steps
     bumpy = lambda x, t: jnp.where(expand_dims_like(t, x) < 0.4, -x, 9 * jnp.cos(9 * x))
     net, calls = counted(bumpy)
-    run = once(lambda z: sampler(None, Interpolant(), net, z))
-    _, stats = run(jnp.linspace(-1, 1, 16).reshape(2, 2, 2, 2))
+    run = once(lambda z: sampler(net, Interpolant(), z))
+    stats = run(jnp.linspace(-1, 1, 16).reshape(2, 2, 2, 2)).stats()
     jax.effects_barrier()
     assert len(calls) == stats["evaluations"] and stats["evaluations"].dtype == np.int32
     if isinstance(sampler, AdaptiveODE):
@@ -122,10 +122,12 @@ def test_four_devices_equal_one(name):
         jnp.tanh(3 * x) * (1 + expand_dims_like(t, x)) + jnp.roll(x, 1, axis=1)
     )
     noise = jax.random.normal(jax.random.key(0), (8, 4, 4, 2))
-    run = lambda z: sampler(None, Interpolant(), net, z)
-    alone, stats = once(run)(noise)
+    run = lambda z: sampler(net, Interpolant(), z)
+    result = once(run)(noise)
+    alone, stats = result.data, result.stats()
     where = batch_sharding(make_mesh(devices=jax.devices()[:4]))
-    shared, shared_stats = once(run, in_shardings=where)(noise)
+    result = once(run, in_shardings=where)(noise)
+    shared, shared_stats = result.data, result.stats()
     assert len(shared.sharding.device_set) == 4
     np.testing.assert_allclose(shared, alone, rtol=1e-6, atol=1e-6)
     for key in stats:
@@ -141,18 +143,19 @@ def test_draw_is_not_called_and_the_state_is_float32(name):
 
     net = lambda x, t: jax.lax.reduce_precision(x, 8, 7).astype(jnp.bfloat16)
     start = jnp.ones((1, 2, 2, 1), jnp.bfloat16)
-    data, _ = once(lambda z: sampler(draw, Interpolant(), net, z))(start)
+    data = once(lambda z: sampler(net, Interpolant(), z, draw))(start).data
     assert data.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_states_kept_on_the_way(name):
     """Evenly spaced, and the last is the end; x = exp(t) tells when."""
-    sampler = dataclasses.replace(SAMPLERS[name], frames=2)
+    sampler = dataclasses.replace(SAMPLERS[name], trajectory_length=2)
     sampler = dataclasses.replace(sampler, steps=4) if name == "fixed" else sampler
     net = lambda x, t: x
     start = jnp.ones((2, 2, 2, 1))
-    data, stats = once(lambda z: sampler(None, Interpolant(), net, z))(start)
+    result = once(lambda z: sampler(net, Interpolant(), z))(start)
+    data, stats = result.data, result.stats()
     way = stats["trajectory"]
     assert way.shape == (2, 2, 2, 2, 1)
     np.testing.assert_allclose(way[-1], data, rtol=1e-6)
@@ -160,9 +163,9 @@ def test_states_kept_on_the_way(name):
 
 
 def test_more_states_than_steps_are_refused():
-    with pytest.raises(UserError, match="frames=5.*3 steps"):
-        FixedStepODE(heun, 3, frames=5)(
-            None, Interpolant(), lambda x, t: x, jnp.ones((1, 1, 1, 1))
+    with pytest.raises(UserError, match="trajectory_length=5.*3 steps"):
+        FixedStepODE(heun, 3, trajectory_length=5)(
+            lambda x, t: x, Interpolant(), jnp.ones((1, 1, 1, 1))
         )
 
 
@@ -172,11 +175,11 @@ def test_more_states_than_steps_are_refused():
         (lambda: FixedStepODE(steps=0), "steps=0"),
         (lambda: FixedStepODE(steps=-3), "steps=-3"),
         (lambda: FixedStepODE(steps=2.5), "steps=2.5"),
-        (lambda: FixedStepODE(frames=-1), "frames=-1"),
+        (lambda: FixedStepODE(trajectory_length=-1), "trajectory_length=-1"),
         (lambda: Adams(0), "steps=0: a whole number, at least 1"),
         (lambda: Adams(corrections=0), "corrections=0"),
         (lambda: Adams(rtol=-1.0), "rtol=-1"),
-        (lambda: AdaptiveODE(frames=1.5), "frames=1.5"),
+        (lambda: AdaptiveODE(trajectory_length=1.5), "trajectory_length=1.5"),
         (lambda: AdaptiveODE(rtol=-1e-3), "rtol=-0.001"),
         (lambda: AdaptiveODE(atol=float("nan")), "atol=nan"),
         (lambda: AdaptiveODE(rtol=0, atol=0), "rtol=0"),
@@ -197,4 +200,4 @@ def test_impossible_settings_are_refused(make, message):
 )
 def test_a_diffusion_is_refused(sampler):
     with pytest.raises(UserError, match="Diffusion .* use DDPM or DDIM"):
-        sampler(None, GaussianDiffusion(), None, None)
+        sampler(None, GaussianDiffusion(), None)

@@ -29,7 +29,7 @@ from sit_jax.parallel.mesh import (
 )
 from sit_jax.planning import programs, tpu_compile
 from sit_jax.planning.memory import count_device_bytes
-from sit_jax.training.state import create_train_state
+from sit_jax.training.state import TrainState
 
 # Wide enough that most kernels have more than sharding_rules.SMALL elements.
 SIZE = dict(depth=2, width=64, heads=4, patch=2, classes=5)
@@ -66,7 +66,9 @@ def run(family, mesh, steps=5):
     """-> losses of a few steps as train.py takes them, and the state after them."""
     c = config(family)
     parts = programs.build_training_experiment(c)
-    begin = partial(create_train_state, parts.optimizer, decay=parts.ema_decay)
+    begin = partial(
+        TrainState.create, optimizer=parts.optimizer, ema_decay=parts.ema_decay
+    )
     _, where = programs.eval_state_shapes(parts, mesh)
     params = small.random_params(parts, 0)
     state = jax.jit(begin, out_shardings=where, compiler_options=QUICK)(params)

@@ -11,7 +11,7 @@ from networks import quick_jit
 
 from sit_jax.diffusion.timesteps import LossSecondMoment
 from sit_jax.models.codec import Pixels
-from sit_jax.training.state import create_train_state, sampled_ema
+from sit_jax.training.state import TrainState, sampled_ema
 from sit_jax.training.step import make_train_step
 
 pytestmark = pytest.mark.slow  # together they compile for a minute or two
@@ -43,9 +43,18 @@ def toy(passes=None):
     model = types.SimpleNamespace(classes=5, apply=apply)
     if passes:
         model.passes = passes
+        model.ways = lambda inputs, shape: (0, [inputs])
     times = lambda key, n: jax.random.randint(key, (n,), 0, 8)
-    betas = np.zeros(8)
-    process = types.SimpleNamespace(times=times, loss=loss, end=8, betas=betas)
+    process = types.SimpleNamespace(
+        sample_times=times,
+        losses=loss,
+        max_time=8,
+        num_timesteps=8,
+        timestep_map=tuple(range(8)),
+        progress=None,
+        posterior=None,
+        respace=None,
+    )
     return model, process, seen
 
 
@@ -57,16 +66,18 @@ def masked(key, shape):
 def stepped(passes=masked, data=None, decay=0.9, **options):
     model, process, seen = toy(passes)
     params = {"plain": jnp.float32(0.3), "masked": jnp.float32(0.7)}
-    timesteps = options.get("timesteps")
-    losses = timesteps.begin(process) if timesteps else ()
-    state = create_train_state(TX, params, decay, losses)
-    made = make_train_step(model, process, TX, decay, **options)
+    timesteps = options.get("timestep_sampler")
+    losses = timesteps.init(process) if timesteps else ()
+    state = TrainState.create(
+        params, TX, ema_decay=decay, timestep_sampler_state=losses
+    )
+    made = make_train_step(model, process, TX, ema_decay=decay, **options)
     arguments = (state, Pixels(), data or batch(), jax.random.key(0))
     return made, arguments, seen
 
 
 def test_a_second_pass_has_its_own_noise_and_labels_but_the_same_times():
-    made, arguments, seen = stepped(drop=0.5)
+    made, arguments, seen = stepped(label_dropout=0.5)
     made(*arguments)
     plain, hidden = seen[0], seen[1]
     for name in ("t", "data"):
@@ -100,9 +111,9 @@ def test_the_gradient_and_the_metrics_are_those_of_both_passes():
 
 
 def test_parts_of_a_batch_have_the_masks_and_the_losses_of_the_whole():
-    options = dict(by_quartile=True, timesteps=LossSecondMoment(2))
+    options = dict(log_quartiles=True, timestep_sampler=LossSecondMoment(2))
     whole, in_parts = (
-        quick_jit(stepped(accumulate=n, **options)[0])(*stepped(**options)[1])
+        quick_jit(stepped(microbatches=n, **options)[0])(*stepped(**options)[1])
         for n in (1, 4)
     )
     one, other = jax.tree.leaves(whole), jax.tree.leaves(in_parts)
@@ -112,7 +123,7 @@ def test_parts_of_a_batch_have_the_masks_and_the_losses_of_the_whole():
 
 
 def test_quartiles_are_of_every_term_and_their_mean_is_the_loss():
-    made, arguments, seen = stepped(by_quartile=True)
+    made, arguments, seen = stepped(log_quartiles=True)
     _, metrics = made(*arguments)
     t = np.asarray(seen[0]["t"])
     share = np.bincount(t // 2, minlength=4) / B
@@ -124,11 +135,13 @@ def test_quartiles_are_of_every_term_and_their_mean_is_the_loss():
 
 def test_times_chosen_by_loss_learn_from_both_passes_and_weigh_the_gradient():
     chooser = LossSecondMoment(1, 0.1)
-    made, (state, *rest), seen = stepped(timesteps=chooser)
-    known = chooser.add(state.losses, jnp.arange(8), 1.0 + jnp.arange(8))
-    new, metrics = made(state.replace(losses=known), *rest)
+    made, (state, *rest), seen = stepped(timestep_sampler=chooser)
+    known = chooser.update(
+        state.timestep_sampler_state, jnp.arange(8), 1.0 + jnp.arange(8)
+    )
+    new, metrics = made(state.replace(timestep_sampler_state=known), *rest)
     t = np.asarray(seen[0]["t"])
-    weights = 1 / (8 * np.asarray(chooser.chances(known))[t])
+    weights = 1 / (8 * np.asarray(chooser.probabilities(known))[t])
     total = 0
     for prefix, each in zip(("", "m_"), seen, strict=True):
         hidden = 0 if each["hidden"] is None else each["hidden"]
@@ -140,7 +153,9 @@ def test_times_chosen_by_loss_learn_from_both_passes_and_weigh_the_gradient():
         total = total + loss
     last = {int(step): float(total[i]) for i, step in enumerate(t)}
     for step, value in last.items():
-        assert float(new.losses.last[step, 0]) == pytest.approx(value, rel=1e-5)
+        assert float(new.timestep_sampler_state.last[step, 0]) == pytest.approx(
+            value, rel=1e-5
+        )
 
 
 def test_one_pass_is_the_program_of_a_model_without_passes():
@@ -158,7 +173,7 @@ def test_a_masked_loss_that_is_not_finite_skips_the_step():
     made, arguments, _ = stepped(broken)
     new, metrics = quick_jit(made)(*arguments)
     assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["m_loss"])
-    assert new.skipped.tolist() == [1, 1]
+    assert new.skipped_steps.tolist() == [1, 1]
     assert float(new.params["plain"]) == np.float32(0.3)
 
 

@@ -122,6 +122,6 @@ def test_what_is_promised_passes(precision, device, bits, emulation):
 )
 def test_anything_else_is_told_in_one_line(precision, device, bits, emulation, meant):
     told = precision_warning(precision, found(24, *bits), emulation, device)
-    assert told.startswith(f"WARNING: precision {precision.word} means {meant}")
+    assert told.startswith(f"WARNING: precision {precision.name} means {meant}")
     assert f"a dot keeps {bits[0]} and a convolution {bits[1]}" in told
     assert "\n" not in told

@@ -21,7 +21,7 @@ def program(name, sampler):
         GaussianDiffusion(variance=fixed_small) if name in CHAINS else Interpolant()
     )
     draw = lambda i: jnp.zeros((2, 4, 4, 1))
-    run = lambda x: sampler(draw, process, lambda x, t: 0.5 * x, x)[0]
+    run = lambda x: sampler(lambda x, t: 0.5 * x, process, x, draw).data
     return jax.make_jaxpr(run)(jnp.zeros((2, 4, 4, 1))).jaxpr
 
 
@@ -43,7 +43,7 @@ def test_no_product_is_left_to_the_platform(name):
 def test_the_network_keeps_the_precision_that_it_is_given():
     def seen(word):
         net = lambda x, t: x @ jnp.eye(1)
-        run = lambda x: AdaptiveODE()(None, Interpolant(), net, x)[0]
+        run = lambda x: AdaptiveODE()(net, Interpolant(), x).data
         with jax.default_matmul_precision(word):
             found = jax.make_jaxpr(run)(jnp.zeros((2, 4, 4, 1))).jaxpr
         dots = [e for e in equations(found) if e.primitive.name == "dot_general"]

@@ -144,12 +144,12 @@ def test_a_worse_network_leads_away(run, tmp_path, weights):
 
 def test_a_worse_network_must_be_asked_the_same(run, tmp_path):
     config = small.config()
-    config.process.predicts = predictions.noise
+    config.process.prediction = predictions.noise
     other = small.checkpoint(tmp_path / "weak", config)
     how = ("--autoguidance", other, "--guidance", "3", "--out", tmp_path / "x.npy")
     code, _, err = run("--labels", "1", *how)
     assert code == 2 and not (tmp_path / "x.npy").exists()
-    assert "Interpolant(path=linear, predicts=noise), where" in err
+    assert "Interpolant(path=linear, prediction=noise), where" in err
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def test_recorded_runs(name):
     run = RUNS[name]
     margin = run["force_sample_eps"]
     process = Interpolant(
-        PATHS[run["path"]], PREDICTS[run["prediction"]], sample_margin=margin
+        PATHS[run["path"]], PREDICTS[run["prediction"]], sample_eps=margin
     )
     sampler = SDE(
         run["num_steps"],
@@ -109,8 +109,8 @@ def test_gaussian_data(path, predicts):
     }
     sampler = SDE(400, form[predicts], last_step=sde.last_step_none)
     net, draws = gaussian(process, mean, std), normal(400, 2048, 2, 2, 1)
-    run = once(lambda z, draws: sampler(recorded_noise(draws), process, net, z))
-    data, _ = run(draws[-1], draws[:-1])
+    run = once(lambda z, draws: sampler(net, process, z, recorded_noise(draws)))
+    data = run(draws[-1], draws[:-1]).data
     # 8192 values: the standard errors are 0.0055 and 0.004, and the grid adds as much
     assert abs(float(data.mean()) - mean) < 0.025
     assert abs(float(data.std()) - std) < 0.02
@@ -127,7 +127,9 @@ def test_one_image_is_found(path, predicts, method):
     draws = normal(100, 3, 4, 4, 1)
     net = one_image(process, image)
     sampler = SDE(100, last_step=sde.last_step_tweedie, method=METHODS[method])
-    data, _ = once(lambda z: sampler(recorded_noise(draws), process, net, z))(draws[-1])
+    data = once(lambda z: sampler(net, process, z, recorded_noise(draws)))(
+        draws[-1]
+    ).data
     # whatever noise is left, this network knows the image: exact but for rounding
     np.testing.assert_allclose(data, jnp.broadcast_to(image, data.shape), atol=1e-4)
 
@@ -145,7 +147,9 @@ def test_last_steps_come_near_the_image(path, last_step):
     image = jnp.linspace(-1, 1, 16).reshape(1, 4, 4, 1)
     draws = normal(250, 3, 4, 4, 1)
     net, sampler = one_image(process, image), SDE(last_step=last_step)
-    data, _ = once(lambda z: sampler(recorded_noise(draws), process, net, z))(draws[-1])
+    data = once(lambda z: sampler(net, process, z, recorded_noise(draws)))(
+        draws[-1]
+    ).data
     assert np.abs(data - image).mean() < 0.1
 
 
@@ -159,30 +163,32 @@ def test_runs_are_finite_up_to_both_ends(path, form):
     draws = normal(9, 3, 4, 4, 1)
     sampler = SDE(9, FORMS[form], last_step=sde.last_step_none, method=sde.heun)
     net = lambda x, t: 0.5 * x - 1
-    data, _ = once(lambda z: sampler(recorded_noise(draws), process, net, z))(draws[-1])
+    data = once(lambda z: sampler(net, process, z, recorded_noise(draws)))(
+        draws[-1]
+    ).data
     assert np.isfinite(data).all()
 
 
 def toy(sampler, draws, net=lambda x, t: -x, **options):
-    run = lambda z, draws: sampler(recorded_noise(draws), Interpolant(), net, z)
-    return once(run, **options)(jnp.ones(draws.shape[1:]), draws)
+    run = lambda z, draws: sampler(net, Interpolant(), z, recorded_noise(draws))
+    return once(run, **options)(jnp.ones(draws.shape[1:]), draws)  # SamplerResult
 
 
 def test_noise_is_what_draw_gives():
     draws = normal(9, 8, 2, 2, 1)
-    one, other = toy(SDE(10), draws)[0], toy(SDE(10), -draws)[0]
+    one, other = toy(SDE(10), draws).data, toy(SDE(10), -draws).data
     assert np.abs(one - other).mean() > 0.1
-    np.testing.assert_array_equal(one, toy(SDE(10), draws)[0])
+    np.testing.assert_array_equal(one, toy(SDE(10), draws).data)
     # without diffusion it is the ODE, whatever is drawn
-    still = [toy(SDE(10, norm=0.0), d)[0] for d in (draws, -draws)]
+    still = [toy(SDE(10, norm=0.0), d).data for d in (draws, -draws)]
     np.testing.assert_array_equal(*still)
 
 
 def test_four_devices_equal_one():
     draws = normal(9, 8, 2, 2, 1)
     where = batch_sharding(make_mesh(devices=jax.devices()[:4]))
-    shared, _ = toy(SDE(10), draws, in_shardings=(where, None))
-    np.testing.assert_allclose(shared, toy(SDE(10), draws)[0], rtol=1e-6, atol=1e-6)
+    shared = toy(SDE(10), draws, in_shardings=(where, None)).data
+    np.testing.assert_allclose(shared, toy(SDE(10), draws).data, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -195,16 +201,16 @@ def test_four_devices_equal_one():
 )
 def test_evaluations_are_those_made(sampler, evaluations):
     net, calls = counted(lambda x, t: -x)
-    _, stats = toy(sampler, jnp.zeros((9, 1, 2, 2, 1)), net)
+    result = toy(sampler, jnp.zeros((9, 1, 2, 2, 1)), net)
     jax.effects_barrier()
-    assert len(calls) == stats["evaluations"] == evaluations
+    assert len(calls) == result.num_evaluations == evaluations
 
 
 def test_state_is_float32():
     net = lambda x, t: x.astype(jnp.bfloat16)
     start = jnp.ones((1, 2, 2, 1), jnp.bfloat16)
     draw = lambda i: jnp.ones((1, 2, 2, 1))
-    assert SDE(3)(draw, Interpolant(), net, start)[0].dtype == jnp.float32
+    assert SDE(3)(net, Interpolant(), start, draw).data.dtype == jnp.float32
 
 
 @pytest.mark.parametrize(
@@ -225,4 +231,4 @@ def test_impossible_settings_are_refused(fields, message):
 
 def test_a_diffusion_is_refused():
     with pytest.raises(UserError, match="Diffusion .* use DDPM or DDIM"):
-        SDE()(None, GaussianDiffusion(), None, None)
+        SDE()(None, GaussianDiffusion(), None)

@@ -36,7 +36,7 @@ from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.models.codec import Pixels
 from sit_jax.models.dit import SiT
 from sit_jax.models.mdt import MDT
-from sit_jax.training.state import create_train_state
+from sit_jax.training.state import TrainState
 from sit_jax.training.step import make_train_step
 
 
@@ -82,16 +82,16 @@ def test_a_step_moves_the_adapters_alone(kind):
             else quantize_int8(path, w)
         )
         tree = replace_weights(tree, pattern, bases)
-    state = create_train_state(TX, jax.tree.map(jnp.asarray, tree))
+    state = TrainState.create(jax.tree.map(jnp.asarray, tree), TX)
     rng = np.random.default_rng(0)
     latent = rng.standard_normal((8, *SHAPE)).astype(np.float32)
     batch = {"latent": latent, "label": np.arange(8, dtype=np.int32) % 7}
-    step = quick_jit(make_train_step(model, Interpolant(), TX, decay=0.5))
+    step = quick_jit(make_train_step(model, Interpolant(), TX, ema_decay=0.5))
     before = state
     for _ in range(2):
         state, metrics = step(state, Pixels(), batch, jax.random.key(0))
     assert np.isfinite(metrics["loss"]) and metrics["bad"] == -1
-    assert equal(state.frozen, before.frozen)
+    assert equal(state.frozen_params, before.frozen_params)
     for part in (state.params, state.ema):
         moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), part, before.params)
         assert all(jax.tree.leaves(moved))
@@ -109,9 +109,9 @@ SLOWER = [pytest.param(MODELS[i], marks=pytest.mark.slow) for i in (0, 2, 3)]
 def test_every_network_takes_a_step_of_adapters(model):
     """Traced, not run: MDT's second pass has fewer tokens and other keys."""
     tree = replace_weights(weights(model), EVERY, partial(adapter, dropout=0.1))
-    state = create_train_state(TX, jax.tree.map(jnp.asarray, tree))
+    state = TrainState.create(jax.tree.map(jnp.asarray, tree), TX)
     process = Interpolant() if isinstance(model, SiT) else GaussianDiffusion()
-    step = make_train_step(model, process, TX, accumulate=2)
+    step = make_train_step(model, process, TX, microbatches=2)
     batch = {"latent": np.zeros((4, *SHAPE), np.float32), "label": np.zeros(4, int)}
     new, metrics = jax.eval_shape(step, state, Pixels(), batch, jax.random.key(0))
     assert jax.tree.structure(new) == jax.tree.structure(state)

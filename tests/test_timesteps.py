@@ -14,7 +14,7 @@ from sit_jax.errors import UserError
 from sit_jax.experiment import TRAINING, build_experiment
 
 STEPS = 6
-PROCESS = GaussianDiffusion().respaced(STEPS)
+PROCESS = GaussianDiffusion().respace(STEPS)
 
 
 class Released:

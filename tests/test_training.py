@@ -13,12 +13,9 @@ from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.models.codec import Pixels
 from sit_jax.parallel.mesh import batch_sharding, make_mesh, with_mesh
 from sit_jax.parallel.sharding_rules import state_shardings
-from sit_jax.training.state import create_train_state
-from sit_jax.training.step import (
-    accumulate_gradients,
-    make_train_step,
-    tensor_names,
-)
+from sit_jax.training.objectives import accumulate_gradients
+from sit_jax.training.state import TrainState
+from sit_jax.training.step import make_train_step, tensor_names
 
 
 def test_the_average_starts_as_a_copy_with_memory_of_its_own():
@@ -53,7 +50,9 @@ def test_parts_of_a_batch_give_the_gradient_and_metrics_of_the_whole(parts):
     w, x, y = (rng.standard_normal(n).astype(np.float32) for n in (5, (16, 5), 16))
     grad = jax.grad(loss, has_aux=True)
     whole, metrics = grad(w, x, y)
-    split, others = jax.jit(accumulate_gradients(grad, parts))(w, x, y)
+    with_rows = lambda *given: (*grad(*given), {"y": given[2]})
+    split, others, rows = jax.jit(accumulate_gradients(with_rows, parts))(w, x, y)
+    np.testing.assert_array_equal(rows["y"], y)
     assert relative(split, whole) < 1e-6
     for name, value in metrics.items():
         assert others[name] == pytest.approx(float(value), rel=1e-6)
@@ -61,11 +60,15 @@ def test_parts_of_a_batch_give_the_gradient_and_metrics_of_the_whole(parts):
 
 def on_mesh(mesh, accumulate):
     """-> a step, and its first state, placed on a mesh as train.py does."""
-    shapes = jax.eval_shape(partial(create_train_state, TX), weights())
+    shapes = jax.eval_shape(partial(TrainState.create, optimizer=TX), weights())
     where = state_shardings(mesh, shapes)
-    made = make_train_step(MODEL, Interpolant(), TX, 0.9, accumulate=accumulate)
+    made = make_train_step(
+        MODEL, Interpolant(), TX, ema_decay=0.9, microbatches=accumulate
+    )
     run = jax.jit(with_mesh(mesh, made), donate_argnums=0, out_shardings=(where, None))
-    state = jax.jit(partial(create_train_state, TX), out_shardings=where)(weights())
+    state = jax.jit(partial(TrainState.create, optimizer=TX), out_shardings=where)(
+        weights()
+    )
 
     def placed(state, batch):
         batch = jax.device_put(batch, batch_sharding(mesh))
@@ -124,7 +127,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_the_place(place):
     for part in ("params", "ema", "opt_state"):
         assert equal(getattr(after, part), getattr(before, part)), part
     assert int(after.step) == 1
-    assert after.skipped.tolist() == metrics["skipped"].tolist() == [1, 1]
+    assert after.skipped_steps.tolist() == metrics["skipped"].tolist() == [1, 1]
 
 
 def test_skipped_steps_are_counted_in_all_and_in_a_row():
@@ -132,7 +135,7 @@ def test_skipped_steps_are_counted_in_all_and_in_a_row():
     counts = []
     for data in (bad, bad, batch(), bad, batch(1)):
         state, metrics = step(state, data)
-        counts.append(state.skipped.tolist())
+        counts.append(state.skipped_steps.tolist())
         assert (metrics["bad"] == -1) == np.isfinite(metrics["loss"])
     assert counts == [[1, 1], [2, 2], [2, 0], [3, 1], [3, 0]]
     assert not equal(state.params, weights())
@@ -163,7 +166,7 @@ def test_bfloat16_is_of_the_network_alone():
     def loss(model, params, data, labels):
         net = partial(model.apply, {"params": params}, y=labels)
         t = jnp.linspace(0.05, 0.95, len(data))
-        return Interpolant().loss(net, data, data[::-1], t)["loss"]
+        return Interpolant().losses(net, data, data[::-1], t)["loss"]
 
     both = [loss(m, weights(), *batch().values()) for m in (rough, MODEL)]
     assert 1e-5 < relative(*both) < 0.02

@@ -21,7 +21,7 @@ from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.models.codec import Pixels
 from sit_jax.models.dit import DiT, SiT
-from sit_jax.training.state import create_train_state
+from sit_jax.training.state import TrainState
 from sit_jax.training.step import make_train_step
 
 FAMILIES = {"sit": (SiT, Interpolant()), "dit": (DiT, GaussianDiffusion())}
@@ -36,12 +36,12 @@ class Replayed:
     t: jax.Array
     noise: jax.Array
 
-    def times(self, key, n):
+    def sample_times(self, key, n):
         return self.t
 
-    def loss(self, net, data, noise, t):
+    def losses(self, net, data, noise, t):
         assert noise.shape == self.noise.shape
-        terms = self.process.loss(net, data, self.noise, t)
+        terms = self.process.losses(net, data, self.noise, t)
         rows = {f"row{i}": loss for i, loss in enumerate(terms["loss"])}
         return terms | rows
 
@@ -59,12 +59,14 @@ def curve(request):
     @partial(jax.jit, donate_argnums=0)
     def step(state, batch):
         replayed = Replayed(process, batch["t"], batch["noise"])
-        train_step = make_train_step(model, replayed, tx, decay=0.9999, drop=0.0)
+        train_step = make_train_step(
+            model, replayed, tx, ema_decay=0.9999, label_dropout=0.0
+        )
         return train_step(state, Pixels(), batch, jax.random.key(0))
 
     params, spare = to_flax(DIT_RULES, weights(f"train_{name}_init"))
     assert spare == {"pos_embed"}
-    state, first, metrics = create_train_state(tx, params), None, []
+    state, first, metrics = TrainState.create(params, tx), None, []
     for i in range(STEPS):
         batch = {
             "latent": nhwc(recorded["x1"][i]),
@@ -179,5 +181,5 @@ def test_adam_s_moments_after_the_last_step(curve):
 
 def test_no_step_was_skipped(curve):
     _, _, last, metrics = curve
-    assert last.skipped.tolist() == [0, 0]
+    assert last.skipped_steps.tolist() == [0, 0]
     assert all(m["bad"] == -1 for m in metrics)

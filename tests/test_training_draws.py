@@ -14,7 +14,7 @@ from sit_jax.config import spec
 from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.models.codec import Latents
-from sit_jax.training.state import create_train_state
+from sit_jax.training.state import TrainState
 from sit_jax.training.step import make_train_step
 
 
@@ -31,11 +31,13 @@ def drawn(at=0, drop=0.1, seed=1, n=4096):
         return x * variables["params"]["w"]
 
     model = types.SimpleNamespace(classes=5, apply=apply)
-    process = types.SimpleNamespace(times=Interpolant().times, loss=loss)
-    state = create_train_state(TX, {"w": jnp.ones(())}).replace(step=jnp.int32(at))
+    process = types.SimpleNamespace(
+        sample_times=Interpolant().sample_times, losses=loss
+    )
+    state = TrainState.create({"w": jnp.ones(())}, TX).replace(step=jnp.int32(at))
     moments = np.zeros((n, 2, 2, 2), np.float32)  # mean 0, log variance 0
     label = np.arange(n, dtype=np.int32) % 5
-    train_step = make_train_step(model, process, TX, drop=drop)
+    train_step = make_train_step(model, process, TX, label_dropout=drop)
     inputs = {"moments": moments, "label": label}
     train_step(state, Latents(scale=1.0), inputs, jax.random.key(seed))
     return jax.device_get(seen)

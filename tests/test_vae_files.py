@@ -22,7 +22,7 @@ def test_the_recorded_folder_becomes_a_codec():
     same(vae)
     assert vae.model == AutoencoderKL(channels=(4, 8, 8, 8), groups=4)
     assert vae.scale == 0.18215 and vae.rounding is to_uint8
-    assert vae.precision.word == "exact"
+    assert vae.precision.name == "exact"
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(vae.params))
 
 
@@ -81,7 +81,7 @@ def test_settings_go_into_the_codec(tmp_path):
     config = CONFIG | {"scaling_factor": 0.5}
     path = folder(tmp_path, config=config)
     vae = load_vae(path, "bf16", rounding=to_uint8_mdt, group=3)
-    assert vae.model.dtype == "bfloat16" and vae.precision.word == "bf16"
+    assert vae.model.dtype == "bfloat16" and vae.precision.name == "bf16"
     assert (vae.scale, vae.group, vae.rounding) == (0.5, 3, to_uint8_mdt)
     assert load_vae(path, scale=1.0).scale == 1.0
     with pytest.raises(UserError, match="no precision 'half'"):

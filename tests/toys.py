@@ -29,7 +29,7 @@ def one_image(process, data):
 
     def net(x, t):
         alpha, sigma = process.path(expand_dims_like(t, x))
-        p, q = process.predicts(process.path, expand_dims_like(t, x))
+        p, q = process.prediction(process.path, expand_dims_like(t, x))
         # at time 1 there is no noise left to tell
         return p * data + q * (x - alpha * data) / jnp.maximum(sigma, 1e-3)
 
@@ -42,7 +42,7 @@ def gaussian(process, mean, std):
     def net(x, t):
         at = expand_dims_like(t, x)
         alpha, sigma = process.path(at)
-        p, q = process.predicts(process.path, at)
+        p, q = process.prediction(process.path, at)
         pull = (x - alpha * mean) / (alpha**2 * std**2 + sigma**2)
         return p * (mean + alpha * std**2 * pull) + q * sigma * pull
 
@@ -68,7 +68,8 @@ def sampled(sampler, process, labels, start, draws=None, cfg=None):
         halves = guide_both_halves if doubled else classifier_free_guidance
         net = halves(net, jnp.asarray(labels), 10, cfg or 1)
         start = jnp.concatenate([start, start]) if doubled else start
-        data, stats = sampler(lambda i: draws[i], process, net, start)
+        result = sampler(net, process, start, lambda i: draws[i])
+        data, stats = result.data, result.stats()
         return data[: len(labels)], stats
 
     data, stats = run(params, start, draws)

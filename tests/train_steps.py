@@ -11,7 +11,7 @@ import optax
 from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.models.codec import Pixels
 from sit_jax.models.dit import SiT
-from sit_jax.training.state import create_train_state, init_params
+from sit_jax.training.state import TrainState, init_params
 from sit_jax.training.step import make_train_step, tensor_names
 
 SHAPE, B = (8, 8, 2), 16
@@ -30,7 +30,7 @@ def weights():
 
 
 def fresh():
-    return create_train_state(TX, jax.tree.map(jnp.asarray, weights()))
+    return TrainState.create(jax.tree.map(jnp.asarray, weights()), TX)
 
 
 def batch(seed=0, n=B):
@@ -39,7 +39,7 @@ def batch(seed=0, n=B):
     return {"latent": latent, "label": rng.integers(5, size=n).astype(np.int32)}
 
 
-TRAIN_STEP = make_train_step(MODEL, Interpolant(), TX, decay=0.9)
+TRAIN_STEP = make_train_step(MODEL, Interpolant(), TX, ema_decay=0.9)
 _compiled = jax.jit(TRAIN_STEP, donate_argnums=0)
 
 
@@ -64,7 +64,7 @@ def toy(apply, tx=TX):
     model = types.SimpleNamespace(
         classes=5, apply=lambda variables, x, t, y: apply(variables["params"], x)
     )
-    state = create_train_state(tx, params)
+    state = TrainState.create(params, tx)
     made = make_train_step(model, Interpolant(), tx)
     new, metrics = jax.jit(made)(state, Pixels(), batch(), jax.random.key(0))
     return new, tensor_names(state)[int(metrics["bad"])]

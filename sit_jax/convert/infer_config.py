@@ -125,10 +125,10 @@ def train_args(config: Any) -> dict[str, Any]:
         "wandb": False,
         "ckpt": None,
         "path_type": _name_of(process.path, PATHS),
-        "prediction": _name_of(process.predicts, PREDICTIONS),
-        "loss_weight": _name_of(process.weight, WEIGHTS),
-        "sample_eps": process.sample_margin,
-        "train_eps": process.train_margin,
+        "prediction": _name_of(process.prediction, PREDICTIONS),
+        "loss_weight": _name_of(process.loss_weight, WEIGHTS),
+        "sample_eps": process.sample_eps,
+        "train_eps": process.train_eps,
     }
 
 
@@ -266,10 +266,10 @@ def _process(args):
     return spec(
         Interpolant,
         path=PATHS[args["path_type"]],
-        predicts=PREDICTIONS[args["prediction"]],
-        weight=WEIGHTS[args["loss_weight"]],
-        train_margin=train,
-        sample_margin=sample,
+        prediction=PREDICTIONS[args["prediction"]],
+        loss_weight=WEIGHTS[args["loss_weight"]],
+        train_eps=train,
+        sample_eps=sample,
     )
 
 

@@ -105,7 +105,7 @@ def band(record):
         if measured.get("emulate") is not None:
             return BANDS[EMULATED[measured["emulate"]]]
         platform = PLATFORMS[record["environment"]["platform"]]
-        return BANDS[getattr(word, platform).least]
+        return BANDS[getattr(word, platform).min_bits]
     except (KeyError, TypeError) as error:
         raise UserError(
             f"a bundle declares no precision that is known ({error})"

@@ -23,6 +23,7 @@ from sit_jax.models import inception
 from sit_jax.samplers.ddpm import DDIM
 from sit_jax.samplers.fixed_ode import FixedStepODE, heun
 from sit_jax.sampling import starts
+from sit_jax.typing import ContinuousProcess
 
 
 def collect(room, manifest, path, images=8, steps=50, given=None, judge=None):
@@ -81,7 +82,7 @@ def line_of(room, steps):
     if steps < 1:
         raise UserError(f"--steps {steps}: at least 1")
     method = DDIM
-    if hasattr(parts.process, "field"):
+    if isinstance(parts.process, ContinuousProcess):
         method = getattr(parts.sampler, "method", None)
         method = method if isinstance(parts.sampler, FixedStepODE) else heun
     return Line(
@@ -115,11 +116,11 @@ def _own_inputs(room, images):
     else:
         start = starts.starts(room)[:count]
     share = (np.arange(count) + 0.5) / count
-    if hasattr(process, "field"):
-        t0, t1 = process.span()
+    if isinstance(process, ContinuousProcess):
+        t0, t1 = process.time_interval()
         t = t0 + share * (t1 - t0)
     else:
-        told = np.asarray(process.told)
+        told = np.asarray(process.timestep_map)
         t = told[(share * len(told)).astype(int)]
     labels = job.labels[:count].astype(np.int32)
     return {"noise": start, "t": t.astype(np.float32), "labels": labels}
@@ -158,21 +159,25 @@ def _latents(line, params, weak, x, t, y):
     other = None if line.weak is None else network(line.weak, weak)
     progress = line.process.progress
     net = classifier_free_guidance(
-        network(line.model, params), y, *settings, weak=other, progress=progress
+        network(line.model, params),
+        y,
+        *settings,
+        guiding_model=other,
+        progress=progress,
     )
     out = {"guidance": net(x, t)} if not is_unguided(line.guidance) else {}
-    if hasattr(line.process, "field"):
-        t0, t1 = line.process.span()
-        velocity = line.process.field(net, predictions.velocity)
+    if isinstance(line.process, ContinuousProcess):
+        t0, t1 = line.process.time_interval()
+        velocity = line.process.prediction_fn(net, predictions.velocity)
         slope = velocity(x, jnp.full(len(x), t0, jnp.float32))
         out["one Euler step"] = x + (t1 - t0) / line.steps * slope
         sampler = FixedStepODE(method=line.method, steps=line.steps)
-        end, stats = sampler(None, line.process, net, x)
+        result = sampler(net, line.process, x)
     else:
-        sampler = DDIM(steps=line.steps, frames=line.steps)
-        end, stats = sampler(None, line.process, net, x)
-        out["one Ddim step"] = stats["trajectory"][0]
-    return out | {f"{line.steps} steps": end}, stats["evaluations"]
+        sampler = DDIM(steps=line.steps, trajectory_length=line.steps)
+        result = sampler(net, line.process, x)
+        out["one Ddim step"] = result.trajectory[0]
+    return out | {f"{line.steps} steps": result.data}, result.num_evaluations
 
 
 def _pictures(codec, latents):

@@ -1,142 +1,70 @@
 """Classifier-free guidance, both halves: dropping labels, then extrapolating.
 
-A scale is a number, a function of t [B] as the network sees it, or an Interval.
+guided = uncond + scale * (cond - uncond). A scale is a number, a function of t [b] as
+the network sees it, or a GuidanceInterval.
+
+Source: Ho and Salimans, arXiv:2207.12598.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from sit_jax.diffusion.paths import expand_dims_like
 from sit_jax.errors import UserError
+from sit_jax.typing import Batch, Labels, ModelApply, Net, PerImage, Time
 
 
 @dataclasses.dataclass(frozen=True)
 class GuidanceInterval:
     """Guidance for part of the way: progress from `low` to `high`, 0 noise and 1 data.
 
-    Outside it the network is asked once, not twice (Kynkaanniemi et al.,
-    arXiv:2404.07724, who give the interval in noise levels).
+    Outside of it the network is asked once, not twice.
+
+    Source: Kynkaanniemi et al., arXiv:2404.07724, who give it in noise levels.
     """
 
     scale: float = 4.0
     low: float = 0.0
     high: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if callable(self.scale) or not math.isfinite(self.scale):
-            raise UserError(f"scale={self.scale} of Interval must be a finite number")
+            raise UserError(
+                f"scale={self.scale} of GuidanceInterval must be a finite number"
+            )
         if not 0 <= self.low < self.high <= 1:
             raise UserError(
                 f"guidance interval {self.low},{self.high}: two numbers LO < HI in "
                 "[0, 1]; 0 is noise, 1 is data"
             )
 
-    def covers(self, progress):
-        """progress [B] -> bool [B]."""
+    def covers(self, progress: PerImage) -> Bool[Array, " b"]:
+        """Returns where guidance applies."""
         return (self.low <= progress) & (progress <= self.high)
-
-
-def drop_labels(key, labels, null, rate):
-    """Training half: labels [B], each replaced by `null` with probability rate."""
-    return jnp.where(jax.random.bernoulli(key, rate, labels.shape), null, labels)
-
-
-def is_unguided(scale):
-    """Whether a scale means one conditional pass: the number 1."""
-    return (
-        not callable(scale) and not isinstance(scale, GuidanceInterval) and scale == 1
-    )
-
-
-def classifier_free_guidance(
-    net, labels, null, scale, channels=3, weak=None, progress=lambda t: t
-):
-    """Sampling half: net(x, t, y) and labels [B] -> Net(x, t).
-
-    Only the first `channels` outputs are extrapolated: the published models were
-    measured so, though latents have four (GLIDE's RGB code is where it comes from).
-    weak: a worse network with the same label to lead away from, instead of the same
-    network without one (autoguidance, Karras et al., arXiv:2406.02507). progress turns
-    what the network sees as t into the share of the way from noise to data.
-    """
-    alone = lambda x, t: net(x, t, labels)
-    if is_unguided(scale):
-        return alone
-
-    def pair(x, t):
-        if weak is not None:
-            return alone(x, t), weak(x, t, labels)
-        both = jnp.concatenate([labels, jnp.full_like(labels, null)])
-        out = net(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both)
-        return jnp.split(out, 2)
-
-    def everywhere(x, t):
-        cond, free = pair(x, t)
-        return _pushed(cond, free, _strength(scale, t, x, progress), channels)
-
-    if not isinstance(scale, GuidanceInterval):
-        return everywhere
-
-    def inside(x, t):
-        within = scale.covers(progress(t)).any()
-        return jax.lax.cond(within, everywhere, alone, x, t)
-
-    return inside
-
-
-def guide_both_halves(net, labels, null, scale, channels=3, progress=lambda t: t):
-    """As the released forward_with_cfg: -> Net(x [2B, ...], t [2B]).
-
-    The second half is the unguided one. It goes its own way in the channels that are
-    not guided, yet the network sees the first half's x twice, so nothing comes of it
-    but its share in an adaptive solver's error.
-    """
-    both = jnp.concatenate([labels, jnp.full_like(labels, null)])
-
-    def net_of_both(x, t):
-        half = x[: len(labels)]
-        cond, free = jnp.split(net(jnp.concatenate([half, half]), t, both), 2)
-        s = _strength(scale, t[: len(labels)], half, progress)
-        return jnp.concatenate(
-            [_pushed(cond, free, s, channels), _pushed(free, cond, 1 - s, channels)]
-        )
-
-    return net_of_both
-
-
-def _strength(scale, t, x, progress):
-    """The scale at times t [B], a number or as many axes as x."""
-    if isinstance(scale, GuidanceInterval):
-        return expand_dims_like(
-            jnp.where(scale.covers(progress(t)), scale.scale, 1.0), x
-        )
-    return expand_dims_like(scale(t), x) if callable(scale) else scale
-
-
-def _pushed(cond, free, scale, channels):
-    pushed = free[..., :channels] + scale * (
-        cond[..., :channels] - free[..., :channels]
-    )
-    return jnp.concatenate([pushed, cond[..., channels:]], axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
 class PowerCosine:
-    """From none at the noisiest step to `scale` at the cleanest, as MDT samples.
+    """A scale that rises from 1 at the noisiest step to `scale`, as MDT samples.
 
-    1 + (scale - 1) (1 - cos(pi (1 - t / steps)^power)) / 2, where t is what the network
-    is told: the step's number before respacing. The larger the power, the later it
-    rises; near 0 it is `scale` all the way.
+    1 + (scale - 1) (1 - cos(pi (1 - t / steps)^power)) / 2, where t is the step's
+    number before respacing. The larger the power, the later it rises; near 0 it is
+    `scale` all the way.
+
+    Source: Gao et al., arXiv:2303.14389 (MDT), and its code.
     """
 
     scale: float = 3.8
     power: float = 4.0
     steps: int = 1000
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
             raise UserError(f"scale={self.scale} of PowerCosine must be finite")
         if not (self.power > 0 and math.isfinite(self.power)):
@@ -144,19 +72,132 @@ class PowerCosine:
         if self.steps < 1:
             raise UserError(f"steps={self.steps} of PowerCosine: at least 1")
 
-    def __call__(self, t):
+    def __call__(self, t: Time) -> PerImage:
         angle = jnp.pi * (1 - t / self.steps) ** self.power
         return 1 + (self.scale - 1) * (1 - jnp.cos(angle)) / 2
 
 
-def check_guiding_model(parts, other, path):
-    """Refuses a worse network (an Experiment) from which nothing can be led away."""
+Scale: TypeAlias = float | Callable[[Time], PerImage] | GuidanceInterval
+
+
+def drop_labels(key: Array, labels: Labels, null_label: int, rate: float) -> Labels:
+    """Returns labels, each replaced by null_label with probability rate."""
+    dropped = jax.random.bernoulli(key, rate, labels.shape)
+    return jnp.where(dropped, null_label, labels)
+
+
+def is_unguided(scale: Scale) -> bool:
+    """Returns whether a scale means one conditional pass: the number 1."""
+    return (
+        not callable(scale) and not isinstance(scale, GuidanceInterval) and scale == 1
+    )
+
+
+def classifier_free_guidance(
+    apply: ModelApply,
+    labels: Labels,
+    null_label: int,
+    scale: Scale,
+    channels: int = 3,
+    *,
+    guiding_model: ModelApply | None = None,
+    progress: Callable[[Time], PerImage] = lambda t: t,
+) -> Net:
+    """Binds labels to a network, and guides it.
+
+    Args:
+      apply: the network, (x, t, labels) -> out.
+      labels: [b].
+      null_label: what stands for "no label".
+      scale: 1 asks the network once, with the labels.
+      channels: only so many outputs are extrapolated. The published models were
+        measured with 3, though latents have four (GLIDE's RGB code is the origin).
+      guiding_model: a worse network with the same labels to be led away from, instead
+        of the same network without labels (autoguidance, Karras et al.,
+        arXiv:2406.02507).
+      progress: turns times of the network into the share of the way from noise to data.
+
+    Returns:
+      A Net (x, t) -> out.
+    """
+    unguided = lambda x, t: apply(x, t, labels)
+    if is_unguided(scale):
+        return unguided
+
+    def predict_both(x: Batch, t: Time) -> tuple[Array, Array]:
+        if guiding_model is not None:
+            return unguided(x, t), guiding_model(x, t, labels)
+        both = jnp.concatenate([labels, jnp.full_like(labels, null_label)])  # (2b,)
+        out = apply(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both)
+        cond, uncond = jnp.split(out, 2)
+        return cond, uncond
+
+    def guided(x: Batch, t: Time) -> Array:
+        cond, uncond = predict_both(x, t)
+        return extrapolate(cond, uncond, _scale_at(scale, t, x, progress), channels)
+
+    if not isinstance(scale, GuidanceInterval):
+        return guided
+
+    def guided_inside(x: Batch, t: Time) -> Array:
+        inside = scale.covers(progress(t)).any()
+        return jax.lax.cond(inside, guided, unguided, x, t)
+
+    return guided_inside
+
+
+def guide_both_halves(
+    apply: ModelApply,
+    labels: Labels,
+    null_label: int,
+    scale: Scale,
+    channels: int = 3,
+    *,
+    progress: Callable[[Time], PerImage] = lambda t: t,
+) -> Net:
+    """Returns a Net of x [2b, ...] and t [2b], as the released forward_with_cfg.
+
+    The second half is the unguided one. It goes its own way in the channels that are
+    not guided, yet the network sees the first half's x twice, so nothing comes of it
+    but its share in an adaptive solver's error. For the arguments see
+    classifier_free_guidance.
+    """
+    both = jnp.concatenate([labels, jnp.full_like(labels, null_label)])
+
+    def guided(x: Batch, t: Time) -> Array:
+        half = x[: len(labels)]
+        cond, uncond = jnp.split(apply(jnp.concatenate([half, half]), t, both), 2)
+        s = _scale_at(scale, t[: len(labels)], half, progress)
+        return jnp.concatenate(
+            [
+                extrapolate(cond, uncond, s, channels),
+                extrapolate(uncond, cond, 1 - s, channels),
+            ]
+        )
+
+    return guided
+
+
+def extrapolate(
+    cond: Float[Array, "b h w c"],
+    uncond: Float[Array, "b h w c"],
+    scale: Any,
+    channels: int,
+) -> Float[Array, "b h w c"]:
+    """Returns uncond + scale * (cond - uncond) of the first channels, cond's others."""
+    base = uncond[..., :channels]
+    guided = base + scale * (cond[..., :channels] - base)
+    return jnp.concatenate([guided, cond[..., channels:]], axis=-1)
+
+
+def check_guiding_model(parts: Any, other: Any, path: Any) -> None:
+    """Refuses a guiding model (of another experiment) that does not fit."""
     if other.shape != parts.shape or other.model.classes != parts.model.classes:
         raise UserError(
             f"--autoguidance {path} is for {other.shape} in {other.model.classes} "
             f"classes, not for {parts.shape} in {parts.model.classes}"
         )
-    ours, theirs = (_asked(each.process) for each in (parts, other))
+    ours, theirs = (_describe_prediction(each.process) for each in (parts, other))
     if ours != theirs:
         raise UserError(
             f"--autoguidance {path} answers another question: {theirs}, where "
@@ -164,10 +205,21 @@ def check_guiding_model(parts, other, path):
         )
 
 
-def _asked(process):
-    """What its networks are asked, in words: alike where outputs mean the same."""
-    names = ("path", "schedule", "steps", "predicts")
-    fields = {f.name for f in dataclasses.fields(process)}.intersection(names)
-    word = lambda value: getattr(value, "__name__", str(value))
-    said = [f"{n}={word(getattr(process, n))}" for n in names if n in fields]
-    return f"{type(process).__name__}({', '.join(said)})"
+def _describe_prediction(process: Any) -> str:
+    """Returns words that are equal where two networks' outputs mean the same."""
+    names = ("path", "schedule", "steps", "prediction")
+    values = {f.name: f for f in dataclasses.fields(process) if f.name in names}
+    words = []
+    for name in names:
+        if name in values:
+            value = getattr(process, name)
+            words.append(f"{name}={getattr(value, '__name__', value)}")
+    return f"{type(process).__name__}({', '.join(words)})"
+
+
+def _scale_at(scale: Scale, t: Time, x: Batch, progress: Callable) -> Any:
+    """Returns the scale at times t [b]: a number, or with as many axes as x."""
+    if isinstance(scale, GuidanceInterval):
+        inside = scale.covers(progress(t))
+        return expand_dims_like(jnp.where(inside, scale.scale, 1.0), x)
+    return expand_dims_like(scale(t), x) if callable(scale) else scale

@@ -24,7 +24,7 @@ INCEPTION = {
     "network": NAME,
     "resize": RESIZE,
     "spatial": "mixed_6/conv, 7 channels; row, column, channel",
-    "precision": policy.EXACT.word,
+    "precision": policy.EXACT.name,
 }
 SAME = ("network", "weights", "resize", "spatial")  # or features are not comparable
 

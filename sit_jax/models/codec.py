@@ -200,7 +200,7 @@ class Vae(struct.PyTreeNode):
             "decoder_sha256": self.decoder_sha256,
             "scale": self.scale,
             "rounding": self.rounding.__name__,
-            "precision": self.precision.word,
+            "precision": self.precision.name,
         }
 
 

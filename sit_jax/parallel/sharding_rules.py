@@ -63,7 +63,7 @@ def state_shardings(mesh: Mesh, state: Any, small: int = SMALL) -> Any:
     """Returns the shardings of a TrainState."""
     return zero1_shardings(mesh, state, small).replace(
         params=weight_shardings(mesh, state.params, small),
-        frozen=weight_shardings(mesh, state.frozen, small),
+        frozen_params=weight_shardings(mesh, state.frozen_params, small),
     )
 
 

@@ -12,6 +12,8 @@ off the surplus bits, which are rounded here, to even.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.extend import core
@@ -29,59 +31,63 @@ PRODUCTS = (primitives.dot_general_p, primitives.conv_general_dilated_p)
 RULED = (primitives.custom_jvp_call_p, primitives.custom_vjp_call_p)
 
 
-def emulated_bits(name):
-    """-> bits of mantissa of an emulated platform."""
+def emulated_bits(name: str) -> int:
+    """Returns the bits of mantissa of an emulated platform."""
     if name not in EMULATED:
         raise UserError(f"no emulation of {name!r}; there are {', '.join(EMULATED)}")
     return EMULATED[name]
 
 
-def emulate(fn, mantissa_bits):
-    """fn of arrays, in which the operands of every dot and convolution are rounded.
+def emulate(fn: Callable, mantissa_bits: int) -> Callable:
+    """Returns fn, with the operands of every dot and convolution rounded.
 
-    mantissa_bits counts the implicit one: 2..24. Only float32 operands are rounded, and
-    their products are added up in float32. Loops, branches, jit, remat and shard_map
-    inside fn are reached, and fn may be anywhere inside them. fn is a network rather
-    than a sampler: a dot that asks for float32 of its own, as diffrax's do, is rounded
-    with the others.
+    Only float32 operands are rounded, and their products are added up in float32.
+    Loops, branches, jit, remat and shard_map inside fn are reached, and fn may be
+    anywhere inside them. fn is a network rather than a sampler: a dot that asks for
+    float32 of its own, as diffrax's do, is rounded with the others.
 
-    A platform rounds the operands of a derivative's products too. emulated(grad(f), 8)
-    does; grad(emulated(f, 8)) rounds what comes out of them instead of what goes in.
+    A platform rounds the operands of a derivative's products too. emulate(grad(f), 8)
+    does; grad(emulate(f, 8)) rounds what comes out of them instead of what goes in.
+
+    Args:
+      fn: a function of arrays.
+      mantissa_bits: 2..24, the implicit one counted.
     """
     if not 2 <= mantissa_bits <= 24 or mantissa_bits != int(mantissa_bits):
         raise UserError(f"mantissa_bits={mantissa_bits}: a whole number from 2 to 24")
 
     @functools.wraps(fn)
-    def run(*args, **kwargs):
+    def run(*args: Any, **kwargs: Any) -> Any:
         traced, shape = jax.make_jaxpr(fn, return_shape=True)(*args, **kwargs)
-        program = core.jaxpr_as_fun(_Rounding(int(mantissa_bits)).closed(traced))
+        program = core.jaxpr_as_fun(_ProgramRounding(int(mantissa_bits)).closed(traced))
         out = program(*jax.tree.leaves((args, kwargs)))
         return jax.tree.unflatten(jax.tree.structure(shape), out)
 
     return run
 
 
-class _Rounding:
-    """Rewrites programs: the same variables and equations, with roundings in between.
+class _ProgramRounding:
+    """Rewrites jaxprs: the same variables and equations, with roundings in between.
 
     Nothing is traced again, so mesh axes, effects and constants stay what they are, and
     a program that is called twice stays one.
     """
 
-    def __init__(self, bits):
+    def __init__(self, bits: int) -> None:
         self._params = {"exponent_bits": 8, "mantissa_bits": bits - 1}
-        self._done = {}
+        self._rewritten = {}
 
-    def closed(self, program):
+    def closed(self, program: Any) -> Any:
+        """Returns the rounded form of a closed jaxpr."""
         return core.ClosedJaxpr(self._open(program.jaxpr), program.consts)
 
-    def _open(self, jaxpr):
-        if jaxpr not in self._done:
+    def _open(self, jaxpr: Any) -> Any:
+        if jaxpr not in self._rewritten:
             equations = [new for old in jaxpr.eqns for new in self._equations(old)]
-            self._done[jaxpr] = jaxpr.replace(eqns=equations)
-        return self._done[jaxpr]
+            self._rewritten[jaxpr] = jaxpr.replace(eqns=equations)
+        return self._rewritten[jaxpr]
 
-    def _equations(self, equation):
+    def _equations(self, equation: Any) -> list:
         if equation.primitive in PRODUCTS:
             return self._product(equation)
         params = {name: self._param(value) for name, value in equation.params.items()}
@@ -90,7 +96,7 @@ class _Rounding:
             return [equation.replace(primitive=primitives.closed_call_p, params=call)]
         return [equation.replace(params=params)]
 
-    def _param(self, value):
+    def _param(self, value: Any) -> Any:
         if isinstance(value, core.ClosedJaxpr):
             return self.closed(value)
         if isinstance(value, core.Jaxpr):
@@ -100,15 +106,15 @@ class _Rounding:
             return value._make(items) if hasattr(value, "_make") else tuple(items)
         return value
 
-    def _product(self, equation):
-        operands = [self._rounded(operand, equation) for operand in equation.invars]
+    def _product(self, equation: Any) -> list:
+        operands = [self._round(operand, equation) for operand in equation.invars]
         # an accelerator must not round them any further
         params = equation.params | {"precision": (Precision.HIGHEST, Precision.HIGHEST)}
         product = equation.replace(invars=[x for x, _ in operands], params=params)
         return [added for _, roundings in operands for added in roundings] + [product]
 
-    def _rounded(self, operand, like):
-        """-> an operand's rounded value, and the equations that make it."""
+    def _round(self, operand: Any, like: Any) -> tuple[Any, list]:
+        """Returns an operand's rounded value, and the equations that make it."""
         if operand.aval.dtype != "float32":
             return operand, []
         out, primitive = core.Var(operand.aval), primitives.reduce_precision_p
@@ -117,5 +123,5 @@ class _Rounding:
         return out, [added]
 
 
-def _is_program(value):
+def _is_program(value: Any) -> bool:
     return isinstance(value, core.Jaxpr | core.ClosedJaxpr)

@@ -7,9 +7,14 @@ for p = 2..24 are rows of one matrix and columns of the other, so that the round
 either operand shows. The matrices are large enough for the units that do the real work.
 """
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from sit_jax.precision.policy import Precision
 
 SIZE = 128  # a TPU's matrix unit; smaller or thinner products may go elsewhere
 BITS = np.arange(2, 25)  # float32 has 24
@@ -18,60 +23,83 @@ BITS = np.arange(2, 25)  # float32 has 24
 DIGITS = 0b101001110110011011110100
 
 
-def measure_mantissa_bits(apply=None, dtype="float32"):
-    """-> bits of {"default dot", "model dot", "convolution"} on the default device.
+def measure_mantissa_bits(
+    wrap: Callable[[Callable], Callable] | None = None, dtype: str = "float32"
+) -> dict[str, int]:
+    """Returns bits of {"default dot", "model dot", "convolution"} on this device.
 
-    apply: fn -> fn as it is done to the network (precision.applied, or emulated), which
-    the last two go through. dtype: what the network computes in. 24 bits are float32,
-    11 TF32, 8 bfloat16.
+    24 bits are float32, 11 TF32, 8 bfloat16.
+
+    Args:
+      wrap: fn -> fn, as it is done to the network (policy.with_precision, or
+        emulation.emulate), which the last two go through.
+      dtype: what the network computes in.
     """
-    apply = apply or (lambda fn: fn)
-    low = lambda *operands: [x.astype(dtype) for x in operands]
+    wrap = wrap or (lambda fn: fn)
+    cast = lambda *operands: [x.astype(dtype) for x in operands]
 
     @jax.jit
-    def products(left, right, image, kernel):
-        default = left @ right
-        dot = apply(lambda a, b: jnp.matmul(*low(a, b)))(left, right)
-        return default, dot, apply(lambda a, b: _patches(*low(a, b)))(image, kernel)
+    def products(left: Any, right: Any, image: Any, kernel: Any) -> tuple:
+        dot = wrap(lambda a, b: jnp.matmul(*cast(a, b)))
+        conv = wrap(lambda a, b: _convolve_patches(*cast(a, b)))
+        return left @ right, dot(left, right), conv(image, kernel)
 
     names = ("default dot", "model dot", "convolution")
     measured = jax.device_get(products(*operands()))
     return {name: bits(product) for name, product in zip(names, measured, strict=True)}
 
 
-def describe_precision(precision, measured, emulating=None, device=None):
-    """What a script prints at its start. emulating: an emulated platform's name."""
-    word = precision.word + (f", emulating {emulating}" if emulating else "")
+def describe_precision(
+    precision: Precision,
+    measured: Mapping[str, int],
+    emulating: str | None = None,
+    device: Any = None,
+) -> str:
+    """Returns the line that a script prints at its start.
+
+    Args:
+      precision: the one chosen.
+      measured: from measure_mantissa_bits.
+      emulating: an emulated platform's name.
+      device: by default the first one.
+    """
+    name = precision.name + (f", emulating {emulating}" if emulating else "")
     return (
-        f"precision: {word}; mantissa bits of a default dot {measured['default dot']}, "
+        f"precision: {name}; mantissa bits of a default dot {measured['default dot']}, "
         f"the model's {measured['model dot']}, convolution {measured['convolution']} "
         f"({_default(device).device_kind})"
     )
 
 
-def precision_warning(precision, measured, mantissa_bits=None, device=None):
-    """-> a warning of one line where products are not as the word says, or None.
+def precision_warning(
+    precision: Precision,
+    measured: Mapping[str, int],
+    mantissa_bits: int | None = None,
+    device: Any = None,
+) -> str | None:
+    """Returns a line where products are not as the precision says, or None.
 
-    mantissa_bits: what an emulation leaves of operands, else None.
+    mantissa_bits is what an emulation leaves of operands; the others are as in
+    describe_precision.
     """
     device = _default(device)
-    _, least, most = precision.products(device.platform)
+    _, low, high = precision.matmul_precision(device.platform)
     if mantissa_bits is not None:  # of the dtype's, whatever the platform
-        least = most = min(mantissa_bits, jnp.finfo(precision.dtype).nmant + 1)
+        low = high = min(mantissa_bits, jnp.finfo(precision.dtype).nmant + 1)
     dot, convolution = measured["model dot"], measured["convolution"]
-    if least <= min(dot, convolution) and max(dot, convolution) <= most:
+    if low <= min(dot, convolution) and max(dot, convolution) <= high:
         return None
-    meant = f"{least}" if least == most else f"{least} to {most}"
+    expected = f"{low}" if low == high else f"{low} to {high}"
     return (
-        f"WARNING: precision {precision.word} means {meant} bits of mantissa on "
+        f"WARNING: precision {precision.name} means {expected} bits of mantissa on "
         f"{device.device_kind}, but a dot keeps {dot} and a convolution {convolution}: "
         "numbers will not compare with other machines'; see whether XLA_FLAGS or "
         "NVIDIA_TF32_OVERRIDE are set"
     )
 
 
-def operands():
-    """-> left and right [SIZE, SIZE], and the same as an image and a kernel of patches.
+def operands() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns two matrices [SIZE, SIZE], and the same as an image and a kernel.
 
     The sums for BITS are in left @ right: in column 0, from row 1 on, those that show
     the rounding of left, and in row 0, from column 1 on, that of right.
@@ -88,29 +116,33 @@ def operands():
     return left, right, image, kernel
 
 
-def _numbers():
-    """-> for each of BITS a number of as many bits, and three pieces of its rest."""
+def _numbers() -> np.ndarray:
+    """Returns a number for each of BITS, and three pieces of the rest of it."""
     number = (DIGITS >> (24 - BITS) | 1) << (24 - BITS)
     rest = number ^ (1 << (24 - BITS))
     pieces = [rest & 255 << shift for shift in (16, 8, 0)]
     return np.stack([number, *pieces], axis=1) / 2.0**23
 
 
-def _patches(image, kernel):
-    """A convolution as a DiT begins with; its stride rules Winograd's method out."""
+def _convolve_patches(image: Any, kernel: Any) -> Any:
+    """Convolves as a DiT begins; the stride rules Winograd's method out."""
     layout = ("NHWC", "HWIO", "NHWC")
     convolve = jax.lax.conv_general_dilated
     out = convolve(image, kernel, (2, 2), "VALID", dimension_numbers=layout)
     return out.reshape(SIZE, SIZE)
 
 
-def bits(product):
-    """left @ right of operands() -> bits of the operand that lost more of them."""
+def bits(product: np.ndarray) -> int:
+    """Returns the bits of the operand that lost more of them.
+
+    Args:
+      product: left @ right of operands().
+    """
     product, last = product.astype(np.float64), 2.0 ** (1 - BITS)
     by_left, by_right = product[1:, 0], product[0, 1:]
     kept = (by_left[: len(BITS)] == last) & (by_right[: len(BITS)] == last)
     return int(np.append(BITS - 1, 24)[np.append(kept, False).argmin()])
 
 
-def _default(device):
+def _default(device: Any) -> Any:
     return device or jax.devices()[0]

@@ -1,27 +1,31 @@
 """The probability-flow ODE with steps chosen to a tolerance, by diffrax.
 
-A step control is a function (sampler, slope, start, t0, t1) -> (end, stats): over_batch
-and per_image here, like_torchdiffeq in torchdiffeq.py. stats has "evaluations",
-"accepted" and "rejected" steps, and "finished": False if max_steps came first or steps
-became too short to go on, as with a network that is not finite; the data is then
-unfinished. They are numbers, or [B] where each image has steps of its own.
+A step control says how errors are measured and steps chosen: batch_error_control and
+per_sample_control here, torchdiffeq_control in torchdiffeq.py. The result counts
+accepted and rejected steps; `finished` is False if max_steps came first or steps became
+too short to go on, as with a network that is not finite. The data is then unfinished.
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, PyTree
 
 from sit_jax.errors import UserError
 from sit_jax.samplers.base import (
+    SamplerResult,
+    check_tolerance,
     check_trajectory_length,
     initial_step,
     integrate_probability_flow,
     rms_norm,
 )
+from sit_jax.typing import Batch, NamedFunction, Net, Process, Slope, StepNoise
 
 
 class Fehlberg2(diffrax.AbstractERK):
@@ -35,98 +39,125 @@ class Fehlberg2(diffrax.AbstractERK):
     )
     interpolation_cls = diffrax.ThirdOrderHermitePolynomialInterpolation.from_k
 
-    def order(self, terms):
+    def order(self, terms: Any) -> int:
+        """Returns 2."""
         return 2
 
 
-def batch_error_control(sampler, slope, start, t0, t1):
-    """One error and one step size for the whole batch, on all devices."""
+@dataclasses.dataclass(frozen=True, repr=False)
+class StepControl(NamedFunction):
+    """A function (sampler, slope, start, t0, t1) -> SamplerResult.
+
+    Attributes:
+      integrates_null_half: its errors are also of guidance's unconditional half, which
+        is then integrated beside the batch, as in the originals.
+    """
+
+    integrates_null_half: bool = False
+
+
+@StepControl
+def batch_error_control(
+    sampler: "AdaptiveODE", slope: Slope, start: Any, t0: float, t1: float
+) -> SamplerResult:
+    """Takes one error and one step size for the whole batch, on all devices."""
     solver, tableau = sampler.solver, sampler.solver.tableau
     first, dt = initial_step(
         slope,
         start,
-        *(t0, t1, sampler.rtol, sampler.atol),
+        t0,
+        t1,
+        rtol=sampler.rtol,
+        atol=sampler.atol,
         order=solver.order(None),
         longest=abs(t1 - t0),
     )
     # what is not finite must not be the step, or the solver never gives up
     dt = jnp.where(dt > 0, dt, abs(t1 - t0)) * (1 if t1 > t0 else -1)
     save = {"end": diffrax.SubSaveAt(t1=True)}
-    if sampler.frames:
-        moments = np.linspace(t0, t1, sampler.frames + 1)[1:]
-        save["way"] = diffrax.SubSaveAt(ts=moments)
-    solution = _solved(
-        slope,
-        solver,
-        *(t0, t1, dt, start),
-        # a solver that keeps its last slope for the next step is given the first
-        solver_state=(jnp.array(False), first) if tableau.fsal else None,
-        stepsize_controller=diffrax.PIDController(
-            sampler.rtol, sampler.atol, rms_norm, dtmin=1e-7, force_dtmin=False
-        ),
-        saveat=diffrax.SaveAt(subs=save),
-        max_steps=sampler.max_steps,
-        throw=False,
+    if sampler.trajectory_length:
+        times = np.linspace(t0, t1, sampler.trajectory_length + 1)[1:]
+        save["trajectory"] = diffrax.SubSaveAt(ts=times)
+    term = diffrax.ODETerm(_with_own_precision(slope))
+    with jax.default_matmul_precision("highest"):  # of Dopri5's interpolation
+        solution = diffrax.diffeqsolve(
+            term,
+            solver,
+            *(t0, t1, dt, start),
+            # a solver that keeps its last slope for the next step is given the first
+            solver_state=(jnp.array(False), first) if tableau.fsal else None,
+            stepsize_controller=diffrax.PIDController(
+                sampler.rtol, sampler.atol, rms_norm, dtmin=1e-7, force_dtmin=False
+            ),
+            saveat=diffrax.SaveAt(subs=save),
+            max_steps=sampler.max_steps,
+            throw=False,
+        )
+    count = lambda name: jnp.asarray(solution.stats[name], jnp.int32)
+    return SamplerResult(
+        data=jax.tree.map(lambda x: x[0], solution.ys["end"]),
+        num_evaluations=2 + count("num_steps") * (tableau.num_stages - tableau.fsal),
+        num_accepted=count("num_accepted_steps"),
+        num_rejected=count("num_rejected_steps"),
+        finished=solution.result == diffrax.RESULTS.successful,
+        trajectory=solution.ys.get("trajectory"),
     )
-    stats = _counts(solution, tableau.num_stages - tableau.fsal)
-    if sampler.frames:
-        stats["trajectory"] = solution.ys["way"]
-    return jax.tree.map(lambda x: x[0], solution.ys["end"]), stats
 
 
-def _solved(slope, *problem, **how):
-    """diffrax's solution, with float32 products: Dopri5's interpolation asks for none.
-
-    The network's are what its own precision says.
-    """
+def _with_own_precision(slope: Slope) -> Callable:
+    """Returns a term whose products are as precise as they are outside of diffrax."""
     outside = jax.config.jax_default_matmul_precision
 
-    def term(t, x, args):
+    def term(t: Any, x: Any, args: Any) -> Any:
         with jax.default_matmul_precision(outside):
             return slope(t, x)
 
-    with jax.default_matmul_precision("highest"):
-        return diffrax.diffeqsolve(diffrax.ODETerm(term), *problem, **how)
+    return term
 
 
-def per_sample_control(sampler, slope, start, t0, t1):
-    """Each image in steps of its own, so that it does not depend on the others.
+@StepControl
+def per_sample_control(
+    sampler: "AdaptiveODE", slope: Slope, start: Any, t0: float, t1: float
+) -> SamplerResult:
+    """Takes each image in steps of its own, so that it does not depend on the others.
 
     The network still sees the whole batch at once, with a time for each image.
     """
     rows = len(jax.tree.leaves(start)[0])
     # vmap cannot look into what slope has captured (weights): it goes in openly
-    traced, form = jax.make_jaxpr(slope, return_shape=True)(jnp.zeros(rows), start)
-    form = jax.tree.structure(form)
+    jaxpr, shapes = jax.make_jaxpr(slope, return_shape=True)(jnp.zeros(rows), start)
+    structure = jax.tree.structure(shapes)
 
     @jax.custom_batching.custom_vmap
-    def one(t, x, captured):
+    def one(t: Array, x: Any, captured: Any) -> Any:
         return x  # for its shape: what runs is the rule below
 
     @one.def_vmap
-    def all_rows(count, batched, t, x, captured):
-        t = jnp.broadcast_to(t, (count,))
-        out = jax.core.eval_jaxpr(traced.jaxpr, captured, t, *jax.tree.leaves(x))
-        return jax.tree.unflatten(form, out), jax.tree.map(lambda _: True, x)
+    def all_rows(size: int, batched: Any, t: Array, x: Any, captured: Any) -> Any:
+        t = jnp.broadcast_to(t, (size,))
+        out = jax.core.eval_jaxpr(jaxpr.jaxpr, captured, t, *jax.tree.leaves(x))
+        return jax.tree.unflatten(structure, out), jax.tree.map(lambda _: True, x)
 
-    def solve(x):
-        return batch_error_control(
-            sampler, lambda t, x: one(jnp.float32(t), x, traced.consts), x, t0, t1
-        )
+    def solve(x: Any) -> SamplerResult:
+        row_slope = lambda t, x: one(jnp.float32(t), x, jaxpr.consts)
+        return batch_error_control(sampler, row_slope, x, t0, t1)
 
-    end, stats = jax.vmap(solve)(start)
-    if "trajectory" in stats:  # time first, as everywhere
-        swap = lambda x: jnp.swapaxes(x, 0, 1)
-        stats["trajectory"] = jax.tree.map(swap, stats["trajectory"])
-    return end, stats
+    result = jax.vmap(solve)(start)
+    swap = lambda x: jnp.swapaxes(x, 0, 1)  # time first, as everywhere
+    return dataclasses.replace(result, trajectory=jax.tree.map(swap, result.trajectory))
 
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveODE:
     """Steps as long as the estimated error allows, by any explicit diffrax solver.
 
-    reverse goes from data to noise; frames: see FixedStepODE, at evenly spaced
-    times.
+    Attributes:
+      solver: with an error estimate.
+      rtol, atol: tolerances.
+      control: a StepControl.
+      max_steps: after which the solver gives up.
+      reverse: from data to noise.
+      trajectory_length: how many states on the way to keep, at evenly spaced times.
     """
 
     solver: diffrax.AbstractERK = diffrax.Dopri5()
@@ -135,39 +166,45 @@ class AdaptiveODE:
     control: Callable = batch_error_control
     max_steps: int = 4096
     reverse: bool = False
-    frames: int = 0
+    trajectory_length: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.solver, diffrax.AbstractERK):
             raise UserError(
                 f"solver={self.solver}: AdaptiveODE needs an explicit Runge-Kutta "
                 "solver that estimates its error, such as diffrax.Dopri5()"
             )
-        for name in ("rtol", "atol"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name}={getattr(self, name)}: give 0 or more")
+        check_tolerance("rtol", self.rtol)
+        check_tolerance("atol", self.atol)
         if self.rtol == self.atol == 0:
             raise UserError("rtol=0 and atol=0: one of them must be positive")
         if self.max_steps < 1:
             raise UserError(f"max_steps={self.max_steps}: give at least 1")
-        check_trajectory_length(self.frames)
+        check_trajectory_length(self.trajectory_length)
 
-    def __call__(self, draw, process, net, noise):
-        return integrate_probability_flow(self, process, net, noise)
+    @property
+    def integrates_null_half(self) -> bool:
+        """Whether guidance's unconditional half is integrated beside the batch."""
+        return self.control.integrates_null_half
 
-    def solve(self, slope, start, t0, t1):
-        """start: tree of arrays at t0 -> (the tree at t1, stats)."""
+    def num_noise_draws(self, process: Process) -> int:
+        """Returns 0: an ODE takes no noise."""
+        return 0
+
+    def __call__(
+        self,
+        net: Net,
+        process: Process,
+        noise: Batch,
+        step_noise: StepNoise | None = None,
+    ) -> SamplerResult:
+        """Turns noise [b, h, w, c] into data, or the other way round."""
+        return integrate_probability_flow(
+            self, net, process, noise, reverse=self.reverse
+        )
+
+    def solve(
+        self, slope: Slope, start: PyTree[Array], t0: float, t1: float
+    ) -> SamplerResult:
+        """Follows a slope from a tree of arrays at t0 to t1."""
         return self.control(self, slope, start, t0, t1)
-
-
-def _counts(solution, each):
-    """diffrax's numbers of steps as our stats; each: evaluations of one step."""
-    steps = solution.stats["num_steps"]
-    stats = {
-        "evaluations": 2 + steps * each,
-        "accepted": solution.stats["num_accepted_steps"],
-        "rejected": solution.stats["num_rejected_steps"],
-    }
-    stats = {name: jnp.asarray(n, jnp.int32) for name, n in stats.items()}
-    stats["finished"] = solution.result == diffrax.RESULTS.successful
-    return stats

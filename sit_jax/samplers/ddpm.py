@@ -1,156 +1,197 @@
-"""A diffusion's chain from noise to data, one kept step after the other.
+"""A discrete process's chain from noise to data: DDPM and DDIM.
 
-A sampler is sampler(draw, process, net, noise) -> (data, stats), all [B, H, W, C].
-draw(0) is the noise of the first step taken, the one out of the noisiest index.
+step_noise(0) is the noise of the first step taken, the one out of the noisiest index.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
-from sit_jax.diffusion.gaussian import clip_denoised
+from sit_jax.diffusion.gaussian import DenoisedFn, clip_denoised
 from sit_jax.diffusion.paths import expand_dims_like
 from sit_jax.diffusion.schedules import check_spacing
 from sit_jax.errors import UserError
-from sit_jax.samplers.base import check_trajectory_length, run_steps
+from sit_jax.samplers.base import (
+    SamplerResult,
+    check_trajectory_length,
+    require_discrete,
+    require_step_noise,
+    run_steps,
+)
+from sit_jax.typing import Batch, Net, Process, StepNoise
+
+Tables = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class DDPM:
-    """DDPM's reverse chain with the process's own variance.
+    """The reverse chain with the process's own variance.
 
-    steps: a number, or any spacing of schedules.kept_steps. mend: a function of the
-    guess at the data, applied at every step. clip: that guess to [-1, 1] after it.
-    lead: (x, t) -> gradient of a classifier's log probability with respect to x
-    [B, H, W, C] (Dhariwal and Nichol, arXiv:2105.05233); t is the original step.
-    frames: states kept on the way, in stats["trajectory"].
+    Attributes:
+      steps: a number, or any spacing of schedules.space_timesteps.
+      clip: clips every guess at the data to [-1, 1], after denoised_fn.
+      denoised_fn: applied to every guess at the data.
+      cond_fn: (x, t) -> gradient of a classifier's log probability by x [b, h, w, c]
+        (Dhariwal and Nichol, arXiv:2105.05233); t is the original step.
+      trajectory_length: how many states on the way to keep.
+
+    Source: Ho et al., arXiv:2006.11239, algorithm 2.
     """
 
     steps: int | tuple | Callable = 250
     clip: bool = False
-    mend: Callable | None = None
-    lead: Callable | None = None
-    frames: int = 0
+    denoised_fn: Callable | None = None
+    cond_fn: Callable | None = None
+    trajectory_length: int = 0
+    integrates_null_half: ClassVar[bool] = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_spacing(self.steps)
-        check_trajectory_length(self.frames)
+        check_trajectory_length(self.trajectory_length)
 
-    def __call__(self, draw, process, net, noise):
-        process = respaced_process(self, process)
-        told = jnp.asarray(process.told)
+    def num_noise_draws(self, process: Process) -> int:
+        """Returns how many steps of noise a run takes."""
+        return require_discrete(self, process).respace(self.steps).num_timesteps
 
-        def step(x, i, t):
-            at = jnp.full(x.shape[:1], t)
-            mean, log_var, _ = process.posterior(net, x, at, _mended(self))
-            if self.lead is not None:
-                mean += jnp.exp(log_var) * self.lead(x, told[at])
-            return mean + (t > 0) * jnp.exp(log_var / 2) * draw(i)
+    def __call__(
+        self,
+        net: Net,
+        process: Process,
+        noise: Batch,
+        step_noise: StepNoise | None = None,
+    ) -> SamplerResult:
+        """Turns noise [b, h, w, c] into data."""
+        chain = require_discrete(self, process).respace(self.steps)
+        noise_at = require_step_noise(self, step_noise)
+        denoised_fn = _denoised_fn(self.denoised_fn, self.clip)
+        timestep_map = jnp.asarray(chain.timestep_map)
 
-        return _descend(self, process, step, noise)
+        def step(x: Batch, i: Array, t: Array) -> Batch:
+            times = jnp.full(x.shape[:1], t)  # (b,)
+            mean, log_var, _ = chain.posterior(net, x, times, denoised_fn)
+            if self.cond_fn is not None:
+                mean += jnp.exp(log_var) * self.cond_fn(x, timestep_map[times])
+            return mean + (t > 0) * jnp.exp(log_var / 2) * noise_at(i)
 
-    def kicks(self, process):
-        """How many draws of noise a run takes."""
-        return len(respaced_process(self, process).betas)
+        return _run_chain(step, noise, chain.num_timesteps, self.trajectory_length)
 
 
 @dataclasses.dataclass(frozen=True)
 class DDIM:
-    """Song et al. 2021, eq. 12: deterministic at eta = 0, DDPM's variance at eta = 1.
+    """Deterministic at eta = 0, with DDPM's variance at eta = 1.
 
-    steps: a number, or any spacing of schedules.kept_steps; DdimSpacing is the paper's.
-    reverse goes from data to noise, with eta = 0. The others: see DDPM.
+    Attributes:
+      steps: a number, or any spacing of schedules.space_timesteps; DDIMSpacing is the
+        paper's.
+      eta: share of fresh noise.
+      reverse: from data to noise, with eta = 0.
+      clip, denoised_fn, cond_fn, trajectory_length: see DDPM.
+
+    Source: Song et al., arXiv:2010.02502, equation 12.
     """
 
     steps: int | tuple | Callable = 50
     eta: float = 0.0
     clip: bool = False
-    mend: Callable | None = None
-    lead: Callable | None = None
+    denoised_fn: Callable | None = None
+    cond_fn: Callable | None = None
     reverse: bool = False
-    frames: int = 0
+    trajectory_length: int = 0
+    integrates_null_half: ClassVar[bool] = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_spacing(self.steps)
-        check_trajectory_length(self.frames)
+        check_trajectory_length(self.trajectory_length)
         if not 0 <= self.eta <= 1:
             raise UserError(f"eta={self.eta}: from 0, no fresh noise, to 1, DDPM's")
         if self.reverse and self.eta:
             raise UserError(f"eta={self.eta}: the way back to the noise needs eta=0")
 
-    def __call__(self, draw, process, net, noise):
-        process = respaced_process(self, process)
-        tables = self.weights_back(process) if self.reverse else self.weights(process)
+    def num_noise_draws(self, process: Process) -> int:
+        """Returns how many steps of noise a run takes, as the released loops draw."""
+        return require_discrete(self, process).respace(self.steps).num_timesteps
+
+    def __call__(
+        self,
+        net: Net,
+        process: Process,
+        noise: Batch,
+        step_noise: StepNoise | None = None,
+    ) -> SamplerResult:
+        """Turns noise [b, h, w, c] into data, or the other way round."""
+        chain = require_discrete(self, process).respace(self.steps)
+        tables = self.reverse_weights(chain) if self.reverse else self.weights(chain)
         on_data, on_x, std = (jnp.asarray(table, jnp.float32) for table in tables)
+        noise_at = require_step_noise(self, step_noise) if self.eta else None
 
-        def step(x, i, t):
-            data = self._guess(process, net, x, jnp.full(x.shape[:1], t))
-            kick = std[t] * draw(i) if self.eta else 0.0
-            return on_data[t] * data + on_x[t] * x + kick
+        def step(x: Batch, i: Array, t: Array) -> Batch:
+            data = self._guess_data(chain, net, x, jnp.full(x.shape[:1], t))
+            fresh = std[t] * noise_at(i) if noise_at else 0.0
+            return on_data[t] * data + on_x[t] * x + fresh
 
-        return _descend(self, process, step, noise, self.reverse)
-
-    def kicks(self, process):
-        """How many draws of noise a run takes, as the released loops draw them."""
-        return len(respaced_process(self, process).betas)
-
-    def _guess(self, process, net, x, at):
-        """The data that the network guesses, moved where the classifier leads."""
-        data = process.posterior(net, x, at, _mended(self))[2]
-        if self.lead is None:
-            return data
-        alpha, sigma = (jnp.asarray(w, jnp.float32)[at] for w in _levels(process))
-        told = jnp.asarray(process.told)[at]
-        return data + expand_dims_like(sigma**2 / alpha, x) * self.lead(x, told)
-
-    def weights(self, process):
-        """-> weights of data, x and fresh noise in the next x; float64, by index.
-
-        The next x holds as much noise as its index wants: std of it is fresh, the
-        rest is what x held, found by taking the guessed data out of x.
-        """
-        t = np.arange(len(process.betas))
-        (alpha_, sigma_), (alpha, sigma) = process.levels(t - 1), process.levels(t)
-        std = self.eta * sigma_ / sigma * np.sqrt(process.betas)
-        on_x = np.sqrt(sigma_**2 - std**2) / sigma
-        return alpha_ - alpha * on_x, on_x, std
-
-    def weights_back(self, process):
-        """The same for the step that makes x noisier by one index; no fresh noise."""
-        (alpha, sigma), n = _levels(process), len(process.betas)
-        alpha_, sigma_ = np.append(alpha[1:], 0.0), np.append(sigma[1:], 1.0)
-        on_x = sigma_ / sigma
-        return alpha_ - alpha * on_x, on_x, np.zeros(n)
-
-
-def _mended(sampler):
-    """-> what happens to the guess at the data."""
-    steps = [f for f in (sampler.mend, clip_denoised if sampler.clip else None) if f]
-    return lambda data: functools.reduce(lambda x, f: f(x), steps, data)
-
-
-def _levels(process):
-    return process.levels(np.arange(len(process.betas)))
-
-
-def respaced_process(sampler, process):
-    """The process with the sampler's steps; one that is no chain is refused."""
-    if not hasattr(process, "posterior"):
-        raise UserError(
-            f"{type(sampler).__name__} samples a Diffusion; "
-            f"{type(process).__name__} has no chain of steps: use FixedStepODE or SDE "
-            "(--sampler heun, euler-maruyama)"
+        return _run_chain(
+            step,
+            noise,
+            chain.num_timesteps,
+            self.trajectory_length,
+            reverse=self.reverse,
         )
-    return process.respaced(sampler.steps)
+
+    def weights(self, process: Any) -> Tables:
+        """Returns the weights of data, x and fresh noise in the next x, by index.
+
+        float64. The next x holds as much noise as its index wants: `std` of it is
+        fresh, the rest is what x held, found by taking the guessed data out of x.
+        """
+        t = np.arange(process.num_timesteps)
+        alpha_prev, sigma_prev = process.float64_path(t - 1)
+        alpha, sigma = process.float64_path(t)
+        std = self.eta * sigma_prev / sigma * np.sqrt(process.betas)
+        on_x = np.sqrt(sigma_prev**2 - std**2) / sigma
+        return alpha_prev - alpha * on_x, on_x, std
+
+    def reverse_weights(self, process: Any) -> Tables:
+        """Returns the same for steps that make x noisier by one index."""
+        alpha, sigma = process.float64_path(np.arange(process.num_timesteps))
+        alpha_next, sigma_next = np.append(alpha[1:], 0.0), np.append(sigma[1:], 1.0)
+        on_x = sigma_next / sigma
+        return alpha_next - alpha * on_x, on_x, np.zeros_like(on_x)
+
+    def _guess_data(self, process: Any, net: Net, x: Batch, t: Array) -> Batch:
+        """Returns the network's guess at the data, moved where cond_fn leads."""
+        denoised_fn = _denoised_fn(self.denoised_fn, self.clip)
+        data = process.posterior(net, x, t, denoised_fn).data
+        if self.cond_fn is None:
+            return data
+        tables = process.float64_path(np.arange(process.num_timesteps))
+        alpha, sigma = (jnp.asarray(table, jnp.float32)[t] for table in tables)
+        gradient = self.cond_fn(x, jnp.asarray(process.timestep_map)[t])
+        return data + expand_dims_like(sigma**2 / alpha, x) * gradient
 
 
-def _descend(sampler, process, step, noise, reverse=False):
-    """step(x, number of the step, its index t) from the noisiest index to 0."""
-    n = len(process.betas)
-    index = (lambda i: i) if reverse else (lambda i: n - 1 - i)
-    walked = lambda x, i: step(x, i, index(i))
-    data, stats = run_steps(walked, noise, n, sampler.frames)
-    return data, {"evaluations": jnp.int32(n), **stats}
+def _denoised_fn(denoised_fn: DenoisedFn | None, clip: bool) -> DenoisedFn | None:
+    """Returns what is done to a guess at the data, in the originals' order."""
+    if not clip or denoised_fn is None:
+        return clip_denoised if clip else denoised_fn
+    return lambda data: clip_denoised(denoised_fn(data))
+
+
+def _run_chain(
+    step: Callable[[Batch, Array, Array], Batch],
+    noise: Batch,
+    num_timesteps: int,
+    trajectory_length: int,
+    reverse: bool = False,
+) -> SamplerResult:
+    """Runs step(x, number of the step, its index t), from the noisiest index to 0."""
+    index = (lambda i: i) if reverse else (lambda i: num_timesteps - 1 - i)
+    data, trajectory = run_steps(
+        lambda x, i: step(x, i, index(i)), noise, num_timesteps, trajectory_length
+    )
+    return SamplerResult(
+        data=data, num_evaluations=jnp.int32(num_timesteps), trajectory=trajectory
+    )

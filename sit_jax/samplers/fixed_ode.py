@@ -1,55 +1,80 @@
-"""The probability-flow ODE on a fixed grid.
+"""The probability-flow ODE on a fixed grid: Runge-Kutta and Adams methods.
 
-A sampler is sampler(draw, process, net, noise) -> (data, stats), all [B, H, W, C];
-these are deterministic and never call draw. `solve` takes any tree of arrays, so that
-one sampler's settings serve whatever follows the flow.
+A Runge-Kutta method is one step (slope, t, dt, x) -> x and its number of stages; to add
+one, write a function like heun. The names are torchdiffeq's, so heun is its heun2 and
+rk4 the 3/8 rule.
 
-A method is one step, (slope, t, dt, x) -> x; to add one, write a function like heun.
-The names are torchdiffeq's, so heun is its heun2 and rk4 the 3/8 rule.
+Adams' methods reuse the slopes of the steps before. As in torchdiffeq, the order rises
+with the slopes known, up to 12, after two steps of the 3/8 rule. So high an order has a
+small region of stability; with few or rough steps Runge-Kutta is the safer choice.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import partial
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, PyTree
 
 from sit_jax.errors import UserError
 from sit_jax.samplers.base import (
+    SamplerResult,
     add_scaled,
     check_steps,
+    check_tolerance,
     integrate_probability_flow,
     run_steps,
     weighted_sum,
 )
+from sit_jax.typing import Batch, NamedFunction, Net, Process, Slope, StepNoise
+
+NUM_STARTING_STEPS = 2  # before there are slopes enough for Adams' methods
+MAX_SLOPES = 11  # kept by Adams' methods
 
 
-def euler(slope, t, dt, x):
+@dataclasses.dataclass(frozen=True, repr=False)
+class ODEMethod(NamedFunction):
+    """One step of a Runge-Kutta method, with `stages` evaluations of the slope."""
+
+    stages: int = 1
+
+
+@partial(ODEMethod, stages=1)
+def euler(slope: Slope, t: Any, dt: Any, x: Any) -> Any:
+    """Euler's method, of first order."""
     return add_scaled(x, (dt, slope(t, x)))
 
 
-def midpoint(slope, t, dt, x):
-    return add_scaled(x, (dt, slope(t + dt / 2, add_scaled(x, (dt / 2, slope(t, x))))))
+@partial(ODEMethod, stages=2)
+def midpoint(slope: Slope, t: Any, dt: Any, x: Any) -> Any:
+    """The midpoint method, of second order."""
+    middle = add_scaled(x, (dt / 2, slope(t, x)))
+    return add_scaled(x, (dt, slope(t + dt / 2, middle)))
 
 
-def heun(slope, t, dt, x):
+@partial(ODEMethod, stages=2)
+def heun(slope: Slope, t: Any, dt: Any, x: Any) -> Any:
     """The trapezoidal rule, with Euler's guess at the far end."""
-    first = slope(t, x)
-    second = slope(t + dt, add_scaled(x, (dt, first)))
-    return add_scaled(x, (dt / 2, first), (dt / 2, second))
+    k1 = slope(t, x)
+    k2 = slope(t + dt, add_scaled(x, (dt, k1)))
+    return add_scaled(x, (dt / 2, k1), (dt / 2, k2))
 
 
-def heun3(slope, t, dt, x):
+@partial(ODEMethod, stages=3)
+def heun3(slope: Slope, t: Any, dt: Any, x: Any) -> Any:
     """Heun's method of third order: stages at 0, 1/3 and 2/3."""
-    first = slope(t, x)
-    second = slope(t + dt / 3, add_scaled(x, (dt / 3, first)))
-    third = slope(t + 2 * dt / 3, add_scaled(x, (2 * dt / 3, second)))
-    return add_scaled(x, (dt / 4, first), (3 * dt / 4, third))
+    k1 = slope(t, x)
+    k2 = slope(t + dt / 3, add_scaled(x, (dt / 3, k1)))
+    k3 = slope(t + 2 * dt / 3, add_scaled(x, (2 * dt / 3, k2)))
+    return add_scaled(x, (dt / 4, k1), (3 * dt / 4, k3))
 
 
-def rk4(slope, t, dt, x):
+@partial(ODEMethod, stages=4)
+def rk4(slope: Slope, t: Any, dt: Any, x: Any) -> Any:
     """Kutta's 3/8 rule, which errs less than his better known method."""
     k1 = slope(t, x)
     k2 = slope(t + dt / 3, add_scaled(x, (dt / 3, k1)))
@@ -60,49 +85,66 @@ def rk4(slope, t, dt, x):
 
 @dataclasses.dataclass(frozen=True)
 class FixedStepODE:
-    """`steps` equal steps of a method; reverse goes from data to noise.
+    """Equal steps of a Runge-Kutta method.
 
-    frames: states kept on the way, in stats["trajectory"] [frames, B, H, W, C].
+    Attributes:
+      method: one of this module.
+      steps: how many; each costs method.stages evaluations of the network.
+      reverse: from data to noise.
+      trajectory_length: how many states on the way to keep.
     """
 
     method: Callable = heun
     steps: int = 50
     reverse: bool = False
-    frames: int = 0
+    trajectory_length: int = 0
+    integrates_null_half: ClassVar[bool] = False
 
-    def __post_init__(self):
-        check_steps(self, self.steps)
+    def __post_init__(self) -> None:
+        check_steps(self.steps, self.trajectory_length)
 
-    def __call__(self, draw, process, net, noise):
-        return integrate_probability_flow(self, process, net, noise)
+    def num_noise_draws(self, process: Process) -> int:
+        """Returns 0: an ODE takes no noise."""
+        return 0
 
-    def solve(self, slope, start, t0, t1):
-        """start: tree of arrays at t0 -> (the tree at t1, stats)."""
-        grid = np.linspace(t0, t1, self.steps + 1).astype(np.float32)
-        at, dt = jnp.asarray(grid[:-1]), jnp.asarray(np.diff(grid))
-        step = lambda x, i: self.method(slope, at[i], dt[i], x)
-        end, stats = run_steps(step, start, self.steps, self.frames)
-        count = self.steps * evaluations(self.method)
-        return end, {"evaluations": jnp.int32(count), **stats}
+    def __call__(
+        self,
+        net: Net,
+        process: Process,
+        noise: Batch,
+        step_noise: StepNoise | None = None,
+    ) -> SamplerResult:
+        """Turns noise [b, h, w, c] into data, or the other way round."""
+        return integrate_probability_flow(
+            self, net, process, noise, reverse=self.reverse
+        )
 
-
-def evaluations(method):
-    """Evaluations in one step of a method: counted, so they need no declaring."""
-    calls = []
-    method(lambda t, x: calls.append(t) or x, 0.0, 1.0, 0.0)
-    return len(calls)
-
-
-RISING = 2  # steps before there are slopes enough
-MOST = 11  # slopes kept
+    def solve(
+        self, slope: Slope, start: PyTree[Array], t0: float, t1: float
+    ) -> SamplerResult:
+        """Follows a slope from a tree of arrays at t0 to t1."""
+        times, dt = _time_grid(t0, t1, self.steps)
+        step = lambda x, i: self.method(slope, times[i], dt[i], x)
+        end, trajectory = run_steps(step, start, self.steps, self.trajectory_length)
+        return SamplerResult(
+            data=end,
+            num_evaluations=jnp.int32(self.steps * self.method.stages),
+            trajectory=trajectory,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Adams:
-    """`steps` equal steps; reverse goes from data to noise.
+    """Equal steps of an Adams method, as torchdiffeq's explicit_ and implicit_adams.
 
-    implicit: the explicit step is only a guess, corrected up to `corrections` times
-    until two in a row agree to the tolerances everywhere. frames: see FixedStepODE.
+    Attributes:
+      steps: how many.
+      implicit: the explicit step is only a guess, corrected up to `corrections` times
+        until two in a row agree to the tolerances everywhere.
+      corrections: see implicit.
+      rtol, atol: see implicit.
+      reverse: from data to noise.
+      trajectory_length: how many states on the way to keep.
     """
 
     steps: int = 50
@@ -111,102 +153,133 @@ class Adams:
     rtol: float = 1e-3
     atol: float = 1e-6
     reverse: bool = False
-    frames: int = 0
+    trajectory_length: int = 0
+    integrates_null_half: ClassVar[bool] = False
 
-    def __post_init__(self):
-        check_steps(self, self.steps)
+    def __post_init__(self) -> None:
+        check_steps(self.steps, self.trajectory_length)
         if self.corrections < 1:
             raise UserError(f"corrections={self.corrections}: give at least 1")
-        for name in ("rtol", "atol"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name}={getattr(self, name)}: give 0 or more")
+        check_tolerance("rtol", self.rtol)
+        check_tolerance("atol", self.atol)
 
-    def __call__(self, draw, process, net, noise):
-        return integrate_probability_flow(self, process, net, noise)
+    def num_noise_draws(self, process: Process) -> int:
+        """Returns 0: an ODE takes no noise."""
+        return 0
 
-    def solve(self, slope, start, t0, t1):
-        """start: tree of arrays at t0 -> (the tree at t1, stats)."""
-        grid = np.linspace(t0, t1, self.steps + 1).astype(np.float32)
-        at, dt = jnp.asarray(grid[:-1]), jnp.asarray(np.diff(grid))
-        guess, correct = (jnp.asarray(table) for table in _tables())
+    def __call__(
+        self,
+        net: Net,
+        process: Process,
+        noise: Batch,
+        step_noise: StepNoise | None = None,
+    ) -> SamplerResult:
+        """Turns noise [b, h, w, c] into data, or the other way round."""
+        return integrate_probability_flow(
+            self, net, process, noise, reverse=self.reverse
+        )
 
-        def first(slopes, known, x, i):
-            begin = at[i]  # where the slope is known already
+    def solve(
+        self, slope: Slope, start: PyTree[Array], t0: float, t1: float
+    ) -> SamplerResult:
+        """Follows a slope from a tree of arrays at t0 to t1."""
+        times, dt = _time_grid(t0, t1, self.steps)
+        predictor, corrector = (jnp.asarray(table) for table in _adams_tables())
+
+        def runge_kutta_step(slopes: Any, known: Any, x: Any, i: Any) -> Any:
+            begin = times[i]  # where the slope is known already
             here = jax.tree.map(lambda s: s[0], slopes)
             stage = lambda t, x: here if t is begin else slope(t, x)
-            return rk4(stage, begin, dt[i], x), jnp.int32(3), known
+            return rk4(stage, begin, dt[i], x), jnp.int32(rk4.stages - 1), known
 
-        def later(slopes, known, x, i):
-            move = weighted_sum(dt[i] * guess[known - 1], slopes)
+        def adams_step(slopes: Any, known: Any, x: Any, i: Any) -> Any:
+            move = weighted_sum(dt[i] * predictor[known - 1], slopes)
             if not self.implicit:
                 return add_scaled(x, (1.0, move)), jnp.int32(0), known
-            fixed = weighted_sum(dt[i] * correct[known - 1, 1:], slopes)
-            share = dt[i] * correct[known - 1, 0]
-            ahead = lambda move: slope(at[i] + dt[i], add_scaled(x, (1.0, move)))
-            again = lambda move: add_scaled(fixed, (share, ahead(move)))
-            move, made, agreed = self._corrected(again, move)
-            # as torchdiffeq: the order does not rise where corrections disagree
-            return add_scaled(x, (1.0, move)), made, jnp.where(agreed, known, known - 1)
+            fixed = weighted_sum(dt[i] * corrector[known - 1, 1:], slopes)
+            share = dt[i] * corrector[known - 1, 0]
 
-        def step(state, i):
+            def correct(move: Any) -> Any:
+                ahead = slope(times[i] + dt[i], add_scaled(x, (1.0, move)))
+                return add_scaled(fixed, (share, ahead))
+
+            move, count, agreed = self._correct_until_agreed(correct, move)
+            # as torchdiffeq: the order does not rise where corrections disagree
+            known = jnp.where(agreed, known, known - 1)
+            return add_scaled(x, (1.0, move)), count, known
+
+        def step(state: Any, i: Any) -> Any:
             x, slopes, known, count = state
             push = lambda old, new: jnp.concatenate([new[None], old[:-1]])
-            slopes = jax.tree.map(push, slopes, slope(at[i], x))
-            known = jnp.minimum(known + 1, MOST)
+            slopes = jax.tree.map(push, slopes, slope(times[i], x))
+            known = jnp.minimum(known + 1, MAX_SLOPES)
             x, more, known = jax.lax.cond(
-                known <= RISING, first, later, slopes, known, x, i
+                known <= NUM_STARTING_STEPS,
+                runge_kutta_step,
+                adams_step,
+                *(slopes, known, x, i),
             )
             return x, slopes, known, count + 1 + more
 
-        none = jax.tree.map(lambda x: jnp.zeros((MOST, *x.shape), x.dtype), start)
+        none = jax.tree.map(lambda x: jnp.zeros((MAX_SLOPES, *x.shape), x.dtype), start)
         begin = (start, none, jnp.int32(0), jnp.int32(0))
-        (end, _, _, count), stats = run_steps(step, begin, self.steps, self.frames)
-        if self.frames:
-            stats = {"trajectory": stats["trajectory"][0]}
-        return end, {"evaluations": count, **stats}
+        (end, _, _, count), trajectory = run_steps(
+            step, begin, self.steps, self.trajectory_length
+        )
+        return SamplerResult(
+            data=end,
+            num_evaluations=count,
+            trajectory=trajectory[0] if self.trajectory_length else None,
+        )
 
-    def _corrected(self, again, move):
-        """Repeats move = again(move) -> move, how often, whether it settled."""
+    def _correct_until_agreed(self, correct: Callable, move: Any) -> tuple:
+        """Repeats move = correct(move); returns move, how often, whether it agreed."""
 
-        def apart(old, new):
-            wide = lambda a, b: (
+        def disagree(old: Any, new: Any) -> Array:
+            error = lambda a, b: (
                 jnp.abs(a - b)
                 / (self.atol + self.rtol * jnp.maximum(jnp.abs(a), jnp.abs(b)))
             )
-            worst = [jnp.max(x) for x in jax.tree.leaves(jax.tree.map(wide, old, new))]
-            return ~(jnp.max(jnp.stack(worst)) < 1)
+            errors = jax.tree.leaves(jax.tree.map(error, old, new))
+            return ~(jnp.max(jnp.stack([jnp.max(x) for x in errors])) < 1)
 
-        going = lambda state: (state[2] < self.corrections) & apart(*state[:2])
-        once = lambda state: (state[1], again(state[1]), state[2] + 1)
-        begin = (move, again(move), jnp.int32(1))
-        old, move, count = jax.lax.while_loop(going, once, begin)
-        return move, count, ~apart(old, move)
+        go_on = lambda state: (state[2] < self.corrections) & disagree(*state[:2])
+        once = lambda state: (state[1], correct(state[1]), state[2] + 1)
+        begin = (move, correct(move), jnp.int32(1))
+        old, move, count = jax.lax.while_loop(go_on, once, begin)
+        return move, count, ~disagree(old, move)
 
 
-def _tables():
-    """-> float32 [MOST, MOST] and [MOST, MOST + 1]: weights by the last slope's number.
+def _time_grid(t0: float, t1: float, steps: int) -> tuple[Array, Array]:
+    """Returns where each step begins, and its size, [steps]."""
+    grid = np.linspace(t0, t1, steps + 1).astype(np.float32)
+    return jnp.asarray(grid[:-1]), jnp.asarray(np.diff(grid))
+
+
+def _adams_tables() -> tuple[np.ndarray, np.ndarray]:
+    """Returns weights of slopes: predictor [n, n] and corrector [n, n + 1].
 
     Row i holds those of Adams-Bashforth with i + 1 slopes, newest first, and those of
     Adams-Moulton, which has the slope at the far end before them.
     """
-    guess = np.zeros((MOST, MOST), np.float32)
-    correct = np.zeros((MOST, MOST + 1), np.float32)
-    for i in range(MOST):
-        guess[i, : i + 1] = _weights([-j for j in range(i + 1)])
-        correct[i, : i + 2] = _weights([1 - j for j in range(i + 2)])
-    return guess, correct
+    predictor = np.zeros((MAX_SLOPES, MAX_SLOPES), np.float32)
+    corrector = np.zeros((MAX_SLOPES, MAX_SLOPES + 1), np.float32)
+    for i in range(MAX_SLOPES):
+        predictor[i, : i + 1] = _lagrange_integrals([-j for j in range(i + 1)])
+        corrector[i, : i + 2] = _lagrange_integrals([1 - j for j in range(i + 2)])
+    return predictor, corrector
 
 
-def _weights(places):
-    """Integrals from 0 to 1 of the Lagrange polynomials of whole-numbered places."""
-    found = []
-    for here in places:
+def _lagrange_integrals(nodes: Sequence[int]) -> list[float]:
+    """Returns integrals from 0 to 1 of the Lagrange polynomials of these nodes."""
+    integrals = []
+    for node in nodes:
         powers = [Fraction(1)]  # of the polynomial, lowest first
-        for other in (p for p in places if p != here):
+        for other in (n for n in nodes if n != node):
             times_x = [Fraction(0), *powers]
             minus = [other * c for c in powers] + [Fraction(0)]
             powers = [
-                (a - b) / (here - other) for a, b in zip(times_x, minus, strict=True)
+                (a - b) / (node - other) for a, b in zip(times_x, minus, strict=True)
             ]
-        found.append(float(sum(c / (k + 1) for k, c in enumerate(powers))))
-    return found
+        integrals.append(float(sum(c / (k + 1) for k, c in enumerate(powers))))
+    return integrals

@@ -1,10 +1,12 @@
-"""Names on the command line, of samplers and of their choices; a config names objects.
+"""Names of samplers and of their choices on the command line; a config names objects.
 
 They are the originals' where those had one: torchdiffeq's methods, SiT's forms of
 diffusion and last steps.
 """
 
 import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import diffrax
 
@@ -23,7 +25,7 @@ from sit_jax.samplers.fixed_ode import Adams, FixedStepODE
 from sit_jax.samplers.sde import SDE
 from sit_jax.samplers.torchdiffeq import torchdiffeq_control
 
-SAMPLERS = {
+SAMPLERS: dict[str, Callable[[], Any]] = {
     "euler": lambda: spec(FixedStepODE, method=fixed_ode.euler),
     "midpoint": lambda: spec(FixedStepODE, method=fixed_ode.midpoint),
     "heun": lambda: spec(FixedStepODE, method=fixed_ode.heun),
@@ -62,7 +64,7 @@ LAST_STEPS = {
     "None": sde.last_step_none,
 }
 # flag: field of the sampler, and the table that turns its word into an object
-SAMPLER_FLAGS = {
+SAMPLER_FLAGS: dict[str, tuple[str, Any]] = {
     "--steps": ("steps", None),
     "--respacing": ("steps", lambda word: parse_respacing(word)),
     "--atol": ("atol", None),
@@ -74,30 +76,41 @@ SAMPLER_FLAGS = {
     "--last-step": ("last_step", LAST_STEPS),
     "--last-step-size": ("last", None),
     "--eta": ("eta", None),
-    "--trajectory": ("frames", None),
+    "--trajectory": ("trajectory_length", None),
 }
 
 
-def configure_sampler(config, name=None, choices=(), counted=None):
-    """Sets config.sampler to the named one, and what {flag: word} say of it.
+def configure_sampler(
+    config: Any,
+    name: str | None = None,
+    choices: Mapping[str, Any] | None = None,
+    counted: int | None = None,
+) -> None:
+    """Sets config.sampler to the named one, and its fields by command-line flags.
 
-    Flags whose word is None or False are not meant. counted: a number of steps as the
-    originals count, who give an ODE the points of its grid.
+    Args:
+      config: changed in place.
+      name: of SAMPLERS; None keeps the config's sampler.
+      choices: {flag: word}; flags whose word is None or False are not meant.
+      counted: a number of steps as the originals count, who give an ODE the points of
+        its grid.
+
+    Raises:
+      UserError: a word is unknown, or the sampler has no such field.
     """
     if name is not None:
         config.sampler = look_up("--sampler", name, SAMPLERS)()
-    choices = dict(choices)
+    choices = dict(choices or {})
     if counted is not None:
-        points = config.sampler.make in (FixedStepODE, Adams)
-        choices["--steps"] = counted - 1 if points else counted
+        counts_points = config.sampler.make in (FixedStepODE, Adams)
+        choices["--steps"] = counted - 1 if counts_points else counted
     for flag, word in choices.items():
         if word is None or word is False:
             continue
         field, table = SAMPLER_FLAGS[flag]
-        chains = (SAMPLERS[name]().make for name in ("ddpm", "ddim"))
-        astray = flag == "--respacing" and config.sampler.make not in chains
-        if field not in config.sampler or astray:
-            raise UserError(_misplaced(flag, word, field, config.sampler))
+        no_chain = flag == "--respacing" and config.sampler.make not in (DDPM, DDIM)
+        if field not in config.sampler or no_chain:
+            raise UserError(_explain_misfit(flag, word, field, config.sampler))
         if isinstance(table, dict):
             word = look_up(flag, word, table)
         elif table is not None:
@@ -106,45 +119,50 @@ def configure_sampler(config, name=None, choices=(), counted=None):
             config.sampler[field] = word
 
 
-def look_up(flag, word, table):
-    """table[word]; an unknown word is refused with the known ones."""
+def look_up(flag: str, word: str, table: Mapping[str, Any]) -> Any:
+    """Returns table[word]; refuses an unknown word, naming the known ones."""
     if word not in table:
-        near = difflib.get_close_matches(word, table, 1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise UserError(f"{flag} {word!r} is unknown{hint}; there are {_list(table)}")
+        close = difflib.get_close_matches(word, table, 1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise UserError(
+            f"{flag} {word!r} is unknown{hint}; there are {', '.join(table)}"
+        )
     return table[word]
 
 
-def parse_respacing(word):
-    """A word such as 250, 10,15,20 or ddim25 -> a spacing of schedules.kept_steps."""
+def parse_respacing(word: str) -> Any:
+    """Returns the spacing of a word such as 250, 10,15,20 or ddim25."""
     if word.startswith("ddim") and word[4:].isdecimal():
         return spec(DDIMSpacing, steps=int(word[4:]))
-    parts = word.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
+    sections = word.split(",")
+    if not all(section.strip().isdecimal() for section in sections):
         raise UserError(
             f"--respacing {word!r}: a number (250), sections (10,15,20) or ddim25"
         )
-    numbers = tuple(int(part) for part in parts)
+    numbers = tuple(int(section) for section in sections)
     return numbers if len(numbers) > 1 else numbers[0]
 
 
-def _misplaced(flag, word, field, sampler):
-    fits = [name for name, make in SAMPLERS.items() if field in make()]
-    said = flag if word is True else f"{flag} {word}"
+def _explain_misfit(flag: str, word: Any, field: str, sampler: Any) -> str:
+    names = [name for name, make in SAMPLERS.items() if field in make()]
     if flag == "--respacing":
-        fits = ["ddpm", "ddim"]
-    now = _name_of(sampler)
-    return f"{said}: {now} has no such setting; --sampler {_list(fits)} does"
+        names = ["ddpm", "ddim"]
+    argument = flag if word is True else f"{flag} {word}"
+    return (
+        f"{argument}: {_sampler_name(sampler)} has no such setting; "
+        f"--sampler {', '.join(names)} does"
+    )
 
 
-def _name_of(sampler):
-    """What a spec is called on the command line, or by its class."""
-    chief = lambda node: [node.make, node.get("method"), node.get("implicit")]
-    solver = lambda node: node.get("solver") and node.solver.make
-    same = lambda a, b: chief(a) == chief(b) and solver(a) == solver(b)
-    found = (name for name, make in SAMPLERS.items() if same(make(), sampler))
-    return next((f"--sampler {name}" for name in found), sampler.make.__name__)
+def _sampler_name(sampler: Any) -> str:
+    """Returns what a spec is called on the command line, or its class."""
 
+    def identity(node: Any) -> tuple:
+        solver = node.get("solver")
+        fields = node.make, node.get("method"), node.get("implicit")
+        return (*fields, solver and solver.make)
 
-def _list(names):
-    return ", ".join(names)
+    for name, make in SAMPLERS.items():
+        if identity(make()) == identity(sampler):
+            return f"--sampler {name}"
+    return sampler.make.__name__

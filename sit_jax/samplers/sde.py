@@ -1,99 +1,149 @@
 """The SDEs that share the marginals of the probability-flow ODE.
 
-dx = (velocity + w score) dt + sqrt(2w) dB for any w(t) >= 0 (Ma et al.,
-arXiv:2401.08740, whose w is twice this one; the released code's is this one).
+dx = (velocity + w score) dt + sqrt(2w) dB for any w(t) >= 0.
 
-Three choices are functions: a diffusion (path, t, norm) -> w, a method for one noisy
-step, and a last step that noise would spoil.
+Three choices are functions: a diffusion form (path, t, norm) -> w, a method for one
+noisy step, and a last step that noise would spoil.
+
+Source: Ma et al., arXiv:2401.08740, whose w is twice this one; the released code's is
+this one, and the names of forms and last steps are its.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from sit_jax.diffusion import predictions
 from sit_jax.diffusion.paths import expand_dims_like, sde_diffusion_rate
 from sit_jax.errors import UserError
-from sit_jax.samplers.base import check_steps, require_continuous, run_steps
+from sit_jax.samplers.base import (
+    SamplerResult,
+    check_steps,
+    require_continuous,
+    require_step_noise,
+    run_steps,
+)
+from sit_jax.typing import (
+    Batch,
+    ContinuousProcess,
+    NamedFunction,
+    Net,
+    Path,
+    Process,
+    StepNoise,
+)
+
+Scalar = Float[Array, ""]
 
 
 class SDEState(NamedTuple):
-    """What one network call tells about x [B, H, W, C] at time t."""
+    """What one evaluation of the network tells about x at time t."""
 
-    t: jax.Array
-    x: jax.Array
-    velocity: jax.Array
-    score: jax.Array
-    w: jax.Array
+    t: Scalar
+    x: Batch
+    velocity: Batch
+    score: Batch
+    w: Scalar
 
     @property
-    def drift(self):
+    def drift(self) -> Batch:
+        """The drift of the SDE."""
         return self.velocity + self.w * self.score
 
 
-def diffusion_sigma(path, t, norm=1.0):
+def diffusion_sigma(path: Path, t: Scalar, norm: float = 1.0) -> Scalar:
+    """Returns norm * sigma(t)."""
     return norm * path(t)[1]
 
 
-def diffusion_sbdm(path, t, norm=1.0):
-    """The reverse of the path's own noising SDE; SBDM in the released code."""
+def diffusion_sbdm(path: Path, t: Scalar, norm: float = 1.0) -> Scalar:
+    """Returns the diffusion of the reverse of the path's own SDE."""
     return norm * sde_diffusion_rate(path, t)
 
 
-def diffusion_constant(path, t, norm=1.0):
+def diffusion_constant(path: Path, t: Scalar, norm: float = 1.0) -> Scalar:
+    """Returns norm."""
     return jnp.full_like(t, norm)
 
 
-def diffusion_linear(path, t, norm=1.0):
-    """In a line to 0; `linear` in the released code."""
+def diffusion_linear(path: Path, t: Scalar, norm: float = 1.0) -> Scalar:
+    """Returns norm * (1 - t)."""
     return norm * (1 - t)
 
 
-def diffusion_decreasing(path, t, norm=1.0):
-    """Along a cosine; with norm 1 from 1 to 0."""
+def diffusion_decreasing(path: Path, t: Scalar, norm: float = 1.0) -> Scalar:
+    """Returns a fall along a cosine; with norm 1 from 1 to 0."""
     return (norm * jnp.cos(jnp.pi * t) + 1) ** 2 / 4
 
 
-def diffusion_increasing_decreasing(path, t, norm=1.0):
+def diffusion_increasing_decreasing(path: Path, t: Scalar, norm: float = 1.0) -> Scalar:
+    """Returns norm * sin(pi t)^2."""
     return norm * jnp.sin(jnp.pi * t) ** 2
 
 
-def euler_maruyama(drift, t, dt, x, kick):
-    return x + dt * drift(t, x) + kick
+@dataclasses.dataclass(frozen=True, repr=False)
+class SDEMethod(NamedFunction):
+    """One step (drift, t, dt, x, noise) -> x; it evaluates the drift `stages` times."""
+
+    stages: int = 1
 
 
-def heun(drift, t, dt, x, kick):
+@partial(SDEMethod, stages=1)
+def euler_maruyama(drift: Callable, t: Any, dt: Any, x: Any, noise: Any) -> Any:
+    """Euler's step of the drift, and noise."""
+    return x + dt * drift(t, x) + noise
+
+
+@partial(SDEMethod, stages=2)
+def heun(drift: Callable, t: Any, dt: Any, x: Any, noise: Any) -> Any:
     """Noise first, then Heun's step of the drift."""
-    x = x + kick
-    first = drift(t, x)
-    second = drift(t + dt, x + dt * first)
+    x = x + noise
+    k1 = drift(t, x)
+    k2 = drift(t + dt, x + dt * k1)
     # at t = 1 there is no score: there it is Euler's step
-    return x + dt * jnp.where(t + dt < 1, (first + second) / 2, first)
+    return x + dt * jnp.where(t + dt < 1, (k1 + k2) / 2, k1)
 
 
-def last_step_none(path, place, size):
+@dataclasses.dataclass(frozen=True, repr=False)
+class LastStep(NamedFunction):
+    """A step without noise (path, state, size) -> x, that ends sampling.
+
+    Attributes:
+      takes_time: False for a step that does nothing: noisy steps go on to the end.
+    """
+
+    takes_time: bool = True
+
+
+@partial(LastStep, takes_time=False)
+def last_step_none(path: Path, state: SDEState, size: float) -> Batch:
     """Ends with the last noisy step."""
-    return place.x
+    return state.x
 
 
-def last_step_mean(path, place, size):
-    """A step of the drift without its noise."""
-    return place.x + size * place.drift
+@LastStep
+def last_step_mean(path: Path, state: SDEState, size: float) -> Batch:
+    """Takes a step of the drift without its noise."""
+    return state.x + size * state.drift
 
 
-def last_step_euler(path, place, size):
-    """A step of the probability-flow ODE."""
-    return place.x + size * place.velocity
+@LastStep
+def last_step_euler(path: Path, state: SDEState, size: float) -> Batch:
+    """Takes a step of the probability-flow ODE."""
+    return state.x + size * state.velocity
 
 
-def last_step_tweedie(path, place, size):
-    """The expected data; reaches time 1 whatever the size."""
-    alpha, sigma = path(place.t)
-    return (place.x + sigma**2 * place.score) / alpha
+@LastStep
+def last_step_tweedie(path: Path, state: SDEState, size: float) -> Batch:
+    """Returns the expected data; reaches time 1 whatever the size."""
+    alpha, sigma = path(state.t)
+    return (state.x + sigma**2 * state.score) / alpha
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +151,16 @@ class SDE:
     """steps - 1 noisy steps up to time 1 - last, and one last step, as released.
 
     So 250 steps are 249 noisy ones of the same size and a last one of size 0.04. With
-    last_step=none the 249 go on to where the process ends, and `last` has no effect.
+    last_step_none the 249 go on to where the process ends, and `last` has no effect.
+
+    Attributes:
+      steps: at least 2.
+      diffusion: a form w(t) of this module.
+      norm: factor of the form.
+      last_step: a LastStep of this module.
+      last: size of the last step.
+      method: an SDEMethod of this module.
+      trajectory_length: how many states on the way to keep.
     """
 
     steps: int = 250
@@ -110,10 +169,11 @@ class SDE:
     last_step: Callable = last_step_mean
     last: float = 0.04
     method: Callable = euler_maruyama
-    frames: int = 0  # states kept on the way, in stats["trajectory"]
+    trajectory_length: int = 0
+    integrates_null_half: ClassVar[bool] = False
 
-    def __post_init__(self):
-        check_steps(self, self.steps, at_least=2)
+    def __post_init__(self) -> None:
+        check_steps(self.steps, self.trajectory_length, at_least=2)
         if not self.norm >= 0:
             raise UserError(f"norm={self.norm}: a diffusion cannot be negative")
         if not 0 < self.last < 1:
@@ -121,60 +181,67 @@ class SDE:
                 f"last={self.last}: give a size between 0 and 1, or last_step=none"
             )
 
-    def __call__(self, draw, process, net, noise):
-        require_continuous(self, process)
-        path, place = process.path, self._place(process, net)
-        t0, t1 = self._span(process)
+    def num_noise_draws(self, process: Process) -> int:
+        """Returns how many steps of noise a run takes."""
+        return self.steps - 1
+
+    def __call__(
+        self,
+        net: Net,
+        process: Process,
+        noise: Batch,
+        step_noise: StepNoise | None = None,
+    ) -> SamplerResult:
+        """Turns noise [b, h, w, c] into data."""
+        continuous = require_continuous(self, process)
+        noise_at = require_step_noise(self, step_noise)
+        path, state_at = continuous.path, self._make_state_fn(continuous, net)
+        t0, t1 = self._time_interval(continuous)
         grid = jnp.asarray(np.linspace(t0, t1, self.steps), jnp.float32)
         dt = (t1 - t0) / (self.steps - 1)
 
-        def step(x, i):
-            kick = jnp.sqrt(2 * dt * self._w(path, grid[i])) * draw(i)
-            return self.method(lambda *at: place(*at).drift, grid[i], dt, x, kick)
+        def step(x: Batch, i: Array) -> Batch:
+            w = self.diffusion(path, grid[i], self.norm)
+            kick = jnp.sqrt(2 * dt * w) * noise_at(i)
+            drift = lambda t, x: state_at(t, x).drift
+            return self.method(drift, grid[i], dt, x, kick)
 
-        start = noise.astype(jnp.float32)
-        x, stats = run_steps(step, start, self.steps - 1, self.frames)
-        count = (self.steps - 1) * _calls(self.method)
-        if self.last_step is not last_step_none:
-            x, count = self.last_step(path, place(grid[-1], x), self.last), count + 1
-            if self.frames:
-                stats["trajectory"] = stats["trajectory"].at[-1].set(x)
-        return x, {"evaluations": jnp.int32(count), **stats}
+        start, length = noise.astype(jnp.float32), self.trajectory_length
+        x, trajectory = run_steps(step, start, self.steps - 1, length)
+        count = (self.steps - 1) * self.method.stages
+        if self.last_step.takes_time:
+            x = self.last_step(path, state_at(grid[-1], x), self.last)
+            count += 1
+            if trajectory is not None:
+                trajectory = trajectory.at[-1].set(x)
+        return SamplerResult(
+            data=x, num_evaluations=jnp.int32(count), trajectory=trajectory
+        )
 
-    def kicks(self, process):
-        """How many draws of noise a run takes."""
-        return self.steps - 1
-
-    def _span(self, process):
+    def _time_interval(self, process: ContinuousProcess) -> tuple[float, float]:
         with jax.ensure_compile_time_eval():
-            infinite = not jnp.isfinite(self._w(process.path, jnp.float32(0)))
-        last = 0.0 if self.last_step is last_step_none else self.last
-        return process.span(by_score=infinite, last=last)
+            w = self.diffusion(process.path, jnp.float32(0), self.norm)
+            is_infinite = bool(~jnp.isfinite(w))
+        last_step = self.last if self.last_step.takes_time else 0.0
+        return process.time_interval(by_score=is_infinite, last_step=last_step)
 
-    def _place(self, process, net):
-        velocity = process.field(net, predictions.velocity)
+    def _make_state_fn(
+        self, process: ContinuousProcess, net: Net
+    ) -> Callable[[Scalar, Batch], SDEState]:
+        path = process.path
+        velocity_fn = process.prediction_fn(net, predictions.velocity)
 
-        def place(t, x):
-            path, at = process.path, jnp.full(x.shape[:1], t)
-            v = velocity(x, at)
+        def state_at(t: Scalar, x: Batch) -> SDEState:
+            times = jnp.full(x.shape[:1], t)  # (b,)
+            velocity = velocity_fn(x, times)
             score = predictions.convert(
-                v,
+                velocity,
                 x,
-                expand_dims_like(at, x),
+                expand_dims_like(times, x),
                 path,
-                predictions.velocity,
-                predictions.score,
+                source=predictions.velocity,
+                target=predictions.score,
             )
-            return SDEState(t, x, v, score, self._w(path, t))
+            return SDEState(t, x, velocity, score, self.diffusion(path, t, self.norm))
 
-        return place
-
-    def _w(self, path, t):
-        return self.diffusion(path, t, self.norm)
-
-
-def _calls(method):
-    """Evaluations of the drift in one step of a method."""
-    calls = []
-    method(lambda t, x: calls.append(t) or x, 0.0, 1.0, 0.0, 0.0)
-    return len(calls)
+        return state_at

@@ -33,6 +33,7 @@ from sit_jax.samplers.likelihood import (
     hutchinson_trace,
 )
 from sit_jax.sampling.generation import in_chunks
+from sit_jax.typing import DiscreteProcess, ODESampler
 
 TRACES = {"estimated": hutchinson_trace, "exact": exact_trace}
 SPREAD = 0.25  # of Gaussian dequantization, in steps of 8-bit values
@@ -141,11 +142,11 @@ def _chosen(length, survey):
 
 
 def _likelihood(parts, survey):
-    if hasattr(parts.process, "posterior"):
+    if isinstance(parts.process, DiscreteProcess):
         steps = getattr(parts.sampler, "steps", parts.process.steps)
         return VariationalBound(steps, clip=getattr(parts.sampler, "clip", False))
     ode = parts.sampler
-    if not hasattr(ode, "solve"):
+    if not isinstance(ode, ODESampler):
         ode = AdaptiveODE(rtol=1e-5, atol=1e-5)
     return FlowLikelihood(ode, TRACES[survey.trace], survey.probes)
 
@@ -161,13 +162,13 @@ def _run(parts, likelihood, filling, mesh, word):
         network = in_chunks(network, mesh) if on_cpu else network
         net = lambda x, t: network(params, x, t, batch["label"])
         data, bits = _data(parts, filling, keys, batch, by_chain)
-        stats, _ = likelihood(draws(keys, parts.shape), parts.process, net, data)
+        result = likelihood(net, parts.process, data, draws(keys, parts.shape))
         size = np.prod(parts.shape)
-        cost = -stats["nats"] / (size * np.log(2.0)) + bits
+        cost = -result.nats / (size * np.log(2.0)) + bits
         return {
-            "nats": stats["nats"],
+            "nats": result.nats,
             "bits_per_dim": cost,
-            "evaluations": stats["evaluations"],
+            "evaluations": result.num_evaluations,
         }
 
     return run
@@ -227,7 +228,9 @@ def _written(out, rows, config, survey, item, params, parts, source):
 
 def _named(parts, source):
     """What the figures are of, in words."""
-    bound = "variational bound" if hasattr(parts.process, "posterior") else "density"
+    bound = (
+        "variational bound" if isinstance(parts.process, DiscreteProcess) else "density"
+    )
     size = " x ".join(map(str, parts.shape))
     kind = (
         "pixels" if "image" in source[0] and parts.shape == source.shape else "latents"

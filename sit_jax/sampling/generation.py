@@ -51,22 +51,22 @@ def make_generate(parts, mesh, weak=None, around=lambda fn: fn):
         draw = draw if given is None else rng.recorded_noise(given)
         settings = (parts.model.classes, parts.guidance, parts.guidance_channels)
         progress = parts.process.progress
-        if weak or is_unguided(parts.guidance) or not _doubled(parts.sampler):
+        if (
+            weak
+            or is_unguided(parts.guidance)
+            or not parts.sampler.integrates_null_half
+        ):
             net = classifier_free_guidance(
-                net, labels, *settings, weak=worse, progress=progress
+                net, labels, *settings, guiding_model=worse, progress=progress
             )
-            return parts.sampler(draw, parts.process, net, start)
+            result = parts.sampler(net, parts.process, start, draw)
+            return result.data, result.stats()
         net = guide_both_halves(net, labels, *settings, progress=progress)
         both = jnp.concatenate([start, start])
-        data, stats = parts.sampler(draw, parts.process, net, both)
-        return data[: len(start)], stats
+        result = parts.sampler(net, parts.process, both, draw)
+        return result.data[: len(start)], result.stats()
 
     return generate
-
-
-def _doubled(sampler):
-    """Whether the sampler's steps depend on the null half, as in the originals."""
-    return getattr(getattr(sampler, "control", None), "doubled", False)
 
 
 def in_chunks(apply, mesh):

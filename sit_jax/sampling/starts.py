@@ -31,7 +31,7 @@ def noise_of(room):
         return start, None, 0
     check(job.noise)
     sampler = room.parts.sampler
-    kicks = sampler.kicks(room.parts.process) if hasattr(sampler, "kicks") else 0
+    kicks = sampler.num_noise_draws(room.parts.process)
     start, given = torch_noise(
         int(job.noise[6:]),
         *(room.parts.model, shape, len(job.labels), kicks),

@@ -142,7 +142,7 @@ def train(
         log.say(f"compiled the training step {words}")
         limit_kept_memory(step)
         replicas.compile(state)
-        sampled = lambda state: join(sampled_ema(state.ema, decay), state.frozen)
+        sampled = lambda state: join(sampled_ema(state.ema, decay), state.frozen_params)
         previews.draw_missing(first, sampled(state))
         batch = next(feed)  # was read meanwhile
         meter = _make_meter(config, experiment)
@@ -183,7 +183,7 @@ def log_summary(
     """Tells the network, its data and its devices, before the first step."""
     count, frozen = (
         sum(leaf.size for leaf in jax.tree.leaves(tree))
-        for tree in (state.params, state.frozen)
+        for tree in (state.params, state.frozen_params)
     )
     model = experiment.model
     kept = f", {frozen:,} more are frozen" if frozen else ""

@@ -37,10 +37,8 @@ from sit_jax.parallel.mesh import replicated, with_shardings
 from sit_jax.trainer.compile import ReplicaCheck
 from sit_jax.training.state import (
     TrainState,
-    create_train_state,
     init_ema,
     init_params,
-    init_state,
     join_ema,
     split_ema,
 )
@@ -75,8 +73,8 @@ def restore_or_init(
         return init_lora(experiment, mesh, seed, directory, init.path)
     key = jax.random.key(seed)
     model, decay = experiment.model, experiment.ema_decay
-    make = partial(init_state, model, experiment.optimizer, experiment.shape)
-    make = partial(make, decay=decay, losses=experiment.losses)
+    make = partial(TrainState.init, model, experiment.optimizer, experiment.shape)
+    make = partial(make, ema_decay=decay, timestep_sampler_state=experiment.losses)
     shapes = jax.eval_shape(make, key)
     shardings = sharding_rules.state_shardings(mesh, shapes)
     target = with_shardings(shapes, shardings)
@@ -139,12 +137,13 @@ def checkpoint_items(
     """Returns the items of a checkpoint, by name."""
     items = {"params": state.params, **split_ema(state.ema, ema_decay)}
     items["opt_state"] = state.opt_state
-    return items | ({"losses": state.losses} if jax.tree.leaves(state.losses) else {})
+    losses = state.timestep_sampler_state
+    return items | ({"losses": losses} if jax.tree.leaves(losses) else {})
 
 
 def checkpoint_meta(state: TrainState) -> dict[str, Any]:
     """Returns what a checkpoint's meta tells of a state."""
-    return {"step": int(state.step), "skipped": state.skipped.tolist()}
+    return {"step": int(state.step), "skipped": state.skipped_steps.tolist()}
 
 
 def restore_state(
@@ -186,8 +185,8 @@ def restore_state(
         params=items["params"],
         ema=join_ema(items, experiment.ema_decay),
         opt_state=items["opt_state"],
-        skipped=put(meta.get("skipped", (0, 0))),
-        losses=items.get("losses", ()),
+        skipped_steps=put(meta.get("skipped", (0, 0))),
+        timestep_sampler_state=items.get("losses", ()),
     )
 
 
@@ -389,7 +388,9 @@ def init_from_other_model(
 
 def _create_state(experiment: Any, params: Any) -> TrainState:
     decay, losses = experiment.ema_decay, experiment.losses
-    return create_train_state(experiment.optimizer, params, decay, losses)
+    return TrainState.create(
+        params, experiment.optimizer, ema_decay=decay, timestep_sampler_state=losses
+    )
 
 
 def _param_shapes(experiment: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -431,7 +432,7 @@ def init_lora(
 
     shardings = sharding_rules.state_shardings(mesh, jax.eval_shape(make, base))
     state = jax.jit(make, out_shardings=shardings, donate_argnums=0)(base)
-    target, frozen = with_shardings(state, shardings), state.frozen
+    target, frozen = with_shardings(state, shardings), state.frozen_params
     origin = "starts anew"
     if own:
         state, origin = _restore_newest(experiment, directory, target)
@@ -439,7 +440,7 @@ def init_lora(
         state = restore_state(experiment, *adapters, target, ("params", "ema"))
         origin = f"goes on from {init}, step {int(state.step)}"
     of_base = f"adapters of {record['path']}/{record['step']}, {record['sha256'][:12]}"
-    return state.replace(frozen=frozen), f"{origin}, {of_base}", {"base": record}
+    return state.replace(frozen_params=frozen), f"{origin}, {of_base}", {"base": record}
 
 
 def _find_adapters(path: str | None) -> tuple[Path, int] | None:

@@ -1,103 +1,114 @@
 """One training step. Everything random in it follows from (key, step)."""
 
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool, Int
 
+from sit_jax.diffusion.rng import StepKeys
 from sit_jax.diffusion.timesteps import quartile_means
 from sit_jax.models.codec import codec_sample
-from sit_jax.training import objectives
-from sit_jax.training.state import TrainState, update_ema
+from sit_jax.training.objectives import (
+    Objective,
+    accumulate_gradients,
+    objective_for,
+    total_loss,
+    value_and_grad,
+)
+from sit_jax.training.state import Decay, TrainState, update_ema
+from sit_jax.typing import Params, Process, TimestepSampler
+
+Metrics = dict[str, Array]
 
 
 def make_train_step(
-    model,
-    process,
-    tx,
-    decay=0.9999,
-    drop=0.1,
-    accumulate=1,
-    timesteps=None,
-    by_quartile=False,
-    place=lambda grads: grads,
-):
-    """-> step(state, codec, batch, key) -> (state, metrics).
+    model: Any,
+    process: Process,
+    optimizer: optax.GradientTransformation,
+    *,
+    objective: Objective | None = None,
+    ema_decay: Decay = 0.9999,
+    label_dropout: float = 0.1,
+    microbatches: int = 1,
+    timestep_sampler: TimestepSampler | None = None,
+    log_quartiles: bool = False,
+    shard_gradients: Callable[[Params], Params] = lambda grads: grads,
+) -> Callable[
+    [TrainState, Any, Mapping[str, Array], Array], tuple[TrainState, Metrics]
+]:
+    """Returns train_step(state, codec, batch, key) -> (state, metrics).
 
-    batch: {"latent" | "moments" | "image": [B, ...], "label": int [B]}. A step whose
+    batch is {"latent" | "moments" | "image": [b, ...], "label": int [b]}. A step whose
     loss or gradient is not finite leaves the weights as they were; it is counted, and
-    metrics["bad"] is the place of the first such tensor in tensor_names(state).
-    accumulate > 1 goes through the batch in that many parts, for the same gradient.
-    timesteps: see timesteps.py; None: the process draws its times. by_quartile: losses
-    are also given by quarters of the times. place(grads) -> grads:
-    see sharding_rules.py.
+    metrics["bad"] is the index of the first such tensor in tensor_names(state).
 
-    A model with several passes is trained on the sum of their losses: see passes.py.
+    Args:
+      model: the network.
+      process: what it is trained on.
+      optimizer: an optax transformation.
+      objective: which passes a step makes; None: objective_for(model).
+      ema_decay: of the moving average, or several.
+      label_dropout: share of labels that are replaced by the null label.
+      microbatches: parts that the batch is gone through in, for the same gradient.
+      timestep_sampler: chooses times; None: the process draws them uniformly.
+      log_quartiles: losses are also given by quarters of the times.
+      shard_gradients: constrains where gradients live, see parallel/.
     """
-    gradient = objectives.gradient(model, process, by_quartile or timesteps is not None)
+    objective = objective or objective_for(model)
 
-    def train_step(state, codec, batch, key):
-        key = jax.random.fold_in(key, state.step)
-        keys = jax.random.split(key, 4)
-        data = codec_sample(codec, keys[0], batch)
-        t, weights = _times(timesteps, process, keys[2], state.losses, len(data))
-        each = objectives.drawn(model, key, keys, data.shape, batch["label"], drop)
-        grad = accumulate_gradients(partial(gradient, state.frozen), accumulate)
-        grads, metrics = grad(state.params, data, t, weights, each)
-        rows = metrics.pop("rows", {})
-        grads = place(grads)
-        norm = optax.tree.norm(grads)
-        good = jnp.isfinite(objectives.total(each, metrics)) & jnp.isfinite(norm)
-        losses = state.losses
-        if timesteps is not None:
-            losses = timesteps.add(losses, t, objectives.total(each, rows))
-        new = _updated(state, tx, grads, decay, good, losses)
-        tensors = (data, state.params, grads)
-        bad = jax.lax.cond(good, lambda _: -1, _first_bad, tensors)
-        metrics |= {"grad_norm": norm, "bad": bad, "skipped": new.skipped}
-        if by_quartile:
-            metrics |= quartile_means(rows, t, process.end)
-        return new, metrics
+    def train_step(
+        state: TrainState, codec: Any, batch: Mapping[str, Array], key: Array
+    ) -> tuple[TrainState, Metrics]:
+        keys = StepKeys.at(key, state.step)
+        data = codec_sample(codec, keys.codec, batch)  # (b, h, w, c)
+        sampler_state, weights = state.timestep_sampler_state, None
+        if timestep_sampler is None:
+            t = process.sample_times(keys.times, len(data))
+        else:
+            t, weights = timestep_sampler.sample(
+                process, keys.times, sampler_state, len(data)
+            )
+        passes = objective(model, keys, batch["label"], data.shape, label_dropout)
+
+        grad_fn = partial(value_and_grad, model, process, state.frozen_params)
+        grad_fn = accumulate_gradients(grad_fn, microbatches)
+        grads, terms, rows = grad_fn(state.params, data, t, weights, passes)
+        grads = shard_gradients(grads)
+        loss, norm = total_loss(passes, terms), optax.tree.norm(grads)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+        if timestep_sampler is not None:
+            row_losses = total_loss(passes, rows)
+            sampler_state = timestep_sampler.update(sampler_state, t, row_losses)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        new_state = state.replace(
+            step=state.step + 1,
+            params=params,
+            ema=update_ema(state.ema, params, ema_decay),
+            opt_state=opt_state,
+            skipped_steps=_count_skipped(state.skipped_steps, is_finite),
+            timestep_sampler_state=sampler_state,
+        )
+        new_state = _keep_if_finite(is_finite, new_state, state)
+
+        tensors = data, state.params, grads
+        bad = jax.lax.cond(is_finite, lambda _: -1, _first_not_finite, tensors)
+        metrics = terms | {"grad_norm": norm, "bad": bad}
+        metrics |= {"skipped": new_state.skipped_steps}
+        if log_quartiles:
+            metrics |= quartile_means(rows, t, process.max_time)
+        return new_state, metrics
 
     return train_step
 
 
-def accumulate_gradients(grad, parts):
-    """Averages grad(params, *batch) over `parts` equal parts of the batch.
-
-    Part j takes every parts-th row from row j on, so that each device keeps its rows.
-    Of the metrics, "rows" are one for each of the batch and are put back in order.
-    """
-    if parts == 1:
-        return grad
-
-    def averaged(params, *batch):
-        split = lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
-
-        def one(*part):
-            grads, metrics = grad(params, *part)
-            rows = metrics.pop("rows", {})
-            return (grads, metrics), rows
-
-        def add(total, part):
-            found, rows = one(*part)
-            return jax.tree.map(jnp.add, total, found), rows
-
-        split_batch = jax.tree.map(split, batch)
-        first = jax.tree.map(lambda x: x[0], split_batch)
-        zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, *first)[0])
-        total, rows = jax.lax.scan(add, zero, split_batch)
-        grads, metrics = jax.tree.map(lambda x: x / parts, total)
-        join = lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
-        rows = {"rows": jax.tree.map(join, rows)} if rows else {}
-        return grads, metrics | rows
-
-    return averaged
-
-
-def tensor_names(state):
-    """Names for metrics["bad"]: the batch, the parameters, their gradients.
+def tensor_names(state: TrainState) -> list[str]:
+    """Returns names for metrics["bad"]: the batch, the parameters, their gradients.
 
     The last stands for -1: all of these are finite, but the loss or a norm is not.
     """
@@ -108,31 +119,31 @@ def tensor_names(state):
     return ["the batch", *names, *gradients, "the loss or the norm of its gradient"]
 
 
-def _times(timesteps, process, key, losses, n):
-    """-> t [n], and what their losses are multiplied by: [n], or None for nothing."""
-    if timesteps is None:
-        return process.times(key, n), None
-    return timesteps.draw(process, key, losses, n)
-
-
-def _updated(state, tx, grads, decay, good, losses):
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = update_ema(state.ema, params, decay)
-    keep = lambda new, old: jnp.where(good, new, old)
-    params, ema, opt_state, losses = jax.tree.map(
-        keep,
-        (params, ema, opt_state, losses),
-        (state.params, state.ema, state.opt_state, state.losses),
+def _keep_if_finite(
+    is_finite: Bool[Array, ""], new: TrainState, old: TrainState
+) -> TrainState:
+    """Returns the new state, with what the optimizer changed only if it is finite."""
+    choose = partial(jnp.where, is_finite)
+    return new.replace(
+        params=jax.tree.map(choose, new.params, old.params),
+        ema=jax.tree.map(choose, new.ema, old.ema),
+        opt_state=jax.tree.map(choose, new.opt_state, old.opt_state),
+        timestep_sampler_state=jax.tree.map(
+            choose, new.timestep_sampler_state, old.timestep_sampler_state
+        ),
     )
-    total, streak = state.skipped
-    skipped = jnp.where(good, jnp.stack([total, 0]), jnp.stack([total, streak]) + 1)
-    new = (state.step + 1, params, ema, opt_state, skipped, losses)
-    return TrainState(*new, state.frozen)
 
 
-def _first_bad(tensors):
-    """Index of the first tensor with a value that is not finite, -1 without one."""
+def _count_skipped(
+    skipped_steps: Int[Array, "2"], is_finite: Bool[Array, ""]
+) -> Int[Array, "2"]:
+    """Returns how many steps had no effect: in all, and in a row."""
+    total, streak = skipped_steps
+    return jnp.where(is_finite, jnp.stack([total, 0]), jnp.stack([total, streak]) + 1)
+
+
+def _first_not_finite(tensors: Any) -> Int[Array, ""]:
+    """Returns the index of the first tensor that is not finite, -1 without one."""
     # 0 * inf is not a number; compiles to fewer kernels than isfinite(leaf).all()
     zero = lambda leaf: jnp.sum(0 * leaf)
     bad = jnp.isnan(jnp.stack([zero(leaf) for leaf in jax.tree.leaves(tensors)]))

@@ -30,7 +30,7 @@ from sit_jax.errors import UserError
 from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.parallel.mesh import replicated
 from sit_jax.trainer.resume import checkpoint_items
-from sit_jax.training.state import init_state
+from sit_jax.training.state import TrainState, init_params
 
 one_step = checkpoints.one_step
 
@@ -172,8 +172,10 @@ def test_save_writes_every_item_that_is_restored():
     """The items of a run are named in one place, for saving and for restoring."""
     parts = build_experiment(small.config(), TRAINING)
     state = jax.eval_shape(
-        lambda key: init_state(
-            parts.model, parts.optimizer, parts.shape, key, (0.9, 0.99)
+        lambda key: TrainState.create(
+            init_params(parts.model, parts.shape, key),
+            parts.optimizer,
+            ema_decay=(0.9, 0.99),
         ),
         jax.random.key(0),
     )
@@ -181,7 +183,7 @@ def test_save_writes_every_item_that_is_restored():
     written = checkpoint_items(concrete, (0.9, 0.99))
     assert set(written) == {"params", "ema", "ema_0.99", "opt_state"}
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
-    in_meta = count(state.step) + count(state.skipped)
+    in_meta = count(state.step) + count(state.skipped_steps)
     assert sum(map(count, written.values())) + in_meta == count(state)
 
 

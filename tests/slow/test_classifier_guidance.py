@@ -34,7 +34,7 @@ def exact(x, t):
     )
 
 
-LEVELS = [jnp.asarray(x, jnp.float32) for x in PROCESS.levels(np.arange(1000))]
+LEVELS = [jnp.asarray(x, jnp.float32) for x in PROCESS.float64_path(np.arange(1000))]
 
 
 def logits(params, x, t):
@@ -77,7 +77,7 @@ def recognised(sampler):
     keys = rng.image_keys(0, np.arange(len(labels)))
     shape = (8, 8, 1)
     run = lambda keys: sampler(
-        rng.step_noise(keys, shape), PROCESS, exact, rng.initial_noise(keys, shape)
+        exact, PROCESS, rng.initial_noise(keys, shape), rng.step_noise(keys, shape)
     )
     data, _ = jax.jit(run)(keys)
     images = np.clip(np.asarray(data) * 127.5 + 128, 0, 255).astype(np.uint8)
@@ -94,7 +94,7 @@ def test_the_digits_are_those_asked_for(classifier, kind):
         ).sum()
         return 3 * jax.grad(chosen)(x)
 
-    alone, led = (recognised(kind(steps=50, lead=each)) for each in (None, lead))
+    alone, led = (recognised(kind(steps=50, cond_fn=each)) for each in (None, lead))
     print(alone, led)
     assert alone["samples_recognised"] < 0.25  # one in ten, by chance
     assert led["samples_recognised"] > 0.8

@@ -25,7 +25,7 @@ def gradient(name):
         losses = []
         for inputs in ({}, recorded_masks(name)):
             net = functools.partial(model.apply, {"params": params}, y=y, **inputs)
-            losses.append(process(name).loss(net, data, noise, t)["loss"].mean())
+            losses.append(process(name).losses(net, data, noise, t)["loss"].mean())
         return sum(losses)
 
     with pytest.MonkeyPatch.context() as patch:

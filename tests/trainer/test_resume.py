@@ -37,7 +37,7 @@ from sit_jax.trainer.resume import (
     read_history,
     restore_or_init,
 )
-from sit_jax.training.state import create_train_state, init_params
+from sit_jax.training.state import TrainState, init_params
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def weights(parts):
 def pristine(parts, weights, tmp_path_factory):
     """-> a checkpoint directory with steps 3, 5 and 8: the weights and that number."""
     directory = tmp_path_factory.mktemp("pristine")
-    fresh = create_train_state(parts.optimizer, weights, parts.ema_decay)
+    fresh = TrainState.create(weights, parts.optimizer, ema_decay=parts.ema_decay)
     for step in (3, 5, 8):
         params = jax.tree.map(partial(np.add, np.float32(step)), weights)
         state = fresh.replace(params=params, step=np.int32(step))
@@ -251,7 +251,7 @@ def test_what_does_not_fit_is_listed(thousand, monkeypatch):
 def test_weights_only_leaves_the_optimizer(tmp_path, monkeypatch):
     c = config(5)
     parts = build_experiment(c, TRAINING)
-    state = create_train_state(parts.optimizer, small.random_params(parts, 0)).replace(
+    state = TrainState.create(small.random_params(parts, 0), parts.optimizer).replace(
         step=7
     )
     state = jax.tree.map(np.asarray, state)
