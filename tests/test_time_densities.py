@@ -50,7 +50,7 @@ DENSITIES = {
 def test_times_have_their_density_and_weights_its_inverse(name):
     quantile, density = DENSITIES[name]
     draw = quick_jit(
-        lambda key: DensityTimesteps(quantile, True).draw(PROCESS, key, (), N)
+        lambda key: DensityTimesteps(quantile, True).sample(PROCESS, key, (), N)
     )
     t, weights = (np.asarray(x, float) for x in draw(jax.random.key(0)))
     unit = (t - 0.001) / 0.998
@@ -65,7 +65,7 @@ def test_times_have_their_density_and_weights_its_inverse(name):
 
 def test_weights_give_back_the_uniform_mean():
     draw = quick_jit(
-        lambda key: DensityTimesteps(Mode(1.0), True).draw(PROCESS, key, (), N)
+        lambda key: DensityTimesteps(Mode(1.0), True).sample(PROCESS, key, (), N)
     )
     t, weights = draw(jax.random.key(1))
     assert float((weights * t**2).mean()) == pytest.approx(1 / 3, abs=0.01)
@@ -110,7 +110,7 @@ def test_a_config_holds_them():
         (lambda: LogitNormal(std=0.0), "std=0.0"),
         (lambda: LogitNormal(mean=math.nan), "mean=nan"),
         (lambda: Mode(1.8), r"Mode\(scale=1.8\): beyond -1 .. 1.7519"),
-        (lambda: DensityTimesteps().begin(GaussianDiffusion()), "use LossSecondMoment"),
+        (lambda: DensityTimesteps().init(GaussianDiffusion()), "use LossSecondMoment"),
     ],
 )
 def test_impossible_ones_are_refused(make, said):

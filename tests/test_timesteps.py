@@ -38,8 +38,8 @@ class Released:
 def test_the_chances_are_the_released_ones_after_every_batch():
     """Batches that hold a step more often than it is remembered among them."""
     ours, theirs = LossSecondMoment(3, 0.1), Released(3, 0.1)
-    rng, state = np.random.default_rng(0), ours.begin(PROCESS)
-    add, chances = quick_jit(ours.add), quick_jit(ours.chances)
+    rng, state = np.random.default_rng(0), ours.init(PROCESS)
+    add, chances = quick_jit(ours.update), quick_jit(ours.probabilities)
     uneven = 0
     for _ in range(12):
         t = np.minimum(rng.integers(STEPS + 3, size=8), STEPS - 1).astype(np.int32)
@@ -55,11 +55,11 @@ def test_times_are_drawn_by_their_chances_and_weighted_back():
     """The weighted mean of anything estimates its uniform mean."""
     ours = LossSecondMoment(1, 0.1)
     size = jnp.arange(1.0, STEPS + 1)
-    state = ours.add(ours.begin(PROCESS), jnp.arange(STEPS), size)
-    draw = quick_jit(lambda key: ours.draw(PROCESS, key, state, 20_000))
+    state = ours.update(ours.init(PROCESS), jnp.arange(STEPS), size)
+    draw = quick_jit(lambda key: ours.sample(PROCESS, key, state, 20_000))
     t, weights = draw(jax.random.key(0))
     shares = np.bincount(t, minlength=STEPS) / len(t)
-    np.testing.assert_allclose(shares, ours.chances(state), atol=0.02)
+    np.testing.assert_allclose(shares, ours.probabilities(state), atol=0.02)
     assert float((weights * t).mean()) == pytest.approx(2.5, abs=0.1)
     assert float(t.mean()) > 2.9
 
