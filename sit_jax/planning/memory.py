@@ -63,7 +63,7 @@ def plan_memory(config: Any, experiment: Any, mesh: Any) -> MemoryPlan:
     )
     batch = config.batch_size * 4 * (math.prod(experiment.shape) + 1)  # of latents
     items = {
-        "frozen base": sizes(shapes.frozen, shardings.frozen),
+        "frozen base": sizes(shapes.frozen_params, shardings.frozen_params),
         "parameters": sizes(shapes.params, shardings.params),
         "gradients": sizes(
             shapes.params, sharding_rules.zero1_shardings(mesh, shapes.params)

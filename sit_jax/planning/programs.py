@@ -16,7 +16,7 @@ from sit_jax.parallel import mesh as mesh_lib
 from sit_jax.parallel import sharding_rules
 from sit_jax.precision import policy
 from sit_jax.sampling.generation import lowered
-from sit_jax.training.state import create_train_state, init_params
+from sit_jax.training.state import TrainState, init_params
 from sit_jax.training.step import make_train_step
 
 # XLA gives its library YNN sums, convolutions and single products. Without the last,
@@ -93,11 +93,11 @@ def eval_state_shapes(experiment: Any, mesh: Any) -> tuple[Any, Any]:
     adapter = experiment.adapter
 
     def create(key, base):
-        return create_train_state(
-            experiment.optimizer,
+        return TrainState.create(
             adapter.add_adapters(base, key) if adapter else base,
-            experiment.ema_decay,
-            experiment.losses,
+            experiment.optimizer,
+            ema_decay=experiment.ema_decay,
+            timestep_sampler_state=experiment.losses,
         )
 
     base = base_shapes(experiment)
@@ -122,12 +122,12 @@ def jit_train_step(
         attention.resolve_attention(experiment.model, platform),
         experiment.process,
         experiment.optimizer,
-        experiment.ema_decay,
-        config.label_drop,
-        config.accumulate,
-        experiment.timesteps,
-        config.get("log_quartiles", False),
-        place=sharding_rules.shard_gradients(mesh),
+        ema_decay=experiment.ema_decay,
+        label_dropout=config.label_drop,
+        microbatches=config.accumulate,
+        timestep_sampler=experiment.timesteps,
+        log_quartiles=config.get("log_quartiles", False),
+        shard_gradients=sharding_rules.shard_gradients(mesh),
     )
     step = policy.with_precision(get_training_precision(config), step, platform)
     return jax.jit(

@@ -14,7 +14,7 @@ from sit_jax.models.mdt import MDT, MDTv2
 from sit_jax.parallel import sharding_rules
 from sit_jax.parallel.mesh import abstract_mesh, make_mesh
 from sit_jax.planning.memory import NOTABLE
-from sit_jax.training.state import init_params, init_state
+from sit_jax.training.state import TrainState, init_params
 
 WEIGHTS, ALL = ("fsdp", "tensor"), ("fsdp", "tensor", "data")
 
@@ -117,7 +117,7 @@ def test_arrays_hold_what_the_table_says():
     """ZeRO-1: replicas have the weights whole, all else once between them."""
     model = SiT(depth=2, width=64, heads=4, patch=2, classes=5)
     mesh = make_mesh(data=2, fsdp=4)
-    begin = partial(init_state, model, optax.adamw(1e-3), (8, 8, 4))
+    begin = partial(TrainState.init, model, optax.adamw(1e-3), (8, 8, 4))
     shapes = jax.eval_shape(begin, jax.random.key(0))
     where = sharding_rules.state_shardings(mesh, shapes)
     state = jax.jit(begin, out_shardings=where)(jax.random.key(0))
