@@ -17,6 +17,7 @@ from pathlib import Path
 from sit_jax import config as configs
 from sit_jax.parallel.mesh import make_mesh
 from sit_jax.planning import programs, tpu_compile
+from sit_jax.recipes import published
 
 # What it prints, in this order: the next one is there when the one before is whole.
 MEMORY = "after_optimizations-buffer-assignment"

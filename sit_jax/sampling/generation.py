@@ -25,7 +25,9 @@ from sit_jax.parallel.mesh import (
     with_shardings,
 )
 
-CHUNK = 4  # rows of a batch that go through the network together on a CPU
+# Rows of a batch that go through the network together on a CPU: one guided image. Four
+# rows take 0.87 to 0.98 of the CPU time for SiT-S/2, but fill up a single image.
+CHUNK = 2
 
 
 def make_generate(parts, mesh, weak=None, around=lambda fn: fn):
