@@ -104,7 +104,7 @@ def placed(shapes):
 
 
 def test_what_train_saves_is_enough_to_go_on(base, tmp_path, monkeypatch):
-    """The step itself, which takes long to compile, is test_stored_steps.py's."""
+    """The step itself, which takes long to compile, is test_weights_training.py's."""
     good = {"loss": 1.0, "grad_norm": 1.0, "bad": -1, "skipped": [0, 0]}
     good = {name: np.asarray(value) for name, value in good.items()}
     step = lambda state, *_: (state.replace(step=state.step + 1), dict(good))
@@ -116,7 +116,7 @@ def test_what_train_saves_is_enough_to_go_on(base, tmp_path, monkeypatch):
     assert told["path"] == str(base)
 
 
-@pytest.mark.slow  # compiles a training step; test_stored_steps.py takes one too
+@pytest.mark.slow  # compiles a training step; test_weights_training.py takes one too
 def test_a_run_begins_over_its_base_and_goes_on_without_being_told(base, tmp_path):
     train(config(), tmp_path, WeightsRef(str(base)))
     train(config(steps=3), tmp_path)  # the meta tell the base
@@ -151,7 +151,7 @@ def test_another_base_is_refused_by_its_hash(run, tmp_path):
         )
 
 
-@pytest.mark.slow  # test_stored_steps.py takes a step over int8
+@pytest.mark.slow  # test_weights_training.py takes a step over int8
 def test_int8_stays_int8(base):
     parts, state, _ = begun(base, int8="blocks/attn/qkv/kernel")
     kinds = {x.dtype for x in jax.tree.leaves(state.frozen_params["blocks"])}
