@@ -247,14 +247,12 @@ class _ShardedFile(TensorFile):
     def _open(self):
         try:
             names = json.loads(self.path.read_text())["weight_map"]
-            shards = {
-                name: open_file(self.path.with_name(name))
-                for name in set(names.values())
-            }
-            if lacking := [n for n in names if n not in shards[names[n]].content()]:
-                raise UserError(f"{self.path}: {lacking[0]} is not in its file")
+            files = {name: self.path.with_name(name) for name in names.values()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _damage(self.path, error) from error
+        shards = {name: open_file(path) for name, path in files.items()}
+        if lacking := [n for n in names if n not in shards[names[n]].content()]:
+            raise UserError(f"{self.path}: {lacking[0]} is not in its file")
         return {name: shards[file] for name, file in names.items()}
 
 

@@ -38,7 +38,7 @@ from sit_jax.trainer import resume
 
 
 @pytest.mark.parametrize("name", ["sit_a", "sit_b", "sit_c", "dit_a", "dit_b"])
-def test_released_files_come_back_bit_by_bit_in_their_order(tmp_path, name):
+def test_export_gives_released_files_back_bit_by_bit(tmp_path, name):
     there = stored(opened(name), tmp_path / "ck")
     assert there.no_optimizer == "the checkpoint has no opt_state"
     content, _ = there.content(bare=True)
@@ -47,7 +47,7 @@ def test_released_files_come_back_bit_by_bit_in_their_order(tmp_path, name):
 
 
 @pytest.mark.parametrize("family", ["sit", "dit"])
-def test_files_of_train_py_come_back_bit_by_bit(tmp_path, family):
+def test_export_gives_files_of_train_py_back_bit_by_bit(tmp_path, family):
     there = stored(opened(f"train_{family}_full"), tmp_path / "ck")
     assert there.step == 20
     assert there.no_optimizer is None
@@ -64,7 +64,7 @@ def test_files_of_train_py_come_back_bit_by_bit(tmp_path, family):
         assert_same_state(ours["opt"]["state"][i], moments_)
 
 
-def test_a_ported_checkpoint_computes_what_torch_did(tmp_path):
+def test_export_computes_what_torch_did(tmp_path):
     there, recorded = stored(opened("sit_a"), tmp_path / "ck"), arrays("sit_forward_a")
     out = there.spec.model.apply(
         {"params": there.ema()}, nhwc(recorded["x"]), recorded["t"], recorded["y"]
@@ -73,7 +73,7 @@ def test_a_ported_checkpoint_computes_what_torch_did(tmp_path):
     assert relative(nchw(out), recorded["out"]) < 2e-6
 
 
-def test_sampling_loads_average_or_model_on_every_device():
+def test_torch_weights_load_ema_or_params_on_every_device():
     weights_ = opened("train_sit_full")
     mesh = make_mesh(data=-1, fsdp=1)
     theirs = loaded(golden("train_sit_full"))
@@ -101,7 +101,7 @@ def test_training_goes_on_from_a_ported_run(tmp_path):
         np.testing.assert_array_equal(ours["head"]["out"]["kernel"].T, moments_[kind])
 
 
-def test_an_own_run_goes_on_in_torch_as_here(tmp_path):
+def test_export_of_an_own_run_goes_on_in_torch_as_here(tmp_path):
     """Same gradient, same next weights: moments, their order and the step are right."""
     c = base("sit")
     c.shape, c.clip = (8, 8, 4), 1e9
@@ -150,7 +150,7 @@ def test_an_own_run_goes_on_in_torch_as_here(tmp_path):
             np.testing.assert_allclose(tensor.detach(), ours[name], atol=2e-6)
 
 
-def test_other_optimizers_leave_the_average_alone(tmp_path):
+def test_export_of_other_optimizers_is_the_ema_alone(tmp_path):
     c, weights_ = base("sit"), opened("sit_a")
     c.update({name: weights_.config[name] for name in ("model", "shape")})
     items, meta = weights_.items()
@@ -167,7 +167,7 @@ def test_other_optimizers_leave_the_average_alone(tmp_path):
         assert "not plain AdamW" in CheckpointExport(directory, 0).no_optimizer
 
 
-def test_moments_need_an_optimizer_that_keeps_nothing_else():
+def test_to_optax_refuses_optimizers_that_keep_more():
     params = {"a": jnp.ones(3)}
     zero = jax.tree.map(jnp.zeros_like, params)
     tx = optax.chain(optax.scale_by_adam(), optax.trace(0.9))
@@ -199,7 +199,7 @@ def test_moments_need_an_optimizer_that_keeps_nothing_else():
         ),
     ],
 )
-def test_weights_of_another_architecture_are_listed(tmp_path, change, told):
+def test_open_torch_file_lists_faults_of_another_architecture(tmp_path, change, told):
     def float32(state):
         change(state)
         state.update({n: np.asarray(x, np.float32) for n, x in state.items()})
@@ -208,7 +208,7 @@ def test_weights_of_another_architecture_are_listed(tmp_path, change, told):
         broken(tmp_path, float32)()
 
 
-def test_a_drifted_table_is_carried_and_not_rounded_away(tmp_path):
+def test_export_carries_a_drifted_table(tmp_path):
     drift = np.float32(2e-4)
     open_ = broken(tmp_path, lambda s: s.update(pos_embed=s["pos_embed"] + drift))
     content, _ = stored(open_(), tmp_path / "ck").content(bare=True)
@@ -216,7 +216,7 @@ def test_a_drifted_table_is_carried_and_not_rounded_away(tmp_path):
     np.testing.assert_array_equal(content["pos_embed"], read.ema["pos_embed"])
 
 
-def test_an_optimizer_of_fewer_tensors_is_refused(tmp_path):
+def test_open_torch_file_refuses_an_optimizer_of_fewer_tensors(tmp_path):
     content = loaded(golden("train_sit_full"))
     del content["opt"]["state"][7]
     torch.save(content, tmp_path / "x.pt")
@@ -224,13 +224,13 @@ def test_an_optimizer_of_fewer_tensors_is_refused(tmp_path):
         open_torch_file(tmp_path / "x.pt", base, heads=2)
 
 
-def test_xl_has_the_published_tensors():
+def test_state_dict_spec_of_xl_has_the_published_tensors():
     spec_ = StateDictSpec(SiT(), (32, 32, 4))
     assert len(spec_.trained) == 291
     assert sum(np.prod(shape) for shape in spec_.trained.values()) == 674_834_720
 
 
-def test_a_difference_of_one_bit_is_seen():
+def test_compare_tensors_sees_one_bit():
     a = {"x": np.ones(3, np.float32), "y": np.zeros((2, 2), np.float32)}
     b = a | {"x": np.nextafter(a["x"], 2, dtype=np.float32)}
     each = lambda state: (("ema", name, array) for name, array in state.items())

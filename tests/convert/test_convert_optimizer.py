@@ -28,7 +28,7 @@ def training_file(model, optimizer, **changes):
     return {"model": model, "ema": model, "opt": optimizer.state_dict()} | changes
 
 
-def test_torch_goes_on_from_what_is_written(tmp_path):
+def test_train_content_lets_torch_go_on(tmp_path):
     model, optimizer = trained()
     read = read_torch_file(saved(tmp_path, training_file(model, optimizer)))
     arrays = dict(read.model)
@@ -51,7 +51,7 @@ def test_torch_goes_on_from_what_is_written(tmp_path):
         assert torch.equal(one, other)
 
 
-def test_an_optimizer_without_steps_is_as_none(tmp_path):
+def test_read_adam_gives_none_before_step_1(tmp_path):
     read = read_torch_file(saved(tmp_path, training_file(*trained(steps=0))))
     assert read.adam is None
     assert read.ignored == ("opt",)
@@ -85,7 +85,7 @@ def changed(opt, **group):
         ),
     ],
 )
-def test_other_optimizers_are_one_line(tmp_path, change, told):
+def test_read_adam_refuses_other_optimizers(tmp_path, change, told):
     model, optimizer = trained()
     content = training_file(model, optimizer, opt=change(optimizer.state_dict()))
     with pytest.raises(UserError, match=told):

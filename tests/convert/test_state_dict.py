@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import json
 import os
 
 import numpy as np
@@ -16,7 +17,7 @@ from sit_jax.convert.state_dict import read_torch_file
 from sit_jax.errors import UserError
 
 
-def test_a_released_file_is_both_model_and_average():
+def test_read_torch_file_takes_a_bare_state_dict_as_model_and_ema():
     file = read_torch_file(FOLDER / "weights" / "sit_a.pt")
     same(file.ema, weights("sit_a"))
     assert file.model is file.ema
@@ -24,7 +25,7 @@ def test_a_released_file_is_both_model_and_average():
     assert file.ema.shapes["pos_embed"] == (1, 16, 40)
 
 
-def test_a_file_of_train_py_is_read_whole_with_its_namespace():
+def test_read_torch_file_reads_files_of_train_py_whole():
     path = FOLDER / "weights" / "train_sit_full.pt"
     with torch.serialization.safe_globals([argparse.Namespace]):
         theirs = torch.load(path, weights_only=True)
@@ -42,7 +43,7 @@ def test_a_file_of_train_py_is_read_whole_with_its_namespace():
 
 
 @pytest.mark.parametrize("key", ["ema", "model", "state_dict"])
-def test_one_state_dict_under_a_name(tmp_path, key):
+def test_read_torch_file_finds_one_state_dict_under_a_name(tmp_path, key):
     tensors = state()
     file = read_torch_file(saved(tmp_path, {key: tensors, "epoch": 3}))
     same(file.ema, tensors)
@@ -50,14 +51,14 @@ def test_one_state_dict_under_a_name(tmp_path, key):
     assert file.ignored == ("epoch",)
 
 
-def test_model_and_average_are_not_mixed_up(tmp_path):
+def test_read_torch_file_keeps_model_and_ema_apart(tmp_path):
     one, other = state(), state()
     file = read_torch_file(saved(tmp_path, {"model": one, "ema": other}))
     same(file.model, one)
     same(file.ema, other)
 
 
-def test_prefixes_of_wrappers_go_wherever_they_stand(tmp_path):
+def test_read_torch_file_drops_prefixes_of_wrappers(tmp_path):
     tensors = state()
     wrapped = {f"module._orig_mod.{name}": x for name, x in tensors.items()}
     same(read_torch_file(saved(tmp_path, wrapped)).ema, tensors)
@@ -65,7 +66,7 @@ def test_prefixes_of_wrappers_go_wherever_they_stand(tmp_path):
     same(read_torch_file(saved(tmp_path, {"ema": inside})).ema, tensors)
 
 
-def test_two_tensors_of_one_name_are_refused(tmp_path):
+def test_read_torch_file_refuses_two_tensors_of_one_name(tmp_path):
     twice = state() | {"module.a.bias": torch.ones(5)}
     with pytest.raises(UserError, match="two tensors for a.bias"):
         read_torch_file(saved(tmp_path, twice))
@@ -82,7 +83,7 @@ class Runs:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_file_that_would_run_code_is_refused_by_name(tmp_path, zipped):
+def test_read_torch_file_names_code_that_would_run(tmp_path, zipped):
     content = {"ema": state(), "more": Runs(tmp_path / "ran")}
     path = saved(tmp_path, content, _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match=r"x.pt was not read: it would run \w+.mkdir"):
@@ -90,7 +91,7 @@ def test_a_file_that_would_run_code_is_refused_by_name(tmp_path, zipped):
     assert not (tmp_path / "ran").exists()
 
 
-def test_other_classes_than_a_namespace_are_refused_by_name(tmp_path):
+def test_read_torch_file_refuses_classes_but_namespace(tmp_path):
     for other in (torch.nn.Linear(2, 2), collections.UserDict(), np.ones(3)):
         with pytest.raises(UserError, match="it would run (torch|collections|numpy)"):
             read_torch_file(saved(tmp_path, {"ema": state(), "args": other}))
@@ -116,7 +117,7 @@ SAFE = safetensors.torch.save({"a": torch.ones(50)})
         ("x.ckpt", GOLDEN, "does not end in .pt"),
     ],
 )
-def test_what_is_no_whole_file_of_weights_is_one_line(tmp_path, name, content, told):
+def test_read_torch_file_refuses_damaged_files(tmp_path, name, content, told):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=told) as caught:
         read_torch_file(tmp_path / name)
@@ -134,17 +135,17 @@ def test_what_is_no_whole_file_of_weights_is_one_line(tmp_path, name, content, t
         ({"ema": state(), "args": argparse.Namespace(x=[1])}, "args.x"),
     ],
 )
-def test_other_contents_are_one_line(tmp_path, content, told):
+def test_read_torch_file_refuses_other_contents(tmp_path, content, told):
     with pytest.raises(UserError, match=told):
         read_torch_file(saved(tmp_path, content))
 
 
-def test_a_missing_file_is_one_line(tmp_path):
+def test_read_torch_file_refuses_a_missing_file(tmp_path):
     with pytest.raises(UserError, match="no file at"):
         read_torch_file(tmp_path / "x.pt")
 
 
-def test_files_from_before_torch_1_6_are_read(tmp_path):
+def test_read_torch_file_reads_files_before_torch_1_6(tmp_path):
     tensors = state()
     path = saved(tmp_path, tensors, _use_new_zipfile_serialization=False)
     same(read_torch_file(path).ema, tensors)
@@ -152,7 +153,7 @@ def test_files_from_before_torch_1_6_are_read(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("ending", ["pt", "safetensors"])
-def test_halves_become_floats_without_rounding(tmp_path, dtype, ending):
+def test_read_torch_file_makes_floats_of_halves(tmp_path, dtype, ending):
     tensors = {name: x.to(dtype) for name, x in state().items()}
     path = tmp_path / f"x.{ending}"
     save = torch.save if ending == "pt" else safetensors.torch.save_file
@@ -163,7 +164,7 @@ def test_halves_become_floats_without_rounding(tmp_path, dtype, ending):
 
 
 @pytest.mark.parametrize("ending", ["pt", "safetensors"])
-def test_reading_opens_anew_after_every_window(tmp_path, monkeypatch, ending):
+def test_tensor_file_opens_anew_after_many_bytes(tmp_path, monkeypatch, ending):
     monkeypatch.setattr(tensor_files, "REOPEN_AFTER", 300)  # of files of 2,000 bytes
     tensors = {f"t{i}": np.float32(RNG.normal(size=(5, 5))) for i in range(20)}
     path = tmp_path / f"x.{ending}"
@@ -176,10 +177,57 @@ def test_reading_opens_anew_after_every_window(tmp_path, monkeypatch, ending):
     assert len(opened) >= 5
 
 
-def test_safetensors_are_what_the_library_reads(tmp_path):
+def test_write_gives_safetensors_that_the_library_reads(tmp_path):
     tensors = {name: x.numpy() for name, x in state(c=torch.ones(())).items()}
     tensor_files.write(tmp_path / "x.safetensors", tensors)
     read = safetensors.torch.load_file(tmp_path / "x.safetensors")
     assert read.keys() == tensors.keys()
     for name, tensor in read.items():
         np.testing.assert_array_equal(tensor, tensors[name])
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "_fsdp_wrapped_module.", "base_model.model.", "module._orig_mod."],
+)
+def test_read_torch_file_drops_prefixes_of_fsdp_and_peft(tmp_path, prefix):
+    tensors = state()
+    names = {f"{prefix}{name}": x for name, x in tensors.items()}
+    same(read_torch_file(saved(tmp_path, {"module": names})).ema, tensors)
+    inside = {
+        n.replace(".", "._checkpoint_wrapped_module."): x for n, x in names.items()
+    }
+    if prefix != "base_model.model.":
+        same(read_torch_file(saved(tmp_path, inside)).ema, tensors)
+
+
+def test_read_torch_file_takes_an_ema_of_shadow_params(tmp_path):
+    """As torch_ema and diffusers save it: in the order of trained parameters."""
+    model = {"pos_embed": torch.ones(1, 4, 2), **state()}
+    shadow = [torch.randn(x.shape) for name, x in model.items() if name != "pos_embed"]
+    content = {"model": model, "ema": {"decay": 0.9, "shadow_params": shadow}}
+    file = read_torch_file(saved(tmp_path, content))
+    same(file.model, model)
+    same(file.ema, {**model, **dict(zip(list(model)[1:], shadow, strict=True))})
+    content["ema"]["shadow_params"] = shadow[1:]
+    with pytest.raises(UserError, match="ema has 1 tensors, model 3"):
+        read_torch_file(saved(tmp_path, content))
+
+
+@pytest.mark.parametrize("ending", ["bin", "safetensors"])
+def test_read_torch_file_reads_a_file_in_parts(tmp_path, ending):
+    arrays = {name: x.numpy() for name, x in state(c=torch.ones(2)).items()}
+    weight_map = {}
+    for i, (name, array) in enumerate(arrays.items()):
+        weight_map[name] = f"x-{i}.{ending}"
+        tensor_files.write(tmp_path / weight_map[name], {name: array})
+    index = tmp_path / f"x.{ending}.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    same(read_torch_file(index).ema, arrays)
+    weight_map["c"] = weight_map["a.bias"]
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match="c is not in its file"):
+        read_torch_file(index)
+    index.write_text("[1]")
+    with pytest.raises(UserError, match="index.json is damaged"):
+        read_torch_file(index)

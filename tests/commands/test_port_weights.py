@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from conftest import ROOT
 from recorded import FOLDER, weights
-from small import called, losses
+from small import called, losses, script
 
 from sit_jax import checkpoint
 from sit_jax.cli import port_weights
@@ -237,3 +237,24 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, port, ported, arguments, tol
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.pt").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+class Runs:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def test_port_weights_runs_no_code_of_a_file(tmp_path):
+    torch.save({"ema": {"a": torch.ones(2)}, "x": Runs()}, tmp_path / "x.pt")
+    ended = script("port_weights.py", tmp_path / "x.pt", tmp_path / "ck")
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1
+    assert re.search(r"it would run \w+\.mkdir", ended.stderr)
+    assert not (ROOT / "ran").exists()
+    assert not (tmp_path / "ck").exists()
+
+
+def test_port_weights_touches_no_accelerator():
+    code = "import port_weights, jax; print(jax.config.jax_platforms)"
+    without = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    assert script("-c", code, env=without).stdout.strip() == "cpu"

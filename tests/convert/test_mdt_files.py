@@ -16,9 +16,11 @@ from sit_jax.config import build
 from sit_jax.convert import tensor_files
 from sit_jax.convert.checkpoint import CheckpointExport, open_torch_file
 from sit_jax.convert.rules import to_torch
+from sit_jax.convert.state_dict import read_torch_file
 from sit_jax.errors import UserError
 from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.models.mdt import MDT, MDTv2
+from sit_jax.recipes import published
 from sit_jax.training.optimizers import AdanState
 
 pytestmark = pytest.mark.slow  # together they compile for a minute or two
@@ -52,7 +54,7 @@ def stored(found, directory):
 @pytest.mark.parametrize("name", SUFFIXES)
 def test_a_released_file_is_known_by_its_names_and_comes_back(name, tmp_path):
     """Heads and, in the second version, the decoder too; buffers in their places."""
-    found = open_torch_file(golden(name), port_weights.published)
+    found = open_torch_file(golden(name), published)
     told, model = case(name.removesuffix("_a"))["model"], build(found.config.model)
     assert type(model) is SUFFIXES[name]
     assert (model.depth, model.heads) == (told["depth"], told["num_heads"])
@@ -112,7 +114,7 @@ def run(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def there(run, tmp_path_factory):
-    found = open_torch_file(run[1] / "model000019.pt", port_weights.published)
+    found = open_torch_file(run[1] / "model000019.pt", published)
     return stored(found, tmp_path_factory.mktemp("stored") / "ck")
 
 
@@ -242,7 +244,7 @@ def test_other_tensors_than_an_mdt_has_are_listed(tmp_path, change, told):
     change(state)
     tensor_files.write(tmp_path / "x.pt", state)
     with pytest.raises(UserError, match=told):
-        open_torch_file(tmp_path / "x.pt", port_weights.published)
+        open_torch_file(tmp_path / "x.pt", published)
 
 
 def _moved():
@@ -253,4 +255,4 @@ def test_an_average_of_no_rate_is_named(tmp_path):
     for name in ("model000001", "ema_x1_000001"):
         tensor_files.write(tmp_path / f"{name}.pt", dict(weights("mdt1_a")))
     with pytest.raises(UserError, match="'x1' is not the rate of an average"):
-        open_torch_file(tmp_path / "model000001.pt", port_weights.published)
+        open_torch_file(tmp_path / "model000001.pt", published)
