@@ -11,7 +11,7 @@ demo: .venv/installed
 	    --out $(RUN)/sheet.png --overwrite
 	$(BIN)/python sample.py --weights $(RUN) --labels 0,1,2,3,4,5,6,7,8,9 --num 1000 \
 	    --seed 1 --batch-size 250 --out $(RUN)/samples.npz --overwrite
-	$(BIN)/python score_digits.py $(RUN)/samples.npz --overwrite
+	$(BIN)/python evaluate.py $(RUN)/samples.npz --network digits --overwrite
 	@echo "the samples, one row a digit: $(RUN)/sheet.png"
 
 test: lint

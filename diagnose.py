@@ -14,10 +14,9 @@ from sit_jax.diagnosis.stages import collect
 from sit_jax.diagnosis.swapping import decoded, exchanged_sides
 from sit_jax.diagnosis.worst_pairs import worst_pairs
 from sit_jax.errors import UserError
-from sit_jax.evaluation.digit_features import WIDTHS
-from sit_jax.evaluation.evaluated import OfFeatures, of_images, open_side
-from sit_jax.evaluation.features import StoredFeatures
-from sit_jax.evaluation.judges import Evaluator
+from sit_jax.evaluation.evaluate import Evaluator
+from sit_jax.evaluation.features import WIDTHS, StoredFeatures
+from sit_jax.evaluation.image_sets import FileFeatures, input_of_images, open_input
 from sit_jax.files import as_path, local_path, read_json, require_free
 from sit_jax.parallel import multihost
 from sit_jax.ranges import COUNT, AtLeast
@@ -170,7 +169,7 @@ def _statistics(args, eye, a, b, pairs, reference):
     sets = {key: eye.features(side) for key, side in sides.items()}
     chain = [(name, sets[id(side)]) for name, side in chain]
     features = chain[-1][1]
-    seeds = [paired.distance(eye.features(eye.side(path)), reference)
+    seeds = [paired.distance(eye.features(eye.open(path)), reference)
              for path in args.seeds]  # fmt: skip
     labels = diagnosis.labels_of(a, b)
     found = (chain[0][1], features, reference, pairs, seeds, labels, args.resamples)
@@ -183,13 +182,13 @@ def _statistics(args, eye, a, b, pairs, reference):
 
 
 def _by_another(args, side):
-    """A Side of B's pictures -> what B's network makes of them and of the reference."""
+    """Returns what B's network makes of B's pictures and of the reference."""
     if args.network != "inception":
         raise UserError(f"--inception-b has no use beside --network {args.network}")
     eye = Evaluator(args.network, args.inception_b, args.batch_size)
-    sides = [side] if args.reference_b else [side, eye.side(args.reference)]
+    sides = [side] if args.reference_b else [side, eye.open(args.reference)]
     for each in sides:
-        if each.summary is not None or not each.source.needs_network:
+        if each.statistics is not None or not each.source.needs_network:
             raise UserError(
                 f"--inception-b {args.inception_b} judges pictures, and {each.path} "
                 "has other things; give --reference-b or --features-b, made by it"
@@ -199,15 +198,15 @@ def _by_another(args, side):
 
 
 def _chain(args, eye, a, b, pairs):
-    """Sides -> [(what was exchanged, Side)] from A to B."""
+    """Inputs -> [(what was exchanged, input)] from A to B."""
     chain = exchanged_sides(a, b, pairs, eye.width, args.swapped)
     for text in args.swap:
         name, found, path = text.partition("=")
         if not found:
             raise UserError(f"--swap {text}: NAME=FEATURES.npz")
-        chain.append((name, eye.side(path)))
+        chain.append((name, eye.open(path)))
     if args.features_b:
-        return [*chain, ("features", open_side(args.features_b, only_features=True))]
+        return [*chain, ("features", open_input(args.features_b, only_features=True))]
     return chain if chain[-1][1] is b else [*chain, ("the rest: B", b)]
 
 
@@ -217,12 +216,12 @@ def _seen(args, evidence):
     if not (known and args.reference):
         return evidence
     images = decoded(evidence.path, evidence.manifest)
-    samples = images and of_images(images, WIDTHS[args.network])
+    samples = images and input_of_images(images, WIDTHS[args.network])
     return dataclasses.replace(evidence, samples=samples)
 
 
 def _judge(args):
-    """An Extractor for a bundle; without Inception's weights it has no such stages."""
+    """Returns the extractor of a bundle, or None without Inception's weights."""
     try:
         return Evaluator(args.network, args.inception, args.batch_size).extractor()
     except UserError as error:
@@ -234,7 +233,7 @@ def _judge(args):
 
 def _images(evidence):
     side = evidence.samples
-    if side is None or side.source is None or isinstance(side.source, OfFeatures):
+    if side is None or side.source is None or isinstance(side.source, FileFeatures):
         return None
     return side.source.images
 

@@ -24,11 +24,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 
 from sit_jax.convert.inception import InceptionWeights
-from sit_jax.evaluation.features import Extractor, inception_extractor
-from sit_jax.evaluation.metrics import Gaussian, frechet
-from sit_jax.evaluation.metrics.manifold import precision_recall
+from sit_jax.evaluation.features import FeatureExtractor, inception_extractor
+from sit_jax.evaluation.fid import Gaussian, frechet_distance
+from sit_jax.evaluation.metrics import precision_recall
 from sit_jax.models.inception import CLASSES, POOL, SHAPES, SPATIAL
-from sit_jax.parallel import hardware
 from sit_jax.parallel.mesh import make_mesh
 
 BATCH, ROUNDS = 16, 3
@@ -88,15 +87,15 @@ def algebra(args):
         cross = 2 * np.trace(root).real
         return gap @ gap + np.trace(a.cov) + np.trace(b.cov) - cross
 
-    sides = {"ours": lambda: frechet(a, b), "scipy's sqrtm": theirs}
+    sides = {"ours": lambda: frechet_distance(a, b), "scipy's sqrtm": theirs}
     values = {name: side() for name, side in sides.items()}
     seconds = alternating(sides)
     for name, took in seconds.items():
         print(f"  {name}: {took:.2f} s, {values[name]:.10g}")
     ratio = seconds["scipy's sqrtm"] / seconds["ours"]
-    print(f"  ratio {ratio:.2f}; a set against itself: {frechet(a, a):.1e}")
+    print(f"  ratio {ratio:.2f}; a set against itself: {frechet_distance(a, a):.1e}")
     few = Gaussian.of(np.random.default_rng(0).standard_normal((1000, POOL)))
-    print(f"  1000 images against themselves: {frechet(few, few):.1e}")
+    print(f"  1000 images against themselves: {frechet_distance(few, few):.1e}")
 
 
 def manifold(args):
@@ -123,7 +122,9 @@ def complete(args):
         return {"pool": pool, "spatial": pool[:, :SPATIAL], "logits": pool[:, :CLASSES]}
 
     def extractor(weights, mesh, batch_size):
-        return Extractor(network, {"scale": np.float32(1 / 64)}, mesh, batch_size, {})
+        return FeatureExtractor(
+            network, {"scale": np.float32(1 / 64)}, mesh, batch_size, {}
+        )
 
     evaluate.inception.load_inception = lambda path: None
     evaluate.inception_extractor = extractor

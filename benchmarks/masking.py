@@ -5,7 +5,7 @@ python benchmarks/masking.py --out masking.json    (12 CPU minutes; docs/mdt.md)
 On the digits of scikit-learn: networks of the same depth and width, the same optimizer,
 steps, batches and seeds, one program a network. At a few steps of each run the average
 of its weights is asked for the squared error of the noise on held-out digits and for
-samples, whose Frechet distance to held-out digits is score_digits.py's.
+samples, whose Frechet distance to held-out digits is evaluate.py's for digits.
 """
 
 import argparse
@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import score_digits
 from sit_jax.data.sources import Digits
 from sit_jax.diffusion import rng
 from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.diffusion.loss_weights import mdt_min_snr_loss
+from sit_jax.evaluation.digits import digit_figures
 from sit_jax.files import atomic_write
 from sit_jax.models.codec import Pixels
 from sit_jax.models.dit import DiT
@@ -105,7 +105,7 @@ def runner(model, args):
             seconds.append(time.perf_counter() - begun)
             if at % args.every == 0:
                 pictures = np.asarray(Pixels().decode(drawn(state.ema, seed)))
-                figures = score_digits.score(pictures, labels)
+                figures = digit_figures(pictures, labels)
                 records.append(
                     {
                         "step": at,

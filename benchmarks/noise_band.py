@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 
 from sit_jax.diagnosis import paired
-from sit_jax.evaluation.metrics.gaussian import Gaussian, frechet
+from sit_jax.evaluation.fid import Gaussian, frechet_distance
 
 LEVELS = (0.05, 0.01, 0.001)
 CLASSES = 10
@@ -143,7 +143,9 @@ def compared(a, b, there, labels):
 
 def bootstrap(a, b, there, rng, resamples=30):
     """-> standard deviation of the gap over sets drawn anew from each set."""
-    far = lambda x: frechet(Gaussian.of(x[rng.integers(len(x), size=len(x))]), there)
+    far = lambda x: frechet_distance(
+        Gaussian.of(x[rng.integers(len(x), size=len(x))]), there
+    )
     return np.std([far(a) - far(b) for _ in range(resamples)], ddof=1)
 
 

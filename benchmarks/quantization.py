@@ -3,7 +3,7 @@
 python benchmarks/quantization.py --weights runs/digits --out quantization.json
 
 Every form draws the same images from the same noise as the float32 weights, and is held
-against those: states on the way, bytes of the pictures, and what score_digits.py says.
+against those: states on the way, bytes of the pictures, what evaluate.py says.
 Images a second are those of SiT-S/2 with random weights, all forms in turn.
 """
 
@@ -21,12 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import score_digits
 from sit_jax.adapters.quantize import SKIP, quantize_params, tree_bytes
 from sit_jax.config import spec
 from sit_jax.convert.open import open_weights
-from sit_jax.data.sources import Digits
-from sit_jax.evaluation.metrics.gaussian import Gaussian, frechet
+from sit_jax.evaluation.digits import DigitFeatures, digit_figures
+from sit_jax.evaluation.fid import Gaussian, frechet_distance
 from sit_jax.experiment import build_experiment
 from sit_jax.files import atomic_write
 from sit_jax.models.dit import SIZES, SiT
@@ -71,7 +70,7 @@ def likeness(args, words):
     for word in words:
         form, tree = stored(parts, params, word)
         states, images = draw(form, tree, mesh, labels)
-        figures = score_digits.score(images, labels)
+        figures = digit_figures(images, labels)
         reference = reference or (states, images)
         rows[word] = {"bytes": tree_bytes(tree)} | against(*reference, states, images)
         rows[word] |= {k: figures[k] for k in ("samples_recognised", "frechet_samples")}
@@ -108,15 +107,13 @@ def generator(parts, params, mesh, batch):
 def against(states, images, ours, pictures):
     off = [relative(a, b) for a, b in zip(ours[1:], states[1:], strict=True)]
     mse = np.mean((pictures.astype(float) - images) ** 2)
-    classifier = score_digits._classifier(Digits(train=True))
-    between = [
-        Gaussian.of(score_digits._features(classifier, x)) for x in (images, pictures)
-    ]
+    extractor = DigitFeatures()
+    between = [Gaussian.of(extractor.hidden(x)) for x in (images, pictures)]
     return {
         "state_error": off,
         "psnr": float(10 * np.log10(255**2 / mse)) if mse else None,
         "bytes_equal": float(np.mean(pictures == images)),
-        "frechet_to_float": frechet(*between),
+        "frechet_to_float": frechet_distance(*between),
     }
 
 

@@ -66,7 +66,7 @@ def network(weights, folder=None):
 
     state = to_torch(RULES, weights.params)
     state = {name: torch.from_numpy(np.array(a)) for name, a in state.items()}
-    made = type("Extractor", (module.FeatureExtractorInceptionV3,), {})
+    made = type("FeatureExtractor", (module.FeatureExtractorInceptionV3,), {})
     module.load_state_dict_from_url = lambda *args, **options: state
     made.load_state_dict = lambda self, state: torch.nn.Module.load_state_dict(
         self,

@@ -4,7 +4,7 @@ import optax
 
 from sit_jax.config import spec
 from sit_jax.data.sources import Digits
-from sit_jax.evaluation.digit_features import DigitFeatures
+from sit_jax.evaluation.digits import DigitFeatures
 from sit_jax.models.codec import Pixels
 from sit_jax.models.dit import SiT
 from sit_jax.recipes import sit

@@ -67,7 +67,7 @@ MOVED = {
     "data.styles.inverted": "data.sources.invert",
     "data.styles.slanted": "data.sources.slant",
     "diffusion": "diffusion.gaussian",
-    "digit_features": "evaluation.digit_features",
+    "digit_features": "evaluation.digits",
     "guidance": "diffusion.guidance",
     "guidance_scales": "diffusion.guidance",
     "interpolant": "diffusion.interpolant",

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 from small import called
 
-import evaluate
+from sit_jax.cli import evaluate
 from sit_jax.convert.inception import InceptionWeights
 from sit_jax.errors import UserError
-from sit_jax.evaluation import evaluation
-from sit_jax.evaluation.features import Extractor, pipeline
-from sit_jax.evaluation.metrics import Gaussian, frechet
-from sit_jax.evaluation.metrics.manifold import precision_recall
-from sit_jax.evaluation.metrics.score import InceptionScore
+from sit_jax.evaluation import evaluate as evaluation
+from sit_jax.evaluation.features import FeatureExtractor, inception_pipeline
+from sit_jax.evaluation.fid import Gaussian, frechet_distance
+from sit_jax.evaluation.metrics import InceptionScore, precision_recall
 from sit_jax.parallel.mesh import make_mesh
 
 ENOUGH = 210  # images, where a covariance is said to need 205
@@ -37,25 +36,25 @@ def weights(seed=0, released=True):
 
 def extractor(weights, mesh=None, batch_size=64):
     mesh = mesh or make_mesh(data=-1, fsdp=1)
-    return Extractor(toy, weights.params, mesh, batch_size, pipeline(weights))
+    return FeatureExtractor(
+        toy, weights.params, mesh, batch_size, inception_pipeline(weights)
+    )
 
 
 @pytest.fixture(autouse=True)
 def network(monkeypatch):
-    """Puts the toy in the network's place; set(weights) changes it, set(None) hides."""
+    """Puts the toy in the place of Inception; called with None it hides it."""
 
-    def set(found):
-        def load(path):
-            if found is None:
-                raise UserError("no Inception weights; put x into y")
-            return found
+    known = [weights()]
 
-        monkeypatch.setattr(evaluate.inception, "load_inception", load)
+    def get_extractor(name, path, batch_size):
+        if known[-1] is None:
+            raise UserError("no Inception weights; put x into y")
+        return extractor(known[-1], batch_size=batch_size)
 
-    monkeypatch.setattr(evaluate, "inception_extractor", extractor)
-    monkeypatch.setattr(evaluation, "LEAST", 205)
-    set(weights())
-    return set
+    monkeypatch.setattr(evaluate, "get_extractor", get_extractor)
+    monkeypatch.setattr(evaluation, "MIN_IMAGES", 205)
+    return known.append
 
 
 @pytest.fixture
@@ -87,7 +86,7 @@ def direct(ours, theirs):
     )
     score = InceptionScore()
     score.add(a["logits"])
-    far = lambda n: frechet(Gaussian.of(a[n]), Gaussian.of(b[n]))
+    far = lambda n: frechet_distance(Gaussian.of(a[n]), Gaussian.of(b[n]))
     precision, recall = precision_recall(a["pool"], b["pool"])
     return [score.value(), far("pool"), far("spatial"), precision, recall]
 

@@ -8,7 +8,6 @@ SCRIPTS = {  # script: what it is called with, where a case says nothing else
     "evaluate": "--features {features} --reference {features} --out {new} --force",
     "diagnose": "{features} {features} --reference {features} --out {new}",
     "quantize": "{weights} {new}",
-    "score_digits": "{samples} --out {new}",
 }
 COUNT = ("x", "1.5", "0", "-1", "", "1e99")
 WHOLE = ("x", "-1", "", "1e3")
@@ -205,12 +204,6 @@ FLAGS = {  # script: {flag: wrong values}, or (wrong values, what else is on the
         "--no-ema": SWITCH,
         "--family": ("nonsense", "sit", ""),
         "--heads": (*COUNT, "4"),
-        "--overwrite": SWITCH,
-    },
-    "score_digits": {
-        "samples": (("{missing}", "{garbage}", "{features}"), "--out {new}"),
-        "--out": (WRITE, "{samples}"),
-        "--held-out": (WRITE, "+"),
         "--overwrite": SWITCH,
     },
 }  # fmt: skip

@@ -245,7 +245,7 @@ def test_from_manifests_to_a_report(tmp_path, run):
     flags = ("--collect", out, "--from-manifest")
     refused(
         run(*flags, manifest(1), "--images", 0),
-        "--images 0: a whole number of at least 1",
+        "--images '0': a whole number of at least 1",
         out,
     )
     refused(run(*flags, tmp_path / "x"), "no manifest to read", out)

@@ -11,8 +11,8 @@ import diagnose
 from sit_jax.diagnosis import paired
 from sit_jax.diagnosis.worst_pairs import worst_pairs
 from sit_jax.errors import UserError
+from sit_jax.evaluation.fid import Gaussian, frechet_distance
 from sit_jax.evaluation.image_sets import NpzImages
-from sit_jax.evaluation.metrics.gaussian import Gaussian, frechet
 from sit_jax.sampling.array_files import ArrayFile
 
 WIDTH = 6
@@ -144,8 +144,8 @@ def test_swaps_add_up_to_the_gap():
     rows = paired.swaps(sets, REFERENCE, ("reference", sets[-1][1], other))
     assert [name for name, *_ in rows] == ["A", "latents", "B", "reference"]
     ends = (
-        frechet(Gaussian.of(sets[0][1]), REFERENCE),
-        frechet(Gaussian.of(sets[2][1]), other),
+        frechet_distance(Gaussian.of(sets[0][1]), REFERENCE),
+        frechet_distance(Gaussian.of(sets[2][1]), other),
     )
     assert sum(step for *_, step in rows) == pytest.approx(ends[1] - ends[0], rel=1e-6)
 

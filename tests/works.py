@@ -36,9 +36,9 @@ extract_features.load_codec = lambda vae, precision: toy()
 NETWORK = """
 import numpy as np
 import judged as t
-from sit_jax.features import Extractor
+from sit_jax.features import FeatureExtractor
 
-class Slow(Extractor):
+class Slow(FeatureExtractor):
     def __call__(self, batches):
         return super().__call__((time.sleep(0.05), each)[1] for each in batches)
 

@@ -9,7 +9,7 @@ import dataclasses
 import numpy as np
 
 from sit_jax.diagnosis.effects import BY_NAME, manifest_differences
-from sit_jax.evaluation.label_policy import classes_of, policy
+from sit_jax.evaluation.evaluate import label_policy, manifest_classes
 
 # Stages that nothing else enters after the one before them
 ONLY = {"decoded": "decoder", "uint8": "rounding", "resized": "resize"}
@@ -57,7 +57,8 @@ def _judge_labels(found, cause, a, b):
     if "labels" not in found:
         return
     words = [
-        policy(each, classes_of(m)) for each, m in zip(labels, (a, b), strict=True)
+        label_policy(each, manifest_classes(m))
+        for each, m in zip(labels, (a, b), strict=True)
     ]
     if words == ["random", "random"] and "noise" in found:
         found.pop("labels")  # other draws of the same kind, by another seed

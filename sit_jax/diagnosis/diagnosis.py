@@ -11,7 +11,7 @@ from sit_jax.diagnosis.causes import causes
 from sit_jax.diagnosis.effects import BY_NAME, manifest_differences
 from sit_jax.diagnosis.report import PICTURE, markdown
 from sit_jax.errors import UserError
-from sit_jax.evaluation.evaluated import Side, open_side
+from sit_jax.evaluation.image_sets import EvaluationInput, open_input
 from sit_jax.files import atomic_write, local_path, read_json, write_json
 from sit_jax.models.inception import POOL
 from sit_jax.sampling import outputs
@@ -28,18 +28,18 @@ class Evidence:
     path: Path
     bundle: bundles.Bundle | None
     manifest: dict | None
-    samples: Side | None
+    samples: EvaluationInput | None
 
 
 def open_evidence(path, width=POOL):
     """-> Evidence of a bundle, or of samples with a manifest or bundle beside them.
 
-    width: as of evaluated.open_side.
+    width: as of evaluated.open_input.
     """
     path = local_path(path)
     if bundles.is_bundle(path):
         found = bundles.read(path)
-        samples = open_side(found.features) if found.features else None
+        samples = open_input(found.features) if found.features else None
         return Evidence(path, found, found.record["manifest"], samples)
     if not path.exists():
         raise UserError(
@@ -56,7 +56,7 @@ def open_evidence(path, width=POOL):
     if silent and manifest is None:
         raise UserError(f"{path} has no manifest {record.name} beside it")
     return Evidence(
-        path, found, manifest, None if silent else open_side(path, width=width)
+        path, found, manifest, None if silent else open_input(path, width=width)
     )
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import numpy as np
 
 from sit_jax.errors import UserError
-from sit_jax.evaluation.metrics.gaussian import Gaussian, frechet
+from sit_jax.evaluation.fid import Gaussian, frechet_distance
 from sit_jax.precision.emulation import EMULATED
 from sit_jax.precision.policy import PLATFORMS, PRECISIONS
 
@@ -90,7 +90,7 @@ def figures(a, b, rungs, reference=None):
         for word, name in (("mean", "mean"), ("covariance", "cov"))
     ]
     if reference is not None and len(reference.mean) == len(sides[0].mean):
-        fids = [np.array([frechet(side, reference)]) for side in sides]
+        fids = [np.array([frechet_distance(side, reference)]) for side in sides]
         found.append(_rung("FID of the few", *fids, *bands))
     return found
 

@@ -4,7 +4,7 @@ Sets that differ by seed only are exchangeable: any way of dealing their images 
 two sets was as likely. How far FIDs scatter over all these ways needs no resampling,
 for around the pool of both sets a gap is linear in the images to second order, as its
 even terms cancel: Var = sum over classes of s^2 (n / N^2 + m / M^2), s^2 the variance
-of the images' Influence within a class of n and m images. Where both sets have as many
+of the images' influence within a class of n and m images. Where both sets have as many
 of each class, that is part of how they were drawn and does not scatter. A bootstrap of
 one set says too much: it draws numbers of classes anew, and takes the noise of the set
 itself for a distance to the reference. docs/tpu_vs_gpu.md has both measured.
@@ -18,8 +18,13 @@ from statistics import NormalDist
 import numpy as np
 
 from sit_jax.errors import UserError
-from sit_jax.evaluation import resampling
-from sit_jax.evaluation.metrics.gaussian import Gaussian, Influence, Moments, frechet
+from sit_jax.evaluation import fid
+from sit_jax.evaluation.fid import (
+    FrechetInfluence,
+    Gaussian,
+    RunningMoments,
+    frechet_distance,
+)
 
 LEVEL = 1e-4  # of gaps by seeds alone that are called beyond noise
 RARE = 0.01  # of gaps by seeds alone that are called worth another look
@@ -86,7 +91,7 @@ def compare(a, b, reference, are_pairs, seeds=(), labels=None, resamples=0):
     """
     _require(a, b, are_pairs)
     gaussians = tuple(_gaussian(x, reference) for x in (a, b))
-    fids = tuple(frechet(each, reference) for each in gaussians)
+    fids = tuple(frechet_distance(each, reference) for each in gaussians)
     classes = _classes(labels, a, b)
     noise, at_equal_numbers = _noise(a, b, reference, classes)
     net = fids[0] - fids[1]
@@ -97,13 +102,13 @@ def compare(a, b, reference, are_pairs, seeds=(), labels=None, resamples=0):
         interval = _resampled(a, b, reference, classes, resamples)
     elif are_pairs and len(a) > a.shape[1] + 1:
         each = zip(gaussians, (a, b), strict=True)  # its own: their slopes differ
-        own = [Influence(here, reference)(x) for here, x in each]
+        own = [FrechetInfluence(here, reference)(x) for here, x in each]
         interval = _paired(fids[0] - fids[1], own[0] - own[1], classes[0])
     scatter = float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None
     noise, band, chance = _judged(net, noise, scatter, len(seeds))
     return Gap(
         fids=fids,
-        between=frechet(*gaussians),
+        between=frechet_distance(*gaussians),
         net=net,
         noise=noise,
         band=band,
@@ -118,7 +123,7 @@ def compare(a, b, reference, are_pairs, seeds=(), labels=None, resamples=0):
 
 def distance(features, reference):
     """features [N, D], Gaussian -> FID."""
-    return frechet(_gaussian(features, reference), reference)
+    return frechet_distance(_gaussian(features, reference), reference)
 
 
 def _require(a, b, are_pairs):
@@ -147,14 +152,14 @@ def _noise(a, b, reference, classes):
     """
     if len(a) + len(b) <= a.shape[1] + 1:
         return None, None
-    influence = Influence(_pool(a, b), reference)
+    influence = FrechetInfluence(_pool(a, b), reference)
     shares = influence(a), influence(b)
     net = float(shares[0].mean() - shares[1].mean())
     return float(np.sqrt(_variance(shares, classes))), net
 
 
 def _pool(a, b):
-    both = Moments(a.shape[1])
+    both = RunningMoments(a.shape[1])
     both.add(a)
     both.add(b)
     return both.gaussian()
@@ -204,7 +209,7 @@ def _paired(gap, shares, classes):
         classes = np.zeros_like(classes)
     count = np.bincount(classes)
     error = np.sqrt((count * _variances(shares, classes)).sum()) / len(shares)
-    half = float(NormalDist().inv_cdf((1 + resampling.COVERED) / 2) * error)
+    half = float(NormalDist().inv_cdf((1 + fid.COVERAGE) / 2) * error)
     return gap - half, gap + half
 
 
@@ -212,11 +217,11 @@ def _resampled(a, b, reference, classes, resamples):
     """The interval by drawing pairs anew, of each class as many."""
     from tqdm import tqdm
 
-    groups = resampling.strata(classes[0], len(a))
+    groups = fid.class_rows(classes[0], len(a))
     gap = lambda *rows: distance(a[rows], reference) - distance(b[rows], reference)
-    drawn = resampling.draws(groups, resamples)
+    drawn = fid.bootstrap_rows(groups, resamples)
     bar = tqdm(drawn, total=resamples, unit="resamples", disable=None, leave=False)
-    return resampling.interval(gap(...), [gap(rows) for rows in bar], groups)
+    return fid.bootstrap_interval(gap(...), [gap(rows) for rows in bar], groups)
 
 
 def _judged(net, noise, scatter, seeds):

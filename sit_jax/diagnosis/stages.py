@@ -29,7 +29,7 @@ from sit_jax.typing import ContinuousProcess
 def collect(room, manifest, path, images=8, steps=50, given=None, judge=None):
     """A sampling.Studio and its manifest -> Bundle of its first `images` images.
 
-    given: a Bundle whose noise, times and labels are taken instead. judge: an Extractor
+    given: a Bundle whose noise, times and labels are taken instead. judge: an extractor
     for the features of the pictures, if there are any.
     """
     line, begin = line_of(room, steps), inputs(room, images, given)

@@ -10,9 +10,7 @@ import numpy as np
 
 from sit_jax import config as configs
 from sit_jax.errors import UserError
-from sit_jax.evaluation.evaluated import of_images
-from sit_jax.evaluation.image_sets import starts
-from sit_jax.experiment import build_experiment
+from sit_jax.evaluation.image_sets import batch_starts, input_of_images
 from sit_jax.models.codec import Latents
 from sit_jax.parallel.mesh import make_mesh
 from sit_jax.sampling import sampling
@@ -36,8 +34,8 @@ class Decoded:
     def __len__(self):
         return len(self._latents)
 
-    def batches(self, size, wanted=None):
-        for start in starts(len(self), size, wanted):
+    def batches(self, size, numbers=None):
+        for start in batch_starts(len(self), size, numbers):
             images = _decode(
                 self.codec, jnp.asarray(self._latents[start : start + size])
             )
@@ -87,7 +85,7 @@ def exchanged(a, b, between=None, same_start=False):
 def exchanged_sides(a, b, same_start, width, between=None):
     """Sides -> [(what was exchanged, Side)]; of other than latents only the first.
 
-    between: a path of latents, see exchanged; width: see evaluated.open_side.
+    between: a path of latents, see exchanged; width: see evaluated.open_input.
     """
     sets = [getattr(each.source, "images", None) for each in (a, b)]
     if not all(isinstance(images, Decoded) for images in sets):
@@ -102,7 +100,7 @@ def exchanged_sides(a, b, same_start, width, between=None):
             "what A's network makes of B's noise and labels"
         )
     found = exchanged(*sets, swapped, same_start)
-    side_of = lambda images: known.get(id(images)) or of_images(images, width)
+    side_of = lambda images: known.get(id(images)) or input_of_images(images, width)
     return [(name, side_of(images)) for name, images in found]
 
 

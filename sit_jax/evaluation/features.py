@@ -1,4 +1,4 @@
-"""Features of images, by a network that is split over all devices, and stored ones.
+"""Features of images, made by a network that is split over all devices, or stored.
 
 A batch of features is {"pool": [n, D], "spatial": [n, S], "logits": [n, K]} float32, of
 which all but "pool" may be absent. Features from elsewhere (DINOv2's, say) are "pool"
@@ -6,116 +6,159 @@ of any width, alone.
 """
 
 import dataclasses
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float, UInt8
 
+from sit_jax.convert import inception
 from sit_jax.errors import UserError
+from sit_jax.evaluation import digits
 from sit_jax.files import atomic_write, parse_json
-from sit_jax.models.inception import NAME, RESIZE, Inception, preprocess
-from sit_jax.parallel.mesh import batch_sharding, device_put_global, replicated
+from sit_jax.models.inception import NAME, POOL, RESIZE, Inception, preprocess
+from sit_jax.parallel.mesh import (
+    batch_sharding,
+    device_put_global,
+    make_mesh,
+    replicated,
+)
 from sit_jax.precision import policy
 
 PARTS = ("pool", "spatial", "logits")
 ROWS = 4096  # of stored features that are read together
+WIDTHS = {"inception": POOL, "digits": digits.WIDTH}  # names for the command line
 INCEPTION = {
     "network": NAME,
     "resize": RESIZE,
     "spatial": "mixed_6/conv, 7 channels; row, column, channel",
     "precision": policy.EXACT.name,
 }
-SAME = ("network", "weights", "resize", "spatial")  # or features are not comparable
+COMPARED = ("network", "weights", "resize", "spatial")  # must agree between two sides
+
+Batch = dict[str, Float[np.ndarray, "n _"]]
+Pipeline = dict[str, Any]
 
 
 @dataclasses.dataclass
-class Extractor:
-    """network(params, images uint8 [B, H, W, 3]) -> features, run in batches.
+class FeatureExtractor:
+    """Runs a network on batches of images, split over a mesh.
 
-    params are handed to the compiled network, whole on every device; images are split
-    over the mesh. batch_size is rounded up to a multiple of the devices. pipeline says
-    what makes the features, for the records. On several hosts all of them read the same
-    images and get all features.
+    On several hosts all of them read the same images and get all features.
+
+    Attributes:
+      network: (params, images uint8 [B, H, W, 3]) -> features.
+      params: handed to the compiled network, whole on every device.
+      mesh: devices that the images are split over.
+      batch_size: rounded up to a multiple of the devices.
+      pipeline: what makes the features, for the records.
     """
 
     network: Callable
     params: dict
     mesh: jax.sharding.Mesh
     batch_size: int = 64
-    pipeline: dict | None = None
+    pipeline: Pipeline | None = None
+    is_inception: bool = True
 
     def __post_init__(self):
         size = self.mesh.size
         self.batch_size = -(-self.batch_size // size) * size
         self.params = device_put_global(self.params, replicated(self.mesh))
-        self._split, all_of_it = batch_sharding(self.mesh), replicated(self.mesh)
+        self._split, whole = batch_sharding(self.mesh), replicated(self.mesh)
         run = policy.with_precision(policy.EXACT, self.network)
-        self._run = jax.jit(run, out_shardings=all_of_it)
+        self._run = jax.jit(run, out_shardings=whole)
 
-    def __call__(self, batches):
-        """batches: iterable of uint8 [n, H, W, 3] of any n -> yields their features.
+    def __call__(
+        self, batches: Iterable[UInt8[np.ndarray, "n h w 3"]]
+    ) -> Iterator[Batch]:
+        """Yields the features of batches of any size.
 
-        A batch is filled up with its last image, whose repetitions are dropped. The
-        next images are read while the devices work on these.
+        A batch is padded with its last image, whose repetitions are dropped. The next
+        images are read while the devices work on these.
         """
-        ahead = None
+        running = None
         for images in batches:
             for start in range(0, len(images), self.batch_size):
                 part = images[start : start + self.batch_size]
-                running = (len(part), self._run(self.params, self._placed(part)))
-                if ahead is not None:
-                    yield _fetched(*ahead)
-                ahead = running
-        if ahead is not None:
-            yield _fetched(*ahead)
+                started = (len(part), self._run(self.params, self._place(part)))
+                if running is not None:
+                    yield _fetch(*running)
+                running = started
+        if running is not None:
+            yield _fetch(*running)
 
-    def widths(self, shape):
-        """Numbers in the features of images [H, W, 3], by name; nothing is computed."""
+    def widths(self, shape: tuple[int, int, int]) -> dict[str, int]:
+        """Returns how many numbers the features of images [H, W, 3] have, by name."""
         images = jax.ShapeDtypeStruct((self.batch_size, *shape), np.uint8)
-        found = jax.eval_shape(self._run, self.params, images)
-        return {name: part.shape[1] for name, part in found.items()}
+        shapes = jax.eval_shape(self._run, self.params, images)
+        return {name: part.shape[1] for name, part in shapes.items()}
 
-    def _placed(self, images):
-        missing = self.batch_size - len(images)
-        if missing:
-            images = np.concatenate([images, images[-1:].repeat(missing, 0)])
-        read = lambda index: np.ascontiguousarray(images[index])
-        return jax.make_array_from_callback(images.shape, self._split, read)
+    def _place(self, images):
+        padding = self.batch_size - len(images)
+        if padding:
+            images = np.concatenate([images, images[-1:].repeat(padding, 0)])
+        rows = lambda index: np.ascontiguousarray(images[index])
+        return jax.make_array_from_callback(images.shape, self._split, rows)
 
 
-def inception_extractor(weights, mesh, batch_size=64):
-    """-> Extractor of the 2015 network; weights: inception.load_inception()."""
-    return Extractor(
+def inception_extractor(
+    weights: inception.InceptionWeights, mesh: jax.sharding.Mesh, batch_size: int = 64
+) -> FeatureExtractor:
+    """Returns the extractor of the 2015 Inception network."""
+    return FeatureExtractor(
         lambda params, images: Inception().apply(
             {"params": params}, preprocess(images)
         ),
         weights.params,
         mesh,
         batch_size,
-        pipeline(weights),
+        inception_pipeline(weights),
     )
 
 
-def pipeline(weights):
-    """What a record says of features by the 2015 network with these weights."""
+@functools.cache  # it compiles
+def get_extractor(
+    name: str, weights: str | None = None, batch_size: int = 64
+) -> FeatureExtractor | digits.DigitFeatures:
+    """Returns an extractor by its name on the command line.
+
+    Args:
+      name: a key of WIDTHS.
+      weights: path of Inception's weights; None looks where they are kept.
+      batch_size: images that go through the network together.
+    """
+    if name == "digits":
+        return digits.DigitFeatures()
+    loaded = inception.load_inception(weights)
+    return inception_extractor(loaded, make_mesh(data=-1, fsdp=1), batch_size)
+
+
+def inception_pipeline(weights: inception.InceptionWeights) -> Pipeline:
+    """Returns what a record says of features by the 2015 network with these weights."""
     made = {"library": "sit_jax", "weights": weights.sha256}
     return INCEPTION | made | {"released": weights.is_published}
 
 
-def unlike(one, other):
-    """-> the names in which two pipelines differ; of an unknown one (None) none."""
+def pipeline_differences(one: Pipeline | None, other: Pipeline | None) -> list[str]:
+    """Returns the names in which two pipelines differ; none if one is unknown."""
     if one is None or other is None:
         return []
     both_released = one.get("released") and other.get("released")
-    names = [n for n in SAME if n != "weights" or not both_released]
+    names = [n for n in COMPARED if n != "weights" or not both_released]
     return [name for name in names if one.get(name) != other.get(name)]
 
 
 class StoredFeatures:
     """Features in an .npz: "pool" [N, D], and "spatial", "logits" if they are there.
 
-    Other networks' are called "features" in the file, and are no Inception's.
+    Those of another network than Inception are called "features" in the file.
+
+    Args:
+      file: an opened .npz.
     """
 
     def __init__(self, file):
@@ -141,20 +184,19 @@ class StoredFeatures:
             raise UserError(f"{self.path} has {listed}; they belong to other images")
         self.pipeline = read_record(file).get("pipeline")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._members["pool"])
 
     @property
-    def names(self):
-        """Of its arrays, in the file."""
+    def names(self) -> list[str]:
+        """Names of the arrays in the file."""
         return [member.name for member in self._members.values()]
 
-    def widths(self):
-        """Numbers in a feature, by name."""
+    def widths(self) -> dict[str, int]:
+        """Returns how many numbers the features have, by name."""
         return {name: member.shape[1] for name, member in self._members.items()}
 
-    def __iter__(self):
-        """Yields batches of features."""
+    def __iter__(self) -> Iterator[Batch]:
         parts = [member.parts(ROWS) for member in self._members.values()]
         for arrays in zip(*parts, strict=True):
             for name, array in zip(self._members, arrays, strict=True):
@@ -165,8 +207,10 @@ class StoredFeatures:
             yield dict(zip(self._members, arrays, strict=True))
 
 
-def remembered(batches, count, store):
-    """Yields batches of features, and keeps them in the dict store: {name: [N, D]}."""
+def keep_features(
+    batches: Iterable[Batch], count: int, store: dict[str, np.ndarray]
+) -> Iterator[Batch]:
+    """Yields batches of features, and puts all of them into store, by name."""
     start = 0
     for batch in batches:
         for name, part in batch.items():
@@ -176,24 +220,24 @@ def remembered(batches, count, store):
         yield batch
 
 
-def write_features(path, features, record):
-    """features: {name: [N, D]}; record: what is known of them, {"pipeline": ...}."""
+def write_features(path, features: Batch, record: dict[str, Any]) -> None:
+    """Writes features with what is known of them, such as their pipeline."""
     with atomic_write(path) as name:
         np.savez(name, **features, record=np.array(json.dumps(record)))
 
 
-def read_record(file):
-    """-> the record in an ArrayFile, {} without one."""
+def read_record(file) -> dict[str, Any]:
+    """Returns the record in an opened .npz, or {} if there is none."""
     if "record" not in file:
         return {}
     try:
-        found = parse_json(str(file.array("record")))
+        record = parse_json(str(file.array("record")))
     except ValueError as error:
         raise UserError(f"{file.path}: its record is no JSON") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{file.path}: its record is {found!r}, no table")
-    return found
+    if not isinstance(record, dict):
+        raise UserError(f"{file.path}: its record is {record!r}, no table")
+    return record
 
 
-def _fetched(count, features):
+def _fetch(count, features):
     return {name: np.asarray(array)[:count] for name, array in features.items()}

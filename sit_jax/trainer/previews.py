@@ -18,9 +18,10 @@ from jaxtyping import Int, UInt8
 from sit_jax.config import build
 from sit_jax.convert import inception
 from sit_jax.errors import UserError
-from sit_jax.evaluation import evaluation, summary
-from sit_jax.evaluation.evaluated import open_side
+from sit_jax.evaluation.evaluate import fid_of_images, require_same_pipeline
 from sit_jax.evaluation.features import inception_extractor
+from sit_jax.evaluation.image_sets import open_input
+from sit_jax.evaluation.statistics import FeatureStatistics, collect_statistics
 from sit_jax.parallel import multihost
 from sit_jax.planning.programs import with_sampling_precision
 from sit_jax.sampling.generation import Generator
@@ -203,32 +204,37 @@ class FidCurve:
             self._extractor = inception_extractor(weights, mesh, FID_BATCH)
         reference = build(config.reference)
         reference = _load_reference(reference, self._extractor, is_inception)
-        evaluation.require_same(self._extractor.pipeline, reference.pipeline)
+        require_same_pipeline(self._extractor.pipeline, reference.pipeline)
         self._reference = reference
         self.name = f"{'fid' if reference.is_inception else 'frechet'}_{count}"
 
     def __call__(self, params: Any) -> float:
         """Returns the distance."""
         images = map(_to_rgb, self._draw(params))
-        return evaluation.fid(images, self._extractor, self._reference)
+        return fid_of_images(images, self._extractor, self._reference)
 
 
-def _load_reference(reference: Any, extractor: Any, is_inception: bool) -> Any:
+def _load_reference(
+    reference: Any, extractor: Any, is_inception: bool
+) -> FeatureStatistics:
     """Returns the statistics of a file, of images in a file, or of a data source."""
     pipeline = extractor.pipeline
     if not isinstance(reference, str):
-        batches, count = _read_images(reference, extractor.batch_size), len(reference)
-        return summary.summarize(extractor(batches), count, 0, pipeline, is_inception)
-    side = open_side(reference)
-    if side.summary is not None:
-        return side.summary
-    source = side.source
-    if source.needs_network:
-        features = extractor(source.images.batches(extractor.batch_size))
+        count = len(reference)
+        features = extractor(_read_images(reference, extractor.batch_size))
     else:
-        features, pipeline = source.features(), source.pipeline
-        is_inception = source.is_inception
-    return summary.summarize(features, source.count, 0, pipeline, is_inception)
+        side = open_input(reference)
+        if side.statistics is not None:
+            return side.statistics
+        source, count = side.source, side.source.count
+        if source.needs_network:
+            features = extractor(source.images.batches(extractor.batch_size))
+        else:
+            features, pipeline = source.features(), source.pipeline
+            is_inception = source.is_inception
+    return collect_statistics(
+        features, count, keep=0, pipeline=pipeline, is_inception=is_inception
+    )
 
 
 def _read_images(source: Any, batch_size: int) -> Iterator[np.ndarray]:

@@ -32,7 +32,7 @@ from sit_jax.data.latent_cache import (
 )
 from sit_jax.diagnosis import bundle
 from sit_jax.errors import UserError, one_line
-from sit_jax.evaluation.evaluated import open_side
+from sit_jax.evaluation.image_sets import open_input
 from sit_jax.sampling import job
 from sit_jax.sampling.array_files import ArrayFile, load
 
@@ -53,7 +53,7 @@ def npz(path):
 
 def judged(path):
     """What evaluate.py may be given."""
-    side = open_side(path)
+    side = open_input(path)
     if side.source is not None and not side.source.needs_network:
         list(side.source.features())
     elif side.source is not None:

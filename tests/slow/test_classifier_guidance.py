@@ -11,10 +11,10 @@ import numpy as np
 import optax
 import pytest
 
-from score_digits import score
 from sit_jax.data.sources import Digits
 from sit_jax.diffusion import rng
 from sit_jax.diffusion.gaussian import GaussianDiffusion, fixed_small
+from sit_jax.evaluation.digits import digit_figures
 from sit_jax.samplers.ddpm import DDIM, DDPM
 
 PROCESS = GaussianDiffusion(variance=fixed_small)
@@ -81,7 +81,7 @@ def recognised(sampler):
     )
     data, _ = jax.jit(run)(keys)
     images = np.clip(np.asarray(data) * 127.5 + 128, 0, 255).astype(np.uint8)
-    return score(images, labels)
+    return digit_figures(images, labels)
 
 
 @pytest.mark.parametrize("kind", [DDPM, DDIM])

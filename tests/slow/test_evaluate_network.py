@@ -9,8 +9,8 @@ from flax.traverse_util import unflatten_dict
 from small import script
 
 from sit_jax.convert.rules import to_torch
-from sit_jax.evaluation.metrics import Gaussian, frechet
-from sit_jax.models.inception import RULES, SHAPES, Inception, preprocess
+from sit_jax.evaluation.fid import Gaussian, frechet_distance
+from sit_jax.models.inception import RULES, SHAPES, Inception
 
 
 def random_params():
@@ -47,5 +47,7 @@ def test_the_script_with_the_network(tmp_path):
         for name, want in ours.items():
             np.testing.assert_allclose(kept[name], want, rtol=1e-4, atol=1e-3)
     text = (tmp_path / "s.npz.evaluation.json").read_text()
-    far = frechet(*(Gaussian.of(np.asarray(x["pool"])) for x in (ours, theirs)))
+    far = frechet_distance(
+        *(Gaussian.of(np.asarray(x["pool"])) for x in (ours, theirs))
+    )
     assert abs(json.loads(text)["figures"]["fid"] / far - 1) < 1e-4

@@ -8,9 +8,9 @@ from sit_jax.config import spec
 from sit_jax.convert import inception
 from sit_jax.data.sources import Digits
 from sit_jax.errors import UserError
-from sit_jax.evaluation import evaluation
-from sit_jax.evaluation.digit_features import DigitFeatures
-from sit_jax.evaluation.metrics import Gaussian, frechet
+from sit_jax.evaluation.digits import DigitFeatures
+from sit_jax.evaluation.features import pipeline_differences
+from sit_jax.evaluation.fid import Gaussian, frechet_distance
 from sit_jax.experiment import build_experiment, check_reference
 from sit_jax.parallel.mesh import make_mesh
 from sit_jax.planning.programs import build_training_experiment
@@ -68,7 +68,9 @@ def test_points_of_a_curve(monkeypatch):
     drawn = np.asarray(parts.codec.decode(data)).repeat(3, -1)
     there = np.stack([each["image"] for each in Pictures()]).repeat(3, -1)
     ours, theirs = (Gaussian.of(next(Toy()([x]))["pool"]) for x in (drawn, there))
-    assert log.values[3] == {"frechet_20": pytest.approx(frechet(ours, theirs), 1e-6)}
+    assert log.values[3] == {
+        "frechet_20": pytest.approx(frechet_distance(ours, theirs), 1e-6)
+    }
 
 
 def test_a_point_is_of_images_as_sample_py_draws_them():
@@ -116,15 +118,15 @@ def test_what_makes_no_curve_is_refused(fields, message):
 def test_digits_have_features_of_their_own():
     """The classifier knows digits, and real ones are nearer to real ones than noise."""
     judge, digits = DigitFeatures(), Digits(train=False)
-    assert (judge.recognised(digits.images) == digits.labels).mean() > 0.95
+    assert (judge.predict(digits.images) == digits.labels).mean() > 0.95
     noise = np.random.default_rng(0).integers(0, 256, digits.images.shape, np.uint8)
     halves = digits.images[::2], digits.images[1::2], noise
     real, other, odd = (Gaussian.of(judge.hidden(x)) for x in halves)
-    assert frechet(real, other) < frechet(real, odd) / 10
+    assert frechet_distance(real, other) < frechet_distance(real, odd) / 10
     grey = digits.images.repeat(3, -1)
     (batch,) = judge([grey])
     np.testing.assert_allclose(batch["pool"], judge.hidden(digits.images), rtol=1e-6)
     assert judge.widths((8, 8, 3)) == {"pool": batch["pool"].shape[1]}
     with pytest.raises(UserError, match="digits are .8, 8, 1."):
         judge.widths((4, 4, 3))
-    assert evaluation.unlike(judge.pipeline, {"network": "x"}) == ["network"]
+    assert pipeline_differences(judge.pipeline, {"network": "x"}) == ["network"]

@@ -5,20 +5,33 @@ A toy stands for the Inception network; test_inception.py has the real one.
 
 import json
 import re
-import types
 
 import judged
 import numpy as np
 import pytest
-from judged import ENOUGH, direct, extractor, figures, images, npz, record, toy, weights
+from judged import (
+    ENOUGH,
+    direct,
+    extractor,
+    figures,
+    images,
+    npz,
+    record,
+    refused,
+    toy,
+    weights,
+)
 from PIL import Image
 from recorded import arrays, case
+from small import called
 
-import evaluate
+from sit_jax.cli import evaluate
+from sit_jax.data.sources import Digits
 from sit_jax.errors import UserError
-from sit_jax.evaluation import evaluation, summary
-from sit_jax.evaluation.features import pipeline
-from sit_jax.evaluation.metrics import Gaussian, frechet
+from sit_jax.evaluation import evaluate as evaluation
+from sit_jax.evaluation.features import inception_pipeline
+from sit_jax.evaluation.fid import Gaussian, frechet_distance
+from sit_jax.evaluation.statistics import load_statistics
 
 LABELS = np.random.default_rng(5).integers(0, 70, ENOUGH)
 network, run, sides = judged.network, judged.run, judged.sides
@@ -34,7 +47,7 @@ def test_five_lines_and_a_json(sides, run):
     found = record(sides[0])
     assert list(found["figures"].values()) == figures(out)
     assert found["samples"]["images"] == found["reference"]["images"] == ENOUGH
-    assert found["samples"]["pipeline"] == pipeline(weights())
+    assert found["samples"]["pipeline"] == inception_pipeline(weights())
     assert found["environment"]["packages"]["jax"]
 
 
@@ -83,7 +96,9 @@ def test_adms_reference_gives_its_statistics(tmp_path, sides, run):
     )
     part = toy(weights().params, images(ENOUGH))
     found, want = figures(out), direct(images(ENOUGH), images(100, 1, 200))
-    far = lambda a, mean, cov: frechet(Gaussian.of(np.asarray(a)), Gaussian(mean, cov))
+    far = lambda a, mean, cov: frechet_distance(
+        Gaussian.of(np.asarray(a)), Gaussian(mean, cov)
+    )
     assert found[1] == pytest.approx(far(part["pool"], mu, np.eye(12)), rel=1e-4)
     assert found[2] == pytest.approx(
         far(part["spatial"], mu_s, 2 * np.eye(6)), rel=1e-4
@@ -102,7 +117,9 @@ def test_statistics_files_stand_for_their_images(tmp_path, sides, run):
     _, out, _ = run(sides[0], "--reference", made, "--overwrite")
     assert figures(out) == pytest.approx(figures(direct), rel=1e-9)
     found = json.loads(str(np.load(made)["record"]))
-    assert found["count"] == ENOUGH and found["pipeline"] == pipeline(weights())
+    assert found["count"] == ENOUGH and found["pipeline"] == inception_pipeline(
+        weights()
+    )
     assert found["environment"]["platform"] == "cpu"
 
 
@@ -171,32 +188,45 @@ def test_a_manifest_beside_the_samples_is_copied(sides, run):
 
 def test_fid_during_training(tmp_path, sides, run):
     run("--stats", sides[1], "--out", tmp_path / "ref.npz")
-    reference = summary.load(tmp_path / "ref.npz")
+    reference = load_statistics(tmp_path / "ref.npz")
     batches = np.array_split(images(ENOUGH), 9)  # of unequal lengths
-    found = evaluation.fid(iter(batches), extractor(weights()), reference)
+    found = evaluation.fid_of_images(iter(batches), extractor(weights()), reference)
     assert found == pytest.approx(
         direct(images(ENOUGH), images(ENOUGH, 1, 200))[1], 1e-4
     )
     with pytest.raises(UserError, match="another pipeline"):
-        evaluation.fid(batches, extractor(weights(1, False)), reference)
+        evaluation.fid_of_images(batches, extractor(weights(1, False)), reference)
     with pytest.raises(UserError, match="FID of 1 images"):
-        evaluation.fid([images(1)], extractor(weights()), reference)
+        evaluation.fid_of_images([images(1)], extractor(weights()), reference)
 
 
 def test_only_50000_images_are_comparable():
-    said = lambda count: evaluation.notes(count, ["fid"], {"fid": 2.0})
+    said = lambda count: evaluation.figure_notes(count, ["fid"], {"fid": 2.0})
     assert said(50_000) == []
     assert said(10_000) == ["10000 images: not comparable with a published FID-50K"]
-    assert evaluation.notes(10_000, ["precision"], {"precision": 1.0}) == []
+    assert evaluation.figure_notes(10_000, ["precision"], {"precision": 1.0}) == []
 
 
-def test_hosts_with_other_weights_of_inception_are_refused(monkeypatch):
-    """Each makes the features of its own share of the images."""
-    told = []
-    monkeypatch.setattr(evaluate.hosts, "require_same", lambda *said: told.append(said))
-    made = types.SimpleNamespace(pipeline={"weights": "6726825d"})
-    for found, word in ((made, "6726825d"), (None, None)):
-        monkeypatch.setattr(evaluate, "_network", lambda *given, found=found: found)
-        args = types.SimpleNamespace(network="inception")
-        assert evaluate._extractor(args, (), ()) is found
-        assert told.pop()[1] == word
+def test_digits_are_judged_beside_real_ones(tmp_path, monkeypatch, capsys):
+    digits = Digits(train=False)
+    wrong = (digits.labels + 1) % 10
+    for name, labels, share in (("right", digits.labels, 0.978), ("wrong", wrong, 0.0)):
+        path = npz(tmp_path / f"{name}.npz", digits.images, arr_1=labels)
+        words = (path, "--network", "digits")
+        code, out, _ = called(evaluate.main, monkeypatch, capsys, *words)
+        figures = record(path)["figures"]
+        assert code == 0 and out.startswith("recognised as the digit asked for: ")
+        assert figures["samples_recognised"] == pytest.approx(share, abs=0.01)
+        assert figures["real_recognised"] == pytest.approx(0.978, abs=1e-3)
+        assert abs(figures["frechet_samples"]) < 1e-6 < figures["frechet_real"]
+    refused(
+        called(
+            evaluate.main,
+            monkeypatch,
+            capsys,
+            npz(tmp_path / "x.npz", images(4), arr_1=np.arange(4)),
+            "--network",
+            "digits",
+        ),
+        "it must be uint8 .N, 8, 8, 1.",
+    )

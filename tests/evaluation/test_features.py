@@ -7,14 +7,14 @@ import pytest
 from sit_jax.convert.inception import InceptionWeights
 from sit_jax.errors import UserError
 from sit_jax.evaluation.features import (
-    Extractor,
+    FeatureExtractor,
     StoredFeatures,
-    pipeline,
-    remembered,
-    unlike,
+    inception_pipeline,
+    keep_features,
+    pipeline_differences,
     write_features,
 )
-from sit_jax.evaluation.image_sets import starts
+from sit_jax.evaluation.image_sets import batch_starts
 from sit_jax.parallel.mesh import make_mesh
 from sit_jax.sampling.array_files import ArrayFile
 
@@ -37,11 +37,11 @@ def pictures(count, side=2):
 
 def extractor(devices=8, batch_size=16, run=network):
     mesh = make_mesh(data=-1, fsdp=1, devices=jax.devices()[:devices])
-    return Extractor(run, params(), mesh, batch_size)
+    return FeatureExtractor(run, params(), mesh, batch_size)
 
 
 def parts(images, size):
-    return (images[start : start + size] for start in starts(len(images), size))
+    return (images[start : start + size] for start in batch_starts(len(images), size))
 
 
 def joined(batches):
@@ -101,7 +101,7 @@ def test_widths_are_known_before_anything_is_computed():
 def test_features_are_kept_and_read_again(tmp_path):
     store, images = {}, pictures(21)
     batches = extractor()(parts(images, 8))
-    found = joined(remembered(batches, 21, store))
+    found = joined(keep_features(batches, 21, store))
     write_features(tmp_path / "f.npz", store, {"pipeline": {"network": "toy"}})
     stored = StoredFeatures(ArrayFile(tmp_path / "f.npz"))
     assert len(stored) == 21 and stored.is_inception
@@ -150,11 +150,16 @@ def test_features_that_are_no_numbers_are_refused(tmp_path):
 
 
 def test_pipelines_are_told_apart():
-    one = pipeline(InceptionWeights({}, None, "a" * 64, False))
-    other = pipeline(InceptionWeights({}, None, "b" * 64, False))
-    assert unlike(one, one) == [] and unlike(one, other) == ["weights"]
-    assert unlike(one, one | {"resize": "half-pixel"}) == ["resize"]
-    assert unlike(one, one | {"library": "another", "precision": "fast"}) == []
-    assert unlike(None, one) == unlike(one, None) == []
+    one = inception_pipeline(InceptionWeights({}, None, "a" * 64, False))
+    other = inception_pipeline(InceptionWeights({}, None, "b" * 64, False))
+    assert pipeline_differences(one, one) == [] and pipeline_differences(
+        one, other
+    ) == ["weights"]
+    assert pipeline_differences(one, one | {"resize": "half-pixel"}) == ["resize"]
+    assert (
+        pipeline_differences(one, one | {"library": "another", "precision": "fast"})
+        == []
+    )
+    assert pipeline_differences(None, one) == pipeline_differences(one, None) == []
     both = [{**each, "released": True} for each in (one, other)]
-    assert unlike(*both) == []  # one file, one graph: the same network
+    assert pipeline_differences(*both) == []  # one file, one graph: the same network

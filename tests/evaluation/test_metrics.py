@@ -6,10 +6,19 @@ import scipy.linalg
 from recorded import arrays, case
 
 from sit_jax.errors import UserError
-from sit_jax.evaluation.metrics import Gaussian, Moments, frechet, gaussian, manifold
-from sit_jax.evaluation.metrics.kernel import kernel_distance
-from sit_jax.evaluation.metrics.manifold import precision_recall, radii
-from sit_jax.evaluation.metrics.score import InceptionScore
+from sit_jax.evaluation import fid, metrics
+from sit_jax.evaluation.fid import (
+    FrechetInfluence,
+    Gaussian,
+    RunningMoments,
+    frechet_distance,
+)
+from sit_jax.evaluation.metrics import (
+    InceptionScore,
+    kernel_distance,
+    neighbour_radii,
+    precision_recall,
+)
 
 G, ADM = arrays("adm_eval"), case("adm_eval")["results"]
 
@@ -39,72 +48,72 @@ def score(logits, split, step):
 # Gaussians and the Frechet distance
 
 
-def test_recorded_fid():
-    found = frechet(Gaussian.of(G["smp"]), Gaussian.of(G["ref"]))
+def test_frechet_distance_is_adms_fid():
+    found = frechet_distance(Gaussian.of(G["smp"]), Gaussian.of(G["ref"]))
     assert found == pytest.approx(ADM["fid"], rel=1e-6)  # ADM's means are float32
     rounded = (Gaussian(G[f"mu_{each}"], G[f"sigma_{each}"]) for each in ("smp", "ref"))
-    assert frechet(*rounded) == pytest.approx(ADM["fid"], rel=1e-7)
+    assert frechet_distance(*rounded) == pytest.approx(ADM["fid"], rel=1e-7)
 
 
-def test_recorded_sfid():
-    found = frechet(Gaussian.of(spatial("smp")), Gaussian.of(spatial("ref")))
+def test_frechet_distance_is_adms_sfid():
+    found = frechet_distance(Gaussian.of(spatial("smp")), Gaussian.of(spatial("ref")))
     assert found == pytest.approx(ADM["sfid"], rel=1e-6)
 
 
-def test_recorded_fid_of_fewer_images_than_features():
-    found = frechet(Gaussian.of(G["low_smp"]), Gaussian.of(G["low_ref"]))
+def test_frechet_distance_is_adms_for__fewer_images_than_features():
+    found = frechet_distance(Gaussian.of(G["low_smp"]), Gaussian.of(G["low_ref"]))
     # the original's root of a singular product is good to 1e-3; 4e-9 found
     assert found == pytest.approx(ADM["fid_rank_deficient"], rel=1e-6)
 
 
-def test_a_known_distance():
+def test_frechet_distance_of_a_known_map():
     """B = S A S has the map S from A's Gaussian to B's: the cross term is tr(S A)."""
     a, s = spd(40), spd(40, seed=1)
     shift = normal(40)
     one, other = Gaussian(shift, a), Gaussian(np.zeros(40), s @ a @ s)
     want = shift @ shift + np.trace(a) + np.trace(s @ a @ s) - 2 * np.trace(s @ a)
-    assert frechet(one, other) == pytest.approx(want, rel=1e-10)
-    assert frechet(other, one) == pytest.approx(want, rel=1e-10)
+    assert frechet_distance(one, other) == pytest.approx(want, rel=1e-10)
+    assert frechet_distance(other, one) == pytest.approx(want, rel=1e-10)
 
 
-def test_scipy_agrees():
+def test_frechet_distance_is_that_of_scipys_sqrtm():
     a, b = Gaussian(normal(30), spd(30)), Gaussian(normal(30, seed=1), spd(30, seed=2))
     cross = np.trace(scipy.linalg.sqrtm(a.cov @ b.cov)).real
     gap = a.mean - b.mean
     want = gap @ gap + np.trace(a.cov) + np.trace(b.cov) - 2 * cross
-    assert frechet(a, b) == pytest.approx(want, rel=1e-9)
+    assert frechet_distance(a, b) == pytest.approx(want, rel=1e-9)
 
 
-def test_a_set_against_itself():
+def test_frechet_distance_of_a_set_to_itself_is_zero():
     """Of 400 features; of 2048 it is in benchmarks/evaluation.py."""
     features = normal(500, 400).astype(np.float32) * np.geomspace(1, 1e-3, 400)
     found = Gaussian.of(features)
-    assert abs(frechet(found, found)) < 1e-6  # the goal is 1e-3
+    assert abs(frechet_distance(found, found)) < 1e-6  # the goal is 1e-3
 
 
 @pytest.mark.parametrize("count", [2, 20, 64])
-def test_too_few_images_stay_finite(count):
+def test_frechet_distance_of_few_images_is_finite(count):
     a, b = (Gaussian.of(normal(count, 64, seed=seed)) for seed in (0, 1))
-    assert np.isfinite(frechet(a, b)) and frechet(a, b) > 1
+    assert np.isfinite(frechet_distance(a, b)) and frechet_distance(a, b) > 1
     # eigenvalues of zero come out as 1e-16 of the largest, their roots as 1e-8
-    assert abs(frechet(a, a)) < 1e-5
+    assert abs(frechet_distance(a, a)) < 1e-5
 
 
 @pytest.mark.parametrize("step", [1, 7, 16, 100])
-def test_moments_do_not_depend_on_the_batches(step, monkeypatch):
-    monkeypatch.setattr(gaussian, "BLOCK", 16)
+def test_running_moments_do_not_depend_on_batches(step, monkeypatch):
+    monkeypatch.setattr(fid, "BLOCK", 16)
     features = normal(100, 5) @ normal(5, 5, seed=1) + 1e6  # a mean that would cancel
-    moments = Moments(5)
+    moments = RunningMoments(5)
     for start in range(0, 100, step):
         moments.add(features[start : start + step])
-    assert moments.seen == 100
+    assert moments.count == 100
     found = moments.gaussian()
     np.testing.assert_allclose(found.mean, features.mean(0), rtol=1e-14)
     np.testing.assert_allclose(found.cov, np.cov(features.T), rtol=1e-9)
 
 
-def test_moments_go_on_after_a_look():
-    moments = Moments(3)
+def test_running_moments_go_on_after_a_look():
+    moments = RunningMoments(3)
     features = normal(9, 3)
     moments.add(features[:4])
     early = moments.gaussian()
@@ -124,14 +133,14 @@ def test_moments_go_on_after_a_look():
         ("ref", 5000, "inception_score_ref_default"),
     ],
 )
-def test_recorded_scores(which, split, name):
+def test_inception_score_is_adms(which, split, name):
     """100 makes a ragged last split, of 60, that counts as much as the others."""
     logits = G[which] @ G["softmax_w"]
     for step in (1000, 37):
         assert score(logits, split, step) == pytest.approx(ADM[name], rel=1e-6)
 
 
-def test_the_score_of_certainty_is_the_number_of_classes():
+def test_inception_score_of_certainty_is_the_number_of_classes():
     logits = 1e4 * np.eye(10)[np.arange(200) % 10]  # probabilities of exactly 0 and 1
     assert score(logits, 5000, 50) == pytest.approx(10, rel=1e-12)
     assert score(np.zeros((200, 10)), 50, 30) == pytest.approx(1, rel=1e-12)
@@ -147,7 +156,7 @@ def neighbours(a, b):
     return ((a[:, None] - b[None]) ** 2).sum(-1)
 
 
-def test_recorded_precision_and_recall():
+def test_precision_recall_are_adms():
     precision, recall = precision_recall(G["smp"], G["ref"])
     assert precision == ADM["precision_f32"]  # the nearest border is 9e-4 away
     assert recall == ADM["recall_f32"]
@@ -157,15 +166,15 @@ def test_recorded_precision_and_recall():
 
 
 @pytest.mark.parametrize("which", ["ref", "smp"])
-def test_recorded_radii(which):
-    found = radii(G[which])
+def test_recorded_neighbour_radii(which):
+    found = neighbour_radii(G[which])
     # cancellation: |u|^2 - 2 u v + |v|^2 is 10 times smaller than its terms
     np.testing.assert_allclose(found, G[f"radii_{which}_f32"], rtol=2e-5)
 
 
 @pytest.mark.parametrize("block", [100, 4096])
-def test_blocks_do_not_matter(block, monkeypatch):
-    monkeypatch.setattr(manifold, "BLOCK", block)
+def test_precision_recall_do_not_depend_on_blocks(block, monkeypatch):
+    monkeypatch.setattr(metrics, "BLOCK", block)
     seen = []
     progress = lambda blocks: seen.extend(blocks) or iter(blocks)
     found = precision_recall(G["smp"], G["ref"], progress)
@@ -174,7 +183,7 @@ def test_blocks_do_not_matter(block, monkeypatch):
     assert len(seen) == a * (a + 1) // 2 + b * (b + 1) // 2 + a * b
 
 
-def test_precision_and_recall_by_hand():
+def test_precision_recall_equal_the_definition():
     samples, reference = normal(50, 3), normal(40, 3, seed=1) * 0.7 + 0.4
     reach = [np.sort(neighbours(x, x), 1)[:, 3] for x in (samples, reference)]
     across = neighbours(samples, reference)
@@ -186,15 +195,15 @@ def test_precision_and_recall_by_hand():
     assert 0 < want[0] < 1 and 0 < want[1] < 1
 
 
-def test_duplicates_make_balls_of_no_size():
+def test_precision_recall_of_duplicates():
     """Four equal features reach nowhere, and are inside where they equal another."""
     same = np.repeat(normal(2, 3), 4, 0).astype(np.float32)
-    np.testing.assert_allclose(radii(same), 0, atol=1e-5)
+    np.testing.assert_allclose(neighbour_radii(same), 0, atol=1e-5)
     assert precision_recall(same, same) == (1, 1)
     assert precision_recall(same, same + 9) == (0, 0)
 
 
-def test_too_few_features_are_refused():
+def test_precision_recall_refuse_few_features():
     with pytest.raises(UserError, match="more than 3 features on both sides.*are 3"):
         precision_recall(normal(9, 2), normal(3, 2))
 
@@ -202,7 +211,7 @@ def test_too_few_features_are_refused():
 # KID
 
 
-def test_torch_fidelitys_kid():
+def test_kid_is_torch_fidelitys():
     """kid_features_to_metric of torch-fidelity 0.4.0, which computes in float32."""
     draw = np.random.RandomState(0).standard_normal
     a = draw((150, 8)).astype(np.float32)
@@ -244,9 +253,9 @@ def test_influence_is_the_derivative_of_the_distance(rank, off):
         both = np.concatenate([x, y])
         mean = weights @ both
         gap = both - mean
-        return frechet(Gaussian(mean, (weights[:, None] * gap).T @ gap), there)
+        return frechet_distance(Gaussian(mean, (weights[:, None] * gap).T @ gap), there)
 
-    influence = gaussian.Influence(here, there)
+    influence = FrechetInfluence(here, there)
     slope = (mixed(eps) - mixed(-eps)) / (2 * eps)
     want = influence(y).mean() - influence(x).mean()
     assert slope == pytest.approx(want, rel=off)

@@ -2,12 +2,12 @@
 
 import judged
 import pytest
-from judged import ENOUGH, extractor, images, npz, toy, weights
+from judged import ENOUGH, images, npz, toy, weights
 from PIL import Image
 
-import evaluate
-from sit_jax.evaluation import evaluation
-from sit_jax.evaluation.features import Extractor
+from sit_jax.cli import evaluate
+from sit_jax.evaluation import evaluate as evaluation
+from sit_jax.evaluation.features import FeatureExtractor
 from sit_jax.evaluation.image_sets import FolderImages
 
 network, run, sides = judged.network, judged.run, judged.sides
@@ -18,12 +18,15 @@ class Run:
 
     def __init__(self, monkeypatch):
         self.last, self.seen = None, 0
-        monkeypatch.setattr(evaluate, "inception_extractor", self._made)
+        make = evaluate.get_extractor
+        monkeypatch.setattr(
+            evaluate, "get_extractor", lambda *words: self._made(make(*words))
+        )
 
-    def _made(self, *words):
-        whole, made = self, extractor(*words)
+    def _made(self, made):
+        whole = self
 
-        class Dying(Extractor):
+        class Dying(FeatureExtractor):
             def __call__(self, batches):
                 for number, features in enumerate(super().__call__(batches)):
                     if number == whole.last:
@@ -67,7 +70,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_bytes(place, words, run, monkey
         assert run(*words)[0] == 130
     toy.last = None
     with monkeypatch.context() as patch:  # killed while the figures are computed
-        patch.setattr(evaluation, "figures", stopped)
+        patch.setattr(evaluation, "compute_figures", stopped)
         code, out, _ = run(*words)
     assert code == 130 and "8 of 14 batches of samples are there" in out
     assert (place / "f.npz").exists()  # which the same run may write again

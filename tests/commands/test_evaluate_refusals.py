@@ -6,8 +6,8 @@ import pytest
 from judged import ENOUGH, images, npz, refused, weights
 
 from sit_jax.errors import UserError
-from sit_jax.evaluation import evaluation
-from sit_jax.evaluation.evaluated import open_side
+from sit_jax.evaluation import evaluate as evaluation
+from sit_jax.evaluation.image_sets import open_input
 
 network, run, sides = judged.network, judged.run, judged.sides
 
@@ -29,9 +29,9 @@ def test_a_covariance_of_2048_features_needs_2048_images(tmp_path, monkeypatch):
     monkeypatch.undo()
     few, enough = (npz(tmp_path / f"{n}.npz", images(n)) for n in (2047, 2048))
     with pytest.raises(UserError, match="2047 images; FID and sFID need 2048"):
-        evaluation.require_enough(["sfid"], open_side(enough), open_side(few))
-    evaluation.require_enough(["fid"], open_side(enough))
-    evaluation.require_enough(["precision"], open_side(few))
+        evaluation.require_enough_images(["sfid"], open_input(enough), open_input(few))
+    evaluation.require_enough_images(["fid"], open_input(enough))
+    evaluation.require_enough_images(["precision"], open_input(few))
 
 
 def test_another_pipeline_needs_force(tmp_path, sides, run, network):
@@ -154,11 +154,11 @@ def test_missing_weights(tmp_path, sides, run, network):
         ),
         (
             ("s.npz", "--reference", "r.npz", "--batch-size", "0"),
-            "--batch-size 0: a whole number of at le",
+            "--batch-size '0': a whole number",
         ),
         (
             ("s.npz", "--reference", "r.npz", "--bootstrap", "3"),
-            "--bootstrap 3: a whole number of at least",
+            "--bootstrap '3': a whole number",
         ),
         (
             ("s.npz", "--reference", "r.npz", "--config.x=1"),

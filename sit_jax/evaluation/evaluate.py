@@ -1,0 +1,515 @@
+"""Compares images with a reference: ADM's five figures, KID, and an interval of FID.
+
+FID is Heusel et al. arXiv:1706.08500, sFID Nash et al. arXiv:2103.03841, both with the
+conventions of the evaluator in openai/guided-diffusion that published figures of ADM,
+DiT, SiT and MDT come from.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from sit_jax.errors import UserError
+from sit_jax.evaluation.features import (
+    WIDTHS,
+    Batch,
+    FeatureExtractor,
+    Pipeline,
+    get_extractor,
+    keep_features,
+    pipeline_differences,
+    write_features,
+)
+from sit_jax.evaluation.fid import (
+    Gaussian,
+    RunningMoments,
+    bootstrap_interval,
+    bootstrap_rows,
+    class_rows,
+    frechet_distance,
+)
+from sit_jax.evaluation.image_sets import EvaluationInput, ImageFeatures, open_input
+from sit_jax.evaluation.metrics import (
+    KID_SUBSET_SIZE,
+    KID_SUBSETS,
+    Progress,
+    kernel_distance,
+    precision_recall,
+)
+from sit_jax.evaluation.statistics import (
+    FeatureStatistics,
+    collect_statistics,
+    count_images,
+)
+from sit_jax.files import absolute_path, read_json, require_free, require_space
+from sit_jax.manifest import environment
+from sit_jax.parallel import multihost
+from sit_jax.sampling.array_files import ArrayFile
+from sit_jax.sampling.outputs import manifest_path
+from sit_jax.sampling.parts import Parts, is_begun, parts_size, remove_parts
+
+TITLES = {  # in ADM's order and wording
+    "inception_score": "Inception Score",
+    "fid": "FID",
+    "sfid": "sFID",
+    "precision": "Precision",
+    "recall": "Recall",
+}
+OTHER_TITLES = {"frechet_distance": "Frechet distance", "kid": "KID"}
+METRICS = (*TITLES, "kid")  # what can be asked for
+PUBLISHED_COUNT = 50_000  # images behind a published figure
+MIN_IMAGES = 2048  # for a covariance of as many features
+FLOAT_BYTES = 4
+RUN_FIELDS = (
+    "packages",
+    "platform",
+    "device",
+    "devices",
+)  # may change a feature's bits
+SIDES = ("samples", "reference", "statistics")
+
+
+def select_metrics(listed: str | None, kid: bool) -> list[str]:
+    """Returns the metrics of a list like "fid,recall"; None stands for ADM's five."""
+    names = listed.split(",") if listed else list(TITLES)
+    for name in names:
+        if name not in METRICS:
+            raise UserError(f"--metrics: no {name!r}; there are {', '.join(METRICS)}")
+    return [*names, "kid"] if kid and "kid" not in names else names
+
+
+def needs_features(metrics: Iterable[str]) -> bool:
+    """Returns whether metrics need features themselves, not only their moments."""
+    return bool({"precision", "recall", "kid"} & set(metrics))
+
+
+def fid_of_images(
+    batches: Iterable[UInt8[np.ndarray, "n h w 3"]],
+    extractor: FeatureExtractor,
+    reference: FeatureStatistics,
+) -> float:
+    """Returns FID of all images in batches, for a curve while training.
+
+    FID falls with the number of images, so only curves of the same number can be
+    compared (FID-k).
+    """
+    require_same_pipeline(extractor.pipeline, reference.pipeline)
+    moments = RunningMoments(reference.width)
+    for features in extractor(batches):
+        _require_same_widths({"pool": features["pool"].shape[1]}, reference.widths())
+        moments.add(features["pool"])
+    if moments.count < 2:
+        raise UserError(f"FID of {moments.count} images; draw at least 2")
+    return frechet_distance(moments.gaussian(), reference.pool)
+
+
+def compute_precision_recall(
+    samples: FeatureStatistics | None,
+    reference: FeatureStatistics | None,
+    metrics: Iterable[str],
+    progress: Progress = iter,
+) -> dict[str, float]:
+    """Returns those of precision and recall that are asked for, in all processes.
+
+    Process 0 has the statistics; distances are computed on the devices of all.
+    """
+    names = [name for name in ("precision", "recall") if name in metrics]
+    if not names:
+        return {}
+    if multihost.is_primary():
+        _require_same_widths(samples.widths(), reference.widths())
+    sides = [
+        multihost.broadcast_array(side and side.features)
+        for side in (samples, reference)
+    ]
+    if sides[0] is None or sides[1] is None:
+        return {}
+    precision, recall = precision_recall(*sides, progress)
+    figures = {"precision": precision, "recall": recall}
+    return {name: figures[name] for name in names}
+
+
+def compute_figures(
+    samples: FeatureStatistics,
+    reference: FeatureStatistics,
+    metrics: Iterable[str],
+    overlap: dict[str, float] | None = None,
+    progress: Progress = iter,
+) -> dict[str, Any]:
+    """Returns the figures that are asked for and that both sides have the data for.
+
+    Args:
+      samples: statistics of the samples.
+      reference: statistics of the reference.
+      metrics: of METRICS.
+      overlap: what compute_precision_recall returned.
+      progress: wraps an iterable, to draw a bar.
+    """
+    _require_same_widths(samples.widths(), reference.widths())
+    figures: dict[str, Any] = {}
+    if "inception_score" in metrics and samples.score is not None:
+        figures["inception_score"] = samples.score
+    if "fid" in metrics:
+        name = "fid" if samples.is_inception else "frechet_distance"
+        figures[name] = frechet_distance(samples.pool, reference.pool)
+    if "sfid" in metrics and samples.spatial and reference.spatial:
+        figures["sfid"] = frechet_distance(samples.spatial, reference.spatial)
+    figures |= overlap or {}
+    ours, theirs = samples.features, reference.features
+    if "kid" in metrics and ours is not None and theirs is not None:
+        mean, std = kernel_distance(ours, theirs, progress=progress)
+        size = min(KID_SUBSET_SIZE, len(ours), len(theirs))
+        figures |= {"kid": mean, "kid_std": std, "kid_subsets": [KID_SUBSETS, size]}
+    return figures
+
+
+def frechet_interval(
+    features: Float[np.ndarray, "n d"],
+    reference: Gaussian,
+    resamples: int,
+    labels: Int[np.ndarray, "n"] | None = None,
+    progress: Progress = iter,
+) -> tuple[float, float]:
+    """Returns a 95 % interval of the Fréchet distance of sets drawn like this one.
+
+    The reference is taken as exact.
+
+    Args:
+      features: of the samples.
+      reference: Gaussian of the reference.
+      resamples: how many sets are drawn.
+      labels: of the images, where it was decided how many each class has; None where
+        that is chance too, as of random labels.
+      progress: wraps an iterable, to draw a bar.
+    """
+    groups = class_rows(labels, len(features))
+    distance = lambda x: frechet_distance(Gaussian.of(x), reference)
+    rows = progress(bootstrap_rows(groups, resamples))
+    resampled = [distance(features[chosen]) for chosen in rows]
+    return bootstrap_interval(distance(features), resampled, groups)
+
+
+def figure_lines(figures: dict[str, Any]) -> list[str]:
+    """Returns a line for each figure, ADM's five as ADM prints them."""
+    titles = TITLES | OTHER_TITLES
+    lines = [f"{titles[name]}: {figures[name]}" for name in titles if name in figures]
+    if "interval" in figures:
+        low, high = figures["interval"]
+        classes = "as they are" if figures.get("interval_by_class") else "drawn too"
+        lines.append(
+            f"95 % of other samples, classes {classes}: {low:.6g} to {high:.6g}"
+        )
+    return lines
+
+
+def figure_notes(
+    count: int | None, metrics: Iterable[str], figures: dict[str, Any]
+) -> list[str]:
+    """Returns sentences on what a reader of the figures has to know."""
+    notes, titles = [], TITLES | OTHER_TITLES
+    if {"fid", "sfid"} & figures.keys() and count != PUBLISHED_COUNT:
+        images = "an unknown number of" if count is None else count
+        notes.append(f"{images} images: not comparable with a published FID-50K")
+    computed = {*figures, "fid"} if "frechet_distance" in figures else {*figures}
+    if left_out := [titles[name] for name in metrics if name not in computed]:
+        listed = ", ".join(left_out)
+        notes.append(f"not computed, for the files lack what it takes: {listed}")
+    return notes
+
+
+def require_enough_images(metrics: Iterable[str], *sides: EvaluationInput) -> None:
+    """Refuses covariances of too few images, where their number is known."""
+    for side in sides if {"fid", "sfid"} & set(metrics) else ():
+        least = side.known.width if side.known.is_inception is False else MIN_IMAGES
+        if side.known.count is not None and side.known.count < least:
+            raise UserError(
+                f"{side.path} has {side.known.count} images; FID and sFID need {least} "
+                "for their covariances; --force computes them nevertheless, --metrics "
+                "without them"
+            )
+
+
+def require_comparable(
+    samples: EvaluationInput,
+    reference: EvaluationInput,
+    extractor: FeatureExtractor,
+    force: bool = False,
+) -> None:
+    """Refuses sides whose features come from other networks, sizes or pipelines."""
+    if {True, False} <= {samples.known.is_inception, reference.known.is_inception}:
+        raise UserError(
+            f"only one of {samples.path} and {reference.path} has features of the "
+            "Inception network"
+        )
+    _require_same_widths(*(s.known.widths(extractor) for s in (samples, reference)))
+    if not force:
+        pipelines = (side.pipeline(extractor) for side in (samples, reference))
+        require_same_pipeline(*pipelines)
+
+
+def require_same_pipeline(pipeline: Pipeline | None, other: Pipeline | None) -> None:
+    """Refuses a reference whose features come from another pipeline."""
+    if names := pipeline_differences(pipeline, other):
+        differences = "; ".join(
+            f"{name}: {other.get(name)}, not {pipeline.get(name)}" for name in names
+        )
+        raise UserError(
+            "the reference was made by another pipeline (library "
+            f"{other.get('library')}; {differences}); make it anew by --stats, or "
+            "compare all the same by --force"
+        )
+
+
+def _require_same_widths(ours, theirs):
+    for name in ours.keys() & theirs.keys():
+        if ours[name] != theirs[name]:
+            raise UserError(
+                f"the reference has {theirs[name]} {name} features, the samples have "
+                f"{ours[name]}: they come from other networks"
+            )
+
+
+# ---- how labels were chosen ----
+
+
+def label_policy(labels: Int[np.ndarray, "n"], num_classes: int) -> str:
+    """Guesses how labels were chosen: balanced, listed, random, or none."""
+    if len(labels) == 0:
+        return "none"
+    counts = np.bincount(labels, minlength=num_classes)
+    if np.ptp(counts) <= 1 and len(labels) >= num_classes:
+        return "balanced"
+    runs = 1 + int((np.diff(labels) != 0).sum())
+    present = counts[counts > 0]
+    return "listed" if runs == len(present) and np.ptp(present) == 0 else "random"
+
+
+def fixed_labels(path: Path, count: int) -> Int[np.ndarray, "n"] | None:
+    """Returns the labels of samples if the number of each class was decided.
+
+    They come from the manifest beside the samples, or from arr_1 of an .npz.
+    """
+    labels, num_classes = np.zeros(0, int), 0
+    if manifest_path(path).is_file():
+        manifest = read_json(manifest_path(path))
+        labels = np.asarray(manifest.get("job", {}).get("labels", [])).reshape(-1)
+        num_classes = manifest_classes(manifest)
+    elif path.is_file() and "arr_1" in (file := ArrayFile(path)):
+        labels = file.array("arr_1").reshape(-1)
+    if len(labels) != count or labels.dtype.kind not in "iu" or labels.min() < 0:
+        return None
+    policy = label_policy(labels, num_classes or labels.max() + 1)
+    return None if policy == "random" else labels
+
+
+def manifest_classes(manifest: dict[str, Any]) -> int:
+    """Returns the classes of a manifest's network, or 0 if it does not say."""
+    model = manifest.get("job", {}).get("config", {}).get("model", {})
+    return int(model.get("classes", 0) or 0)
+
+
+# ---- an evaluation that may be killed and goes on ----
+
+
+@contextlib.contextmanager
+def open_evaluation(
+    out: Path | str, overwrite: bool, features_out: str | None = None
+) -> Iterator["Evaluation"]:
+    """Gives an Evaluation whose output no other run makes meanwhile."""
+    with multihost.lock_output(out):
+        evaluation = Evaluation(out, overwrite, features_out)
+        multihost.barrier()  # until all have seen that these places are free
+        yield evaluation
+
+
+class Evaluation:
+    """Collects statistics, and keeps features beside the output until it is written.
+
+    A killed evaluation goes on behind the last batch of features.
+
+    Args:
+      out: path of the figures or statistics.
+      overwrite: whether it, and features_out, may be replaced. What was written by the
+        run that goes on may always be.
+      features_out: where the samples' features are kept, or None.
+    """
+
+    def __init__(self, out, overwrite: bool, features_out: str | None = None):
+        out = absolute_path(out)
+        self._parts = {side: f"{out}.{side}" for side in SIDES}
+
+        def free(path):
+            is_ours = any(is_begun(parts, path) for parts in self._parts.values())
+            return require_free(path, overwrite or is_ours)
+
+        self.out, self.features_out = free(out), features_out and free(features_out)
+
+    def complete(
+        self,
+        side: EvaluationInput,
+        source,
+        extractor: FeatureExtractor | None,
+        name: str,
+    ) -> FeatureStatistics | None:
+        """Returns a side's statistics, from its file and from what it still lacks.
+
+        Args:
+          side: samples or reference.
+          source: what side.missing() returned.
+          extractor: makes features of images; None if there is none.
+          name: one of SIDES.
+
+        Returns:
+          Statistics, in process 0; None in the others.
+        """
+        if source is None or (source.needs_network and extractor is None):
+            return side.statistics
+        features_out = self.features_out if name == "samples" else None
+        made = self.collect(source, extractor, name, features_out=features_out)
+        if side.statistics is None or made is None:
+            return made
+        return dataclasses.replace(
+            side.statistics, features=made.features, score=made.score
+        )
+
+    def collect(
+        self, source, extractor, name: str, *, keep=None, features_out=None
+    ) -> FeatureStatistics | None:
+        """Returns the statistics of a source, as complete() does.
+
+        Args:
+          source: where features come from.
+          extractor: makes features of images.
+          name: one of SIDES.
+          keep: how many features the statistics hold; None means all.
+          features_out: where to keep all features.
+        """
+        from tqdm import tqdm
+
+        pipeline, features = source.pipeline, None
+        if source.needs_network:
+            pipeline = extractor.pipeline
+            writes = [path for path in (self.out, self.features_out) if path]
+            features = _PartialFeatures(source, extractor, self._parts[name], writes)
+            features.report(name)
+        if not multihost.is_primary():
+            return features.compute() if features else None
+        with tqdm(total=source.count, unit="image", disable=None) as bar:
+            store: Batch = {}
+            batches = count_images(features or source.features(), bar.update)
+            if features_out:
+                batches = keep_features(batches, source.count, store)
+            statistics = collect_statistics(
+                batches,
+                source.count,
+                keep=keep,
+                pipeline=pipeline,
+                is_inception=source.is_inception,
+            )
+        if features_out:
+            record = {"pipeline": pipeline, "data": str(source.path)}
+            write_features(features_out, store, record)
+            print(f"features of {source.count} images", features_out)
+        return statistics
+
+    def finish(self) -> None:
+        """Removes what lies beside the output, once that is written."""
+        for parts in self._parts.values():
+            remove_parts(parts)
+
+
+class _PartialFeatures:
+    """Features of images, kept on disk batch by batch; only process 0 has them."""
+
+    def __init__(self, source: ImageFeatures, extractor, out, writes):
+        self._source, self._extractor, self._out = source, extractor, out
+        self._count = -(-source.count // extractor.batch_size)
+        self._parts, todo = None, None
+        if multihost.is_primary():
+            digest = _features_digest(source, extractor)
+            self._parts = Parts(out, digest, overwrite=True, writes=writes)
+            todo = self._parts.checked(self._count)
+            width = sum(source.widths(extractor).values())
+            size = source.count * width * FLOAT_BYTES
+            require_space(absolute_path(out), max(0, size - parts_size(out)))
+        self._todo = multihost.broadcast(todo)
+
+    def __iter__(self):
+        computed = self._source.features(self._extractor, self._todo)
+        missing = set(self._todo)
+        for batch in range(self._count):
+            if batch in missing:
+                features = next(computed)
+                self._parts.save(batch, features)
+                yield features
+            else:
+                yield self._parts.read(batch)
+
+    def report(self, name):
+        """Prints how many batches are there already."""
+        if there := self._count - len(self._todo):
+            print(f"{there} of {self._count} batches of {name} are there", flush=True)
+
+    def compute(self):
+        """Does the share of a process that is not the first in every batch."""
+        for _ in self._source.features(self._extractor, self._todo):
+            pass
+
+
+def _features_digest(source, extractor):
+    """Hashes everything that decides the features and their batches."""
+    run = environment()
+    fields = {
+        "images": [source.count, source.images.identity],
+        "pipeline": extractor.pipeline,
+        "batch_size": extractor.batch_size,
+        **{name: run[name] for name in RUN_FIELDS},
+    }
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Makes features and Gaussians of what a user names, for a comparison.
+
+    Attributes:
+      name: of the network, a key of WIDTHS.
+      weights: path of Inception's weights, or None.
+      batch_size: images that go through the network together.
+    """
+
+    name: str
+    weights: str | None = None
+    batch_size: int = 64
+
+    @property
+    def width(self) -> int:
+        return WIDTHS[self.name]
+
+    def extractor(self) -> Callable:
+        return get_extractor(self.name, self.weights, self.batch_size)
+
+    def open(self, path) -> EvaluationInput:
+        return open_input(path, width=self.width)
+
+    def features(self, side: EvaluationInput) -> Float[np.ndarray, "n d"]:
+        """Returns all features, by the network where they are not stored."""
+        if side.source is None:
+            raise UserError(f"{side.path} holds statistics; samples need all features")
+        extractor = self.extractor() if side.source.needs_network else None
+        batches = side.source.features(extractor)
+        return np.concatenate([batch["pool"] for batch in batches])
+
+    def gaussian(self, path) -> Gaussian:
+        """Returns the Gaussian of statistics, or of all features."""
+        side = self.open(path)
+        if side.statistics is not None:
+            return side.statistics.pool
+        return Gaussian.of(self.features(side))
