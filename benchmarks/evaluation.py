@@ -28,6 +28,7 @@ from sit_jax.evaluation.features import FeatureExtractor, inception_extractor
 from sit_jax.evaluation.fid import Gaussian, frechet_distance
 from sit_jax.evaluation.metrics import precision_recall
 from sit_jax.models.inception import CLASSES, POOL, SHAPES, SPATIAL
+from sit_jax.parallel import hardware
 from sit_jax.parallel.mesh import make_mesh
 
 BATCH, ROUNDS = 16, 3

@@ -11,6 +11,7 @@ import numpy as np
 from sit_jax import config as configs
 from sit_jax.errors import UserError
 from sit_jax.evaluation.image_sets import batch_starts, input_of_images
+from sit_jax.experiment import build_experiment
 from sit_jax.models.codec import Latents
 from sit_jax.parallel.mesh import make_mesh
 from sit_jax.sampling import sampling

@@ -22,6 +22,7 @@ from sit_jax.diagnosis.diagnosis import open_evidence
 from sit_jax.diagnosis.ladder import EQUAL
 from sit_jax.evaluation.features import inception_extractor
 from sit_jax.evaluation.fid import Gaussian
+from sit_jax.experiment import build_experiment
 from sit_jax.manifest import environment
 from sit_jax.models import inception
 from sit_jax.models.codec import Latents
