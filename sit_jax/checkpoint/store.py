@@ -310,7 +310,8 @@ class Checkpoints:
     def close(self) -> None:
         """Waits, and ends Orbax's threads."""
         self.wait()
-        self._manager.close()
+        with _file_errors(self.directory):  # it raises a failure of before once more
+            self._manager.close()
 
     def latest(self) -> int | None:
         """Returns the newest complete step, or None."""
