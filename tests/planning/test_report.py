@@ -99,11 +99,11 @@ def test_train_prints_a_plan_and_leaves_nothing(run, tmp_path, monkeypatch):
 
 
 BAD = {
-    "devices": (["--devices=0"], "--devices '0': a whole number of at least 1"),
+    "devices": (["--devices=0"], "--devices 0: a whole number of at least 1"),
     "batch": (["--devices=16"], "batch_size 8 is not divisible by 16"),
     "mesh": (["--devices=4", "--config.mesh.tensor=3"], "does not make up 4 devices"),
     "chip": (["--chip=v8"], "no chip 'v8'; there are B200, H200"),
-    "mfu": (["--mfu=1.5"], "--mfu '1.5'"),
+    "mfu": (["--mfu=1.5"], "--mfu 1.5"),
     "remat": (["--config.model.remat=some"], "remat is 'some'"),
     "precision": (["--config.precision.training=fp8"], "no precision 'fp8'"),
     "topology": (["--topology=v9:2x2"], "no topology 'v9:2x2'; there are v4:2x2x1"),
