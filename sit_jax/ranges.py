@@ -14,6 +14,7 @@ from collections.abc import Callable
 from inspect import formatannotation, signature
 
 from sit_jax.errors import UserError
+from sit_jax.typing import NamedFunction
 
 ONLY_FILE = "only a config file can set it"
 
@@ -115,6 +116,8 @@ def _fits(value, hint):
         return value in inner
     if kind is Callable:
         return callable(value)
+    if isinstance(kind, type) and issubclass(kind, NamedFunction):
+        return isinstance(value, kind)
     if kind in (int, float):  # also of numpy and JAX, and a schedule in their place
         if not hasattr(value, "__float__"):
             return callable(value)

@@ -140,7 +140,7 @@ class GaussianDiffusion:
 
     schedule: Callable = schedules.linear_betas
     steps: int = 1000
-    prediction: Callable = predictions.noise
+    prediction: predictions.Prediction = predictions.noise
     variance: Callable = learned_range
     objective: Callable = hybrid_loss
     use_timesteps: tuple[int, ...] | None = None

@@ -58,7 +58,7 @@ class Interpolant:
     """
 
     path: Callable = linear
-    prediction: Callable = predictions.velocity
+    prediction: Prediction = predictions.velocity
     loss_weight: Callable = unweighted
     train_eps: float | None = None
     sample_eps: float | None = None

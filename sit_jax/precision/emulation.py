@@ -75,7 +75,7 @@ class _ProgramRounding:
 
     def __init__(self, bits: int) -> None:
         self._params = {"exponent_bits": 8, "mantissa_bits": bits - 1}
-        self._rewritten = {}
+        self._rewritten: dict[Any, Any] = {}
 
     def closed(self, program: Any) -> Any:
         """Returns the rounded form of a closed jaxpr."""

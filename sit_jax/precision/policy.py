@@ -125,8 +125,9 @@ def with_compute_dtype(
     """
     if precision.dtype == "bfloat16":
         _require_bfloat16(precision, device or jax.devices()[0])
-    if "dtype" in {field.name for field in dataclasses.fields(model)}:
-        return dataclasses.replace(model, dtype=precision.dtype)
+    module: Any = model  # a dataclass, as all flax modules are
+    if "dtype" in {field.name for field in dataclasses.fields(module)}:
+        return dataclasses.replace(module, dtype=precision.dtype)
     if precision.dtype != "float32":
         raise UserError(
             f"precision {precision.name!r}: {type(model).__name__} has no field dtype "

@@ -8,7 +8,7 @@ too short to go on, as with a network that is not finite. The data is then unfin
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import diffrax
 import jax
@@ -61,7 +61,7 @@ def batch_error_control(
     sampler: "AdaptiveODE", slope: Slope, start: Any, t0: float, t1: float
 ) -> SamplerResult:
     """Takes one error and one step size for the whole batch, on all devices."""
-    solver, tableau = sampler.solver, sampler.solver.tableau
+    solver, tableau = sampler.solver, cast(Any, sampler.solver.tableau)
     first, dt = initial_step(
         slope,
         start,
@@ -69,7 +69,7 @@ def batch_error_control(
         t1,
         rtol=sampler.rtol,
         atol=sampler.atol,
-        order=solver.order(None),
+        order=cast(int, solver.order(None)),
         longest=abs(t1 - t0),
     )
     # what is not finite must not be the step, or the solver never gives up
@@ -77,7 +77,7 @@ def batch_error_control(
     save = {"end": diffrax.SubSaveAt(t1=True)}
     if sampler.trajectory_length:
         times = np.linspace(t0, t1, sampler.trajectory_length + 1)[1:]
-        save["trajectory"] = diffrax.SubSaveAt(ts=times)
+        save["trajectory"] = diffrax.SubSaveAt(ts=jnp.asarray(times))
     term = diffrax.ODETerm(_with_own_precision(slope))
     with jax.default_matmul_precision("highest"):  # of Dopri5's interpolation
         solution = diffrax.diffeqsolve(
@@ -106,7 +106,7 @@ def batch_error_control(
 
 def _with_own_precision(slope: Slope) -> Callable:
     """Returns a term whose products are as precise as they are outside of diffrax."""
-    outside = jax.config.jax_default_matmul_precision
+    outside = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
 
     def term(t: Any, x: Any, args: Any) -> Any:
         with jax.default_matmul_precision(outside):
@@ -163,7 +163,7 @@ class AdaptiveODE:
     solver: diffrax.AbstractERK = diffrax.Dopri5()
     rtol: float = 1e-3
     atol: float = 1e-6
-    control: Callable = batch_error_control
+    control: StepControl = batch_error_control
     max_steps: int = 4096
     reverse: bool = False
     trajectory_length: int = 0

@@ -94,7 +94,7 @@ class FixedStepODE:
       trajectory_length: how many states on the way to keep.
     """
 
-    method: Callable = heun
+    method: ODEMethod = heun
     steps: int = 50
     reverse: bool = False
     trajectory_length: int = 0
@@ -229,7 +229,7 @@ class Adams:
         return SamplerResult(
             data=end,
             num_evaluations=count,
-            trajectory=trajectory[0] if self.trajectory_length else None,
+            trajectory=None if trajectory is None else trajectory[0],
         )
 
     def _correct_until_agreed(self, correct: Callable, move: Any) -> tuple:

@@ -166,9 +166,9 @@ class SDE:
     steps: int = 250
     diffusion: Callable = diffusion_sigma
     norm: float = 1.0
-    last_step: Callable = last_step_mean
+    last_step: LastStep = last_step_mean
     last: float = 0.04
-    method: Callable = euler_maruyama
+    method: SDEMethod = euler_maruyama
     trajectory_length: int = 0
     integrates_null_half: ClassVar[bool] = False
 

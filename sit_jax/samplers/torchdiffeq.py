@@ -9,7 +9,7 @@ Time is float32 here, float64 there.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import diffrax
 import jax
@@ -34,9 +34,10 @@ MIDPOINT_WEIGHTS = {
     "Heun": (1 / 2, 0),
     "Fehlberg2": (0, 1 / 2, 0),
     "Bosh3": (0, 1 / 2, 0, 0),
-    "Dopri5": np.asarray(diffrax.Dopri5.interpolation_cls.c_mid),
+    "Dopri5": np.asarray(cast(Any, diffrax.Dopri5.interpolation_cls).c_mid),
     "Dopri8": [
-        np.polyval(c, 0.5) / 2 for c in diffrax.Dopri8.interpolation_cls.eval_coeffs
+        np.polyval(c, 0.5) / 2
+        for c in cast(Any, diffrax.Dopri8.interpolation_cls).eval_coeffs
     ],
 }
 
@@ -68,7 +69,7 @@ def torchdiffeq_control(
         1.0,
         rtol=sampler.rtol,
         atol=sampler.atol,
-        order=sampler.solver.order(None),
+        order=cast(int, sampler.solver.order(None)),
         longest=jnp.inf,
     )
     count = max(sampler.trajectory_length, 1)
@@ -94,7 +95,7 @@ def torchdiffeq_control(
     finished = end.s >= span
     # where the steps ended before the end, it is the state that they came to
     last = lambda output, x: jnp.where(finished, output[-1], x)
-    stages = sampler.solver.tableau.num_stages
+    stages = cast(Any, sampler.solver.tableau).num_stages
     return SamplerResult(
         data=jax.tree.map(last, end.outputs, end.x),
         num_evaluations=2 + (end.accepted + end.rejected) * (stages - 1),
@@ -120,7 +121,7 @@ def _try_step(
     passed = accept & (position > 0) & (position <= 1)
     return State(
         s=jnp.where(accept, s + dt, s),
-        dt=dt * _step_factor(ratio, sampler.solver.order(None)),
+        dt=dt * _step_factor(ratio, cast(int, sampler.solver.order(None))),
         x=_where(accept, ahead, x),
         slope=_where(accept, last, k0),
         outputs=_where(passed, jax.vmap(quartic)(position), state.outputs),

@@ -7,6 +7,8 @@ differentiate them one after the other: only one pass's activations are in memor
 of a pass that is compiled for several numbers of tokens only one program runs.
 """
 
+import functools
+import operator
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -136,7 +138,9 @@ def value_and_grad(
         means = jax.tree.map(jnp.mean, scaled)
         return means["loss"], (means, rows)
 
-    total, terms, rows = None, {}, {}
+    total: Params = None
+    terms: Terms = {}
+    rows: Terms = {}
     for prefix, (inputs, noise, keys) in passes.items():
         index, variants = _variants(model, inputs, data.shape)
         branches = [
@@ -184,7 +188,8 @@ def accumulate_gradients(grad_fn: Callable, microbatches: int) -> Callable:
 
 def total_loss(passes: Mapping[str, Pass], terms: Mapping[str, Array]) -> Array:
     """Returns the sum of the passes' losses, in a dict with all their terms."""
-    return sum(terms[prefix + "loss"] for prefix in passes)
+    losses = [terms[prefix + "loss"] for prefix in passes]
+    return functools.reduce(operator.add, losses)
 
 
 def _variants(

@@ -22,7 +22,7 @@ from sit_jax.typing import Params
 class AdanState(NamedTuple):
     """Averages of the gradient, of its change and of its square; trees like params."""
 
-    count: Int[Array, ""]
+    count: Int[Array, ""]  # type: ignore[assignment]  # hides tuple.count
     mean: Params
     change: Params
     square: Params

@@ -74,8 +74,9 @@ def make_train_step(
             )
         passes = objective(model, keys, batch["label"], data.shape, label_dropout)
 
-        grad_fn = partial(value_and_grad, model, process, state.frozen_params)
-        grad_fn = accumulate_gradients(grad_fn, microbatches)
+        grad_fn = accumulate_gradients(
+            partial(value_and_grad, model, process, state.frozen_params), microbatches
+        )
         grads, terms, rows = grad_fn(state.params, data, t, weights, passes)
         grads = shard_gradients(grads)
         loss, norm = total_loss(passes, terms), optax.tree.norm(grads)
