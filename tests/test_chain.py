@@ -1,5 +1,7 @@
 """DDPM's and DDIM's chains where the answer is known."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -205,7 +207,8 @@ def test_impossible_eta(eta):
 
 @pytest.mark.parametrize("sampler", [DDPM(5), DDIM(5)])
 def test_a_process_without_a_chain(sampler):
-    words = f"{type(sampler).__name__} samples a Diffusion; Interpolant has no chain"
+    words = f"{type(sampler).__name__} samples a GaussianDiffusion; "
+    words += "Interpolant has no chain"
     with pytest.raises(UserError, match=f"{words} of steps: use FixedStepODE or SDE"):
         sampler(None, Interpolant(), jnp.ones((1, 1, 1, 4)))
 
@@ -227,7 +230,8 @@ def test_prediction_of_data_samples_alike():
 
 def test_as_a_config():
     for sampler in (DDPM(10, clip=True), DDIM((5, 5), eta=0.5)):
-        fields = {k: getattr(sampler, k) for k in sampler.__dataclass_fields__}
+        names = [field.name for field in dataclasses.fields(sampler)]
+        fields = {k: getattr(sampler, k) for k in names}
         node = config.spec(type(sampler), **fields)
         assert (
             config.build(config.from_json(config.to_json(node), "sampler")) == sampler

@@ -1,5 +1,6 @@
 """The words of precision.py in programs for CPU, GPU and TPU, read as text."""
 
+import dataclasses
 import functools
 import re
 from types import SimpleNamespace
@@ -180,10 +181,15 @@ def test_the_model_computes_in_the_words_dtype():
     assert with_compute_dtype(BF16, DiT(**SMALL)) == model
 
 
+@dataclasses.dataclass
+class Fixed:
+    """A model that has no field dtype."""
+
+
 def test_a_model_without_a_choice_is_taken_as_float32():
-    fixed = SimpleNamespace()
+    fixed = Fixed()
     assert with_compute_dtype(EXACT, fixed) is fixed
-    with pytest.raises(UserError, match="'bf16': SimpleNamespace .*exact or fast"):
+    with pytest.raises(UserError, match="'bf16': Fixed .*exact or fast"):
         with_compute_dtype(BF16, fixed)
 
 

@@ -84,5 +84,7 @@ def test_impossible_settings_are_named(fields):
 def test_a_process_without_steps_is_refused():
     c = small.config()
     c.timesteps = spec(LossSecondMoment)
-    with pytest.raises(UserError, match="needs a Diffusion; Interpolant has no steps"):
+    with pytest.raises(
+        UserError, match="needs a GaussianDiffusion; Interpolant has no steps"
+    ):
         build_experiment(c, TRAINING)
