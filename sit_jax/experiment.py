@@ -122,6 +122,23 @@ class Experiment:
         return () if self.timesteps is None else self.timesteps.init(self.process)
 
 
+def read_config(stored):
+    """Returns the config that stands beside weights, once it describes a network.
+
+    Args:
+      stored: JSON of a whole config, a stranger's perhaps.
+
+    Raises:
+      UserError: a field that every config has is missing, or the model is refused.
+    """
+    config = from_json(stored if isinstance(stored, dict) else {})
+    needed = (*SAMPLING[:-1], "shape", "guidance_channels", "ema_decay")
+    if missing := [name for name in needed if name not in config]:
+        raise UserError(f"a stored config has no {', '.join(missing)}")
+    build(config.model)
+    return config
+
+
 def build_experiment(config, roles=SAMPLING):
     """Returns the Experiment of a config, of which only some roles are built.
 

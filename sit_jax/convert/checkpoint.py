@@ -16,7 +16,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from sit_jax import checkpoint
-from sit_jax.config import build, from_json, to_json
+from sit_jax.config import build, to_json
 from sit_jax.convert import diffusers
 from sit_jax.convert.infer_config import infer_config, train_args
 from sit_jax.convert.optimizer import (
@@ -35,7 +35,7 @@ from sit_jax.convert.state_dict import (
     train_content,
 )
 from sit_jax.errors import UserError
-from sit_jax.experiment import build_experiment
+from sit_jax.experiment import build_experiment, read_config
 from sit_jax.parallel.mesh import device_put_global, replicated
 from sit_jax.training.state import ema_item_names
 
@@ -164,7 +164,7 @@ class CheckpointExport:
                 f"{directory}/{step} holds adapters; say what they shall become: "
                 "--adapter peft, diffusers or merged"
             )
-        self.config = from_json(self.meta["config"])
+        self.config = read_config(self.meta["config"])
         self._experiment = build_experiment(self.config, _ROLES)
         self.spec = StateDictSpec(self._experiment.model, self._experiment.shape)
         self._shapes = unflatten_dict(self.spec.param_shapes, sep="/")

@@ -31,7 +31,7 @@ from sit_jax.convert.diffusers import is_diffusers_folder
 from sit_jax.convert.infer_config import FAMILIES
 from sit_jax.convert.tensor_files import SHARDED, SUFFIXES
 from sit_jax.errors import UserError
-from sit_jax.experiment import Experiment, build_experiment
+from sit_jax.experiment import Experiment, build_experiment, read_config
 from sit_jax.files import as_path
 from sit_jax.manifest import weights_hash
 from sit_jax.parallel import multihost
@@ -80,7 +80,7 @@ class CheckpointWeights:
         """The config in the meta."""
         if "config" not in self.meta:
             raise UserError(f"{self.path}/{self.step} has no config in its meta")
-        return from_json(self.meta["config"])
+        return read_config(self.meta["config"])
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns the shapes of the parameters as floats, by path."""
