@@ -1,0 +1,124 @@
+"""Mistakes that a person makes on a command line: one line, exit code 2, no output."""
+
+import runpy
+import sys
+
+import numpy as np
+import pytest
+import small
+from conftest import ROOT
+
+TRAIN = "train --config {config} --workdir {new}"
+SAMPLE = "sample --weights {run} --out {new}.png"
+PORT = "port_weights {run} {new}.pt"
+EXTRACT = "extract_features --data {folder} --vae {missing} --out {new}"
+EVALUATE = "evaluate --features {features} --reference {features} --out {new} --force"
+QUANTIZE = "quantize {run} {new}"
+FIELDS = {  # of small_config.py: wrong values
+    "accumulate": "0 3 x",
+    "batch_size": "0 -8 7 1.5",
+    "clip": "0 -1 nan",
+    "ema_decay": "-1 1.5 nan",
+    "evaluate_every": "-1 1",
+    "guidance": "nan x",
+    "keep_last": "0",
+    "label_drop": "-0.1 1.5 nan",
+    "log_every": "0",
+    "mesh.data": "3 0",
+    "mesh.tensor": "3",
+    "model.attention": "nonsense",
+    "model.classes": "0 -1",
+    "model.depth": "0 x",
+    "model.dpeth": "4",
+    "model.dtype": "float7",
+    "model.heads": "0 3",
+    "model.patch": "0 3",
+    "model.remat": "nonsense",
+    "model.width": "0 7",
+    "optimizer.b1": "-0.1 1.5",
+    "optimizer.learning_rate": "-1 nan inf 1e9",
+    "optimizer.weight_decay": "-1 nan",
+    "precision.training": "nonsense",
+    "process.path": "cubic",
+    "sampler.steps": "0 -1",
+    "save_every": "0",
+    "seed": "-1 4294967296",
+    "shape": "(4,4) (0,4,1)",
+    "steps": "0 x",
+    "synthetic": "maybe",
+    "vae": "{missing}",
+    "workers": "-1",
+}
+FLAGS = {
+    TRAIN: "--steps=4 --init={missing} --heads=0 --family=nonsense --devices=8",
+    SAMPLE: "--weights={missing} --labels=99 --labels=x --labels=1,,2 --num=0 "
+    "--seed=-1 --seed=x --noise={missing}.npy --noise=torch:x --lora={missing} "
+    "--vae={missing} --quantize=w3 --autoguidance={missing} --rounding=up "
+    "--sampler=nonsense --steps=0 "
+    "--respacing=x --respacing=250 --eta=0.5 --atol=0 --rtol=0.1 --guidance=nan "
+    "--guidance-interval=0.8,0.2 --guidance-channels=4 --precision=fp4 --batch-size=0 "
+    "--diffusion-form=sigma --last-step=Mean --trajectory=0 --preset=nonsense "
+    "--from-manifest={missing} --config={missing} --heads=4 --emulate=abacus --stpes=4",
+    PORT: "--step=-1 --step=7 --to=nonsense --family=sit --config={missing} "
+    "--adapter=peft --reference={missing}",
+    EXTRACT: "--size=7 --batch-size=0 --dtype=int8 --workers=-1 --broken-share=1.1 "
+    "--kind=nonsense --threads=0",
+    EVALUATE: "--metrics=nonsense --bootstrap=9 --features={missing} --batch-size=0 "
+    "--reference={garbage} --network=nonsense",
+    QUANTIZE: "--form=w3 --skip=( --heads=4",
+}
+OUTPUTS = (  # an output that exists, lies below a file, or has no such format
+    "sample --weights {run} --out {garbage}",
+    "sample --weights {run} --out {garbage}/x.npz",
+    "sample --weights {run} --out {new}.jpg",
+    "port_weights {run} {garbage}",
+    "port_weights {missing} {new}.pt",
+    "port_weights {garbage} {new}",
+    "quantize {run} {garbage}",
+    "train --config {missing}.py --workdir {new}",
+    "train --config {config} --workdir {garbage}/below",
+    "diagnose {missing} {features} --out {new}",
+    "sample --out {new}.png",
+)
+CASES = [
+    *(
+        f"{TRAIN} --config.{f}={v}"
+        for f, values in FIELDS.items()
+        for v in values.split()
+    ),
+    *(f"{line} {flag}" for line, flags in FLAGS.items() for flag in flags.split()),
+    *OUTPUTS,
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Files to name, in a folder with a space and an umlaut."""
+    root = tmp_path_factory.mktemp("a place ö")
+    (root / "folder").mkdir()
+    (root / "garbage").write_bytes(b"\x93NUM\0PY" * 50)
+    rng = np.random.default_rng(0)
+    np.savez(root / "features.npz", features=rng.normal(size=(20, 4)))
+    small.checkpoint(root / "run", small.config())
+    return root
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_mistake_is_one_line_and_touches_nothing(case, place, monkeypatch, capsys):
+    names = {
+        name: place / name for name in ("folder", "garbage", "run", "new", "missing")
+    }
+    names |= {"features": place / "features.npz"}
+    names |= {"config": ROOT / "tests" / "small_config.py"}
+    script, *words = [word.format(**names) for word in case.split()]
+    before = sorted(place.rglob("*"))
+    monkeypatch.setattr(sys, "argv", ["script.py", *words])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.count("\n") == 1 and "Traceback" not in err, err
+    assert sorted(place.rglob("*")) == before
+
+
+def test_there_are_about_150_cases():
+    assert len(CASES) >= 130
