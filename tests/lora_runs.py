@@ -9,7 +9,7 @@ import small
 from sit_jax.adapters.lora import LoRA
 from sit_jax.config import spec, to_json
 from sit_jax.convert.open import adapter_shapes, load_base
-from sit_jax.experiment import build_experiment
+from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.parallel.mesh import make_mesh
 from sit_jax.trainer.resume import init_lora
 
@@ -31,7 +31,7 @@ def grown(adapter):
 
 def begun(base, **adapter):
     """-> the recipe, the state and the base's record of a run that begins."""
-    parts = build_experiment(grown(adapter))
+    parts = build_experiment(grown(adapter), TRAINING)
     state, _, about = init_lora(parts, make_mesh(), 0, "nowhere", str(base))
     return parts, state, about["base"]
 

@@ -25,13 +25,20 @@ from sit_jax.adapters.weights import (
     join,
     materialize,
 )
+from sit_jax.cli import port_weights
 from sit_jax.cli.quantize import save_quantized
 from sit_jax.config import to_json
 from sit_jax.convert.adapters import apply_adapters
-from sit_jax.convert.open import WeightsRef, adapter_shapes, load_adapted
+from sit_jax.convert.open import (
+    CheckpointWeights,
+    WeightsRef,
+    adapter_shapes,
+    load_adapted,
+)
 from sit_jax.errors import UserError
 from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.parallel.mesh import make_mesh
+from sit_jax.trainer.loop import train
 
 base = lora_bases.base
 called = lora_bases.called
@@ -103,20 +110,6 @@ def placed(shapes):
     return jax.tree.map(put, shapes)
 
 
-def test_what_train_saves_is_enough_to_go_on(base, tmp_path, monkeypatch):
-    """The step itself, which takes long to compile, is test_weights_training.py's."""
-    good = {"loss": 1.0, "grad_norm": 1.0, "bad": -1, "skipped": [0, 0]}
-    good = {name: np.asarray(value) for name, value in good.items()}
-    step = lambda state, *_: (state.replace(step=state.step + 1), dict(good))
-    monkeypatch.setattr(train, "_compiled", lambda *_: step)
-    train(config(), tmp_path, WeightsRef(str(base)))
-    train(config(steps=3), tmp_path)  # the meta tell the base
-    assert checkpoint.steps(tmp_path / "checkpoints") == [2, 3]
-    told = checkpoint.read_meta(tmp_path / "checkpoints", 3)["base"]
-    assert told["path"] == str(base)
-
-
-@pytest.mark.slow  # compiles a training step; test_weights_training.py takes one too
 def test_a_run_begins_over_its_base_and_goes_on_without_being_told(base, tmp_path):
     train(config(), tmp_path, WeightsRef(str(base)))
     train(config(steps=3), tmp_path)  # the meta tell the base
@@ -142,10 +135,9 @@ def test_another_base_is_refused_by_its_hash(run, tmp_path):
     told = f"{tmp_path}/other/8 is not the base of these adapters"
     with pytest.raises(UserError, match=told):
         load_adapted(
-            build_experiment(config(), TRAINING),
+            build_experiment(config()),
             make_mesh(),
-            directory,
-            step,
+            CheckpointWeights(directory, step),
             "ema",
             tmp_path / "other",
         )
@@ -251,9 +243,8 @@ def wide():
 
 def test_reading_a_run_gives_the_base_where_nothing_was_adapted(run, base):
     directory, step = checkpoint.find_step(run)
-    params, _ = load_adapted(
-        build_experiment(config(), TRAINING), make_mesh(), directory, step, "ema"
-    )
+    weights = CheckpointWeights(directory, step)
+    params, _ = load_adapted(build_experiment(config()), make_mesh(), weights, "ema")
     ours = flatten_dict(materialize(params), sep="/")
     theirs = flatten_dict(
         small.random_params(build_experiment(small.config(), TRAINING), 10), sep="/"

@@ -10,9 +10,10 @@ import sample
 from sit_jax import checkpoint
 from sit_jax.adapters.quantize import SKIP, quantize_params
 from sit_jax.adapters.weights import LABEL_TABLE, materialize, merge_adapters
+from sit_jax.cli import port_weights
 from sit_jax.config import to_json
-from sit_jax.convert.adapters import apply_adapters
-from sit_jax.convert.open import load_adapted, open_weights
+from sit_jax.convert.adapters import apply_adapters, count_new_classes
+from sit_jax.convert.open import CheckpointWeights, load_adapted, open_weights
 from sit_jax.errors import UserError
 from sit_jax.experiment import build_experiment
 from sit_jax.parallel.mesh import make_mesh
@@ -62,7 +63,8 @@ def own(run):
     """The weights of a run of adapters by itself."""
     directory, step = checkpoint.find_step(run)
     parts = build_experiment(open_weights(run, None).config)
-    return merge_adapters(load_adapted(parts, make_mesh(), directory, step, "ema")[0])
+    weights = CheckpointWeights(directory, step)
+    return merge_adapters(load_adapted(parts, make_mesh(), weights, "ema")[0])
 
 
 BOTH = pytest.param(f"{LABEL_TABLE}|blocks/.*", marks=pytest.mark.slow)
