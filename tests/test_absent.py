@@ -5,9 +5,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ABSENT = (
-    "torch safetensors grain tensorboardX wandb ml_collections sklearn PIL tqdm "
-    "tensorflow timm diffusers array_record tensorflow_datasets"
+ABSENT = (  # optional, or slow to import: torch is imported inside functions alone
+    "torch wandb tensorflow timm diffusers tensorflow_datasets gcsfs peft transformers"
 ).split()
 
 PROGRAM = """
@@ -53,5 +52,5 @@ def test_everything_imports_without_them():
 
 def test_the_absent_are_absent():
     """Or the test above would prove nothing."""
-    said = run(["torch.nn", "ml_collections"])
-    assert "No module named 'torch" in said and "ml_collections" in said
+    said = run(["torch.nn", "wandb"])
+    assert "No module named 'torch" in said and "wandb" in said

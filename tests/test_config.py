@@ -9,7 +9,6 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
-from sit_jax.evaluation.digit_features import DigitFeatures
 
 from sit_jax.adapters.lora import LoRA
 from sit_jax.config import (
@@ -28,6 +27,7 @@ from sit_jax.diffusion import paths, predictions
 from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.errors import UserError
+from sit_jax.evaluation.digits import DigitFeatures
 from sit_jax.models.codec import Pixels
 from sit_jax.models.dit import SIZES, SiT
 from sit_jax.samplers.adaptive_ode import AdaptiveODE
