@@ -23,7 +23,7 @@ import torch_stages
 from absent import stand_in
 from torch_judge import TorchJudge
 
-import diagnose
+from sit_jax.cli import diagnose
 from sit_jax.cli.main import entry_point, make_parser, parse_args
 from sit_jax.convert import inception
 from sit_jax.convert import parity as originals

@@ -1,11 +1,224 @@
-"""A diagnosis as one page of Markdown, for readers who were not there."""
+"""What is known of A and B, held against each other, as Markdown and as JSON."""
 
+import dataclasses
 import json
 from pathlib import Path
 
-from sit_jax.diagnosis.effects import BY_NAME
+import numpy as np
+
+from sit_jax.diagnosis import bundle as bundles
+from sit_jax.diagnosis import ladder
+from sit_jax.diagnosis.causes import BY_NAME, causes, manifest_differences
+from sit_jax.errors import UserError
+from sit_jax.evaluation.image_sets import EvaluationInput, open_input
+from sit_jax.files import atomic_write, local_path, read_json, write_json
+from sit_jax.models.inception import POOL
+from sit_jax.sampling import outputs
+from sit_jax.sampling.pictures import save_png, sheet
 
 PICTURE = "worst_pairs.png"
+NAMES = ("report.json", "report.md", PICTURE)
+SILENT = (".npy", ".png")  # outputs of which only the manifest is read
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """Of one side, what there is: a Bundle, a manifest, images or features."""
+
+    path: Path
+    bundle: bundles.Bundle | None
+    manifest: dict | None
+    samples: EvaluationInput | None
+
+
+def open_evidence(path, width=POOL):
+    """-> Evidence of a bundle, or of samples with a manifest or bundle beside them.
+
+    width: as of evaluated.open_input.
+    """
+    path = local_path(path)
+    if bundles.is_bundle(path):
+        found = bundles.read(path)
+        samples = open_input(found.features) if found.features else None
+        return Evidence(path, found, found.record["manifest"], samples)
+    if not path.exists():
+        raise UserError(
+            f"nothing at {path}; name samples, or a bundle, which diagnose.py "
+            "--collect makes"
+        )
+    record = outputs.manifest_path(path)
+    inside = path / "bundle" if path.is_dir() else path.with_name(f"{path.name}.bundle")
+    found = bundles.read(inside) if inside.is_dir() else None
+    manifest = read_json(record) if record.is_file() else None
+    if manifest is None and found is not None:
+        manifest = found.record["manifest"]
+    silent = path.suffix in SILENT or not record.is_file() and found and path.is_dir()
+    if silent and manifest is None:
+        raise UserError(f"{path} has no manifest {record.name} beside it")
+    return Evidence(
+        path, found, manifest, None if silent else open_input(path, width=width)
+    )
+
+
+def are_pairs(a, b):
+    """Whether image i of both began from the same noise and label, by the manifests."""
+    if None in (a.manifest, b.manifest):
+        return False
+    jobs = [each.manifest.get("job", {}) for each in (a, b)]
+    start = [
+        (j.get("seed"), j.get("noise"), j.get("labels"), e.manifest.get("noise_sha256"))
+        for j, e in zip(jobs, (a, b), strict=True)
+    ]
+    return start[0] == start[1]
+
+
+def labels_of(a, b):
+    """The labels of both sides' images, int [N] and [M], or None."""
+    found = [(each.manifest or {}).get("job", {}).get("labels") for each in (a, b)]
+    if not all(isinstance(each, list) for each in found):
+        return None
+    return tuple(np.asarray(each, int) for each in found)
+
+
+def diagnose(a, b, gap=None, swaps=(), worst=(), reference=None):
+    """Two Evidences, a paired.Gap and rows of swaps -> the report, a dict for JSON.
+
+    reference: a Gaussian for the last rung, the FID.
+    """
+    bundled = None not in (a.bundle, b.bundle)
+    known = None not in (a.manifest, b.manifest)
+    both = (a.bundle, b.bundle) if bundled else None
+    rungs = _rungs(both, reference) if bundled else []
+    manifests = _manifests(a, b) if known else None
+    found = causes(manifests, both, rungs) if known else []
+    rows = manifest_differences(*manifests) if known else []
+    return {
+        "a": str(a.path),
+        "b": str(b.path),
+        "verdict": verdict(found, gap, known, swaps),
+        "causes": [dataclasses.asdict(cause) for cause in found],
+        "manifest": [_fact(*row) for row in rows],
+        "probes": [_probe(each) for each in (a, b)],
+        "weights": _weights(both),
+        "ladder": [
+            {**dataclasses.asdict(r), "outside": r.outside, "inexact": r.inexact}
+            for r in rungs
+        ],
+        "first": ladder.sentence(rungs) if rungs else None,
+        "solver": [_solver(each) for each in (a, b)],
+        "paired": None if gap is None else _gap(gap),
+        "swaps": _swaps(swaps),
+        "worst": [{"image": i, "rms": size} for i, size in worst],
+    }
+
+
+def _rungs(both, reference):
+    bundles.require_same_network(*both)
+    rungs = ladder.climb(*both)
+    return rungs + ladder.figures(*both, rungs, reference)
+
+
+def _fact(effect, field, a, b):
+    """A setting that differs, as the report has it."""
+    cause = {"cause": effect.name, "fid": effect.fid, "source": effect.source}
+    return {"field": field, "a": a, "b": b, **cause}
+
+
+def _manifests(a, b):
+    """Manifests, with what made the features where both bundles have any."""
+    made = [e.bundle and e.bundle.record.get(bundles.MAYBE) for e in (a, b)]
+    if not all(made):
+        return [a.manifest, b.manifest]
+    return [
+        each.manifest | {bundles.MAYBE: one}
+        for each, one in zip((a, b), made, strict=True)
+    ]
+
+
+def verdict(found, gap, known=True, swaps=()):
+    """A few sentences, the likeliest cause first; swaps: rows of paired.swaps."""
+    real = [c for c in found if not c.contradicted]
+    real = [c for c in real if c.fid > BY_NAME["batch coupling"].fid]
+    told = "Nothing differs that is known to move FID."
+    if real:
+        told = f"Likeliest cause: {real[0].headline}."
+    elif not known:
+        told = "Without two manifests the cause cannot be told."
+    if len(real) > 1:
+        told += f" Then: {', '.join(c.name for c in real[1:])}."
+    only_noise = real and {c.name for c in real} == {"noise"}
+    if gap is None and only_noise:
+        return (
+            "Within noise: only the noise differs, which alone moves FID by about "
+            f"{real[0].fid:g} near 2. {told}"
+        )
+    said = [] if gap is None else [gap.sentence()]
+    return " ".join([*said, told, *_shares(swaps)])
+
+
+def _shares(swaps):
+    """Where the way from A's figure to B's leads through, in a sentence or none."""
+    rows = sorted(_swaps(swaps)[1:], key=lambda row: -row["share"])
+    if len(rows) < 2:
+        return []
+    told = [f"{r['after']} {r['step']:+.3g} ({r['share']:.0%})" for r in rows]
+    told = [each for each, row in zip(told, rows, strict=True) if row["share"] > 0]
+    return [f"From A's figure to B's: {', '.join(told)}."] if told else []
+
+
+def _swaps(swaps):
+    """Rows of paired.swaps as tables; share: of the whole way, there and back."""
+    whole = sum(abs(step) for *_, step in swaps) or 1.0
+    return [
+        {"after": name, "fid": fid, "step": step, "share": abs(step) / whole}
+        for name, fid, step in swaps
+    ]
+
+
+def save(out, report, tiles=None):
+    """Writes the folder `out` with report.md, report.json and a picture."""
+    with atomic_write(out) as folder:
+        folder.mkdir()
+        if tiles is not None:
+            save_png(folder / NAMES[2], sheet(tiles, 3))
+        (folder / NAMES[1]).write_text(markdown(report, tiles is not None))
+        write_json(folder / NAMES[0], report)
+
+
+def _probe(evidence):
+    if evidence.bundle is not None:
+        found = evidence.bundle.record["precision"]
+    else:
+        found = (evidence.manifest or {}).get("precision")
+    if not isinstance(found, dict):
+        return None
+    names = ("default dot", "model dot", "convolution", "line")
+    return {name: found.get(name) for name in names}
+
+
+def _weights(both):
+    if both is None:
+        return None
+    one, other = (each.record["weights"] for each in both)
+    names = sorted(one.keys() | other.keys())
+    odd = [name for name in names if one.get(name) != other.get(name)]
+    return {"tensors": len(names), "differ": odd}
+
+
+def _solver(evidence):
+    found = {}
+    if evidence.manifest and "stats" in evidence.manifest:
+        found["samples"] = evidence.manifest["stats"]
+    if evidence.bundle is not None:
+        found["fixed grid"] = evidence.bundle.record["solver"]
+    return found
+
+
+def _gap(gap):
+    values = dataclasses.asdict(gap)
+    return {**values, "gap": gap.gap, "within_noise": gap.within_noise}
+
+
 CAUSE = ("cause", "FID it may move, near 2", "evidence", "known from")
 MANIFEST = ("setting", "A", "B", "belongs to")
 PROBE = ("side", "default dot", "model's dot", "convolution", "said at the start")
@@ -37,7 +250,7 @@ def markdown(report, pictured=False):
         _statistics(report["paired"]),
         _table("Swaps, from A to B", report["swaps"], _swap_row, SWAPS),
         _table("Stages", report["ladder"], _rung_row, LADDER),
-        _weights(report["weights"]),
+        _weights_text(report["weights"]),
         _probes(report["probes"]),
         _solvers(report["solver"]),
         _table("Settings that differ", report["manifest"], _manifest_row, MANIFEST),
@@ -128,7 +341,7 @@ def _statistics(paired):
     return _table("Statistics", rows, lambda row: row, ("", "value"))
 
 
-def _weights(weights):
+def _weights_text(weights):
     if not weights:
         return ""
     names = ", ".join(weights["differ"][:20])

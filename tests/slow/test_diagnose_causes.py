@@ -17,9 +17,9 @@ from test_evaluate_network import random_params
 from sit_jax.config import spec, to_json
 from sit_jax.convert.inception import InceptionWeights
 from sit_jax.diagnosis import bundle, stages
-from sit_jax.diagnosis.diagnosis import diagnose as judge
-from sit_jax.diagnosis.diagnosis import open_evidence
 from sit_jax.diagnosis.ladder import EQUAL
+from sit_jax.diagnosis.report import diagnose as judge
+from sit_jax.diagnosis.report import open_evidence
 from sit_jax.evaluation.features import inception_extractor
 from sit_jax.evaluation.fid import Gaussian
 from sit_jax.experiment import build_experiment

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import small
 
-import diagnose
 import sample
+from sit_jax.cli import diagnose
 from sit_jax.config import spec, to_json
 from sit_jax.diagnosis import bundle, stages
-from sit_jax.diagnosis.diagnosis import diagnose as judge
-from sit_jax.diagnosis.diagnosis import open_evidence
+from sit_jax.diagnosis.report import diagnose as judge
+from sit_jax.diagnosis.report import open_evidence
 from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.experiment import build_experiment
 from sit_jax.manifest import environment

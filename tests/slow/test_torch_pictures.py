@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT
 from test_evaluate_network import random_params
 
-import diagnose
+from sit_jax.cli import diagnose
 from sit_jax.config import spec, to_json
 from sit_jax.convert.rules import to_torch
 from sit_jax.diagnosis import ladder

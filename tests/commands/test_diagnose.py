@@ -11,12 +11,12 @@ import small
 from known_causes import CASES, IMAGES, LISTED, STEPS, config
 from networks import quick_jit
 
-import diagnose
+from sit_jax.cli import diagnose
 from sit_jax.config import to_json
 from sit_jax.diagnosis import bundle, ladder, stages
 from sit_jax.diagnosis.causes import causes
-from sit_jax.diagnosis.diagnosis import diagnose as judge
-from sit_jax.diagnosis.diagnosis import open_evidence
+from sit_jax.diagnosis.report import diagnose as judge
+from sit_jax.diagnosis.report import open_evidence
 from sit_jax.experiment import build_experiment
 from sit_jax.manifest import environment
 from sit_jax.sampling import sampling

@@ -7,9 +7,9 @@ import pytest
 import small
 from flax import struct
 
-import diagnose
+from sit_jax.cli import diagnose
 from sit_jax.config import to_json
-from sit_jax.diagnosis.swapping import Decoded, exchanged
+from sit_jax.diagnosis.swaps import Decoded, exchanged
 from sit_jax.models.codec import to_uint8, to_uint8_mdt
 from sit_jax.sampling.job import Job
 

@@ -10,7 +10,7 @@ import small
 from conftest import ROOT
 from networks import quick_jit
 
-import diagnose
+from sit_jax.cli import diagnose
 from sit_jax.config import to_json
 from sit_jax.convert import parity
 from sit_jax.diagnosis import ladder, stages

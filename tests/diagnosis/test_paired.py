@@ -7,9 +7,9 @@ import pytest
 import small
 from PIL import Image
 
-import diagnose
+from sit_jax.cli import diagnose
 from sit_jax.diagnosis import paired
-from sit_jax.diagnosis.worst_pairs import worst_pairs
+from sit_jax.diagnosis.paired import worst_pairs
 from sit_jax.errors import UserError
 from sit_jax.evaluation.fid import Gaussian, frechet_distance
 from sit_jax.evaluation.image_sets import NpzImages
