@@ -134,13 +134,15 @@ def test_dropout_reaches_what_pefts_reaches(dora):
         dropout=0.5,
     )
     x = np.random.default_rng(0).standard_normal((5, 7, 16)).astype(np.float32)
-    mask = torch.from_numpy(np.array(node._dropped(np.ones_like(x))))
+    mask = torch.from_numpy(np.array(node._drop(np.ones_like(x))))
     layer.lora_dropout["default"] = Masked(mask)
     with torch.no_grad():
         wanted = network.train()(torch.from_numpy(x)).numpy()
         still = network.eval()(torch.from_numpy(x)).numpy()
     assert relative(node.product(x, np.float32), wanted) < 3e-6
-    assert relative(node.replace(keys=None).product(x, np.float32), still) < 3e-6
+    assert (
+        relative(node.replace(dropout_keys=None).product(x, np.float32), still) < 3e-6
+    )
     assert relative(still, wanted) > 0.05
 
 
@@ -165,8 +167,8 @@ def test_diffusers_names_on_a_network_with_split_qkv(tmp_path):
     state = {}
     for name, pair in pairs.items():
         name = name.replace("transformer_blocks", "blocks").replace("attn1", "attn.qkv")
-        state[f"{name}.lora_A.weight"] = torch.from_numpy(pair.down)
-        state[f"{name}.lora_B.weight"] = torch.from_numpy(pair.up)
+        state[f"{name}.lora_A.weight"] = torch.from_numpy(pair.lora_a)
+        state[f"{name}.lora_B.weight"] = torch.from_numpy(pair.lora_b)
     found = peft.set_peft_model_state_dict(network, state)
     assert not found.unexpected_keys
     assert relative(ours(tree), theirs(network)) < 3e-6

@@ -11,6 +11,7 @@ import torch
 from recorded import arrays, nchw, nhwc, relative, weights
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+from sit_jax.convert import diffusers as diffusers_files
 from sit_jax.convert import tensor_files
 from sit_jax.convert.checkpoint import open_torch_file
 from sit_jax.convert.rules import DIT_RULES, to_flax
