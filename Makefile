@@ -17,14 +17,11 @@ demo: .venv/installed
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# in pairs, as they wait for each other most of the time; alone what has to end in seconds.
-# Who is done takes half of what the other has left: files differ by minutes.
-SLOW := $(BIN)/python -m pytest --durations=25
-PAIRS := -n 2 --dist worksteal
+# in pairs, as they wait for each other most of the time
+SLOW := $(BIN)/python -m pytest --durations=25 -n 2 --dist worksteal
 test-slow: .venv/slow
-	$(SLOW) tests -m slow $(PAIRS) -o addopts="-q --ignore=tests/slow"
-	$(SLOW) tests/slow/test_interrupts.py -o addopts=-q
-	$(SLOW) tests/slow $(PAIRS) -o addopts="-q --ignore=tests/slow/test_interrupts.py"
+	$(SLOW) tests -m slow -o addopts="-q --ignore=tests/slow"
+	$(SLOW) tests/slow -o addopts=-q
 
 lint: .venv/dev
 	$(BIN)/ruff format --check .
