@@ -33,7 +33,7 @@ from sit_jax.parallel.mesh import make_mesh
 from sit_jax.precision import policy
 from sit_jax.recipes import sit
 from sit_jax.samplers.fixed_ode import FixedStepODE, heun
-from sit_jax.sampling.generation import Generator
+from sit_jax.sampling.batch_sampler import BatchSampler
 from sit_jax.training.state import init_params
 
 STEPS = 25
@@ -101,7 +101,7 @@ def draw(parts, params, mesh, labels):
 def generator(parts, params, mesh, batch):
     word = policy.get_precision("bf16" if parts.model.dtype == "bfloat16" else "exact")
     around = lambda fn: policy.with_precision(word, fn)
-    return Generator(parts, params, mesh, batch, around=around)
+    return BatchSampler(parts, params, mesh, batch, around=around)
 
 
 def against(states, images, ours, pictures):

@@ -28,7 +28,7 @@ from sit_jax.recipes import sit
 from sit_jax.samplers.adaptive_ode import AdaptiveODE
 from sit_jax.samplers.fixed_ode import FixedStepODE, heun
 from sit_jax.samplers.torchdiffeq import torchdiffeq_control
-from sit_jax.sampling.generation import Generator
+from sit_jax.sampling.batch_sampler import BatchSampler
 from sit_jax.training.state import init_params
 
 SAMPLERS = {
@@ -71,7 +71,7 @@ def ours(size, sampler, batch, repeats):
     mesh = make_mesh(data=-1, fsdp=1)
     params = random_params(parts)
     begun = time.perf_counter()
-    draw = Generator(parts, jax.device_put(params, replicated(mesh)), mesh, batch)
+    draw = BatchSampler(parts, jax.device_put(params, replicated(mesh)), mesh, batch)
     labels = np.arange(batch)
     _, stats = next(draw(0, labels))
     first = time.perf_counter() - begun

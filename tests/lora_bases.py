@@ -5,7 +5,7 @@ import pytest
 import small
 from lora_runs import saved
 
-import sample
+from sit_jax.cli import sample
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import json
 import pytest
 import small
 
-import sample
+from sit_jax.cli import sample
 
 
 @pytest.fixture(scope="module")

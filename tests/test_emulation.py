@@ -16,7 +16,7 @@ from sit_jax.models.dit import SiT
 from sit_jax.parallel.mesh import make_mesh
 from sit_jax.precision.emulation import EMULATED, emulate, emulated_bits
 from sit_jax.precision.policy import EXACT, FAST, with_precision
-from sit_jax.sampling.generation import in_chunks
+from sit_jax.sampling.batch_sampler import map_fixed_batches
 
 RNG = np.random.default_rng(0)
 X, W = (np.float32(RNG.normal(size=shape)) for shape in ((8, 24), (24, 24)))
@@ -145,7 +145,11 @@ def test_sampling_in_chunks_is_reached(inside):
     inputs = [np.resize(x, (8, *x.shape[1:])) for x in inputs]
     low = functools.partial(emulate, mantissa_bits=8)
     mesh = make_mesh()
-    net = in_chunks(low(apply), mesh) if inside else low(in_chunks(apply, mesh))
+    net = (
+        map_fixed_batches(low(apply), mesh)
+        if inside
+        else low(map_fixed_batches(apply, mesh))
+    )
     ours = jax.jit(net)(params, *inputs)
     assert relative(ours[:2], outputs(8)) < 1e-6
 

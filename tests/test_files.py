@@ -35,8 +35,8 @@ from sit_jax.files import (
     require_space,
 )
 from sit_jax.sampling import outputs
-from sit_jax.sampling.array_files import ArrayFile
-from sit_jax.sampling.parts import Parts
+from sit_jax.sampling.outputs import ArrayFile
+from sit_jax.sampling.run import PartialResults
 from sit_jax.trainer.run_log import RunLog
 from sit_jax.trainer.workdir import check_workdir, locked_workdir, open_workdir
 
@@ -307,23 +307,23 @@ def test_workdir_in_a_bucket(bucket):
 
 
 def test_parts_in_a_bucket(bucket):
-    out = outputs.check("gs://here/out/x.npz", False)
+    out = outputs.check_output("gs://here/out/x.npz", False)
     batches = [np.full((2, 4, 4, 3), i, np.uint8) for i in range(2)]
-    parts = Parts(out, "digest")
+    parts = PartialResults(out, "digest")
     assert parts.missing(2) == [0, 1]
     parts.save(1, {"images": batches[1], "finished": np.ones(2)})
-    assert Parts(out, "digest").missing(2) == [0]
+    assert PartialResults(out, "digest").missing(2) == [0]
     with pytest.raises(UserError, match="x.npz.parts holds parts of other samples"):
-        Parts(out, "other")
+        PartialResults(out, "other")
     parts.save(0, {"images": batches[0]})
-    assert Parts(out, "digest").checked(2) == []
+    assert PartialResults(out, "digest").checked(2) == []
     outputs.assemble(out, parts, 2, np.arange(4))
     parts.remove()
     assert list(list_files(bucket / "out")) == ["x.npz"]
     file = ArrayFile("gs://here/out/x.npz")
     assert np.array_equal(file.array("arr_0"), np.concatenate(batches))
     with pytest.raises(UserError, match="--out gs://here/out/x.npz exists"):
-        outputs.check("gs://here/out/x.npz", False)
+        outputs.check_output("gs://here/out/x.npz", False)
 
 
 def test_a_bucket_file_that_is_mapped_is_copied_once(

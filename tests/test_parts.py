@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sit_jax.errors import UserError
-from sit_jax.sampling.parts import MARK, Parts, is_begun, parts_mark, parts_size
+from sit_jax.sampling.run import MARK, PartialResults, is_begun, parts_mark, parts_size
 
 
 @pytest.fixture
@@ -20,14 +20,14 @@ def some(batch):
 
 @pytest.fixture
 def parts(out):
-    parts = Parts(out, "abc", writes=[out])
+    parts = PartialResults(out, "abc", writes=[out])
     for batch in range(4):
         parts.save(batch, some(batch))
     return parts
 
 
 def test_they_come_back_as_they_were(parts, out):
-    again = Parts(out, "abc")
+    again = PartialResults(out, "abc")
     assert again.checked(6) == [4, 5]
     for batch in range(4):
         found = again.read(batch)
@@ -57,7 +57,7 @@ def test_a_flipped_bit_is_noticed_or_does_no_harm(parts, capsys, seed):
 def test_half_of_one_another_ones_and_a_renamed_one_are_made_again(parts, out, capsys):
     half, foreign, renamed = (parts.folder / f"00000{i}.npz" for i in (0, 1, 3))
     half.write_bytes(half.read_bytes()[:-40])
-    other = Parts(out.with_name("y"), "def")
+    other = PartialResults(out.with_name("y"), "def")
     other.save(1, some(1))
     foreign.write_bytes((other.folder / foreign.name).read_bytes())
     renamed.write_bytes((parts.folder / "000002.npz").read_bytes())
@@ -72,9 +72,9 @@ def test_half_of_one_another_ones_and_a_renamed_one_are_made_again(parts, out, c
 
 def test_of_another_digest_they_are_refused_or_go(parts, out, capsys):
     with pytest.raises(UserError, match="x.npz.parts holds parts of other samples"):
-        Parts(out, "def")
-    assert Parts(out, "abc").missing(4) == []
-    assert Parts(out, "def", overwrite=True).missing(4) == [0, 1, 2, 3]
+        PartialResults(out, "def")
+    assert PartialResults(out, "abc").missing(4) == []
+    assert PartialResults(out, "def", overwrite=True).missing(4) == [0, 1, 2, 3]
     said = capsys.readouterr().err
     assert (
         said
@@ -86,13 +86,13 @@ def test_of_another_digest_they_are_refused_or_go(parts, out, capsys):
 def test_a_mark_that_says_nothing_makes_nobodys_parts(parts, out, mark):
     parts_mark(out).write_text(mark)
     with pytest.raises(UserError, match="parts of other samples"):
-        Parts(out, "abc")
+        PartialResults(out, "abc")
 
 
 def test_a_folder_that_only_has_the_name_is_left_alone(parts, out):
     (parts.folder / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="holds thesis.tex, which is no part"):
-        Parts(out, "def", overwrite=True)
+        PartialResults(out, "def", overwrite=True)
     assert (parts.folder / "thesis.tex").exists() and parts.missing(4) == []
 
 

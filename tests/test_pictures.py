@@ -12,8 +12,8 @@ from sit_jax.experiment import build_experiment
 from sit_jax.models.codec import Pixels, to_uint8
 from sit_jax.parallel.mesh import make_mesh
 from sit_jax.sampling import outputs
-from sit_jax.sampling.parts import Parts
-from sit_jax.sampling.pictures import DARK, LINE, captions, save_png, sheet
+from sit_jax.sampling.grid import DARK, LINE, captions, image_grid, save_png
+from sit_jax.sampling.run import PartialResults
 from sit_jax.trainer.previews import SampleGrid
 
 
@@ -51,7 +51,7 @@ def test_bfloat16_is_scaled_in_float32():
 @pytest.mark.parametrize("channels", [1, 3])
 def test_sheet_places_tiles_row_by_row(channels):
     images = noise(5, 2, 3, channels)
-    out = sheet(images, columns=2, zoom=4, pad=3)
+    out = image_grid(images, columns=2, zoom=4, pad=3)
     assert out.shape == (3 + 3 * (8 + 3), 3 + 2 * (12 + 3), channels)
     seen = np.zeros(out.shape, bool)
     for i, image in enumerate(images):
@@ -63,20 +63,20 @@ def test_sheet_places_tiles_row_by_row(channels):
 
 
 def test_small_tiles_are_enlarged_and_large_ones_left():
-    assert sheet(noise(1, 8, 8, 1), 1).shape == (68, 68, 1)
-    assert sheet(noise(1, 28, 28, 1), 1).shape == (4 + 84, 4 + 84, 1)
-    assert sheet(noise(2, 64, 80, 3), 2).shape == (68, 4 + 2 * 82 - 2, 3)
+    assert image_grid(noise(1, 8, 8, 1), 1).shape == (68, 68, 1)
+    assert image_grid(noise(1, 28, 28, 1), 1).shape == (4 + 84, 4 + 84, 1)
+    assert image_grid(noise(2, 64, 80, 3), 2).shape == (68, 4 + 2 * 82 - 2, 3)
 
 
 def test_fewer_images_than_columns_make_a_narrow_sheet():
-    assert sheet(noise(3, 8, 8, 3), 10, zoom=1).shape == (12, 2 + 3 * 10, 3)
+    assert image_grid(noise(3, 8, 8, 3), 10, zoom=1).shape == (12, 2 + 3 * 10, 3)
 
 
 def strip(words, width, columns):
     """What is written above the first row of tiles."""
     images = noise(len(words), 64, width, 3)
-    out = sheet(images, columns, captions=words)
-    bare = sheet(images, columns)
+    out = image_grid(images, columns, captions=words)
+    bare = image_grid(images, columns)
     np.testing.assert_array_equal(out[2 + LINE : 2 + LINE + 64], bare[2:66])
     assert out.shape[0] == bare.shape[0] + LINE * -(-len(words) // columns)
     return out[2 : 2 + LINE, 2:, 0]
@@ -111,9 +111,9 @@ def test_previews_and_sheets_of_samples_name_the_classes(tmp_path):
     preview = SampleGrid(c, build_experiment(c), make_mesh(), ["cat", "dog"])
     images = np.asarray(Pixels().decode(np.zeros((4, 4, 4, 3), np.float32)))
     preview.draw = lambda params: [images]
-    wanted = sheet(images, 2, captions=["0 cat", "0 cat", "1 dog", "1 dog"])
+    wanted = image_grid(images, 2, captions=["0 cat", "0 cat", "1 dog", "1 dog"])
     np.testing.assert_array_equal(preview(None), wanted)
-    batches = Parts(tmp_path / "x.png", "digest")
+    batches = PartialResults(tmp_path / "x.png", "digest")
     batches.save(0, {"images": images})
     names = {"0": "cat", "1": "dog"}
     about = (batches, 1, np.array([0, 0, 1, 1]), 2, False, names)
@@ -136,7 +136,7 @@ def test_a_caption_is_one_line_of_what_the_font_has(name, same):
 )
 def test_sheet_refuses_what_is_no_picture(images):
     with pytest.raises(ValueError, match="a sheet is made of uint8"):
-        sheet(images, 2)
+        image_grid(images, 2)
 
 
 @pytest.mark.parametrize("channels, mode", [(1, "L"), (3, "RGB")])

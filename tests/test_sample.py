@@ -15,7 +15,7 @@ from sit_jax.diffusion import rng
 from sit_jax.experiment import build_experiment
 from sit_jax.parallel.mesh import make_mesh, replicated
 from sit_jax.recipes import published
-from sit_jax.sampling.generation import Generator
+from sit_jax.sampling.batch_sampler import BatchSampler
 
 weights, run = sample_runs.weights, sample_runs.run
 
@@ -99,7 +99,7 @@ def test_same_bytes_for_any_batch_size_and_number_of_devices():
     def drawn(devices, batch_size):
         mesh = make_mesh(data=-1, fsdp=1, devices=jax.devices()[:devices])
         held = jax.device_put(params, replicated(mesh))
-        draw = Generator(parts, held, mesh, batch_size)
+        draw = BatchSampler(parts, held, mesh, batch_size)
         return np.concatenate([data for data, _ in draw(3, labels)])
 
     first = drawn(1, 32)

@@ -5,7 +5,7 @@ import json
 import pytest
 import small
 
-import sample
+from sit_jax.cli import sample
 from sit_jax.config import spec
 from sit_jax.diffusion.guidance import PowerCosine
 from sit_jax.models.codec import Pixels, to_uint8_mdt

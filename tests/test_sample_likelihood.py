@@ -76,7 +76,7 @@ def test_bounds_of_a_diffusion(run, tmp_path):
 def test_a_records_latent_does_not_depend_on_who_is_beside_it():
     """Nor on the size of the batch, and so the number of devices."""
     from sit_jax.models.codec import Latents
-    from sit_jax.sampling.densities import _data, uniform
+    from sit_jax.sampling.survey import _data, uniform
 
     moments = np.random.default_rng(0).standard_normal((6, 2, 2, 8), np.float32)
     keys, parts = rng.image_keys(0, np.arange(6)), SimpleNamespace(codec=Latents())
@@ -90,7 +90,7 @@ def test_a_records_latent_does_not_depend_on_who_is_beside_it():
 
 
 def test_dequantized_densities_know_their_noise():
-    from sit_jax.sampling.densities import gaussian, uniform
+    from sit_jax.sampling.survey import gaussian, uniform
 
     key, shape = jax.random.key(0), (4000, 2, 1, 1)
     flat, zero = uniform(key, shape)

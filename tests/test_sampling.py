@@ -11,8 +11,8 @@ from sample_runs import manifest
 
 from sit_jax.diffusion import predictions
 from sit_jax.experiment import build_experiment
-from sit_jax.sampling import sampling
-from sit_jax.sampling.parts import Parts
+from sit_jax.sampling import run as sampling_run
+from sit_jax.sampling.run import PartialResults
 
 run = sample_runs.run
 weights = sample_runs.weights
@@ -32,24 +32,26 @@ def test_a_killed_run_goes_on_to_the_same_bytes(run, tmp_path, monkeypatch):
     assert run(*arguments, "--out", tmp_path / "whole.npz")[0] == 0
     saved, out = [], tmp_path / "cut.npz"
 
-    class Killed(Parts):
+    class Killed(PartialResults):
         def save(self, batch, *rest):
             if len(saved) == 2:
                 raise KeyboardInterrupt
             saved.append(batch)
             super().save(batch, *rest)
 
-    monkeypatch.setattr(sampling, "Parts", Killed)
+    monkeypatch.setattr(sampling_run, "PartialResults", Killed)
     assert run(*arguments, "--out", out)[0] == 130
     assert not out.exists() and saved == [0, 1]
     # other samples do not mix with it
     code, _, err = run(*arguments, "--seed", "1", "--out", out)
     assert code == 2 and "parts of other samples" in err
-    monkeypatch.setattr(sampling, "Parts", Parts)
+    monkeypatch.setattr(sampling_run, "PartialResults", PartialResults)
     drawn = []
-    save = Parts.save
+    save = PartialResults.save
     monkeypatch.setattr(
-        Parts, "save", lambda self, b, *rest: (drawn.append(b), save(self, b, *rest))
+        PartialResults,
+        "save",
+        lambda self, b, *rest: (drawn.append(b), save(self, b, *rest)),
     )
     assert run(*arguments, "--out", out)[0] == 0
     assert drawn == [2]

@@ -8,9 +8,9 @@ import pytest
 from hostile import Runs, npy
 
 from sit_jax.errors import UserError
-from sit_jax.sampling import array_files
-from sit_jax.sampling.array_files import ArrayFile, load
-from sit_jax.sampling.job import of_manifest
+from sit_jax.sampling import outputs
+from sit_jax.sampling.job import read_manifest
+from sit_jax.sampling.outputs import ArrayFile
 
 ARRAYS = {
     "objects": (np.array([Runs("x")], object), "holds Python objects"),
@@ -31,7 +31,7 @@ def test_arrays_hold_numbers_and_no_more_than_they_say(
     tmp_path, monkeypatch, form, kind
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(array_files, "ROW", 2**10)
+    monkeypatch.setattr(outputs, "ROW", 2**10)
     content, told = ARRAYS[form]
     if isinstance(content, np.ndarray):
         file = io.BytesIO()
@@ -43,7 +43,9 @@ def test_arrays_hold_numbers_and_no_more_than_they_say(
     else:
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("a.npy", content)
-    read = load if kind == "npy" else lambda path: ArrayFile(path).array("a")
+    read = (
+        outputs.load_npy if kind == "npy" else lambda path: ArrayFile(path).array("a")
+    )
     if told is None:
         assert read(path).nbytes == 2**10
     else:
@@ -65,4 +67,4 @@ def test_json_that_is_none_is_one_line(tmp_path, text):
     path = tmp_path / "x.json"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match="no manifest|not the manifest"):
-        of_manifest(path)
+        read_manifest(path)

@@ -16,7 +16,7 @@ from hostile import FORMS, code, laughs, npy
 from sit_jax.convert.state_dict import read_torch_file
 from sit_jax.data.images import CorruptImage, to_rgb
 from sit_jax.errors import UserError
-from sit_jax.sampling.array_files import ArrayFile, load
+from sit_jax.sampling.outputs import ArrayFile, load_npy
 
 MEMORY = 3 * 2**30  # bytes of address space; importing torch alone takes 1.5
 
@@ -82,7 +82,7 @@ def read_bomb(path):
         return read_torch_file(path)
     if path.suffix == ".png":
         return to_rgb(path.read_bytes())
-    return load(path) if path.suffix == ".npy" else ArrayFile(path).array("a")
+    return load_npy(path) if path.suffix == ".npy" else ArrayFile(path).array("a")
 
 
 @pytest.mark.parametrize("name", BOMBS)

@@ -6,7 +6,7 @@ from recorded import arrays, case, nchw
 
 from sit_jax.errors import UserError
 from sit_jax.models.dit import DiT, SiT
-from sit_jax.sampling.torch_noise import torch_noise, words_before_noise
+from sit_jax.sampling.noise import torch_noise, words_before_noise
 
 G, CASE = arrays("torch_noise"), case("torch_noise")
 TINY = {"SiT": SiT, "DiT": DiT}

@@ -22,8 +22,9 @@ from sit_jax.files import as_path, local_path, read_json, require_free
 from sit_jax.parallel import multihost
 from sit_jax.ranges import COUNT, AtLeast
 from sit_jax.recipes import published
-from sit_jax.sampling import job, sampling
-from sit_jax.sampling.array_files import ArrayFile
+from sit_jax.sampling import job
+from sit_jax.sampling.outputs import ArrayFile
+from sit_jax.sampling.run import build_context
 from sit_jax.trainer.compile import use_compilation_cache
 
 OF_FIGURES = (
@@ -67,11 +68,11 @@ def make_bundle(args):
 
 
 def studio(args):
-    """-> the sampling.Studio of --from-manifest, and the manifest."""
-    wanted, expected = job.of_manifest(args.from_manifest)
+    """-> the SamplingContext of --from-manifest, and the manifest."""
+    wanted, expected = job.read_manifest(args.from_manifest)
     if args.weights:
         wanted = dataclasses.replace(wanted, weights=args.weights)
-    room = sampling.studio(
+    room = build_context(
         wanted,
         _open(wanted.weights, wanted.family, wanted.heads),
         _open(wanted.weak) if wanted.weak else None,

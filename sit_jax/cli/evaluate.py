@@ -25,8 +25,7 @@ from sit_jax.files import as_path, read_json, require_free, write_json
 from sit_jax.manifest import environment
 from sit_jax.parallel import multihost
 from sit_jax.ranges import COUNT, AtLeast
-from sit_jax.sampling.array_files import ArrayFile
-from sit_jax.sampling.outputs import manifest_path
+from sit_jax.sampling.outputs import ArrayFile, manifest_path
 from sit_jax.trainer.compile import use_compilation_cache
 
 KEPT_FEATURES = 10_000  # in a statistics file: as many as ADM's references have images

@@ -12,7 +12,7 @@ import numpy as np
 
 from sit_jax.errors import UserError
 from sit_jax.files import as_path, atomic_write, local_path, parse_json
-from sit_jax.sampling.array_files import ArrayFile
+from sit_jax.sampling.outputs import ArrayFile
 
 FORMAT = "sit_jax bundle 1"
 FILES = ("bundle.json", "arrays.npz")

@@ -14,7 +14,7 @@ from sit_jax.evaluation.image_sets import EvaluationInput, open_input
 from sit_jax.files import atomic_write, local_path, read_json, write_json
 from sit_jax.models.inception import POOL
 from sit_jax.sampling import outputs
-from sit_jax.sampling.pictures import save_png, sheet
+from sit_jax.sampling.grid import image_grid, save_png
 
 PICTURE = "worst_pairs.png"
 NAMES = ("report.json", "report.md", PICTURE)
@@ -180,7 +180,7 @@ def save(out, report, tiles=None):
     with atomic_write(out) as folder:
         folder.mkdir()
         if tiles is not None:
-            save_png(folder / NAMES[2], sheet(tiles, 3))
+            save_png(folder / NAMES[2], image_grid(tiles, 3))
         (folder / NAMES[1]).write_text(markdown(report, tiles is not None))
         write_json(folder / NAMES[0], report)
 

@@ -25,12 +25,12 @@ from sit_jax.models.layers import sincos_pos_embed_2d
 from sit_jax.precision import emulation, policy
 from sit_jax.samplers.ddpm import DDIM
 from sit_jax.samplers.fixed_ode import FixedStepODE, heun
-from sit_jax.sampling import starts
+from sit_jax.sampling import noise
 from sit_jax.typing import ContinuousProcess
 
 
 def collect(room, manifest, path, images=8, steps=50, given=None, judge=None):
-    """A sampling.Studio and its manifest -> Bundle of its first `images` images.
+    """A SamplingContext and its manifest -> Bundle of its first `images` images.
 
     given: a Bundle whose noise, times and labels are taken instead. judge: an extractor
     for the features of the pictures, if there are any.
@@ -80,7 +80,7 @@ def hashes(params):
 
 
 def line_of(room, steps):
-    """A sampling.Studio -> Line; the sampler's own method, where its grid is fixed."""
+    """A SamplingContext -> Line; the sampler's own method, where its grid is fixed."""
     parts, words = room.parts, room.record["precision"]
     if steps < 1:
         raise UserError(f"--steps {steps}: at least 1")
@@ -117,7 +117,7 @@ def _own_inputs(room, images):
         keys = rng.image_keys(job.seed, np.arange(count))
         start = rng.initial_noise(keys, room.parts.shape)
     else:
-        start = starts.starts(room)[:count]
+        start = noise.initial_noise(room)[:count]
     share = (np.arange(count) + 0.5) / count
     if isinstance(process, ContinuousProcess):
         t0, t1 = process.time_interval()

@@ -14,9 +14,9 @@ from sit_jax.evaluation.image_sets import batch_starts, input_of_images
 from sit_jax.experiment import build_experiment
 from sit_jax.models.codec import Latents
 from sit_jax.parallel.mesh import make_mesh
-from sit_jax.sampling import sampling
-from sit_jax.sampling.job import Job
-from sit_jax.sampling.starts import given_noise
+from sit_jax.sampling.job import SamplingJob
+from sit_jax.sampling.noise import read_noise
+from sit_jax.sampling.run import with_codec
 
 
 class Decoded:
@@ -44,7 +44,7 @@ class Decoded:
 
     def of(self, path, flag):
         """Other latents of the same network, by the same codec; flag: that names it."""
-        latents = given_noise(path, self._latents.shape[1:], flag)
+        latents = read_noise(path, self._latents.shape[1:], flag)
         return Decoded(path, self.codec, latents)
 
     def by(self, codec):
@@ -54,16 +54,16 @@ class Decoded:
 
 def decoded(path, manifest):
     """-> Decoded of a .npy whose manifest says by which VAE; None without a VAE."""
-    job = Job.from_json(manifest["job"], path)
+    job = SamplingJob.from_json(manifest["job"], path)
     config = configs.from_json(job.config)
     parts, mesh = (
         build_experiment(config),
         make_mesh(1, 1, devices=jax.local_devices()[:1]),
     )
-    parts, _ = sampling.with_codec(parts, job, config.precision.vae, mesh)
+    parts, _ = with_codec(parts, job, config.precision.vae, mesh)
     if isinstance(parts.codec, Latents):
         return None
-    return Decoded(path, parts.codec, given_noise(path, parts.shape, "latents"))
+    return Decoded(path, parts.codec, read_noise(path, parts.shape, "latents"))
 
 
 def exchanged(a, b, between=None, same_start=False):

@@ -51,9 +51,8 @@ from sit_jax.evaluation.statistics import (
 from sit_jax.files import absolute_path, read_json, require_free, require_space
 from sit_jax.manifest import environment
 from sit_jax.parallel import multihost
-from sit_jax.sampling.array_files import ArrayFile
-from sit_jax.sampling.outputs import manifest_path
-from sit_jax.sampling.parts import Parts, is_begun, parts_size, remove_parts
+from sit_jax.sampling.outputs import ArrayFile, manifest_path
+from sit_jax.sampling.run import PartialResults, is_begun, parts_size, remove_parts
 
 TITLES = {  # in ADM's order and wording
     "inception_score": "Inception Score",
@@ -434,7 +433,7 @@ class _PartialFeatures:
         self._parts, todo = None, None
         if multihost.is_primary():
             digest = _features_digest(source, extractor)
-            self._parts = Parts(out, digest, overwrite=True, writes=writes)
+            self._parts = PartialResults(out, digest, overwrite=True, writes=writes)
             todo = self._parts.checked(self._count)
             width = sum(source.widths(extractor).values())
             size = source.count * width * FLOAT_BYTES

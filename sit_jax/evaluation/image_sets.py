@@ -22,7 +22,7 @@ from sit_jax.evaluation.features import Batch, FeatureExtractor, StoredFeatures
 from sit_jax.evaluation.statistics import FeatureStatistics, load_statistics
 from sit_jax.files import as_path, is_remote, local_path
 from sit_jax.models.inception import POOL
-from sit_jax.sampling.array_files import ArrayFile
+from sit_jax.sampling.outputs import ArrayFile
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 THREADS = 8

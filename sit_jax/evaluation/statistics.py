@@ -18,7 +18,7 @@ from sit_jax.evaluation.features import INCEPTION, Batch, Pipeline, read_record
 from sit_jax.evaluation.fid import Gaussian, RunningMoments
 from sit_jax.evaluation.metrics import InceptionScore
 from sit_jax.files import atomic_write
-from sit_jax.sampling.array_files import ArrayFile
+from sit_jax.sampling.outputs import ArrayFile
 
 ADM = INCEPTION | {
     "library": "guided-diffusion",

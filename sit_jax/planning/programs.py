@@ -15,7 +15,7 @@ from sit_jax.models import attention
 from sit_jax.parallel import mesh as mesh_lib
 from sit_jax.parallel import sharding_rules
 from sit_jax.precision import policy
-from sit_jax.sampling.generation import lowered
+from sit_jax.sampling.batch_sampler import lower_batch
 from sit_jax.training.state import TrainState, init_params
 from sit_jax.training.step import make_train_step
 
@@ -163,4 +163,4 @@ def lower_sampling(
     params = jax.eval_shape(init, jax.random.key(0))
     whole = jax.tree.map(lambda _: mesh_lib.replicated(mesh), params)
     params = mesh_lib.with_shardings(params, whole)
-    return lowered(experiment, params, mesh, batch_size, around=around)
+    return lower_batch(experiment, params, mesh, batch_size, around=around)

@@ -22,7 +22,7 @@ KINDS = {  # of fields that are no words
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class SamplingJob:
     """Which images to draw, and how.
 
     config: JSON of the run's config with the sampler and guidance wanted. labels int
@@ -88,8 +88,8 @@ class Job:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def of_manifest(path):
-    """-> the Job recorded in a manifest.json, and the sha256 of its weights."""
+def read_manifest(path):
+    """-> the SamplingJob recorded in a manifest.json, and the sha256 of its weights."""
     path = as_path(path)
     if path.is_dir():
         path = path / "manifest.json"
@@ -99,6 +99,6 @@ def of_manifest(path):
         raise UserError(f"--from-manifest {path}: no manifest to read") from error
     if not isinstance(record, dict) or "job" not in record:
         raise UserError(f"--from-manifest {path} is not the manifest of samples")
-    job = Job.from_json(record["job"], path)
+    job = SamplingJob.from_json(record["job"], path)
     configs.from_json(job.config)  # refuses what it may not name
     return job, record.get("weights_sha256")

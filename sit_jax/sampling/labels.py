@@ -7,10 +7,10 @@ import numpy as np
 from sit_jax.diffusion import rng
 from sit_jax.errors import UserError
 from sit_jax.files import local_path
-from sit_jax.sampling import array_files
+from sit_jax.sampling.outputs import load_npy
 
 
-def labels(word, number, classes, seed):
+def make_labels(word, number, classes, seed):
     """-> int32 [N].
 
     word: "random" (each image's from the seed and its number), "balanced" (0, 1, 2, ..
@@ -51,7 +51,7 @@ def _spread(listed, number):
 def _read(path):
     try:
         if path.suffix == ".npy":
-            found = array_files.load(path)
+            found = load_npy(path)
         else:
             found = np.loadtxt(path, dtype=np.int64, ndmin=1)
     except UserError as error:

@@ -24,9 +24,9 @@ from sit_jax.evaluation.image_sets import open_input
 from sit_jax.evaluation.statistics import FeatureStatistics, collect_statistics
 from sit_jax.parallel import multihost
 from sit_jax.planning.programs import with_sampling_precision
-from sit_jax.sampling.generation import Generator
-from sit_jax.sampling.labels import labels as make_labels
-from sit_jax.sampling.pictures import captions, sheet
+from sit_jax.sampling.batch_sampler import BatchSampler
+from sit_jax.sampling.grid import captions, image_grid
+from sit_jax.sampling.labels import make_labels
 from sit_jax.trainer.run_log import RunLog
 
 SHEET_BATCH, FID_BATCH = 32, 64  # images that are drawn together
@@ -140,7 +140,7 @@ class ImageDrawer:
             raise UserError(f"{channels} channels do not make a picture")
         size, self._generator = min(len(labels), batch_size), None
         self._labels, self._seed = labels, config.seed
-        self._compile = lambda params: Generator(
+        self._compile = lambda params: BatchSampler(
             self._experiment, params, mesh, size, around=wrap
         )
 
@@ -170,7 +170,7 @@ class SampleGrid:
     def __call__(self, params: Any) -> UInt8[np.ndarray, "h w c"]:
         """Returns the picture."""
         images = np.concatenate(list(self.draw(params)))
-        return sheet(images, self._columns, captions=self._captions)
+        return image_grid(images, self._columns, captions=self._captions)
 
 
 def grid_labels(num_classes: int, count: int) -> tuple[int, Int[np.ndarray, " n"]]:

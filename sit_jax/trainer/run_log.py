@@ -34,7 +34,7 @@ from sit_jax.files import (
     upload,
 )
 from sit_jax.parallel import multihost
-from sit_jax.sampling.pictures import save_png
+from sit_jax.sampling.grid import save_png
 
 CONTINUED = ("metrics.jsonl", "log.txt", "wandb_id.txt")  # by a run that resumes
 LAG = 2  # steps whose metrics may still be on their way, so that logging never blocks

@@ -13,7 +13,6 @@ from lora_bases import drawn
 from lora_runs import begun, config
 from networks import quick_jit
 
-import sample
 from sit_jax import checkpoint
 from sit_jax.adapters.apply import apply_model
 from sit_jax.adapters.lora import LoRA
@@ -25,7 +24,7 @@ from sit_jax.adapters.weights import (
     join,
     materialize,
 )
-from sit_jax.cli import port_weights
+from sit_jax.cli import port_weights, sample
 from sit_jax.cli.quantize import save_quantized
 from sit_jax.config import to_json
 from sit_jax.convert.adapters import apply_adapters

@@ -19,8 +19,8 @@ from sit_jax.diagnosis.report import diagnose as judge
 from sit_jax.diagnosis.report import open_evidence
 from sit_jax.experiment import build_experiment
 from sit_jax.manifest import environment
-from sit_jax.sampling import sampling
-from sit_jax.sampling.job import Job
+from sit_jax.sampling.job import SamplingJob
+from sit_jax.sampling.run import build_context
 
 tensors = known_causes.tensors
 
@@ -41,11 +41,13 @@ def made(tensors, tmp_path_factory, monkeypatch_module):
 
     def make(name, given=None, weights=None, settings=None, **fields):
         c = config(**settings or {})
-        job = Job(**{"weights": "w", "config": to_json(c), "labels": LISTED, **fields})
+        job = SamplingJob(
+            **{"weights": "w", "config": to_json(c), "labels": LISTED, **fields}
+        )
         held = weights or tensors
         load = lambda item, parts, mesh: held[item]
         opened = types.SimpleNamespace(load=load, meta={})
-        room = sampling.studio(job, opened)
+        room = build_context(job, opened)
         stats = {"evaluations": {"min": 8, "mean": 8.0, "max": 8}, "unfinished": []}
         manifest = {
             "job": job.to_json(),
@@ -108,7 +110,7 @@ def test_given_noise_is_where_the_stages_begin(tmp_path):
     array = np.random.default_rng(0).standard_normal((6, 4, 4, 4), np.float32)
     np.save(tmp_path / "noise.npy", array)
     c = config()
-    job = Job("w", to_json(c), np.arange(6), noise=str(tmp_path / "noise.npy"))
+    job = SamplingJob("w", to_json(c), np.arange(6), noise=str(tmp_path / "noise.npy"))
     room = types.SimpleNamespace(job=job, parts=build_experiment(c))
     found = stages.inputs(room, 4)
     np.testing.assert_array_equal(found["noise"], array[:4])
@@ -222,7 +224,7 @@ def test_from_manifests_to_a_report(tmp_path, run):
     for seed in (0, 1):
         images = np.zeros((len(LISTED), 4, 4, 3), np.uint8)
         np.savez(tmp_path / f"{seed}.npz", arr_0=images)
-        job = Job(str(weights), to_json(config()), LISTED, seed=seed)
+        job = SamplingJob(str(weights), to_json(config()), LISTED, seed=seed)
         record = {"job": job.to_json(), "stats": stats}
         manifest(seed).write_text(json.dumps(record))
     few = ("--images", IMAGES, "--steps", STEPS)

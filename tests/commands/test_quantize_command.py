@@ -8,11 +8,10 @@ import pytest
 import small
 from small import called
 
-import sample
 from sit_jax.adapters.quantize import SKIP, quantize_params
 from sit_jax.adapters.weights import Int4Weight
 from sit_jax.checkpoint import find_step, read_meta
-from sit_jax.cli import port_weights, quantize
+from sit_jax.cli import port_weights, quantize, sample
 from sit_jax.convert.open import open_weights
 from sit_jax.experiment import build_experiment
 from sit_jax.files import read_json

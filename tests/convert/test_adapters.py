@@ -6,11 +6,10 @@ import pytest
 import small
 from lora_runs import saved
 
-import sample
 from sit_jax import checkpoint
 from sit_jax.adapters.quantize import SKIP, quantize_params
 from sit_jax.adapters.weights import LABEL_TABLE, materialize, merge_adapters
-from sit_jax.cli import port_weights
+from sit_jax.cli import port_weights, sample
 from sit_jax.config import to_json
 from sit_jax.convert.adapters import apply_adapters, count_new_classes
 from sit_jax.convert.open import CheckpointWeights, load_adapted, open_weights

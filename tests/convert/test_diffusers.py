@@ -12,8 +12,7 @@ from networks import quick_jit
 from recorded import FOLDER, arrays, nchw, nhwc, relative, weights
 from small import called
 
-import sample
-from sit_jax.cli import port_weights
+from sit_jax.cli import port_weights, sample
 from sit_jax.config import spec
 from sit_jax.convert import diffusers
 from sit_jax.convert.rules import DIT_RULES, to_flax

@@ -13,7 +13,7 @@ from sit_jax.diagnosis.paired import worst_pairs
 from sit_jax.errors import UserError
 from sit_jax.evaluation.fid import Gaussian, frechet_distance
 from sit_jax.evaluation.image_sets import NpzImages
-from sit_jax.sampling.array_files import ArrayFile
+from sit_jax.sampling.outputs import ArrayFile
 
 WIDTH = 6
 REFERENCE = Gaussian(np.full(WIDTH, 0.3), np.eye(WIDTH))

@@ -11,7 +11,7 @@ from sit_jax.cli import diagnose
 from sit_jax.config import to_json
 from sit_jax.diagnosis.swaps import Decoded, exchanged
 from sit_jax.models.codec import to_uint8, to_uint8_mdt
-from sit_jax.sampling.job import Job
+from sit_jax.sampling.job import SamplingJob
 
 
 class Scaled(struct.PyTreeNode):
@@ -59,7 +59,7 @@ def side(path, latents, **fields):
     c = small.config(shape=(8, 8, 1))
     labels = np.arange(len(latents), dtype=np.int32) % 5
     np.save(path, latents)
-    record = {"job": Job("w", to_json(c), labels, **fields).to_json()}
+    record = {"job": SamplingJob("w", to_json(c), labels, **fields).to_json()}
     path.with_name(f"{path.name}.manifest.json").write_text(json.dumps(record))
     return path
 

@@ -20,7 +20,7 @@ from sit_jax.diffusion.loss_weights import mdt_min_snr_loss
 from sit_jax.errors import UserError
 from sit_jax.models.dit import DiT
 from sit_jax.models.mdt import MDTv2
-from sit_jax.sampling.job import Job
+from sit_jax.sampling.job import SamplingJob
 
 PLAIN = ROOT / "tests" / "plain_torch"
 
@@ -50,7 +50,7 @@ def test_torch_beside_jax(tmp_path, run):
     labels = np.arange(5, dtype=np.int32)
     manifest = tmp_path / "m.json"
     manifest.write_text(
-        json.dumps({"job": Job(str(weights), to_json(c), labels).to_json()})
+        json.dumps({"job": SamplingJob(str(weights), to_json(c), labels).to_json()})
     )
     few = ("--from-manifest", manifest, "--images", 3, "--steps", 4)
     ours, theirs, odd = (tmp_path / name for name in ("jax", "torch", "odd"))
@@ -84,7 +84,7 @@ def test_torch_beside_jax(tmp_path, run):
 def test_what_the_original_cannot_do_is_refused(tmp_path, run):
     c = small.config(shape=(4, 4, 4), guidance=3.0, guidance_channels=4)
     weights = small.checkpoint(tmp_path / "w", c)
-    job = Job(str(weights), to_json(c), np.arange(5, dtype=np.int32))
+    job = SamplingJob(str(weights), to_json(c), np.arange(5, dtype=np.int32))
     manifest, out = tmp_path / "m.json", tmp_path / "out"
     manifest.write_text(json.dumps({"job": job.to_json()}))
     flags = ("--reference", PLAIN, "--from-manifest", manifest, "--collect", out)

@@ -16,7 +16,7 @@ from sit_jax.evaluation.features import (
 )
 from sit_jax.evaluation.image_sets import batch_starts
 from sit_jax.parallel.mesh import make_mesh
-from sit_jax.sampling.array_files import ArrayFile
+from sit_jax.sampling.outputs import ArrayFile
 
 
 def network(params, images):

@@ -8,7 +8,7 @@ from PIL import Image
 
 from sit_jax.errors import UserError
 from sit_jax.evaluation.image_sets import FolderImages, NpzImages
-from sit_jax.sampling.array_files import ArrayFile
+from sit_jax.sampling.outputs import ArrayFile
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 4, 5, 3)).astype(np.uint8)
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from sit_jax import files
 from sit_jax.config import from_json
-from sit_jax.convert import peft
+from sit_jax.convert import peft, vae
 from sit_jax.convert.inception import read_graph_constants
 from sit_jax.convert.state_dict import read_torch_file
 from sit_jax.data.archives import TarFiles, read_members
@@ -34,7 +34,7 @@ from sit_jax.diagnosis import bundle
 from sit_jax.errors import UserError, one_line
 from sit_jax.evaluation.image_sets import open_input
 from sit_jax.sampling import job
-from sit_jax.sampling.array_files import ArrayFile, load
+from sit_jax.sampling.outputs import ArrayFile, load_npy
 
 SPACE = Path("/dev/shm") if Path("/dev/shm").is_dir() else None  # no disk is worn
 
@@ -62,7 +62,7 @@ def judged(path):
 
 
 def manifest(path):
-    found, _ = job.of_manifest(path)
+    found, _ = job.read_manifest(path)
     assert found.digest
 
 
@@ -181,7 +181,7 @@ def shards():
 
 
 def manifests():
-    made = job.Job(
+    made = job.SamplingJob(
         "x", {"make": {"name": "sit_jax.diffusion.paths.linear"}}, np.arange(3)
     )
     return as_json({"job": made.to_json(), "weights_sha256": "ab"})
@@ -216,7 +216,7 @@ READERS = {  # name: ending of the file, its reader, files in order
     "pt": (".pt", pt, pt_files),
     "safetensors": (".safetensors", pt, lambda: [safetensors.numpy.save(SAFE)]),
     "npz": (".npz", npz, npz_files),
-    "npy": (".npy", load, npy_files),
+    "npy": (".npy", load_npy, npy_files),
     "judged": (".npz", judged, npz_files),
     "manifest": (".json", manifest, manifests),
     "config": (".json", config, lambda: as_json({"a": {"name": "optax.adamw"}})),

@@ -8,7 +8,7 @@ import pytest
 from sit_jax.convert import peft
 from sit_jax.errors import UserError
 from sit_jax.parallel import multihost
-from sit_jax.sampling import starts
+from sit_jax.sampling import noise
 
 
 @pytest.fixture
@@ -33,5 +33,5 @@ def test_initial_noise_compares_a_given_file(tmp_path, compared):
     np.save(tmp_path / "z.npy", np.zeros((3, 2, 2, 1), np.float32))
     job = types.SimpleNamespace(noise=str(tmp_path / "z.npy"))
     parts = types.SimpleNamespace(shape=(2, 2, 1))
-    start, *_ = starts.noise_of(types.SimpleNamespace(job=job, parts=parts))
+    start, *_ = noise.load_noise(types.SimpleNamespace(job=job, parts=parts))
     assert start.shape == (3, 2, 2, 1) and compared == ["z.npy"]

@@ -28,8 +28,8 @@ from sit_jax.models import inception
 from sit_jax.models.codec import Latents
 from sit_jax.parallel.mesh import make_mesh
 from sit_jax.samplers.fixed_ode import FixedStepODE, euler, heun
-from sit_jax.sampling import sampling
-from sit_jax.sampling.job import Job
+from sit_jax.sampling.job import SamplingJob
+from sit_jax.sampling.run import build_context
 
 VAE = ROOT / "tests" / "golden" / "vae"
 LISTED = np.repeat(np.arange(4, dtype=np.int32), 2)
@@ -68,11 +68,11 @@ def made(tensors, tmp_path_factory):
     def make(name, given=None, held=None, settings=None, resize=None, **fields):
         c, patch = config(**settings or {}), pytest.MonkeyPatch()
         job = {"weights": "w", "labels": LISTED, "vae": str(VAE), **fields}
-        job = Job(config=to_json(c), **job)
+        job = SamplingJob(config=to_json(c), **job)
         held = held or tensors
         load = lambda item, parts, mesh: held[item]
         opened = types.SimpleNamespace(load=load, meta={})
-        room = sampling.studio(job, opened)
+        room = build_context(job, opened)
         manifest = {"job": job.to_json(), **room.record, **environment()}
         manifest = json.loads(json.dumps(manifest))
         with patch.context() as patched:

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import small
 
-import sample
-from sit_jax.cli import diagnose
+from sit_jax.cli import diagnose, sample
 from sit_jax.config import spec, to_json
 from sit_jax.diagnosis import bundle, stages
 from sit_jax.diagnosis.report import diagnose as judge
@@ -20,8 +19,8 @@ from sit_jax.models.codec import Latents
 from sit_jax.models.dit import DiT
 from sit_jax.models.mdt import MDT, MDTv2
 from sit_jax.samplers.ddpm import DDPM
-from sit_jax.sampling import sampling
-from sit_jax.sampling.job import Job
+from sit_jax.sampling.job import SamplingJob
+from sit_jax.sampling.run import build_context
 
 
 def test_from_samples_to_a_report(tmp_path, monkeypatch, capsys):
@@ -77,10 +76,10 @@ def test_other_kinds_have_their_stages(kind, tmp_path):
     params = small.random_params(build_experiment(c), 0)
     for name, emulate in (("a", None), ("b", "gpu-tf32")):
         labels = np.arange(4, dtype=np.int32)
-        job = Job("w", to_json(c), labels, emulate=emulate)
+        job = SamplingJob("w", to_json(c), labels, emulate=emulate)
         load = lambda item, parts, mesh: params
         opened = types.SimpleNamespace(load=load, meta={})
-        room = sampling.studio(job, opened)
+        room = build_context(job, opened)
         manifest = {"job": job.to_json(), **room.record, **environment()}
         bundle.write(stages.collect(room, manifest, tmp_path / name, 4, 3))
     found = judge(open_evidence(tmp_path / "a"), open_evidence(tmp_path / "b"))

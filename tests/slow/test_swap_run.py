@@ -15,8 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 from test_evaluate_network import random_params
 
-import sample
-from sit_jax.cli import diagnose
+from sit_jax.cli import diagnose, sample
 from sit_jax.config import spec
 from sit_jax.convert.rules import to_torch
 from sit_jax.models.codec import Latents

@@ -20,7 +20,7 @@ from sit_jax.convert.rules import to_torch
 from sit_jax.diagnosis import ladder
 from sit_jax.models.codec import Latents
 from sit_jax.models.inception import RULES
-from sit_jax.sampling.job import Job
+from sit_jax.sampling.job import SamplingJob
 
 PLAIN = ROOT / "tests" / "plain_torch"
 VAE = ROOT / "tests" / "golden" / "vae"
@@ -55,7 +55,7 @@ def test_torch_beside_jax_from_noise_to_fid(tmp_path, run, inception):
     c.codec = spec(Latents)
     weights = small.checkpoint(tmp_path / "w", c)
     labels = np.arange(8, dtype=np.int32) % 5
-    job = Job(str(weights), to_json(c), labels, vae=str(VAE))
+    job = SamplingJob(str(weights), to_json(c), labels, vae=str(VAE))
     manifest = tmp_path / "m.json"
     manifest.write_text(json.dumps({"job": job.to_json()}))
     few = ("--from-manifest", manifest, "--images", 3, "--steps", 4)

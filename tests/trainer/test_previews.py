@@ -14,7 +14,7 @@ from sit_jax.evaluation.fid import Gaussian, frechet_distance
 from sit_jax.experiment import build_experiment, check_reference
 from sit_jax.parallel.mesh import make_mesh
 from sit_jax.planning.programs import build_training_experiment
-from sit_jax.sampling.generation import Generator
+from sit_jax.sampling.batch_sampler import BatchSampler
 from sit_jax.trainer.previews import Previews
 
 
@@ -63,7 +63,7 @@ def test_points_of_a_curve(monkeypatch):
     seconds = [look.draw(step, params) for step in range(1, 9)]
     assert [s > 0 for s in seconds] == [s in (3, 6, 8) for s in range(1, 9)]
     assert set(log.values) == {3, 6, 8} and log.values[3] == log.values[8]
-    draw = Generator(parts, params, mesh, 20)
+    draw = BatchSampler(parts, params, mesh, 20)
     ((data, _),) = draw(0, np.arange(20, dtype=np.int32) % 5)
     drawn = np.asarray(parts.codec.decode(data)).repeat(3, -1)
     there = np.stack([each["image"] for each in Pictures()]).repeat(3, -1)

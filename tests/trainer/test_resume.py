@@ -15,8 +15,8 @@ from flax.traverse_util import flatten_dict
 from networks import quick_jit
 from recorded import FOLDER
 
-import sample
 from sit_jax import checkpoint
+from sit_jax.cli import sample
 from sit_jax.config import spec, to_json
 from sit_jax.convert.checkpoint import open_torch_file
 from sit_jax.convert.open import WeightsRef

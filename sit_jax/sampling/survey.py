@@ -32,7 +32,7 @@ from sit_jax.samplers.likelihood import (
     exact_trace,
     hutchinson_trace,
 )
-from sit_jax.sampling.generation import in_chunks
+from sit_jax.sampling.batch_sampler import map_fixed_batches
 from sit_jax.typing import DiscreteProcess, ODESampler
 
 TRACES = {"estimated": hutchinson_trace, "exact": exact_trace}
@@ -64,7 +64,7 @@ def add_flags(parser):
     add("--dequantization", choices=tuple(FILLINGS), default="uniform")
 
 
-def check(path, overwrite):
+def check_output(path, overwrite):
     """-> Path of the table; refuses what exists, and other endings than .csv."""
     path = require_free(path, overwrite)
     if path.suffix != ".csv":
@@ -159,7 +159,7 @@ def _run(parts, likelihood, filling, mesh, word):
 
     def run(params, keys, batch):
         network = policy.with_precision(word, partial(apply_model, model))
-        network = in_chunks(network, mesh) if on_cpu else network
+        network = map_fixed_batches(network, mesh) if on_cpu else network
         net = lambda x, t: network(params, x, t, batch["label"])
         data, bits = _data(parts, filling, keys, batch, by_chain)
         result = likelihood(net, parts.process, data, draws(keys, parts.shape))

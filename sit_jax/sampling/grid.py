@@ -12,7 +12,7 @@ DARK, LIGHT = 40, 220  # padding, which tells a black tile from the sheet; and w
 LETTERS, LINE = 12, 16  # pixels: size of the font, height of a line of captions
 
 
-def sheet(images, columns, zoom=None, pad=2, captions=None):
+def image_grid(images, columns, zoom=None, pad=2, captions=None):
     """uint8 [N, h, w, C] -> uint8 [.., .., C]: rows of `columns` tiles, C 1 or 3.
 
     zoom enlarges by repeating pixels; None makes every tile at least 64 pixels wide.

@@ -30,7 +30,7 @@ from sit_jax.parallel.mesh import (
 CHUNK = 2
 
 
-def make_generate(parts, mesh, weak=None, around=lambda fn: fn):
+def make_sample_fn(parts, mesh, weak=None, around=lambda fn: fn):
     """-> generate(params, keys [B], labels [B], start [B, H, W, C]) -> (data, stats).
 
     parts: an Experiment; keys: noise.image_keys; start: the sampler's first noise.
@@ -43,7 +43,9 @@ def make_generate(parts, mesh, weak=None, around=lambda fn: fn):
     def network(model, params):
         model = attention.resolve_attention(model, platform)
         run = around(partial(apply_model, model))
-        return partial(in_chunks(run, mesh) if platform == "cpu" else run, params)
+        return partial(
+            map_fixed_batches(run, mesh) if platform == "cpu" else run, params
+        )
 
     def generate(params, keys, labels, start, given=None):
         strong, worse = params if weak else (params, None)
@@ -71,7 +73,7 @@ def make_generate(parts, mesh, weak=None, around=lambda fn: fn):
     return generate
 
 
-def in_chunks(apply, mesh):
+def map_fixed_batches(apply, mesh):
     """apply(params, x [B, ...], t [B], y [B]), CHUNK rows at a time on every device.
 
     XLA's CPU backend chooses the code of a matrix product, and with it the last bits,
@@ -99,13 +101,13 @@ def in_chunks(apply, mesh):
     )
 
 
-class Generator:
+class BatchSampler:
     """Draws any number of images with one compiled program for batch_size of them.
 
     batch_size is rounded up to a multiple of the devices. An image does not depend on
     it, but with an adaptive sampler whose error is one norm over the batch.
     weak: a second network, (model, params), for autoguidance; around: see
-    make_generate; kicks: how many steps' noise will be given.
+    make_sample_fn; kicks: how many steps' noise will be given.
     """
 
     def __init__(
@@ -124,7 +126,9 @@ class Generator:
         self._where = _places(mesh)
         begun = time.perf_counter()
         model = weak[0] if weak else None
-        run = lowered(parts, self._params, mesh, self.batch_size, model, kicks, around)
+        run = lower_batch(
+            parts, self._params, mesh, self.batch_size, model, kicks, around
+        )
         self._run = run.compile()
         self.compile_seconds = time.perf_counter() - begun
 
@@ -157,8 +161,8 @@ class Generator:
             yield np.asarray(data)[:real], _cut(stats, real)
 
 
-def lowered(parts, params, mesh, size, weak=None, kicks=0, around=lambda fn: fn):
-    """A batch's program, of params that may be shapes; for the rest see Generator."""
+def lower_batch(parts, params, mesh, size, weak=None, kicks=0, around=lambda fn: fn):
+    """Lowers the program of a batch; params may be shapes. See BatchSampler."""
     keys = jax.eval_shape(partial(rng.image_keys, 0), jnp.arange(size))
     start = jax.ShapeDtypeStruct((size, *parts.shape), jnp.float32)
     labels = jax.ShapeDtypeStruct((size,), jnp.int32)
@@ -167,7 +171,7 @@ def lowered(parts, params, mesh, size, weak=None, kicks=0, around=lambda fn: fn)
     arguments = map(with_shardings, arguments, _places(mesh))
     # of a mesh over several hosts, each gets all of the images
     out = replicated(mesh) if mesh.is_multi_process else None
-    generate = with_mesh(mesh, make_generate(parts, mesh, weak, around))
+    generate = with_mesh(mesh, make_sample_fn(parts, mesh, weak, around))
     return jax.jit(generate, out_shardings=out).lower(params, *arguments)
 
 

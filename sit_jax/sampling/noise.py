@@ -1,0 +1,147 @@
+"""What a job's images start from: the seed's noise, a file's, or torch's."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from sit_jax.diffusion import rng
+from sit_jax.diffusion.guidance import is_unguided
+from sit_jax.errors import UserError
+from sit_jax.files import as_path, is_remote
+from sit_jax.parallel import multihost
+from sit_jax.sampling import outputs
+
+MOST = 4 * 2**30  # bytes of noise for a sampler's steps
+SKIP = 2**24  # numbers thrown away at a time
+
+
+def check_noise(word):
+    """Refuses what begins like torch's noise and has no seed."""
+    if word and word.startswith("torch:") and not word[6:].isdecimal():
+        raise UserError(f"--noise {word}: torch:SEED with a whole number")
+
+
+def load_noise(context):
+    """-> given start or None, given noise of the steps or None, how many steps'."""
+    job, shape = context.job, context.parts.shape
+    if job.noise is None:
+        return None, None, 0
+    if not job.noise.startswith("torch:"):
+        start = read_noise(job.noise, shape)
+        if not is_remote(job.noise):
+            multihost.assert_equal_files(as_path(job.noise))
+        return start, None, 0
+    check_noise(job.noise)
+    sampler = context.parts.sampler
+    kicks = sampler.num_noise_draws(context.parts.process)
+    start, given = torch_noise(
+        int(job.noise[6:]),
+        *(context.parts.model, shape, len(job.labels), kicks),
+        doubled=not is_unguided(context.parts.guidance),
+    )
+    return start, given, kicks
+
+
+def read_noise(path, shape, flag="--noise"):
+    """-> float32 [N, *shape] of a .npy; flag: what it was given by, for complaints."""
+    try:
+        start = outputs.load_npy(path)
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from error
+    if start.shape[1:] != shape or start.dtype.kind != "f":
+        raise UserError(
+            f"{flag} {path} is {start.dtype} {start.shape}; it must be float32 "
+            f"(N, {', '.join(map(str, shape))})"
+        )
+    if not np.isfinite(start).all():
+        raise UserError(f"{flag} {path} has values that are not finite")
+    return start.astype(np.float32)
+
+
+def initial_noise(context):
+    """Returns the noise float32 [N, H, W, C] that the images of a job start from."""
+    given = load_noise(context)[0]
+    if given is not None:
+        return given
+    numbers = np.arange(len(context.job.labels))
+    blocks = np.array_split(numbers, -(-len(numbers) // 256))
+    draw = lambda block: rng.initial_noise(
+        rng.image_keys(context.job.seed, block), context.parts.shape
+    )
+    return np.concatenate([np.asarray(draw(block)) for block in blocks])
+
+
+def save_noise(path, context, overwrite):
+    """Writes the initial noise to a .npy, unless the file holds just that already."""
+    path, array = Path(path), None
+    if path.suffix != ".npy":
+        raise UserError(f"--save-noise {path}: write a name ending in .npy")
+    if path.is_file() and not overwrite:
+        array = initial_noise(context)
+        overwrite = outputs.is_array(path, array)  # of a run that was killed
+    path = outputs.check_output(path, overwrite)
+    array = initial_noise(context) if array is None else array
+    multihost.barrier()  # until all have seen that the place is free
+    if multihost.is_primary():
+        outputs.save_array(path, array)
+
+
+def words_before_noise(model, shape):
+    """How many 32-bit numbers the released code takes to build this DiT or SiT.
+
+    Every linear layer is initialised by PyTorch (weight and bias) and its weight again
+    by Xavier's rule; the patch convolution likewise; the time network's weights and
+    the label table once more by a normal law. Drawing a normal law of n values takes
+    n numbers, and 16 more if n is no multiple of 16 (below 16 it would differ).
+    """
+    d, hidden = model.width, int(model.width * model.mlp_ratio)
+    pixels = model.patch**2 * shape[-1]
+    out = pixels * (2 if model.learn_sigma else 1)
+    linear = lambda n, m: 2 * n * m + m
+    block = linear(d, 3 * d) + linear(d, d) + linear(d, 6 * d)
+    block += linear(d, hidden) + linear(hidden, d)
+    time = linear(256, d) + linear(d, d) + _normal(256 * d) + _normal(d * d)
+    labels = 2 * _normal((model.classes + model.null_label) * d)
+    head = linear(d, out) + linear(d, 2 * d)
+    return model.depth * block + linear(pixels, d) + time + labels + head
+
+
+def torch_noise(seed, model, shape, count, kicks=0, doubled=True):
+    """-> start [N, H, W, C] and the steps' noise [kicks, N, H, W, C], or None of it.
+
+    shape: of one image, (H, W, C). doubled: the script runs guidance's null half beside
+    the batch, so that each step draws for twice as many images.
+    """
+    size = math.prod(shape) * 4 * count
+    if kicks * size > MOST:
+        raise UserError(
+            f"{kicks} steps of noise for {count} images are "
+            f"{kicks * size / 1e9:.3g} GB; draw fewer images at once with torch's noise"
+        )
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError("--noise torch:SEED needs torch: pip install torch") from error
+    generator = torch.Generator().manual_seed(seed)
+    _skip(torch, generator, words_before_noise(model, shape))
+    height, width, channels = shape
+
+    def drawn(rows):
+        draw = torch.randn(rows, channels, height, width, generator=generator)
+        return np.moveaxis(draw[:count].numpy(), 1, -1).copy()
+
+    start = drawn(count)
+    steps = [drawn(2 * count if doubled else count) for _ in range(kicks)]
+    return start, np.stack(steps) if kicks else None
+
+
+def _skip(torch, generator, words):
+    while words:
+        part = min(words, SKIP)
+        torch.rand(part, generator=generator)
+        words -= part
+
+
+def _normal(n):
+    return n + 16 * (n % 16 > 0)
