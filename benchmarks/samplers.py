@@ -24,8 +24,11 @@ from sit_jax.diffusion import rng
 from sit_jax.diffusion.gaussian import GaussianDiffusion, fixed_small
 from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.diffusion.paths import expand_dims_like
+from sit_jax.samplers.adaptive_ode import AdaptiveODE
+from sit_jax.samplers.ddpm import DDIM, DDPM
 from sit_jax.samplers.fixed_ode import FixedStepODE, rk4
 from sit_jax.samplers.registry import CONTROLS, SAMPLERS
+from sit_jax.typing import ODESampler
 
 AT, SPREAD, COUNT = 1.0, 0.2, 20_000
 SHAPE = (10, 10, 2)
@@ -88,21 +91,21 @@ def main():
     keys = rng.image_keys(0, jnp.arange(rows_of))
     start, draw = rng.initial_noise(keys, SHAPE), rng.step_noise(keys, SHAPE)
     flow, chain = Interpolant(), GaussianDiffusion(variance=fixed_small)
-    run = lambda s, p, net: jax.jit(lambda z: s(draw, p, net, z))(start)
-    exact, _ = run(FixedStepODE(rk4, 2_000), flow, flowing(flow))
+    run = lambda s, p, net: jax.jit(lambda z: s(net, p, z, draw))(start)
+    exact = run(FixedStepODE(rk4, 2_000), flow, flowing(flow)).data
     print("| sampler | settings | network evaluations | error of the path | distance |")
     print("|---|---|---|---|---|")
     for name, sampler in rows():
-        on_chain = hasattr(sampler, "clip")
+        on_chain = isinstance(sampler, DDPM | DDIM)
         process = chain if on_chain else flow
         net = (diffusing if on_chain else flowing)(process)
-        data, stats = run(sampler, process, net)
-        follows = not on_chain and not hasattr(sampler, "diffusion")
+        result = run(sampler, process, net)
+        data, follows = result.data, isinstance(sampler, ODESampler)
         error = float(jnp.sqrt(jnp.mean((data - exact) ** 2))) if follows else None
-        count = np.mean(stats["evaluations"])
+        count = np.mean(result.num_evaluations)
         said = (
             f"{sampler.steps} steps"
-            if hasattr(sampler, "steps")
+            if not isinstance(sampler, AdaptiveODE)
             else (f"rtol {sampler.rtol:g}, atol {sampler.atol:g}")
         )
         print(

@@ -38,7 +38,7 @@ def test_telling_the_truth(predicts):
     )
     data, noise = some(0, 1000, 2, 2, 4), some(1, 1000, 2, 2, 4)
     t = expand_dims_like(EVERY, data)
-    (alpha, sigma), (p, q) = process.path(t), process.target(t)
+    (alpha, sigma), (p, q) = process.path(t), process.target_weights(t)
     x, out = alpha * data + sigma * noise, p * data + q * noise
     mean, _, found = posterior_of(process, out, x, EVERY)
     # float32 is divided by alpha = 0.006, or by previous's weight of 1e-4
@@ -116,7 +116,7 @@ def test_bins_share_all_of_the_mass():
     same = lambda value: jnp.full_like(data, value)
     # a mean near the edge, so that the open outermost bin matters
     step0 = d.NoisyBatch(data, data, same(0.97), jnp.zeros((256, 1, 1, 1), jnp.int32))
-    bits = jax.jit(FULL.bits)(step0, same(0.0), same(-6.0))
+    bits = jax.jit(FULL.vb_terms)(step0, same(0.0), same(-6.0))
     np.testing.assert_allclose(jnp.sum(2.0**-bits), 1, atol=1e-5)
     # the middle of the range by hand: bin width times density, std exp(-3)
     distance = float(data[244, 0, 0, 0]) - 0.97 / FULL.float64_path(0)[0]

@@ -18,6 +18,7 @@ from sit_jax.diffusion.loss_weights import (
     velocity_weight,
 )
 from sit_jax.diffusion.paths import expand_dims_like, interpolate, linear
+from sit_jax.diffusion.predictions import Prediction
 from sit_jax.errors import UserError
 
 G = arrays("sit_transport")
@@ -236,7 +237,9 @@ def test_margins_of_a_path_of_ones_own():
         == Interpolant(root).train_interval()
         == (0.001, 1)
     )
-    own = lambda path, t: (1.0, -1.0)  # a prediction of one's own is converted
+    own = Prediction(
+        lambda path, t: (1.0, -1.0)
+    )  # a prediction of one's own is converted
     assert Interpolant(linear, own).time_interval() == (0.001, 0.999)
 
 

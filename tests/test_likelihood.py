@@ -63,20 +63,20 @@ def measured(name):
 @pytest.mark.parametrize("name", "r00 r04 r06 r08 r10 r11 r13".split())
 def test_recorded_runs(name):
     run = RUNS[name]
-    stats, end = measured(name)
+    result = measured(name)
     rounding, scale = run["f32_vs_f64"]["logp"]
     # nats are a sum over 256 values, near 880: float32 keeps 6e-5 of that
     slack = max(5 * rounding, 5e-7 * scale)
     # an adaptive solver's steps follow from rounding: 4e-6 apart between two machines
     slack = max(slack, 1e-5 * scale) if run["method"] == "dopri5" else slack
-    np.testing.assert_allclose(stats["nats"], G[f"{name}.logp"], atol=slack)
+    np.testing.assert_allclose(result.nats, G[f"{name}.logp"], atol=slack)
     floor, size = run["f32_vs_f64"]["z"]
     np.testing.assert_allclose(
-        nchw(end), G[f"{name}.z"], atol=max(5 * floor, 1e-5 * size)
+        nchw(result.noise), G[f"{name}.z"], atol=max(5 * floor, 1e-5 * size)
     )
     # one pass through the network an evaluation, where the original takes two
     # (the steps of r11 hang on rounding: in float64 they are others)
-    assert stats["evaluations"] in (run["nfe"] // 2, run.get("nfe_f64", 0) // 2)
+    assert result.num_evaluations in (run["nfe"] // 2, run.get("nfe_f64", 0) // 2)
 
 
 def gaussian_density(x, mean, std):

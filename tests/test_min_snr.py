@@ -57,7 +57,7 @@ def test_and_all_of_a_diffusion(predicts):
 
     def net(x, t):
         alpha, sigma = process.path(at)
-        p, q = process.target(at)
+        p, q = process.target_weights(at)
         data = DATA + OFF
         return p * data + q * (x - alpha * data) / sigma
 

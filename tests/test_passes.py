@@ -51,9 +51,9 @@ def toy(passes=None):
         max_time=8,
         num_timesteps=8,
         timestep_map=tuple(range(8)),
-        progress=None,
-        posterior=None,
-        respace=None,
+        progress=len,
+        posterior=len,
+        respace=len,
     )
     return model, process, seen
 

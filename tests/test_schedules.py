@@ -109,5 +109,5 @@ def test_impossible_spacings(spacing, words):
 
 @pytest.mark.parametrize("steps", [0, -1, 2.5])
 def test_impossible_ddim_spacings(steps):
-    with pytest.raises(UserError, match="DdimSpacing"):
+    with pytest.raises(UserError, match="DDIMSpacing"):
         DDIMSpacing(steps)

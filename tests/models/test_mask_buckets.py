@@ -9,10 +9,11 @@ import pytest
 from networks import equations, quick_jit, shapes
 
 from sit_jax.diffusion.gaussian import GaussianDiffusion
+from sit_jax.diffusion.rng import StepKeys
 from sit_jax.errors import UserError
 from sit_jax.models.flops import step_macs
 from sit_jax.models.mdt import MDT, MDTv2, bucket_sizes
-from sit_jax.training import objectives
+from sit_jax.training.objectives import masked_objective, value_and_grad
 
 SMALL = dict(depth=3, decoder=1, width=24, heads=3, patch=1, classes=5)
 ONE, THREE = MDTv2(**SMALL), MDTv2(mask_buckets=3, **SMALL)
@@ -27,12 +28,14 @@ def weights():
 
 def gradient(model, key):
     """-> the gradient of both passes, their terms, and how many tokens are seen."""
-    keys = jax.random.split(key, 4)
-    data = jax.random.normal(keys[0], SHAPE)
-    drawn = objectives.drawn(model, key, keys, SHAPE, jnp.array([1, 4]), 0.1)
-    grad = objectives.gradient(model, GaussianDiffusion(), False)
-    found = grad({}, weights(), data, jnp.array([20, 700]), None, drawn)
-    return found, drawn["m_"][0]["num_visible"][0]
+    keys = StepKeys.at(key, 0)
+    data = jax.random.normal(keys.codec, SHAPE)
+    passes = masked_objective(model, keys, jnp.array([1, 4]), SHAPE, 0.1)
+    process, t = GaussianDiffusion(), jnp.array([20, 700])
+    grads, terms, _ = value_and_grad(
+        model, process, {}, weights(), data, t, None, passes
+    )
+    return (grads, terms), passes["m_"].inputs["num_visible"][0]
 
 
 def test_sizes_are_evenly_spaced_up_to_the_most():
