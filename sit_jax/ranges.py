@@ -14,7 +14,6 @@ from collections.abc import Callable
 from inspect import formatannotation, signature
 
 from sit_jax.errors import UserError
-from sit_jax.typing import NamedFunction
 
 ONLY_FILE = "only a config file can set it"
 
@@ -106,6 +105,10 @@ def check_fields(make, fields):
 
 def _fits(value, hint):
     """Whether a value fits an annotation; an unknown kind of annotation fits all."""
+    from sit_jax.typing import (
+        NamedFunction,
+    )  # it imports JAX, which data sources do not
+
     kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
     if kind is typing.Annotated:
         ranges = [item for item in hint.__metadata__ if isinstance(item, Between)]

@@ -7,6 +7,8 @@ import sys
 import time
 from functools import partial
 
+from tqdm import tqdm
+
 from sit_jax.cli.main import entry_point, make_parser, parse_args
 from sit_jax.convert.vae import load_vae
 from sit_jax.data.archives import ImageNetTar, Tfds, WebdatasetTars
@@ -59,15 +61,15 @@ def run(args, codec) -> int:
     metadata = describe(source, codec, args.dtype, not args.no_flip, args.shards)
     apart = multihost.shares_work_only(args)
     begun = time.perf_counter()
-    with Bar() as bar:
+    with progress_bar() as bar:
         options = ExtractOptions(
             batch_size=args.batch_size,
             process=args.process if apart else multihost.process_index(),
             count=args.processes if apart else multihost.process_count(),
             threads=args.threads,
             workers=args.workers,
-            say=bar.say,
-            show=bar,
+            say=partial(bar.write, file=sys.stderr),
+            show=partial(advance, bar),
         )
         images, about = extract(source, codec, args.out, metadata, options)
     seconds = time.perf_counter() - begun
@@ -86,9 +88,9 @@ def run(args, codec) -> int:
 
 def import_latents(args) -> int:
     """Makes a cache of fast-DiT's folder; returns an exit code."""
-    with Bar() as bar:
-        source = LatentFolder(args.data, args.classes)
-        about = import_fast_dit(source, args.out, show=bar)
+    source = LatentFolder(args.data, args.classes)
+    with progress_bar() as bar:
+        about = import_fast_dit(source, args.out, show=partial(advance, bar))
     _report_statistics(about)
     print(f"{sum(about['images']):,} latents in {args.out}")
     return 0
@@ -158,31 +160,13 @@ def _report_statistics(about):
         )
 
 
-class Bar:
-    """A progress bar with images/s and the time to go; made at the first batch."""
+def progress_bar() -> tqdm:
+    """Returns a bar with images/s and the time to go, unseen before the first batch."""
+    interval = 0.5 if sys.stderr.isatty() else 30
+    return tqdm(unit=" images", smoothing=0.05, mininterval=interval, delay=1e-9)
 
-    def __init__(self):
-        self._bar = None
 
-    def __enter__(self):
-        return self
-
-    def __call__(self, images, total):
-        from tqdm import tqdm
-
-        if self._bar is None:
-            interval = 0.5 if sys.stderr.isatty() else 30
-            make = partial(tqdm, unit=" images", smoothing=0.05, mininterval=interval)
-            self._bar = make(total=total)
-        self._bar.update(images)
-
-    def say(self, line):
-        """Prints a line above the bar."""
-        if self._bar is None:
-            print(line, file=sys.stderr, flush=True)
-        else:
-            self._bar.write(line, file=sys.stderr)
-
-    def __exit__(self, *error):
-        if self._bar is not None:
-            self._bar.close()
+def advance(bar: tqdm, images: int, total: int) -> None:
+    """Counts images done, of `total` in all."""
+    bar.total = total
+    bar.update(images)

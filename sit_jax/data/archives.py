@@ -9,14 +9,15 @@ import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
 from sit_jax.data.folders import is_image, require_folder
-from sit_jax.data.images import CorruptImage, Images, pack_names
+from sit_jax.data.images import CorruptImage, Fraction, Images, Size, pack_names
 from sit_jax.errors import UserError
 from sit_jax.files import local_path, parse_json
+from sit_jax.ranges import COUNT
 
 LARGEST = 2**27  # bytes of an image inside a tar
 IMAGENET = (
@@ -77,22 +78,19 @@ class ImageNetTar(Images):
     def __init__(
         self,
         path: str,
-        size: int = 256,
+        size: Size = 256,
         flip: bool = True,
-        max_corrupt_fraction: float = 0.001,
+        max_corrupt_fraction: Fraction = 0.001,
     ):
         path = local_path(path)
         if not path.is_file():
             raise UserError(f"no file {path}; put {IMAGENET} there")
         tars = sorted(read_members(path, largest=2**40))
-        for tar in tars:
-            if not tar.name.endswith(".tar"):
-                raise UserError(
-                    f"{path} holds {tar.name} instead of one tar a class; give "
-                    f"{IMAGENET}"
-                )
-        if not tars:
-            raise UserError(f"{path} is empty; put {IMAGENET} there")
+        other = next((t.name for t in tars if not t.name.endswith(".tar")), "nothing")
+        if not tars or other != "nothing":
+            raise UserError(
+                f"{path} holds {other} instead of one tar a class; give {IMAGENET}"
+            )
         classes = [Path(tar.name).stem for tar in tars]
         members, labels = [], []
         for label, tar in enumerate(tars):
@@ -115,11 +113,11 @@ class WebdatasetTars(Images):
     def __init__(
         self,
         path: str,
-        size: int = 256,
-        classes: int = 1000,
+        size: Size = 256,
+        classes: Annotated[int, COUNT] = 1000,
         field: str = "label",
         flip: bool = True,
-        max_corrupt_fraction: float = 0.001,
+        max_corrupt_fraction: Fraction = 0.001,
     ):
         root = require_folder(path)
         paths = sorted(root.glob("*.tar"))
@@ -156,10 +154,10 @@ class Tfds(Images):
         self,
         dataset: str,
         split: str = "train",
-        size: int = 256,
+        size: Size = 256,
         data_dir: str = None,
         flip: bool = True,
-        max_corrupt_fraction: float = 0.001,
+        max_corrupt_fraction: Fraction = 0.001,
     ):
         self._arguments, self._opened = (dataset, split, data_dir), None
         source = self._open()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sit_jax.data.images import CorruptImage, Images, pack_names
+from sit_jax.data.images import CorruptImage, Fraction, Images, Size, pack_names
 from sit_jax.data.sources import Arrays
 from sit_jax.errors import UserError
 from sit_jax.files import local_path
@@ -46,9 +46,9 @@ class ImageFolder(Images):
     def __init__(
         self,
         path: str,
-        size: int = 256,
+        size: Size = 256,
         flip: bool = True,
-        max_corrupt_fraction: float = 0.001,
+        max_corrupt_fraction: Fraction = 0.001,
     ):
         root = require_folder(path)
         entries = _visible(root)
@@ -97,9 +97,9 @@ class AdmFolder(Images):
     def __init__(
         self,
         path: str,
-        size: int = 256,
+        size: Size = 256,
         flip: bool = True,
-        max_corrupt_fraction: float = 0.001,
+        max_corrupt_fraction: Fraction = 0.001,
     ):
         root = require_folder(path)
         names = [os.path.relpath(file, root) for file in _adm_files(root)]
@@ -125,7 +125,7 @@ class CifarFolder(ImageFolder):
         path: str,
         train: bool = True,
         flip: bool = True,
-        max_corrupt_fraction: float = 0.001,
+        max_corrupt_fraction: Fraction = 0.001,
     ):
         root = require_folder(path)
         _refuse_pickles(root)

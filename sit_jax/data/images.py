@@ -11,7 +11,7 @@ import hashlib
 import io
 import os
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import numpy as np
 from jaxtyping import UInt8
@@ -19,8 +19,11 @@ from PIL import Image, UnidentifiedImageError
 
 from sit_jax.data.sources import DataSource
 from sit_jax.errors import UserError, hush
+from sit_jax.ranges import COUNT, Between
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
+Size = Annotated[int, COUNT]
+Fraction = Annotated[float, Between(0.0, 1.0)]
 CROP = "ADM centre crop"  # the rule's name in the metadata of caches
 
 
@@ -63,12 +66,6 @@ class Images(DataSource):
         flip: bool,
         max_corrupt_fraction: float,
     ):
-        if size < 1:
-            raise UserError(f"size={size} must be at least 1")
-        if not 0 <= max_corrupt_fraction <= 1:
-            raise UserError(
-                f"max_corrupt_fraction={max_corrupt_fraction} must be in [0, 1]"
-            )
         self.files, self.labels = files, np.asarray(labels, np.int32)
         self.class_names, self.classes = list(class_names), len(class_names)
         self.shape, self.flip = (size, size, 3), flip

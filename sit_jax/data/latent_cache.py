@@ -13,11 +13,10 @@ corrupt ones, and the sums of which the statistics in cache.json are made.
 import bisect
 import contextlib
 import dataclasses
-import errno
 import functools
 import itertools
 import json
-import os
+import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sit_jax.data.images import names_sha256, pack_names
-from sit_jax.data.sources import DataSource, LatentFolder, Record
+from sit_jax.data.sources import DataSource, LatentFolder
 from sit_jax.errors import UserError
 from sit_jax.files import (
     atomic_write,
@@ -42,8 +41,6 @@ PLAN, DONE = "plan.json", "cache.json"
 RECORD_HEAD = struct.Struct("<qii")
 WRITING = "group_size:1,uncompressed"  # floats hardly shrink, and zstd doubles the time
 READING = {"max_parallelism": "0"}  # for single records
-FILE_BLOCK, RECORD_HEADERS = 2**16, 64  # bytes: as measured by writing some
-CHUNK = 64  # latents of fast-DiT that are read at a time
 DESCRIPTIONS = {  # of metadata, where it contradicts
     "encoder_sha256": "the VAE's encoder (sha256)",
     "listing_sha256": "the list of images (sha256)",
@@ -108,28 +105,25 @@ class LatentCache(DataSource):
         return self._ends[-1]
 
     def __getitem__(self, i):
-        return self._record(i, view=0)
+        return self._read(i, view=0)[1]
 
     def flipped(self, i):
-        return self._record(i, view=1)
+        return self._read(i, view=1)[1]
 
     def id(self, i: int) -> int:
         """Returns the number of image i in the source: i, if none before is corrupt."""
         return self._read(i, view=0)[0]
 
-    def _record(self, i, view) -> Record:
-        _, label, array = self._read(i, view)
-        return {self.metadata.kind: _to_float32(array), "label": np.int32(label)}
-
     def _read(self, i, view):
-        """Returns image id, label, array of a record."""
+        """Returns the image's number in the source, and one view of it as a record."""
         if not 0 <= i < len(self):
             raise IndexError(i)
         try:
             data = self._files[i * self.metadata.views + view]
             image_id, label, _ = RECORD_HEAD.unpack_from(data)
             array = np.frombuffer(data, self._dtype, offset=RECORD_HEAD.size)
-            return image_id, label, array.reshape(self.shape)
+            array = _to_float32(array.reshape(self.shape))
+            return image_id, {self.metadata.kind: array, "label": np.int32(label)}
         except (ValueError, IndexError, RuntimeError, struct.error) as error:
             name = self.metadata.shard_name(bisect.bisect_right(self._ends, i))
             raise _damaged(self.path / name, error) from error
@@ -258,22 +252,10 @@ def missing_shards(
     for number in numbers:
         for leftover in path.glob(f".{Path(metadata.shard_name(number)).stem}.*"):
             remove(leftover)
-    record = np.dtype(metadata.dtype).itemsize * int(np.prod(metadata.shape))
-    images = (len(metadata.shard_ids(number)) for number in numbers)
-    sizes = (
-        shard_file_size(metadata.views * n, record + RECORD_HEAD.size) for n in images
-    )
-    require_space(path / DONE, sum(sizes))
+    images = sum(len(metadata.shard_ids(number)) for number in numbers)
+    values = images * metadata.views * math.prod(metadata.shape)
+    require_space(path / DONE, values * np.dtype(metadata.dtype).itemsize)
     return numbers
-
-
-def shard_file_size(records: int, size: int) -> int:
-    """Returns the bytes of a shard of records of `size`; at most two blocks too many.
-
-    A header stands before each, and data and index are filled up to blocks of 64 KiB.
-    """
-    blocks = -(-records * (size + RECORD_HEADERS) // FILE_BLOCK)
-    return blocks * FILE_BLOCK + FILE_BLOCK
 
 
 @contextlib.contextmanager
@@ -339,9 +321,6 @@ class ShardWriter:
             yield
         except RuntimeError as error:
             reason = str(error).split(";")[0]
-            if os.strerror(errno.ENOSPC) in reason:
-                full = (errno.ENOSPC, os.strerror(errno.ENOSPC), self._path)
-                raise OSError(*full) from error
             raise UserError(
                 f"cannot write {self._path} ({reason}); free space, or write elsewhere"
             ) from error
@@ -413,14 +392,11 @@ def import_fast_dit(
     )
     path = begin_cache(out, metadata)
     for number in missing_shards(path, metadata):
-        ids = metadata.shard_ids(number)
         with write_shard(path, metadata, number) as writer:
-            for start in range(0, len(ids), CHUNK):
-                chunk = ids[start : start + CHUNK]
-                records = [source[i] for i in chunk]
-                latents = np.stack([record["latent"] for record in records])
-                writer.add(chunk, [record["label"] for record in records], [latents])
-                show(len(chunk), len(source))
+            for i in metadata.shard_ids(number):
+                record = source[i]
+                writer.add([i], [record["label"]], [record["latent"][None]])
+                show(1, len(source))
     return finish_cache(path, metadata, [str(label) for label in range(source.classes)])
 
 
@@ -461,11 +437,10 @@ def _float16_table():
 
 def _read_finished(path):
     """Returns what cache.json says of a finished cache."""
-    if (path / DONE).exists():
-        return read_json(path / DONE)
-    if (path / PLAN).exists():
-        raise UserError(f"{path} is not finished; run extract_features.py again")
-    raise UserError(f"no {DONE} in {path}; extract_features.py makes caches")
+    if not (path / DONE).exists():
+        reason = "is not finished" if (path / PLAN).exists() else f"has no {DONE}"
+        raise UserError(f"{path} {reason}; run extract_features.py")
+    return read_json(path / DONE)
 
 
 def _damaged(shard, error):

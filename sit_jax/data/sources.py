@@ -13,13 +13,14 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from sit_jax.errors import UserError
 from sit_jax.files import local_path
+from sit_jax.ranges import COUNT, AtLeast, Between
 
 RECORD_DTYPES = {"image": np.uint8, "moments": np.float32, "latent": np.float32}
 NPY_HEADER = (  # {'descr': '<f4', 'fortran_order': False, 'shape': (1,), }
@@ -72,15 +73,15 @@ class Digits(DataSource):
 
     shape, classes = (8, 8, 1), 10
 
-    def __init__(self, train: bool = True, held_out: int = 500, seed: int = 0):
+    def __init__(
+        self,
+        train: bool = True,
+        held_out: Annotated[int, Between(1, 1796)] = 500,
+        seed: int = 0,
+    ):
         from sklearn.datasets import load_digits
 
         scans = load_digits()
-        if not 0 < held_out < len(scans.target):
-            raise UserError(
-                f"held_out={held_out} leaves nothing to train or to test on; "
-                f"there are {len(scans.target)} digits"
-            )
         ids = _stratified_split(scans.target, held_out, seed)[0 if train else 1]
         grey = np.round(scans.images[ids] * (255 / 16))  # 16 is full ink
         self.images = grey.astype(np.uint8)[..., None]  # [N, 8, 8, 1]
@@ -98,16 +99,9 @@ class Synthetic(DataSource):
     """Normal noise as latents, to try things out. Record i follows from (seed, i)."""
 
     shape: tuple = (32, 32, 4)
-    classes: int = 1000
-    length: int = 4096
+    classes: Annotated[int, COUNT] = 1000
+    length: Annotated[int, COUNT] = 4096
     seed: int = 0
-
-    def __post_init__(self):
-        if self.classes < 1 or self.length < 1:
-            raise UserError(
-                f"Synthetic has {self.classes} classes and {self.length} records; at "
-                "least 1 of each"
-            )
 
     def __len__(self):
         return self.length
@@ -137,25 +131,14 @@ class Arrays(DataSource):
         classes: int | None = None,
         flip: bool = False,
     ):
-        images, labels = np.asarray(images), np.asarray(labels)
-        if images.ndim != 4 or images.dtype != np.uint8:
+        images, labels = np.asarray(images), np.asarray(labels, np.int32)
+        if images.ndim != 4 or labels.shape != images.shape[:1]:
             raise UserError(
-                f"images are {images.dtype} {list(images.shape)}; give uint8 "
-                "[N, H, W, C]"
+                f"images are {list(images.shape)}, labels {list(labels.shape)}; give "
+                "[N, H, W, C] and [N]"
             )
-        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-            raise UserError(
-                f"labels are {labels.dtype} {list(labels.shape)}; give "
-                f"{len(images)} integers"
-            )
-        least, most = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
-        self.classes = most + 1 if classes is None else classes
-        if least < 0 or most >= self.classes:
-            raise UserError(
-                f"labels go from {least} to {most}, but there are {self.classes} "
-                f"classes (0..{self.classes - 1})"
-            )
-        self.images, self.labels = images, labels.astype(np.int32)
+        self.classes = int(labels.max()) + 1 if classes is None else classes
+        self.images, self.labels = images, labels  # read_record() checks their values
         self.shape, self.flip = images.shape[1:], flip
         self.class_names = [str(label) for label in range(self.classes)]
 
@@ -212,43 +195,29 @@ class LatentFolder(DataSource):
         latent, label = _read_npy(self.features / name), _read_npy(self.targets / name)
         if latent.ndim == 4 and len(latent) == 1:
             latent = latent[0]
-        if latent.ndim != 3 or latent.dtype.kind != "f":
-            self._refuse(name, latent, "floats [1, C, H, W]")
-        latent = np.ascontiguousarray(np.moveaxis(latent, 0, -1), np.float32)
-        if self.shape not in (None, latent.shape):
-            self._refuse(name, latent, f"{list(self.shape)} as in {self.names[0]}")
-        if label.size != 1 or label.dtype.kind not in "iu":
+        latent = np.moveaxis(latent, 0, -1) if latent.ndim == 3 else latent
+        is_alike = latent.ndim == 3 and self.shape in (None, latent.shape)
+        if latent.dtype.kind != "f" or not is_alike:
             raise UserError(
-                f"{self.targets / name} holds {label.dtype} {list(label.shape)} "
-                "instead of one integer; extract this label again"
+                f"{self.features / name} holds {latent.dtype} of another shape "
+                f"or kind than floats [1, C, H, W] as in {self.names[0]}; extract this "
+                "latent again"
             )
-        label = label.item()
-        if not 0 <= label < self.classes:
+        is_integer = label.size == 1 and label.dtype.kind in "iu"
+        if not is_integer or not 0 <= label.item() < self.classes:
             raise UserError(
-                f"{self.targets / name} holds label {label}, but there are "
-                f"{self.classes} classes (0..{self.classes - 1}); set classes"
+                f"{self.targets / name} holds no label of {self.classes} classes "
+                f"(0..{self.classes - 1}); set classes, or extract this label again"
             )
-        return {"latent": latent, "label": np.int32(label)}
-
-    def _refuse(self, name, latent, wanted):
-        raise UserError(
-            f"{self.features / name} holds {latent.dtype} {list(latent.shape)} "
-            f"instead of {wanted}; extract this latent again"
-        )
+        latent = np.ascontiguousarray(latent, np.float32)
+        return {"latent": latent, "label": np.int32(label.item())}
 
 
-class LabelOffset(DataSource):
-    """Another source's records, where class c becomes class `after` + c.
+class WrappedSource(DataSource):
+    """Another source's records, to be changed by a subclass."""
 
-    For new classes by LoRA: a base network of 1,000 classes and a folder of 3 give
-    1,003, of which the data shows the last 3.
-    """
-
-    def __init__(self, source: DataSource, after: int = 1000):
-        if after < 0:
-            raise UserError(f"source.after is {after}; it must be at least 0")
-        self.source, self.after = source, after
-        self.classes, self.shape = after + source.classes, source.shape
+    def __init__(self, source: DataSource):
+        self.source, self.shape, self.classes = source, source.shape, source.classes
         self.class_names, self.flip = source.class_names, source.flip
         self.max_corrupt_fraction = source.max_corrupt_fraction
         self.metadata, self.path = source.metadata, source.path
@@ -256,6 +225,18 @@ class LabelOffset(DataSource):
 
     def __len__(self):
         return len(self.source)
+
+
+class LabelOffset(WrappedSource):
+    """Another source's records, where class c becomes class `after` + c.
+
+    For new classes by LoRA: a base network of 1,000 classes and a folder of 3 give
+    1,003, of which the data shows the last 3.
+    """
+
+    def __init__(self, source: DataSource, after: Annotated[int, AtLeast(0)] = 1000):
+        super().__init__(source)
+        self.after, self.classes = after, after + source.classes
 
     def __getitem__(self, i):
         return self._with_offset(self.source[i])
@@ -287,7 +268,7 @@ def slant(
     return np.round(mixed).astype(np.uint8)
 
 
-class ImageTransform(DataSource):
+class ImageTransform(WrappedSource):
     """Another source's images, each as `transform` makes it; they are not flipped.
 
     Args:
@@ -296,13 +277,8 @@ class ImageTransform(DataSource):
     """
 
     def __init__(self, source: DataSource, transform: Callable = invert):
-        self.source, self.transform = source, transform
-        self.shape, self.classes = source.shape, source.classes
-        self.class_names = source.class_names
-        self.max_corrupt_fraction = source.max_corrupt_fraction
-
-    def __len__(self):
-        return len(self.source)
+        super().__init__(source)
+        self.transform, self.flip = transform, False
 
     def __getitem__(self, i):
         record = self.source[i]
@@ -322,9 +298,7 @@ def _stratified_split(labels, held_out, seed):
 
 def _npy_names(folder):
     """Returns the names of the .npy files, 2 before 10, as they were numbered."""
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}; {OTHER_SOURCES}")
-    names = [path.name for path in folder.iterdir() if path.suffix == ".npy"]
+    names = [path.name for path in folder.glob("*.npy")]
     if not names:
         raise UserError(f"no .npy files in {folder}; {OTHER_SOURCES}")
     return sorted(names, key=lambda name: (len(name), name))

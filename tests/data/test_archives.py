@@ -196,7 +196,7 @@ def test_a_wrong_imagenet_tar_is_named_with_the_right_one(tmp_path):
     with pytest.raises(UserError, match="00001.JPEG instead of one tar .*147,897,477"):
         ImageNetTar(path)
     path.write_bytes(tar({}))
-    with pytest.raises(UserError, match="is empty; put ILSVRC2012"):
+    with pytest.raises(UserError, match="holds nothing instead of one tar a class"):
         ImageNetTar(path)
     path.write_bytes(tar({"n01.tar": tar({"readme.txt": b"none"})}))
     with pytest.raises(UserError, match=r"no images in n01\.tar"):

@@ -6,7 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from sit_jax.config import build, from_json, spec
 from sit_jax.data import Digits, LatentFolder, Synthetic, batches
+from sit_jax.data.folders import ImageFolder
+from sit_jax.data.loader import read_record
 from sit_jax.data.sources import Arrays, ImageTransform, LabelOffset, invert, slant
 from sit_jax.errors import UserError
 from sit_jax.parallel.mesh import make_mesh
@@ -69,10 +72,39 @@ def test_digits_split_is_stratified_seeded_and_disjoint():
     assert twins == 0  # no scan occurs twice in the data, so none on both sides
 
 
-@pytest.mark.parametrize("held_out", [0, 1797])
-def test_digits_refuse_an_empty_side(held_out):
-    with pytest.raises(UserError, match=f"held_out={held_out}"):
-        Digits(held_out=held_out)
+@pytest.mark.parametrize(
+    "make, fields, says",
+    [
+        (Digits, {"held_out": 0}, "Digits: held_out is 0; it takes a whole number fro"),
+        (Digits, {"held_out": 1797}, "held_out is 1797"),
+        (Synthetic, {"classes": 0}, "Synthetic: classes is 0"),
+        (ImageFolder, {"path": "x", "size": 0}, "ImageFolder: size is 0"),
+        (ImageFolder, {"path": "x", "max_corrupt_fraction": 1.5}, "from 0 to 1"),
+        (LabelOffset, {"source": spec(Synthetic), "after": -1}, "after is -1"),
+    ],
+)
+def test_fields_out_of_range_are_refused_in_configs(make, fields, says):
+    with pytest.raises(UserError, match=says):
+        build(spec(make, **fields))
+
+
+def test_stored_names_of_version_0_1_load():
+    """A LabelOffset of inverted images and a folder, as 0.1 wrote them."""
+    stored = {
+        "make": {"name": "sit_jax.data.further.Further"},
+        "source": {
+            "make": {"name": "sit_jax.data.styles.Styled"},
+            "source": {"make": {"name": "sit_jax.data.sources.Digits"}},
+            "style": {"name": "sit_jax.data.styles.inverted"},
+        },
+        "after": 10,
+    }
+    source = build(from_json(stored, "source"))
+    assert isinstance(source, LabelOffset) and source.classes == 20
+    np.testing.assert_array_equal(source[0]["image"], 255 - Digits()[0]["image"])
+    folder = {"name": "sit_jax.data.folders.ImageFolder"}
+    stored = {"make": folder, "path": "x", "broken_share": 0.25}
+    assert from_json(stored, "source").max_corrupt_fraction == 0.25
 
 
 def test_synthetic_records_follow_from_seed_and_index():
@@ -127,80 +159,57 @@ def test_latent_folder_parses_no_python_in_its_threads(tmp_path, monkeypatch):
     np.testing.assert_array_equal(batch["latent"][:, 0, 0, 0], 100 * batch["label"])
 
 
-def spoil_missing(path):
-    for file in path.rglob("*.npy"):
-        file.unlink()
-    for part in ("features", "labels"):
-        (path / f"imagenet256_{part}").rmdir()
-
-
-def spoil_empty(path):
-    for file in path.rglob("*.npy"):
-        file.unlink()
-
-
-def spoil_count(path):
-    (path / "imagenet256_labels/2.npy").unlink()
-
-
-def spoil_garbage(path):
-    (path / "imagenet256_features/0.npy").write_bytes(b"nothing of the kind")
-
-
-def spoil_truncated(path):
-    file = path / "imagenet256_features/0.npy"
-    file.write_bytes(file.read_bytes()[:-5])
-
-
-def spoil_pickle(path):
-    array = np.array([{"code": 1}], object)
-    np.save(path / "imagenet256_features/0.npy", array)
-
-
-def spoil_rank(path):
-    np.save(path / "imagenet256_features/0.npy", np.zeros((2, 4, 2, 3), np.float32))
-
-
-def spoil_dtype(path):
-    np.save(path / "imagenet256_features/0.npy", np.zeros((1, 4, 2, 3), np.int32))
-
-
-def spoil_label(path):
-    np.save(path / "imagenet256_labels/0.npy", np.array([4]))
-
-
-def spoil_label_shape(path):
-    np.save(path / "imagenet256_labels/0.npy", np.array([1, 2]))
+FEATURE, LABEL = "imagenet256_features/0.npy", "imagenet256_labels/0.npy"
 
 
 @pytest.mark.parametrize(
-    "spoil, says",
+    "name, value, says",
     [
-        (spoil_missing, "no folder .*imagenet256_features; --config.source.path=DIR"),
-        (spoil_empty, "no .npy files in .*imagenet256_features; --config.source"),
-        (spoil_count, r"4 latents and 3 labels; 2\.npy"),
-        (spoil_garbage, r"cannot read .*features/0\.npy"),
-        (spoil_truncated, r"cannot read .*features/0\.npy"),
-        (spoil_pickle, r"cannot read .*features/0\.npy \(no .npy file of numbers"),
-        (spoil_rank, r"features/0\.npy holds float32 \[2, 4, 2, 3\]"),
-        (spoil_dtype, r"features/0\.npy holds int32"),
-        (spoil_label, r"labels/0\.npy holds label 4, but there are 4 classes \(0..3\)"),
-        (spoil_label_shape, r"labels/0\.npy holds int64 \[2\]"),
+        ("imagenet256_labels/2.npy", None, r"4 latents and 3 labels; 2\.npy"),
+        (FEATURE, b"nothing of the kind", r"cannot read .*features/0\.npy"),
+        (FEATURE, b"\x93NUMPY\1\0v\0{'descr'", r"cannot read .*features/0\.npy"),
+        (FEATURE, np.array([{"a": 1}], object), r"0\.npy \(no .npy file of numbers"),
+        (FEATURE, np.zeros((2, 4, 2, 3), np.float32), r"0\.npy holds float32 of anoth"),
+        (FEATURE, np.zeros(4, np.float32), r"0\.npy holds float32 of another shape"),
+        (FEATURE, np.zeros((1, 4, 2, 3), np.int32), r"features/0\.npy holds int32"),
+        (LABEL, np.array([4]), r"labels/0\.npy holds no label of 4 classes \(0..3\)"),
+        (LABEL, np.array([-1]), r"labels/0\.npy holds no label of 4 classes"),
+        (LABEL, np.array([1, 2]), r"labels/0\.npy holds no label of 4 classes"),
     ],
+    ids="pair text header pickle batch rank dtype range negative two".split(),
 )
-def test_latent_folder_names_what_is_wrong(tmp_path, spoil, says):
-    spoil(write_folder(tmp_path))
+def test_latent_folder_names_what_is_wrong(tmp_path, name, value, says):
+    file = write_folder(tmp_path) / name
+    if value is None:
+        file.unlink()
+    elif isinstance(value, bytes):
+        file.write_bytes(value)
+    else:
+        np.save(file, value)
     with pytest.raises(UserError, match=says) as caught:
         LatentFolder(tmp_path, classes=4)
     assert "\n" not in str(caught.value)
 
 
-def test_latent_folder_refuses_a_latent_of_another_size(tmp_path):
+def test_latent_folder_refuses_a_latent_of_another_size_or_cut_short(tmp_path):
     source = LatentFolder(write_folder(tmp_path), classes=4)
     wrong = np.zeros((1, 4, 3, 3), np.float32)
-    np.save(tmp_path / "imagenet256_features/1.npy", wrong)
-    with pytest.raises(UserError, match=r"1\.npy .*\[2, 3, 4\] as in 0\.npy"):
+    file = tmp_path / "imagenet256_features/1.npy"
+    np.save(file, wrong)
+    with pytest.raises(UserError, match=r"1\.npy .*another shape .* as in 0\.npy"):
         source[1]
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(UserError, match=r"cannot read .*features/1\.npy"):
+        source[1]
+
+
+@pytest.mark.parametrize("make", [True, False], ids=["empty", "missing"])
+def test_latent_folder_without_files_names_other_sources(tmp_path, make):
+    if make:
+        (tmp_path / "imagenet256_features").mkdir()
+    says = "no .npy files in .*imagenet256_features; --config.source.path=DIR"
+    with pytest.raises(UserError, match=says):
+        LatentFolder(tmp_path)
 
 
 def test_sources_can_be_pickled(tmp_path):
@@ -225,18 +234,17 @@ def test_arrays_are_records():
 @pytest.mark.parametrize(
     "images, labels, classes, says",
     [
-        (np.zeros((2, 4, 4), np.uint8), [0, 0], None, r"uint8 \[2, 4, 4\]; give uint8"),
-        (np.zeros((2, 4, 4, 3)), [0, 0], None, "float64"),
-        (np.zeros((2, 4, 4, 3), np.uint8), [0], None, r"int64 \[1\]; give 2 integers"),
-        (np.zeros((2, 4, 4, 3), np.uint8), [0.0, 1.0], None, "float64"),
-        (np.zeros((2, 4, 4, 3), np.uint8), [0, 5], 5, "from 0 to 5, but there are 5"),
-        (np.zeros((2, 4, 4, 3), np.uint8), [-1, 0], None, "from -1 to 0"),
+        (np.zeros((2, 4, 4), np.uint8), [0, 0], 1, r"images are \[2, 4, 4\], labels"),
+        (np.zeros((2, 4, 4, 3), np.uint8), [0], 1, r"labels \[1\]; give"),
+        (np.zeros((1, 4, 4, 3)), [0], 1, "image 0 .* is float64"),
+        (np.zeros((1, 4, 4, 3), np.uint8), [5], 5, "label 5, but there are 5"),
+        (np.zeros((1, 4, 4, 3), np.uint8), [-1], None, "label -1"),
     ],
-    ids=["rank", "dtype", "count", "floats", "large", "negative"],
+    ids=["rank", "count", "dtype", "large", "negative"],
 )
 def test_arrays_of_other_kinds_are_refused(images, labels, classes, says):
     with pytest.raises(UserError, match=says):
-        Arrays(images, labels, classes)
+        read_record(Arrays(images, labels, classes), 0)
 
 
 def test_label_offset_numbers_classes_after_those_of_the_base():
@@ -249,8 +257,6 @@ def test_label_offset_numbers_classes_after_those_of_the_base():
     for record in (source[0], source.flipped(0), copy[0]):
         assert record["label"] == 7 and record["label"].dtype == np.int32
     np.testing.assert_array_equal(source.flipped(1)["image"], images[1][:, ::-1])
-    with pytest.raises(UserError, match="source.after is -1"):
-        LabelOffset(plain, after=-1)
 
 
 def test_image_transform_changes_images_and_keeps_labels():

@@ -21,6 +21,7 @@ from sit_jax.config import from_json
 from sit_jax.convert import peft, vae
 from sit_jax.convert.inception import read_graph_constants
 from sit_jax.convert.state_dict import read_torch_file
+from sit_jax.convert.vae import read_vae_config
 from sit_jax.data.archives import TarFiles, read_members
 from sit_jax.data.images import to_rgb
 from sit_jax.data.latent_cache import (
@@ -76,7 +77,7 @@ def metadata(path):
 
 
 def vae_config(path):
-    vae.read_vae_config(path)
+    read_vae_config(path)
 
 
 def adapter_config(path):
