@@ -63,7 +63,7 @@ FOUND = {  # by tests/fuzzing/run.py, or by the mutants above
         b'{"peft_type": "LORA", "rank_pattern": {"%s": 1}}' % pattern
         for pattern in (b"(a+)+$", b"(", b"(b|bl|blo)*x", b".*.*.*.*.*x")
     ],
-    "tags": [b'"x"', b"[1]", *(b'{"shards": %d}' % n for n in (0, -1))],
+    "metadata": [b'"x"', b"[1]", *(b'{"shards": %d}' % n for n in (0, -1))],
     "graph": [
         b"\n)\n\x01a\x12\x05Const*\x1d\n\x05value\x12\x14@\x12\x08\x01\x12\x04"
         b'\x12\x02\x08\x02"\x08\0\0\x80?\0\0\x80?'
@@ -78,6 +78,6 @@ def test_what_was_found_once(name):
 
 
 @pytest.mark.parametrize("change", [{"shards": 0}, {"shape": [1]}, {"dtype": "O"}])
-def test_tags_that_make_no_sense(change):
-    whole = json.loads(next(iter(READERS["tags"][2]())))
-    check("tags", json.dumps(whole | change).encode())
+def test_metadata_that_makes_no_sense(change):
+    whole = json.loads(next(iter(READERS["metadata"][2]())))
+    check("metadata", json.dumps(whole | change).encode())

@@ -151,7 +151,7 @@ def read_adapter_files(path: Any) -> AdapterFiles:
     tensors = Tensors(opened, {name: (name,) for name in opened.content()})
     if has_config:
         config = _checked_config(
-            config_file, _parse(config_file, config_file.read_text())
+            config_file, _parse(config_file, config_file.read_bytes())
         )
     else:
         config = _metadata_config(file, opened.metadata().get(METADATA))

@@ -354,7 +354,7 @@ def read_last_record(shard: Path) -> dict:
     try:
         file = ArrayRecordReader(str(shard))
         return parse_json(file.read([file.num_records() - 1])[0])
-    except (ValueError, IndexError, RuntimeError) as error:
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:  # of no records
         raise _damaged(shard, error) from error
 
 

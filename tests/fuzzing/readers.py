@@ -18,7 +18,7 @@ from PIL import Image
 
 from sit_jax import files
 from sit_jax.config import from_json
-from sit_jax.convert import peft, vae
+from sit_jax.convert import peft
 from sit_jax.convert.inception import read_graph_constants
 from sit_jax.convert.state_dict import read_torch_file
 from sit_jax.convert.vae import read_vae_config
@@ -81,9 +81,9 @@ def vae_config(path):
 
 
 def adapter_config(path):
-    config = peft._config(path)
-    for pattern in ("rank_pattern", "alpha_pattern"):
-        peft._matched(config.get(pattern), "blocks.0.attn.qkv" * 5, 1)
+    safetensors.numpy.save_file(LORA, path.parent / peft.WEIGHTS)
+    path.rename(path.parent / peft.CONFIG)
+    peft.read_adapter_files(path.parent)
 
 
 def adapter(path):
@@ -202,8 +202,8 @@ METADATA = CacheMetadata(
 )
 ADAPTER = {
     "peft_type": "LORA",
-    "r": 2,
-    "rank_pattern": {"attn.qkv": 4},
+    "r": 4,
+    "rank_pattern": {"attn.qkv": 2},
     "lora_alpha": 1,
 }
 LORA = {
