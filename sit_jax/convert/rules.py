@@ -6,11 +6,13 @@ axis 0 of the Flax array. Neighbouring rules with the same text before the `*` a
 run of layers, and rules stand in the order of torch's own state_dict.
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -18,7 +20,7 @@ from sit_jax.errors import UserError
 from sit_jax.models.dit import DiT
 from sit_jax.models.layers import sincos_pos_embed_2d
 from sit_jax.models.mdt import MDT, MDTv2, relative_positions
-from sit_jax.models.vae import first_level_of_finish
+from sit_jax.models.vae import AutoencoderKL
 
 
 class WeightRule(NamedTuple):
@@ -200,20 +202,6 @@ def dense_rules(torch: str, flax: str) -> list[WeightRule]:
     ]
 
 
-def _conv_rules(torch: str, flax: str) -> list[WeightRule]:
-    return [
-        WeightRule(f"{torch}.weight", f"{flax}/kernel", "oihw->hwio"),
-        WeightRule(f"{torch}.bias", f"{flax}/bias", "o->o"),
-    ]
-
-
-def _norm_rules(torch: str, flax: str) -> list[WeightRule]:
-    return [
-        WeightRule(f"{torch}.weight", f"{flax}/scale", "o->o"),
-        WeightRule(f"{torch}.bias", f"{flax}/bias", "o->o"),
-    ]
-
-
 def _block_rules(torch: str, flax: str) -> list[WeightRule]:
     return [
         *dense_rules(f"{torch}.*.attn.qkv", f"{flax}/attn/qkv"),
@@ -333,14 +321,48 @@ _COMPVIS = [
 ]
 
 
-def vae_rules(model) -> Rules:
+# Our modules -> diffusers', tried in this order.
+_VAE_NAMES = [
+    (r"encoder/quant", "quant_conv"),
+    (r"decoder/begin/post_quant", "post_quant_conv"),
+    (r"decoder/(begin|finish)", "decoder"),
+    (r"down_(\d+)_(\d+)", r"down_blocks/\1/resnets/\2"),
+    (r"halve_(\d+)", r"down_blocks/\1/downsamplers/0/conv"),
+    (r"up_(\d+)_(\d+)", r"up_blocks/\1/resnets/\2"),
+    (r"middle/before", "mid_block/resnets/0"),
+    (r"middle/after", "mid_block/resnets/1"),
+    (r"middle/attention/norm", "mid_block/attentions/0/group_norm"),
+    (r"middle/attention/out", "mid_block/attentions/0/to_out/0"),
+    (r"middle/attention/([qkv])", r"mid_block/attentions/0/to_\1"),
+    (r"/norm_out", "/conv_norm_out"),
+    (r"/shortcut", "/conv_shortcut"),
+    (r"/(kernel|scale)$", "/weight"),
+]
+_LAYOUTS = {1: "o->o", 2: "oi->io", 4: "oihw->hwio"}  # by the number of axes
+MAX_LEVELS = 8  # of a VAE; a config's word about sizes is a stranger's
+
+
+@functools.cache
+def vae_param_shapes(model: AutoencoderKL) -> dict:
+    """Returns the shapes of a VAE's parameters."""
+    if len(model.channels) > MAX_LEVELS:
+        raise UserError(f"{len(model.channels)} levels are no VAE's: more than 8")
+    image = jax.ShapeDtypeStruct((1, model.factor, model.factor, 3), np.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+
+
+def vae_rules(model: AutoencoderKL) -> Rules:
     """Returns the rules of an AutoencoderKL, in diffusers' names of today."""
-    return [
-        *_vae_encoder(model),
-        *_vae_decoder(model),
-        *_conv_rules("quant_conv", "encoder/quant"),
-        *_conv_rules("post_quant_conv", "decoder/begin/post_quant"),
-    ]
+    rules = []
+    for path, leaf in flatten_dict(vae_param_shapes(model), sep="/").items():
+        name = path
+        for pattern, new in _VAE_NAMES:
+            name = re.sub(pattern, new, name)
+        # The upsampler of a level stands with the level below in diffusers.
+        double = lambda match: f"up_blocks/{int(match[1]) - 1}/upsamplers/0/conv"
+        name = re.sub(r"double_(\d+)", double, name)
+        rules.append(WeightRule(name.replace("/", "."), path, _LAYOUTS[leaf.ndim]))
+    return rules
 
 
 def to_diffusers_names(names: Iterable[str], levels: int) -> dict[str, str]:
@@ -373,63 +395,3 @@ def squeeze_attention(name: str, array: np.ndarray) -> np.ndarray:
     if is_attention and array.shape[2:] == (1, 1):
         return array[..., 0, 0]
     return array
-
-
-def _vae_encoder(model) -> Iterator[WeightRule]:
-    torch, flax = "encoder", "encoder"
-    yield from _conv_rules(f"{torch}.conv_in", f"{flax}/conv_in")
-    before = model.channels[0]
-    for i, width in enumerate(model.channels):
-        level = f"{torch}.down_blocks.{i}"
-        for j in range(model.layers):
-            changes, before = width != before, width
-            yield from _vae_residual(
-                f"{level}.resnets.{j}", f"{flax}/down_{i}_{j}", changes
-            )
-        if i < len(model.channels) - 1:
-            yield from _conv_rules(f"{level}.downsamplers.0.conv", f"{flax}/halve_{i}")
-    yield from _vae_middle(torch, flax)
-    yield from _vae_out(torch, flax)
-
-
-def _vae_decoder(model) -> Iterator[WeightRule]:
-    torch, last = "decoder", len(model.channels) - 1
-    first = first_level_of_finish(model.channels)
-    part = lambda level: f"decoder/{'begin' if level < first else 'finish'}"
-    yield from _conv_rules(f"{torch}.conv_in", "decoder/begin/conv_in")
-    before = model.channels[-1]
-    for i, width in enumerate(reversed(model.channels)):
-        level = f"{torch}.up_blocks.{i}"
-        for j in range(model.layers + 1):
-            changes, before = width != before, width
-            flax = f"{part(i)}/up_{i}_{j}"
-            yield from _vae_residual(f"{level}.resnets.{j}", flax, changes)
-        if i < last:
-            flax = f"{part(i + 1)}/double_{i + 1}"
-            yield from _conv_rules(f"{level}.upsamplers.0.conv", flax)
-    yield from _vae_middle(torch, "decoder/begin")
-    yield from _vae_out(torch, "decoder/finish")
-
-
-def _vae_middle(torch: str, flax: str) -> Iterator[WeightRule]:
-    torch, flax = f"{torch}.mid_block", f"{flax}/middle"
-    attention = f"{torch}.attentions.0"
-    yield from _norm_rules(f"{attention}.group_norm", f"{flax}/attention/norm")
-    for name in "qkv":
-        yield from dense_rules(f"{attention}.to_{name}", f"{flax}/attention/{name}")
-    yield from dense_rules(f"{attention}.to_out.0", f"{flax}/attention/out")
-    yield from _vae_residual(f"{torch}.resnets.0", f"{flax}/before")
-    yield from _vae_residual(f"{torch}.resnets.1", f"{flax}/after")
-
-
-def _vae_residual(torch: str, flax: str, changes_width=False) -> Iterator[WeightRule]:
-    for i in (1, 2):
-        yield from _norm_rules(f"{torch}.norm{i}", f"{flax}/norm{i}")
-        yield from _conv_rules(f"{torch}.conv{i}", f"{flax}/conv{i}")
-    if changes_width:
-        yield from _conv_rules(f"{torch}.conv_shortcut", f"{flax}/shortcut")
-
-
-def _vae_out(torch: str, flax: str) -> Iterator[WeightRule]:
-    yield from _norm_rules(f"{torch}.conv_norm_out", f"{flax}/norm_out")
-    yield from _conv_rules(f"{torch}.conv_out", f"{flax}/conv_out")

@@ -1,12 +1,8 @@
 """Stable Diffusion's autoencoder from diffusers' or CompVis' files, by path or name."""
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
-
-import jax
-import jax.numpy as jnp
 
 from sit_jax.convert import pretrained
 from sit_jax.convert.diffusers import STEM, find_weights
@@ -16,6 +12,7 @@ from sit_jax.convert.rules import (
     squeeze_attention,
     to_diffusers_names,
     to_flax,
+    vae_param_shapes,
     vae_rules,
 )
 from sit_jax.convert.state_dict import read_torch_file
@@ -182,7 +179,7 @@ def _read_params(path, model, config):
         params, spare = to_flax(vae_rules(model), state)
         if spare:
             raise UserError(f"weights have in addition {join_names(sorted(spare))}")
-        require_match(_param_shapes(model), params)
+        require_match(vae_param_shapes(model), params)
     except UserError as error:
         described = (
             f"described by {config}"
@@ -191,9 +188,3 @@ def _read_params(path, model, config):
         )
         raise UserError(f"{path} does not hold a VAE {described}: {error}") from error
     return params
-
-
-@functools.cache
-def _param_shapes(model):
-    image = jax.ShapeDtypeStruct((1, model.factor, model.factor, 3), jnp.float32)
-    return jax.eval_shape(model.init, jax.random.key(0), image)["params"]
