@@ -40,14 +40,18 @@ WEIGHTS = {
     "velocity": velocity_weight,
     "likelihood": likelihood_weight,
 }
+PROCESS = {  # of SiT's args -> fields of an Interpolant
+    "path_type": ("path", PATHS),
+    "prediction": ("prediction", PREDICTIONS),
+    "loss_weight": ("loss_weight", WEIGHTS),
+}
 SETTINGS = {  # of the originals' args -> ours
     "global_batch_size": "batch_size",
     "global_seed": "seed",
     "log_every": "log_every",
     "ckpt_every": "save_every",
-    "sample_every": "sample_every",
-    "cfg_scale": "guidance",
 }
+SIT_SETTINGS = {"sample_every": "sample_every", "cfg_scale": "guidance"}
 _CHECKED = ("model", "process", "shape")
 _X_EMBEDDER = "x_embedder.proj.weight"
 _LABELS = "y_embedder.embedding_table.weight"
@@ -109,24 +113,20 @@ def train_args(config: Any) -> dict[str, Any]:
         "image_size": 8 * config.shape[0],
         "num_classes": model.classes,
         "epochs": 1400,
-        "global_batch_size": config.batch_size,
-        "global_seed": config.seed,
         "vae": "ema",
         "num_workers": 4,
-        "log_every": config.log_every,
-        "ckpt_every": config.save_every,
+        **{theirs: config[ours] for theirs, ours in SETTINGS.items()},
     }
     process = build(config.process)
     if family != "SiT" or not isinstance(process, Interpolant):
         return args
+    for theirs, (field, table) in PROCESS.items():
+        args[theirs] = _name_of(getattr(process, field), table)
     return args | {
         "sample_every": config.sample_every,
         "cfg_scale": float(getattr(config.guidance, "scale", config.guidance)),
         "wandb": False,
         "ckpt": None,
-        "path_type": _name_of(process.path, PATHS),
-        "prediction": _name_of(process.prediction, PREDICTIONS),
-        "loss_weight": _name_of(process.loss_weight, WEIGHTS),
         "sample_eps": process.sample_eps,
         "train_eps": process.train_eps,
     }
@@ -263,18 +263,12 @@ def _process(args):
     train, sample = args["train_eps"], args["sample_eps"]
     if ignored or train is None:
         train = sample = None
-    return spec(
-        Interpolant,
-        path=PATHS[args["path_type"]],
-        prediction=PREDICTIONS[args["prediction"]],
-        loss_weight=WEIGHTS[args["loss_weight"]],
-        train_eps=train,
-        sample_eps=sample,
-    )
+    fields = {ours: table[args[arg]] for arg, (ours, table) in PROCESS.items()}
+    return spec(Interpolant, train_eps=train, sample_eps=sample, **fields)
 
 
 def _set_run(config, args, file):
-    for theirs, ours in SETTINGS.items():
+    for theirs, ours in (SETTINGS | SIT_SETTINGS).items():
         if theirs in args:
             config[ours] = args[theirs]
     if file.ema_rates:

@@ -338,6 +338,12 @@ _VAE_NAMES = [
     (r"/shortcut", "/conv_shortcut"),
     (r"/(kernel|scale)$", "/weight"),
 ]
+_VAE_ORDER = (  # of names within a module, as torch registers them
+    "encoder decoder quant_conv post_quant_conv conv_in down_blocks up_blocks "
+    "mid_block attentions group_norm to_q to_k to_v to_out resnets norm1 conv1 norm2 "
+    "conv2 conv_shortcut downsamplers upsamplers conv conv_norm_out conv_out "
+    "weight bias"
+).split()
 _LAYOUTS = {1: "o->o", 2: "oi->io", 4: "oihw->hwio"}  # by the number of axes
 MAX_LEVELS = 8  # of a VAE; a config's word about sizes is a stranger's
 
@@ -362,7 +368,8 @@ def vae_rules(model: AutoencoderKL) -> Rules:
         double = lambda match: f"up_blocks/{int(match[1]) - 1}/upsamplers/0/conv"
         name = re.sub(r"double_(\d+)", double, name)
         rules.append(WeightRule(name.replace("/", "."), path, _LAYOUTS[leaf.ndim]))
-    return rules
+    place = lambda word: int(word) if word.isdigit() else _VAE_ORDER.index(word)
+    return sorted(rules, key=lambda rule: [*map(place, rule.torch_name.split("."))])
 
 
 def to_diffusers_names(names: Iterable[str], levels: int) -> dict[str, str]:
