@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT
+from hostile import Runs
 from recorded import FOLDER, weights
 from small import called, losses, script
 
@@ -64,6 +65,9 @@ def test_a_released_file_goes_in_and_out(tmp_path, port):
             rf"^{part} +32 +0 +(\w+)\n +(\w+)$", out, re.M
         ).groups()
         assert ours == theirs
+    assert f"{hashlib.sha256(BARE.read_bytes()).hexdigest()}  {BARE}" in out
+    params, _ = to_flax(DIT_RULES, weights("sit_a"))
+    assert f"{weights_hash(params)}  ema, as sample.py's" in out
     assert re.search(r"^[\d.]+ s, peak memory [\d.]+ GB$", out, re.M)
     code, out, err = port(tmp_path / "ck", tmp_path / "x.pt")
     assert (code, err) == (0, "")
@@ -72,13 +76,6 @@ def test_a_released_file_goes_in_and_out(tmp_path, port):
     assert list(back) == list(weights("sit_a"))
     for name, array in weights("sit_a").items():
         np.testing.assert_array_equal(back[name], array)
-
-
-def test_the_report_names_both_sides_by_their_hashes(tmp_path, port):
-    code, out, _ = port(BARE, tmp_path / "ck", *SIT_A)
-    assert f"{hashlib.sha256(BARE.read_bytes()).hexdigest()}  {BARE}" in out
-    params, _ = to_flax(DIT_RULES, weights("sit_a"))
-    assert f"{weights_hash(params)}  ema, as sample.py's" in out
 
 
 def test_a_run_of_the_original_goes_out_as_it_came(tmp_path, port, ported):
@@ -239,13 +236,8 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, port, ported, arguments, tol
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-class Runs:
-    def __reduce__(self):
-        return os.mkdir, ("ran",)
-
-
 def test_port_weights_runs_no_code_of_a_file(tmp_path):
-    torch.save({"ema": {"a": torch.ones(2)}, "x": Runs()}, tmp_path / "x.pt")
+    torch.save({"ema": {"a": torch.ones(2)}, "x": Runs("ran")}, tmp_path / "x.pt")
     ended = script("port_weights.py", tmp_path / "x.pt", tmp_path / "ck")
     assert ended.returncode == 2
     assert ended.stderr.count("\n") == 1

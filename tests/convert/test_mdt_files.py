@@ -5,16 +5,16 @@ import re
 import jax
 import numpy as np
 import pytest
-import small
 import torch
-from recorded import FOLDER, case, weights
+from recorded import case, weights
 from small import called
+from torch_releases import assert_same_state, golden, loaded, stored
 
 from sit_jax import checkpoint
 from sit_jax.cli import port_weights
 from sit_jax.config import build
 from sit_jax.convert import tensor_files
-from sit_jax.convert.checkpoint import CheckpointExport, open_torch_file
+from sit_jax.convert.checkpoint import open_torch_file
 from sit_jax.convert.rules import to_torch
 from sit_jax.convert.state_dict import read_torch_file
 from sit_jax.errors import UserError
@@ -27,28 +27,6 @@ pytestmark = pytest.mark.slow  # together they compile for a minute or two
 
 SUFFIXES = {"mdt1_a": MDT, "mdt2_a": MDTv2}
 INDEX = "relative_position_index"
-
-
-def golden(name):
-    return FOLDER / "weights" / f"{name}.pt"
-
-
-def loaded(path):
-    return torch.load(path, weights_only=True)
-
-
-def assert_same_state(one, other):
-    assert list(one) == list(other)
-    for name, tensor in other.items():
-        ours = one[name] if isinstance(one[name], np.ndarray) else one[name].numpy()
-        assert ours.dtype == tensor.numpy().dtype, name
-        np.testing.assert_array_equal(ours, tensor)
-
-
-def stored(found, directory):
-    items, meta = found.items()
-    small.save(directory, meta["step"], meta, **items)
-    return CheckpointExport(*checkpoint.find_step(directory))
 
 
 @pytest.mark.parametrize("name", SUFFIXES)
@@ -162,6 +140,7 @@ def _moments(node):
 
 @pytest.fixture
 def port(monkeypatch, capsys):
+    """Runs the script here; -> exit code, stdout, stderr."""
     return lambda *words: called(port_weights.main, monkeypatch, capsys, *words)
 
 
