@@ -77,10 +77,8 @@ class TorchWeights:
         step = adam.step if adam else 0
         if adam:
             param_group(self.config, step)  # refuses optimizers of another meaning
-            tx, count = (
-                build_experiment(self.config, _ROLES).optimizer,
-                put_here(np.asarray(step, np.int32)),
-            )
+            tx = build_experiment(self.config, _ROLES).optimizer
+            count = put_here(np.asarray(step, np.int32))
             moments = [convert(state) for state in adam.moments.values()]
             items["opt_state"] = to_optax(tx, items["params"], count, moments)
         if drifted := self._drifted_constants():
@@ -99,11 +97,8 @@ class TorchWeights:
             part: {name: np.array(state[name]) for name in ours}
             for part, state in (("model", file.model), ("ema", file.ema))
         }
-        is_same = all(
-            np.array_equal(state[name], ours[name])
-            for state in theirs.values()
-            for name in ours
-        )
+        expected = dict.fromkeys(theirs, ours)
+        is_same = jax.tree.all(jax.tree.map(np.array_equal, theirs, expected))
         return None if is_same else theirs
 
 
@@ -275,13 +270,8 @@ class CheckpointExport:
         is_stored = "constants" in checkpoint.items(self.directory, self.step)
         if not is_stored or part not in ("model", "ema"):
             return ours
-        like = {
-            part: {
-                name: jax.ShapeDtypeStruct(table.shape, table.dtype)
-                for name, table in ours.items()
-            }
-            for part in ("model", "ema")
-        }
+        shape = lambda table: jax.ShapeDtypeStruct(table.shape, table.dtype)
+        like = jax.tree.map(shape, {"model": ours, "ema": ours})
         theirs = dict(self._leaves("constants", like))
         return {name: theirs[f"{part}/{name}"] for name in ours}
 

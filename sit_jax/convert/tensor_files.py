@@ -63,9 +63,9 @@ class TensorFile(abc.ABC):
         """Returns the texts that a .safetensors holds beside its tensors."""
         return {}
 
-    @abc.abstractmethod
     def is_state_dict(self, value: Any) -> bool:
         """Tells whether a part of content() is a dict of tensors alone."""
+        return bool(value)
 
     @abc.abstractmethod
     def shape_and_dtype(self, keys: tuple) -> tuple[tuple[int, ...], str]:
@@ -201,9 +201,6 @@ class _PickledFile(TensorFile):
 
 
 class _SafetensorsFile(TensorFile):
-    def is_state_dict(self, value):
-        return bool(value)
-
     def shape_and_dtype(self, keys):
         part = self.content()[keys[0]].get_slice(keys[0])
         dtype = part.get_dtype()
@@ -234,9 +231,6 @@ class _ShardedFile(TensorFile):
     def paths(self):
         shards = {shard.path: shard for shard in self.content().values()}
         return [self.path, *shards]
-
-    def is_state_dict(self, value):
-        return bool(value)
 
     def shape_and_dtype(self, keys):
         return self.content()[keys[0]].shape_and_dtype(keys)
