@@ -316,7 +316,7 @@ def test_parts_in_a_bucket(bucket):
     with pytest.raises(UserError, match="x.npz.parts holds parts of other samples"):
         PartialResults(out, "other")
     parts.save(0, {"images": batches[0]})
-    assert PartialResults(out, "digest").checked(2) == []
+    assert PartialResults(out, "digest").check(2) == []
     outputs.assemble(out, parts, 2, np.arange(4))
     parts.remove()
     assert list(list_files(bucket / "out")) == ["x.npz"]

@@ -28,7 +28,7 @@ def parts(out):
 
 def test_they_come_back_as_they_were(parts, out):
     again = PartialResults(out, "abc")
-    assert again.checked(6) == [4, 5]
+    assert again.check(6) == [4, 5]
     for batch in range(4):
         found = again.read(batch)
         assert found.keys() == some(batch).keys()
@@ -44,7 +44,7 @@ def test_a_flipped_bit_is_noticed_or_does_no_harm(parts, capsys, seed):
     data = bytearray(path.read_bytes())
     data[rng.integers(len(data))] ^= 1 << rng.integers(8)
     path.write_bytes(data)
-    if parts.checked(4):
+    if parts.check(4):
         assert parts.missing(4) == [2] and not path.exists()
         said = capsys.readouterr().err
         assert (
@@ -62,7 +62,7 @@ def test_half_of_one_another_ones_and_a_renamed_one_are_made_again(parts, out, c
     foreign.write_bytes((other.folder / foreign.name).read_bytes())
     renamed.write_bytes((parts.folder / "000002.npz").read_bytes())
     (parts.folder / ".000004.77.npz").touch()  # a draft that a kill has left
-    assert parts.checked(4) == [0, 1, 3]
+    assert parts.check(4) == [0, 1, 3]
     lines = capsys.readouterr().err.splitlines()
     ends = [line.rpartition(".npz ")[2] for line in lines]
     assert "is damaged" in ends[0]

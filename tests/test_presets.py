@@ -18,7 +18,7 @@ from sit_jax.sampling import presets
 
 
 def configured(name):
-    chosen = presets.preset(name)
+    chosen = presets.get_preset(name)
     config = (sit if name.startswith("sit") else dit)()
     with config.ignore_type():
         config.sampler, config.guidance = chosen.sampler, chosen.guidance
@@ -32,7 +32,7 @@ def test_each_is_a_recipe_that_can_be_recorded(name):
     assert build_experiment(from_json(to_json(config))).sampler == parts.sampler
     assert chosen.weights in PRETRAINED and chosen.vae in PRETRAINED
     assert chosen.rounding in ROUNDINGS
-    said = presets.described(name, chosen)
+    said = presets.describe_preset(name, chosen)
     assert chosen.figure in said and chosen.source in said and "\n" not in said
 
 
@@ -46,7 +46,7 @@ def test_the_papers_ode_takes_250_evaluations():
 
 def test_an_unknown_one_lists_the_known():
     with pytest.raises(UserError, match="there are sit-paper-ode, sit-paper-sde"):
-        presets.preset("sit")
+        presets.get_preset("sit")
 
 
 DOPRI5 = AdaptiveODE(rtol=1e-3, atol=1e-6, control=torchdiffeq_control)

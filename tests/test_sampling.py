@@ -12,6 +12,7 @@ from sample_runs import manifest
 from sit_jax.diffusion import predictions
 from sit_jax.experiment import build_experiment
 from sit_jax.sampling import run as sampling_run
+from sit_jax.sampling.job import SamplingJob
 from sit_jax.sampling.run import PartialResults
 
 run = sample_runs.run
@@ -57,6 +58,23 @@ def test_a_killed_run_goes_on_to_the_same_bytes(run, tmp_path, monkeypatch):
     assert drawn == [2]
     assert out.read_bytes() == (tmp_path / "whole.npz").read_bytes()
     assert not list(tmp_path.glob("*.parts"))
+
+
+def test_one_batch_is_written_without_parts_and_to_the_same_bytes(
+    run, tmp_path, monkeypatch
+):
+    """Against a batch that goes through numbered parts."""
+    how = ("--num", "8", "--batch-size", "8")
+    parts = []
+    begin = lambda *a, **k: parts.append(a) or PartialResults(*a, **k)
+    monkeypatch.setattr(sampling_run, "PartialResults", begin)
+    assert run(*how, "--out", tmp_path / "direct.npz")[0] == 0
+    assert not parts and not list(tmp_path.glob("*.parts"))
+    digest = SamplingJob.from_json(manifest(tmp_path / "direct.npz")["job"], "").digest
+    PartialResults(tmp_path / "parts.npz", digest)
+    assert run(*how, "--out", tmp_path / "parts.npz")[0] == 0 and parts
+    direct, in_parts = (tmp_path / f"{n}.npz" for n in ("direct", "parts"))
+    assert direct.read_bytes() == in_parts.read_bytes()
 
 
 def test_the_same_again_from_the_manifest(run, tmp_path):

@@ -5,6 +5,7 @@ preset, a config or the flags. Image i follows from the seed, its label and i al
 """
 
 import dataclasses
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,8 @@ REPEATED = set(
 
 
 @entry_point
-def main():
+def main() -> int:
+    """Runs sample.py with the arguments of the process; returns the exit code."""
     args, overrides = parse_args(_parser())
     report.check_flags(args)
     if args.plan:
@@ -57,8 +59,8 @@ def main():
         return sample(args, overrides)
 
 
-def sample(args, overrides):
-    """-> exit code, after args.out and its manifest are written."""
+def sample(args: Namespace, overrides: list[str]) -> int:
+    """Writes args.out and its manifest; returns the exit code."""
     # a kill may have come when the output was there and its parts not yet gone
     begun = is_begun(args.out, args.out)
     out = outputs.check_output(args.out, args.overwrite or begun)
@@ -66,19 +68,24 @@ def sample(args, overrides):
         raise UserError(f"--trajectory needs --out x.png, not {args.out}")
     if args.quantize is not None:
         make_quantizer(args.quantize, args.quantize_skip)
-    wanted, expected = _job(args, overrides)
-    room = _studio(wanted, None if args.force else expected)
-    outputs.check_codec(out, room.parts)
+    wanted, expected = _make_job(args, overrides)
+    context = _build_context(wanted, None if args.force else expected)
+    outputs.check_codec(out, context.parts)
     if args.save_noise:
-        noise.save_noise(args.save_noise, room, args.overwrite)
-    how = (args.overwrite, _columns(args, wanted), args.trajectory is not None)
-    lines = run_sampling_job(room, out, *how)
+        noise.save_noise(args.save_noise, context, args.overwrite)
+    lines = run_sampling_job(
+        context,
+        out,
+        overwrite=args.overwrite,
+        columns=_columns(args, wanted),
+        frames=args.trajectory is not None,
+    )
     print(*lines, out, sep="\n")
     return 0
 
 
-def plan(args, overrides):
-    """-> exit code, after what a batch would take is printed."""
+def plan(args: Namespace, overrides: list[str]) -> int:
+    """Prints what a batch would take; returns the exit code."""
     if args.weights:
         config = _open(args.weights, args.family, args.heads).config
     elif args.config:
@@ -94,8 +101,8 @@ def plan(args, overrides):
     return 0
 
 
-def likelihood(args, overrides):
-    """-> exit code, after a table of log likelihoods is written."""
+def likelihood(args: Namespace, overrides: list[str]) -> int:
+    """Writes a table of log likelihoods; returns the exit code."""
     if args.guidance not in (None, 1.0) or args.guidance_interval:
         raise UserError(
             "--likelihood: a guided field is no model's density; leave out --guidance"
@@ -152,29 +159,29 @@ def _parser():
     return parser
 
 
-def _job(args, overrides):
-    """-> the SamplingJob, and the sha256 that its weights must have, or None."""
+def _make_job(args, overrides):
+    """Returns the job, and the sha256 that its weights must have, or None."""
     if args.from_manifest:
         _require_same(args, overrides)
-        found, expected = job.read_manifest(args.from_manifest)
+        recorded, expected = job.read_manifest(args.from_manifest)
         if args.weights:
-            found = dataclasses.replace(found, weights=args.weights)
-        return found, expected
-    published = presets.preset(args.preset) if args.preset else None
-    if published:
-        print(presets.described(args.preset, published))
-    source = args.weights or (published and published.weights)
+            recorded = dataclasses.replace(recorded, weights=args.weights)
+        return recorded, expected
+    preset = presets.get_preset(args.preset) if args.preset else None
+    if preset:
+        print(presets.describe_preset(args.preset, preset))
+    source = args.weights or (preset and preset.weights)
     if not source:
         raise UserError("--weights PATH is needed, or --preset or --from-manifest")
     noise.check_noise(args.noise)
     weights = _open(source, args.family, args.heads)
-    config = flags.apply(weights.config, args, overrides, source, published)
+    config = flags.apply(weights.config, args, overrides, source, preset)
     item = "params" if args.no_ema else "ema"
     classes = config.model.classes + adapters.count_new_classes(
         args.lora, weights, item
     )
-    seed = published.seed if published and args.seed is None else args.seed or 0
-    word, number = _asked(args, published, tuple(config.shape))
+    seed = preset.seed if preset and args.seed is None else args.seed or 0
+    word, number = _requested_labels(args, preset, tuple(config.shape))
     made = job.SamplingJob(
         weights=str(source),
         config=configs.to_json(config),
@@ -186,9 +193,9 @@ def _job(args, overrides):
         noise=args.noise,
         batch_size=args.batch_size,
         weak=args.autoguidance,
-        vae=args.vae or (published.vae if published else _own_vae(args, config)),
+        vae=args.vae or (preset.vae if preset else _own_vae(args, config)),
         rounding=args.rounding
-        or (published.rounding if published else rounding_name(config.codec.rounding)),
+        or (preset.rounding if preset else rounding_name(config.codec.rounding)),
         emulate=args.emulate,
         lora=tuple(args.lora),
         quantize=args.quantize,
@@ -198,11 +205,11 @@ def _job(args, overrides):
     return made, None
 
 
-def _asked(args, published, shape):
-    """-> labels, as a word, and how many images, or None."""
+def _requested_labels(args, preset, shape):
+    """Returns the word for labels, and how many images, or None."""
     number, word = args.num, args.labels
-    if published and word is None and number is None:
-        number, word = published.num, published.labels
+    if preset and word is None and number is None:
+        number, word = preset.num, preset.labels
     if args.noise and not args.noise.startswith("torch:") and number is None:
         number = len(noise.read_noise(args.noise, shape))
     return word, number
@@ -229,7 +236,7 @@ def _open(path, family=None, heads=None):
     return WeightsRef(path, family=family, heads=heads, base=published).open()
 
 
-def _studio(wanted, expected):
+def _build_context(wanted, expected):
     weights = _open(wanted.weights, wanted.family, wanted.heads)
     weak = _open(wanted.weak) if wanted.weak else None
     return build_context(wanted, weights, weak, expected)

@@ -434,7 +434,7 @@ class _PartialFeatures:
         if multihost.is_primary():
             digest = _features_digest(source, extractor)
             self._parts = PartialResults(out, digest, overwrite=True, writes=writes)
-            todo = self._parts.checked(self._count)
+            todo = self._parts.check(self._count)
             width = sum(source.widths(extractor).values())
             size = source.count * width * FLOAT_BYTES
             require_space(absolute_path(out), max(0, size - parts_size(out)))

@@ -1,12 +1,15 @@
-"""Labels to images: the model, guided and sampled, in batches of one shape."""
+"""Draws data for labels: the model, guided and sampled, in batches of one shape."""
 
 import time
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float, Int
 
 from sit_jax.adapters.apply import apply_model
 from sit_jax.diffusion import rng
@@ -15,6 +18,7 @@ from sit_jax.diffusion.guidance import (
     guide_both_halves,
     is_unguided,
 )
+from sit_jax.experiment import Experiment
 from sit_jax.models import attention
 from sit_jax.parallel.mesh import (
     BATCH,
@@ -30,13 +34,24 @@ from sit_jax.parallel.mesh import (
 CHUNK = 2
 
 
-def make_sample_fn(parts, mesh, weak=None, around=lambda fn: fn):
-    """-> generate(params, keys [B], labels [B], start [B, H, W, C]) -> (data, stats).
+def make_sample_fn(
+    parts: Experiment,
+    mesh: Mesh,
+    weak: Any = None,
+    around: Callable[[Callable], Callable] = lambda fn: fn,
+) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """Returns the function that turns noise and labels of a batch into data.
 
-    parts: an Experiment; keys: noise.image_keys; start: the sampler's first noise.
-    weak: a second model, to be led away from; params is then a pair. given: noise of
-    the sampler's steps [steps, B, H, W, C], instead of the keys'. around: fn -> fn,
-    put around each network: its precision.
+    Args:
+        parts: the experiment: model, process, sampler, guidance.
+        mesh: the devices of the batch.
+        weak: a guiding model for autoguidance; params is then a pair.
+        around: fn -> fn, put around each network: its precision.
+
+    Returns:
+        generate(params, keys [B], labels [B], start [B, H, W, C], given=None), which
+        returns data [B, H, W, C] and stats. keys: rng.image_keys; start: the sampler's
+        first noise; given: noise of its steps [steps, B, H, W, C] instead of the keys'.
     """
     platform = mesh.devices.flat[0].platform
 
@@ -73,8 +88,8 @@ def make_sample_fn(parts, mesh, weak=None, around=lambda fn: fn):
     return generate
 
 
-def map_fixed_batches(apply, mesh):
-    """apply(params, x [B, ...], t [B], y [B]), CHUNK rows at a time on every device.
+def map_fixed_batches(apply: Callable, mesh: Mesh) -> Callable:
+    """Makes apply(params, x, t, labels) run on CHUNK rows at a time on every device.
 
     XLA's CPU backend chooses the code of a matrix product, and with it the last bits,
     by the number of rows. One shape for all batches makes an image independent of
@@ -102,44 +117,72 @@ def map_fixed_batches(apply, mesh):
 
 
 class BatchSampler:
-    """Draws any number of images with one compiled program for batch_size of them.
+    """Draws any number of images with one compiled program for a batch of them.
 
-    batch_size is rounded up to a multiple of the devices. An image does not depend on
-    it, but with an adaptive sampler whose error is one norm over the batch.
-    weak: a second network, (model, params), for autoguidance; around: see
-    make_sample_fn; kicks: how many steps' noise will be given.
+    An image does not depend on the batch size, except with an adaptive sampler whose
+    error is one norm over the batch.
+
+    Args:
+        parts: the experiment.
+        params: its model's parameters.
+        mesh: the devices.
+        batch_size: is rounded up to a multiple of the devices.
+        weak: (model, params) of a guiding model, for autoguidance.
+        kicks: for how many steps noise will be given.
+        around: see make_sample_fn.
     """
 
     def __init__(
         self,
-        parts,
-        params,
-        mesh,
-        batch_size,
-        weak=None,
-        kicks=0,
-        around=lambda fn: fn,
+        parts: Experiment,
+        params: Any,
+        mesh: Mesh,
+        batch_size: int,
+        *,
+        weak: tuple | None = None,
+        kicks: int = 0,
+        around: Callable[[Callable], Callable] = lambda fn: fn,
     ):
         self._shape, self._kicks = parts.shape, kicks
         self._params = (params, weak[1]) if weak else params
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
-        self._where = _places(mesh)
-        begun = time.perf_counter()
+        self._shardings = _shardings(mesh)
+        started = time.perf_counter()
         model = weak[0] if weak else None
-        run = lower_batch(
-            parts, self._params, mesh, self.batch_size, model, kicks, around
+        lowered = lower_batch(
+            parts,
+            self._params,
+            mesh,
+            self.batch_size,
+            weak=model,
+            kicks=kicks,
+            around=around,
         )
-        self._run = run.compile()
-        self.compile_seconds = time.perf_counter() - begun
+        self._run = lowered.compile()
+        self.compile_seconds = time.perf_counter() - started
 
-    def __call__(self, seed, labels, start=None, params=None, given=None, todo=None):
-        """Yields (data [n, H, W, C], stats) on the host until all labels are served.
+    def __call__(
+        self,
+        seed: int,
+        labels: Int[np.ndarray, " n"],
+        start: Float[np.ndarray, "n h w c"] | None = None,
+        params: Any = None,
+        *,
+        given: Float[np.ndarray, "steps n h w c"] | None = None,
+        todo: Iterable[int] | None = None,
+    ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """Yields (data [n, h, w, c], stats) of each batch, on the host.
 
-        Image i follows from seed, i and labels[i]; start: given noise [N, H, W, C]
-        instead of the seed's, given [kicks, N, H, W, C] instead of that of the steps.
-        todo: only these batches, by number. The last batch is filled up with
-        repetitions of the last image, which are dropped; stats are numbers of the
-        batch, or [n].
+        Image i follows from seed, i and labels[i]. The last batch is filled up with
+        repetitions of the last image, which are dropped.
+
+        Args:
+            seed: of the noise.
+            labels: one for each image.
+            start: noise to start from, instead of the seed's.
+            params: instead of those of the constructor.
+            given: noise of the sampler's steps, instead of the seed's.
+            todo: numbers of the batches to draw; all by default.
         """
         params = self._params if params is None else params
         batches = range(-(-len(labels) // self.batch_size))
@@ -153,36 +196,45 @@ class BatchSampler:
                 rng.initial_noise(keys, self._shape) if start is None else start[index]
             )
             arguments = (keys, jnp.asarray(labels[index], jnp.int32), begin)
-            arguments = device_put_global(arguments, self._where[:3])
+            arguments = device_put_global(arguments, self._shardings[:3])
             if self._kicks:
-                kicks = device_put_global(given[:, index], self._where[3])
+                kicks = device_put_global(given[:, index], self._shardings[3])
                 arguments = (*arguments, kicks)
             data, stats = self._run(params, *arguments)
-            yield np.asarray(data)[:real], _cut(stats, real)
+            yield np.asarray(data)[:real], _to_host(stats, real)
 
 
-def lower_batch(parts, params, mesh, size, weak=None, kicks=0, around=lambda fn: fn):
+def lower_batch(
+    parts: Experiment,
+    params: Any,
+    mesh: Mesh,
+    size: int,
+    *,
+    weak: Any = None,
+    kicks: int = 0,
+    around: Callable[[Callable], Callable] = lambda fn: fn,
+) -> jax.stages.Lowered:
     """Lowers the program of a batch; params may be shapes. See BatchSampler."""
     keys = jax.eval_shape(partial(rng.image_keys, 0), jnp.arange(size))
     start = jax.ShapeDtypeStruct((size, *parts.shape), jnp.float32)
     labels = jax.ShapeDtypeStruct((size,), jnp.int32)
     given = jax.ShapeDtypeStruct((kicks, *start.shape), jnp.float32)
     arguments = (keys, labels, start, given)[: 4 if kicks else 3]
-    arguments = map(with_shardings, arguments, _places(mesh))
+    arguments = map(with_shardings, arguments, _shardings(mesh))
     # of a mesh over several hosts, each gets all of the images
     out = replicated(mesh) if mesh.is_multi_process else None
     generate = with_mesh(mesh, make_sample_fn(parts, mesh, weak, around))
     return jax.jit(generate, out_shardings=out).lower(params, *arguments)
 
 
-def _places(mesh):
-    """Shardings of keys, labels, start, and the noise of later steps."""
+def _shardings(mesh):
+    """Returns the shardings of keys, labels, start and the noise of later steps."""
     rows = batch_sharding(mesh)
     return rows, rows, rows, NamedSharding(mesh, PartitionSpec(None, BATCH))
 
 
-def _cut(stats, real):
-    """Stats on the host, of the first `real` images where they are one an image."""
+def _to_host(stats, real):
+    """Returns stats on the host; those of one value an image for `real` images."""
     rows = {"trajectory": (slice(None), slice(real))}
     stats = {name: np.asarray(value) for name, value in stats.items()}
     return {

@@ -1,9 +1,12 @@
-"""Arrays as pictures: sheets of tiles, PNG files, animations."""
+"""Makes pictures of arrays: grids of tiles, PNG files, animations."""
 
 import unicodedata
+from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
 from sit_jax.errors import UserError
 from sit_jax.files import atomic_write
@@ -12,11 +15,21 @@ DARK, LIGHT = 40, 220  # padding, which tells a black tile from the sheet; and w
 LETTERS, LINE = 12, 16  # pixels: size of the font, height of a line of captions
 
 
-def image_grid(images, columns, zoom=None, pad=2, captions=None):
-    """uint8 [N, h, w, C] -> uint8 [.., .., C]: rows of `columns` tiles, C 1 or 3.
+def image_grid(
+    images: UInt8[np.ndarray, "n h w c"],
+    columns: int,
+    zoom: int | None = None,
+    pad: int = 2,
+    captions: Sequence[str] | None = None,
+) -> UInt8[np.ndarray, "_ _ c"]:
+    """Returns one picture with the images as tiles.
 
-    zoom enlarges by repeating pixels; None makes every tile at least 64 pixels wide.
-    captions: N words, each above its tile; equal neighbours share one.
+    Args:
+        images: of 1 or 3 channels.
+        columns: tiles in a row.
+        zoom: repeats pixels so often; None makes a tile at least 64 pixels wide.
+        pad: pixels between tiles.
+        captions: a word above each tile; equal neighbours share one.
     """
     images = np.asarray(images)
     if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3):
@@ -43,15 +56,15 @@ def image_grid(images, columns, zoom=None, pad=2, captions=None):
     return out
 
 
-def captions(labels, names):
-    """-> number and name of each label [N], or None if no class has a name.
+def captions(labels: Sequence[int], names: dict[str, str] | None) -> list[str] | None:
+    """Returns number and name of each label, or None if no class has a name.
 
     names: {str(label): name}, or None. A name that is the number tells nothing.
     """
-    told = {y: name for y, name in (names or {}).items() if name != y}
-    if not told:
+    shown = {y: name for y, name in (names or {}).items() if name != y}
+    if not shown:
         return None
-    return [f"{y} {told.get(y, '')}".strip() for y in map(str, np.asarray(labels))]
+    return [f"{y} {shown.get(y, '')}".strip() for y in map(str, np.asarray(labels))]
 
 
 def _written(words, across, shape):
@@ -85,7 +98,7 @@ def _fitted(word, width, font):
     return f"{word}.."
 
 
-def save_png(path, image):
+def save_png(path: Any, image: UInt8[np.ndarray, "h w c"]) -> None:
     """Writes uint8 [h, w, 1 or 3]; the file appears whole or not at all."""
     from PIL import Image
 
@@ -98,12 +111,17 @@ def save_png(path, image):
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def save_gif(path, images, seconds=4.0, rest=1.5):
+def save_gif(
+    path: Any,
+    images: Sequence[UInt8[np.ndarray, "h w c"]],
+    seconds: float = 4.0,
+    rest: float = 1.5,
+) -> None:
     """Writes uint8 pictures [h, w, 1 or 3] as an animation that rests at its end."""
     from PIL import Image
 
-    each = [max(int(1000 * seconds / len(images)), 20)] * len(images)
-    each[-1] = int(1000 * rest)
+    durations = [max(int(1000 * seconds / len(images)), 20)] * len(images)
+    durations[-1] = int(1000 * rest)
     frames = [Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x) for x in images]
     with atomic_write(path) as name:
         frames[0].save(
@@ -111,6 +129,6 @@ def save_gif(path, images, seconds=4.0, rest=1.5):
             format="GIF",
             save_all=True,
             append_images=frames[1:],
-            duration=each,
+            duration=durations,
             loop=0,
         )

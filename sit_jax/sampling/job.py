@@ -1,8 +1,9 @@
-"""Everything that decides a set of samples, as it stands in their manifest."""
+"""Describes a set of samples: all that decides them, as it stands in their manifest."""
 
 import dataclasses
 import hashlib
 import json
+from typing import Any
 
 import numpy as np
 
@@ -48,14 +49,15 @@ class SamplingJob:
     quantize: str | None = None  # a form of quantized.py
     quantize_skip: str = SKIP
 
-    def to_json(self):
+    def to_json(self) -> dict[str, Any]:
+        """Returns the job as it stands in a manifest."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields["lora"] = list(self.lora)
         return {**fields, "labels": np.asarray(self.labels).tolist()}
 
     @classmethod
-    def from_json(cls, record, where):
-        """The job of a manifest's "job"; unknown and missing fields are refused."""
+    def from_json(cls, record: Any, where: Any) -> "SamplingJob":
+        """Returns the job of a manifest; refuses unknown and missing fields."""
         known = {f.name for f in dataclasses.fields(cls)}
         if isinstance(record, dict):
             # from before there were adapters and int8 weights
@@ -82,14 +84,14 @@ class SamplingJob:
         return cls(**{**record, **lists})
 
     @property
-    def digest(self):
-        """sha256 of all of it: two jobs of one digest draw the same images."""
+    def digest(self) -> str:
+        """The sha256 of the job: two jobs of one digest draw the same images."""
         text = json.dumps(self.to_json(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_manifest(path):
-    """-> the SamplingJob recorded in a manifest.json, and the sha256 of its weights."""
+def read_manifest(path: Any) -> tuple[SamplingJob, str | None]:
+    """Returns the job recorded in a manifest, and the sha256 of its weights."""
     path = as_path(path)
     if path.is_dir():
         path = path / "manifest.json"

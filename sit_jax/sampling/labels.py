@@ -1,8 +1,9 @@
-"""Which classes to draw: at random, in equal numbers, listed, or from a file."""
+"""Chooses the classes to draw: random, in equal numbers, listed, or from a file."""
 
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int
 
 from sit_jax.diffusion import rng
 from sit_jax.errors import UserError
@@ -10,12 +11,21 @@ from sit_jax.files import local_path
 from sit_jax.sampling.outputs import load_npy
 
 
-def make_labels(word, number, classes, seed):
-    """-> int32 [N].
+def make_labels(
+    word: str | None, number: int | None, classes: int, seed: int
+) -> Int[np.ndarray, " n"]:
+    """Returns the label of each image, int32.
 
-    word: "random" (each image's from the seed and its number), "balanced" (0, 1, 2, ..
-    over and over), classes "207,360" (each gets number / how many of them, in a row),
-    or a file of N whole numbers, .npy or text. number None: as many as are listed.
+    Args:
+        word: "random" or None (each image's label from the seed and its number),
+            "balanced" (0, 1, 2, ... over and over), classes "207,360" (each gets an
+            equal share, in a row), or a file of whole numbers, .npy or text.
+        number: how many images; None: one for each label, or for each class.
+        classes: how many classes there are.
+        seed: of random labels.
+
+    Raises:
+        UserError: a label is no class, or the number does not fit the labels.
     """
     if number is not None and number < 1:
         raise UserError(f"--num {number}: at least 1")

@@ -1,9 +1,16 @@
-"""What a job's images start from: the seed's noise, a file's, or torch's."""
+"""Noise that the images of a job start from: the seed's, a file's, or PyTorch's.
+
+The released PyTorch scripts seed the one generator of the process, build the network,
+whose initial values take numbers from it although the checkpoint overwrites them, and
+draw then. torch_noise does the same on a CPU; a CUDA generator is another algorithm.
+"""
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from sit_jax.diffusion import rng
 from sit_jax.diffusion.guidance import is_unguided
@@ -12,18 +19,26 @@ from sit_jax.files import as_path, is_remote
 from sit_jax.parallel import multihost
 from sit_jax.sampling import outputs
 
-MOST = 4 * 2**30  # bytes of noise for a sampler's steps
+MAX_STEP_NOISE = 4 * 2**30  # bytes
 SKIP = 2**24  # numbers thrown away at a time
 
 
-def check_noise(word):
-    """Refuses what begins like torch's noise and has no seed."""
+def check_noise(word: str | None) -> None:
+    """Raises a UserError for torch: without a seed."""
     if word and word.startswith("torch:") and not word[6:].isdecimal():
         raise UserError(f"--noise {word}: torch:SEED with a whole number")
 
 
-def load_noise(context):
-    """-> given start or None, given noise of the steps or None, how many steps'."""
+def load_noise(context: Any) -> tuple[np.ndarray | None, np.ndarray | None, int]:
+    """Reads or draws the noise that a job names.
+
+    Args:
+        context: a SamplingContext.
+
+    Returns:
+        The noise to start from [n, h, w, c] or None, that of the sampler's steps
+        [steps, n, h, w, c] or None, and the number of those steps.
+    """
     job, shape = context.job, context.parts.shape
     if job.noise is None:
         return None, None, 0
@@ -43,8 +58,19 @@ def load_noise(context):
     return start, given, kicks
 
 
-def read_noise(path, shape, flag="--noise"):
-    """-> float32 [N, *shape] of a .npy; flag: what it was given by, for complaints."""
+def read_noise(
+    path: Any, shape: tuple[int, ...], flag: str = "--noise"
+) -> Float[np.ndarray, "n h w c"]:
+    """Reads float32 [n, *shape] from a .npy.
+
+    Args:
+        path: of the file.
+        shape: of one image.
+        flag: names the file in error messages.
+
+    Raises:
+        UserError: the file has another shape, no floats, or values not finite.
+    """
     try:
         start = outputs.load_npy(path)
     except UserError as error:
@@ -59,7 +85,7 @@ def read_noise(path, shape, flag="--noise"):
     return start.astype(np.float32)
 
 
-def initial_noise(context):
+def initial_noise(context: Any) -> Float[np.ndarray, "n h w c"]:
     """Returns the noise float32 [N, H, W, C] that the images of a job start from."""
     given = load_noise(context)[0]
     if given is not None:
@@ -72,7 +98,7 @@ def initial_noise(context):
     return np.concatenate([np.asarray(draw(block)) for block in blocks])
 
 
-def save_noise(path, context, overwrite):
+def save_noise(path: Any, context: Any, overwrite: bool) -> None:
     """Writes the initial noise to a .npy, unless the file holds just that already."""
     path, array = Path(path), None
     if path.suffix != ".npy":
@@ -87,8 +113,8 @@ def save_noise(path, context, overwrite):
         outputs.save_array(path, array)
 
 
-def words_before_noise(model, shape):
-    """How many 32-bit numbers the released code takes to build this DiT or SiT.
+def words_before_noise(model: Any, shape: tuple[int, int, int]) -> int:
+    """Returns how many 32-bit numbers the released code takes to build a DiT or SiT.
 
     Every linear layer is initialised by PyTorch (weight and bias) and its weight again
     by Xavier's rule; the patch convolution likewise; the time network's weights and
@@ -107,14 +133,30 @@ def words_before_noise(model, shape):
     return model.depth * block + linear(pixels, d) + time + labels + head
 
 
-def torch_noise(seed, model, shape, count, kicks=0, doubled=True):
-    """-> start [N, H, W, C] and the steps' noise [kicks, N, H, W, C], or None of it.
+def torch_noise(
+    seed: int,
+    model: Any,
+    shape: tuple[int, int, int],
+    count: int,
+    kicks: int = 0,
+    doubled: bool = True,
+) -> tuple[Float[np.ndarray, "n h w c"], Float[np.ndarray, "steps n h w c"] | None]:
+    """Draws the noise of the released PyTorch scripts.
 
-    shape: of one image, (H, W, C). doubled: the script runs guidance's null half beside
-    the batch, so that each step draws for twice as many images.
+    Args:
+        seed: of torch's generator.
+        model: the network, whose construction takes numbers first.
+        shape: of one image, (h, w, c).
+        count: how many images.
+        kicks: for how many steps the sampler takes noise.
+        doubled: whether the script runs guidance's null half beside the batch, so that
+            each step draws for twice as many images.
+
+    Returns:
+        The noise to start from, and that of the steps or None.
     """
     size = math.prod(shape) * 4 * count
-    if kicks * size > MOST:
+    if kicks * size > MAX_STEP_NOISE:
         raise UserError(
             f"{kicks} steps of noise for {count} images are "
             f"{kicks * size / 1e9:.3g} GB; draw fewer images at once with torch's noise"

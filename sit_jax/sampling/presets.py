@@ -1,4 +1,4 @@
-"""Published evaluations with every knob pinned: what was drawn, and what came out.
+"""Lists published evaluations with their settings, figures and sources.
 
 A figure is quoted with its source; tolerance is how far a rerun may be off before it
 is another result: about 0.05 is what other noise alone does to an FID of 2 (needs of
@@ -38,8 +38,8 @@ class Preset:
     tolerance: str = "0.05 in FID"
 
 
-def released_ode():
-    """dopri5, step for step as SiT's scripts run it."""
+def released_ode() -> Any:
+    """Returns dopri5 with the steps of SiT's scripts."""
     return spec(AdaptiveODE, rtol=1e-3, atol=1e-6, control=torchdiffeq_control)
 
 
@@ -137,16 +137,16 @@ PRESETS = {
 }
 
 
-def preset(name):
-    """-> Preset; an unknown name is refused with the known ones."""
+def get_preset(name: str) -> Preset:
+    """Returns a preset by name; refuses an unknown name with the known ones."""
     if name not in PRESETS:
         raise UserError(f"--preset {name!r}: there are {', '.join(PRESETS)}")
     return PRESETS[name]()
 
 
-def described(name, chosen):
-    """-> what is said before it is drawn."""
+def describe_preset(name: str, preset: Preset) -> str:
+    """Returns a line about the published figure and its tolerance."""
     return (
-        f"preset {name}: published {chosen.figure} ({chosen.source}); "
-        f"a rerun agrees within {chosen.tolerance}"
+        f"preset {name}: published {preset.figure} ({preset.source}); "
+        f"a rerun agrees within {preset.tolerance}"
     )
