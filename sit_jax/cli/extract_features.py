@@ -55,7 +55,8 @@ def main():
 def run(args, codec) -> int:
     """Extracts the moments of images, reports and checks them; returns an exit code."""
     source = make_source(args)
-    print(f"{len(source):,} images in {source.classes} classes: {_some_names(source)}")
+    names = ", ".join(source.class_names[:3]) + ", .." * (source.classes > 3)
+    print(f"{len(source):,} images in {source.classes} classes: {names}")
     for remark in source.remarks:
         print(one_line(remark))
     metadata = describe(source, codec, args.dtype, not args.no_flip, args.shards)
@@ -139,11 +140,6 @@ def _parser():
     add("--tfds-dir", dest="data_dir", metavar="DIR", help=tfds_dir)
     multihost.add_flags(parser)
     return parser
-
-
-def _some_names(source):
-    names = source.class_names
-    return ", ".join(names[:3]) + (", .." if len(names) > 3 else "")
 
 
 def _report_statistics(about):

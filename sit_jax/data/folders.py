@@ -61,10 +61,9 @@ class ImageFolder(Images):
             )
         others, names, labels = [], [], []
         for label, name in enumerate(classes):
-            images = []
-            for _, files in sorted(_walk(root / name), key=lambda folder: folder[0]):
-                for file in files:
-                    (images if is_image(file.name) else others).append(file.path)
+            files = sorted(_files_below(root / name), key=os.path.split)
+            images = [file for file in files if is_image(file)]
+            others += [file for file in files if not is_image(file)]
             if not images:
                 raise UserError(f"no images in {root / name}; remove it or fill it")
             names += [os.path.relpath(image, root) for image in images]
@@ -102,7 +101,9 @@ class AdmFolder(Images):
         max_corrupt_fraction: Fraction = 0.001,
     ):
         root = require_folder(path)
-        names = [os.path.relpath(file, root) for file in _adm_files(root)]
+        endings = tuple(ADM_ENDINGS)
+        files = (f for f in _files_below(root) if f.lower().endswith(endings))
+        names = [os.path.relpath(file, root) for file in files]
         if not names:
             raise UserError(f"no images ({', '.join(ADM_ENDINGS)}) below {root}")
         for name in names:
@@ -177,27 +178,15 @@ def _visible(folder):
     return sorted(visible, key=lambda entry: entry.name)
 
 
-def _walk(folder, above=()):
-    """Yields (path, entries of its files) of a folder and of all below it."""
+def _files_below(folder, above=()):
+    """Yields the paths of all files, with subfolders sorted among the files."""
     real = os.path.realpath(folder)
     if real in above:  # a link that leads back up
         return
-    entries = _visible(folder)
-    yield str(folder), [entry for entry in entries if not entry.is_dir()]
-    for entry in entries:
-        if entry.is_dir():
-            yield from _walk(entry.path, (*above, real))
-
-
-def _adm_files(folder, above=()):
-    """Yields paths of images; unlike in _walk, folders are sorted among the files."""
-    real = os.path.realpath(folder)
-    if real in above:
-        return
     for entry in _visible(folder):
         if entry.is_dir():
-            yield from _adm_files(entry.path, (*above, real))
-        elif entry.name.lower().endswith(tuple(ADM_ENDINGS)):
+            yield from _files_below(entry.path, (*above, real))
+        else:
             yield entry.path
 
 

@@ -300,7 +300,7 @@ def _npy_names(folder):
     """Returns the names of the .npy files, 2 before 10, as they were numbered."""
     names = [path.name for path in folder.glob("*.npy")]
     if not names:
-        raise UserError(f"no .npy files in {folder}; {OTHER_SOURCES}")
+        raise UserError(f"no folder of .npy files at {folder}; {OTHER_SOURCES}")
     return sorted(names, key=lambda name: (len(name), name))
 
 

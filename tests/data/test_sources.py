@@ -207,7 +207,7 @@ def test_latent_folder_refuses_a_latent_of_another_size_or_cut_short(tmp_path):
 def test_latent_folder_without_files_names_other_sources(tmp_path, make):
     if make:
         (tmp_path / "imagenet256_features").mkdir()
-    says = "no .npy files in .*imagenet256_features; --config.source.path=DIR"
+    says = "no folder of .npy files at .*imagenet256_features; --config.source.path"
     with pytest.raises(UserError, match=says):
         LatentFolder(tmp_path)
 
