@@ -63,7 +63,7 @@ def main():
     _check_device(args.device)
     out = require_free(args.collect, args.overwrite)
     given = bundle.read(args.inputs) if args.inputs else None
-    room, manifest = diagnose.studio(args)
+    room, manifest = diagnose.open_context(args)
     torch_stages.check(room)
     allow_tf32(args.tf32)
     judge = None
@@ -86,8 +86,8 @@ def _check_device(name):
 
 def collect(room, manifest, out, args, given=None, judge=None):
     """A sampling.Studio and its manifest -> the Bundle of what the clone computes."""
-    parts, line = room.parts, stages.line_of(room, args.steps)
-    inputs = stages.inputs(room, args.images, given)
+    parts, program = room.parts, stages.stage_program(room, args.steps)
+    inputs = stages.job_inputs(room, args.images, given)
     # first: diffusers takes the stand-in for torchvision for the real one
     vae = torch_stages.autoencoder(parts.codec)
     network, held = _network(room, args)
@@ -100,7 +100,7 @@ def collect(room, manifest, out, args, given=None, judge=None):
     chain = not isinstance(parts.process, Interpolant)
     run = torch_stages.chain
     if not chain:
-        run = partial(torch_stages.flow, method=line.method)
+        run = partial(torch_stages.flow, method=program.method)
     last = run(parts, net, both(x), more, args.steps, found)[: len(x)]
     found[f"{args.steps} steps"] = torch_stages.nhwc(last)
     found |= torch_stages.pictures(parts.codec, vae, last)
@@ -117,17 +117,17 @@ def collect(room, manifest, out, args, given=None, judge=None):
         "precision": measured,
         **where,
     }
-    count = args.steps * (1 if chain else line.method.stages)
-    name = "Ddim" if chain else line.method.__name__
+    count = args.steps * (1 if chain else program.method.stages)
+    name = "DDIM" if chain else program.method.__name__
     record = {
         "manifest": manifest,
         "architecture": stages.architecture(room),
-        "weights": stages.hashes(held),
+        "weights": stages.hash_weights(held),
         "precision": measured,
         "environment": where,
         "solver": {"method": name, "steps": args.steps, "evaluations": count},
         "stages": list(found),
-        **({bundle.MAYBE: judge.pipeline} if judged else {}),
+        **({bundle.EVALUATION: judge.pipeline} if judged else {}),
     }
     return bundle.Bundle(out, record, inputs, found)
 

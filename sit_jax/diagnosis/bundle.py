@@ -1,17 +1,19 @@
-"""A portable folder of what one machine computed for a few images: JSON and arrays.
+"""Stores what one machine computed for a few images, as a folder of JSON and arrays.
 
-Two of them, from whatever machines, are held against each other by ladder.py. Nothing
-but numpy is needed to write one: see FORMAT, FILES and Bundle.
+Two such folders, from whatever machines, are compared by ladder.py. Nothing but numpy
+is needed to write one: see FORMAT, FILES and Bundle.
 """
 
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from jaxtyping import Num
 
 from sit_jax.errors import UserError
-from sit_jax.files import as_path, atomic_write, local_path, parse_json
+from sit_jax.files import PathLike, as_path, atomic_write, local_path, parse_json
 from sit_jax.sampling.outputs import ArrayFile
 
 FORMAT = "sit_jax bundle 1"
@@ -22,36 +24,44 @@ KEYS = {  # of bundle.json, and what each must be
     "manifest": dict,  # of the samples, as sample.py writes it
     "architecture": dict,
     "weights": dict,  # tensor: sha256
-    "precision": dict,  # the probe's bits, and the words
+    "precision": dict,  # the probe's bits, and the settings
     "environment": dict,  # of the machine that collected
     "solver": dict,  # of the fixed grid: steps, evaluations
     "stages": list,  # names, in the order in which they are computed
 }
-MAYBE = "evaluation"  # the pipeline of features among the stages, if there are any
+EVALUATION = "evaluation"  # optional: the pipeline of the features among the stages
 
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """record: KEYS; inputs: INPUTS, noise [n, H, W, C]; stages: {name: [n, ...]}."""
+    """What one machine computed for n images.
+
+    Attributes:
+      path: the folder.
+      record: the content of bundle.json, see KEYS.
+      inputs: arrays of INPUTS; the noise is [n, h, w, c].
+      stages: arrays [n, ...] by name, in the order of the computation.
+    """
 
     path: Path
-    record: dict
-    inputs: dict
-    stages: dict
+    record: dict[str, Any]
+    inputs: dict[str, Num[np.ndarray, "n ..."]]
+    stages: dict[str, Num[np.ndarray, "n ..."]]
 
     @property
-    def features(self):
-        """Path of the samples' features, or None."""
+    def features(self) -> Path | None:
+        """The path of the samples' features, if they were kept."""
         path = self.path / FEATURES
         return path if path.is_file() else None
 
 
-def is_bundle(path):
+def is_bundle(path: PathLike) -> bool:
+    """Returns whether a path is a folder of a bundle."""
     return (Path(path) / FILES[0]).is_file()
 
 
-def write(bundle, features=None):
-    """Writes a Bundle to its path, whole or not at all; features: an .npz to keep."""
+def write(bundle: Bundle, features: PathLike | None = None) -> None:
+    """Writes a bundle to its path, whole or not at all, with an .npz of features."""
     arrays = {f"input {name}": bundle.inputs[name] for name in INPUTS}
     for i, name in enumerate(bundle.record["stages"]):
         arrays[f"stage {i}"] = bundle.stages[name]
@@ -64,35 +74,41 @@ def write(bundle, features=None):
             (folder / FEATURES).write_bytes(as_path(features).read_bytes())
 
 
-def read(path):
-    """-> Bundle; what is no bundle, or not whole, is refused."""
+def read(path: PathLike) -> Bundle:
+    """Reads a bundle.
+
+    Raises:
+      UserError: It is no bundle, or not a whole one.
+    """
     path = local_path(path)
-    record = _record(path / FILES[0])
+    record = _read_record(path / FILES[0])
     file = ArrayFile(path / FILES[1])
-    inputs = {name: _array(file, f"input {name}") for name in INPUTS}
+    inputs = {name: _read_array(file, f"input {name}") for name in INPUTS}
     stages = {
-        name: _array(file, f"stage {i}") for i, name in enumerate(record["stages"])
+        name: _read_array(file, f"stage {i}") for i, name in enumerate(record["stages"])
     }
-    count = {len(array) for array in (*inputs.values(), *stages.values())}
-    if len(count) != 1:
-        raise UserError(f"{path} holds arrays of {sorted(count)} images: collect again")
+    counts = {len(array) for array in (*inputs.values(), *stages.values())}
+    if len(counts) != 1:
+        raise UserError(
+            f"{path} holds arrays of {sorted(counts)} images: collect again"
+        )
     return Bundle(path, record, inputs, stages)
 
 
-def require_same_network(a, b):
-    """Refuses bundles whose stages cannot stand beside each other."""
-    one, other = a.record["architecture"], b.record["architecture"]
-    odd = [n for n in sorted(one | other) if one.get(n) != other.get(n)]
-    if odd:
-        listed = ", ".join(f"{n} {one.get(n)} and {other.get(n)}" for n in odd)
+def require_same_network(a: Bundle, b: Bundle) -> None:
+    """Refuses bundles whose stages cannot be compared."""
+    ours, theirs = a.record["architecture"], b.record["architecture"]
+    names = [n for n in sorted(ours | theirs) if ours.get(n) != theirs.get(n)]
+    if names:
+        listed = ", ".join(f"{n} {ours.get(n)} and {theirs.get(n)}" for n in names)
         raise UserError(f"{a.path} and {b.path} hold other architectures: {listed}")
-    sizes = (len(a.inputs["noise"]), len(b.inputs["noise"]))
-    steps = tuple(each.record["solver"].get("steps") for each in (a, b))
-    for flag, pair in (("--images", sizes), ("--steps", steps)):
-        if pair[0] != pair[1]:
+    counts = [len(bundle.inputs["noise"]) for bundle in (a, b)]
+    steps = [bundle.record["solver"].get("steps") for bundle in (a, b)]
+    for flag, values in (("--images", counts), ("--steps", steps)):
+        if values[0] != values[1]:
             raise UserError(
-                f"{a.path} was collected with {flag} {pair[0]}, {b.path} with "
-                f"{pair[1]}; collect one of them again"
+                f"{a.path} was collected with {flag} {values[0]}, {b.path} with "
+                f"{values[1]}; collect one of them again"
             )
     for name in a.stages.keys() & b.stages.keys():
         shapes = a.stages[name].shape, b.stages[name].shape
@@ -103,7 +119,7 @@ def require_same_network(a, b):
             )
 
 
-def _record(path):
+def _read_record(path):
     try:
         record = parse_json(path.read_text())
     except OSError as error:
@@ -112,13 +128,13 @@ def _record(path):
         raise UserError(f"{path} is no JSON, or ends too early") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f"{path} is not of the format {FORMAT!r}: collect it again")
-    odd = [n for n, kind in KEYS.items() if not isinstance(record.get(n), kind)]
-    if odd:
-        raise UserError(f"{path} has no usable {odd[0]!r}: collect it again")
+    wrong = [n for n, kind in KEYS.items() if not isinstance(record.get(n), kind)]
+    if wrong:
+        raise UserError(f"{path} has no usable {wrong[0]!r}: collect it again")
     return record
 
 
-def _array(file, name):
+def _read_array(file, name):
     array = file.array(name)
     if array.dtype.kind not in "fiu" or array.ndim < 1:
         raise UserError(f"{file.path}: {name} is {array.dtype} {list(array.shape)}")

@@ -1,4 +1,4 @@
-"""Two sets of samples: is the gap of their FIDs more than other seeds alone make?
+"""Compares two sets of samples: is the gap of their FIDs more than seeds alone make?
 
 Sets that differ by seed only are exchangeable: any way of dealing their images out to
 two sets was as likely. How far FIDs scatter over all these ways needs no resampling,
@@ -13,9 +13,12 @@ Pairs of the same noise and label leave what they share out of the gap.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from statistics import NormalDist
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Int, UInt8
 
 from sit_jax.errors import UserError
 from sit_jax.evaluation import fid
@@ -26,86 +29,136 @@ from sit_jax.evaluation.fid import (
     frechet_distance,
 )
 
+Features = Float[np.ndarray, "n d"]
+Labels = Int[np.ndarray, "n"]
+
 LEVEL = 1e-4  # of gaps by seeds alone that are called beyond noise
 RARE = 0.01  # of gaps by seeds alone that are called worth another look
 ODD_SEEDS = 1e-2  # of sets of seeds that are taken to scatter more than images explain
+WORST = 8  # pairs in the picture
 
 
 @dataclasses.dataclass(frozen=True)
 class Gap:
-    """fids: of A and B to the reference; between: of A to B.
+    """How far the FIDs of A and B are apart, and what seeds alone would make.
 
-    net: the gap but for what FID owes to the number of images; the gap itself where
-    these are equal. noise: standard deviation of net over other seeds, and band how
-    large it may be by them; None of too few images. chance: that seeds alone make such
-    a gap. interval: 95 % of the gap over pairs, None where there are none. classes:
-    whether both have as many images of each class. feature_gap: mean distance of a
-    pair's features over their root mean square. scatter: of the FIDs of other seeds.
+    Attributes:
+      fids: of A and of B to the reference.
+      between: FID of A to B.
+      net: the gap without what FID owes to the number of images; the gap itself where
+        these are equal.
+      noise: the standard deviation of `net` over other seeds; None of too few images.
+      band: how large `net` may be by seeds alone; None of too few images.
+      chance: the probability that seeds alone make such a gap.
+      interval: 95 % of the gap over pairs; None where there are none.
+      classes: whether both have as many images of each class.
+      feature_gap: mean distance of a pair's features over their root mean square.
+      seeds: how many other seeds' FIDs were given.
+      scatter: the standard deviation of these.
     """
 
-    fids: tuple
+    fids: tuple[float, float]
     between: float
     net: float
     noise: float | None
     band: float | None
     chance: float | None
-    interval: tuple | None
+    interval: tuple[float, float] | None
     classes: bool
     feature_gap: float | None
     seeds: int
     scatter: float | None
 
     @property
-    def gap(self):
+    def gap(self) -> float:
+        """FID of A less that of B."""
         return self.fids[0] - self.fids[1]
 
     @property
-    def within_noise(self):
+    def within_noise(self) -> bool | None:
+        """Whether seeds alone may make such a gap; None of too few images."""
         return None if self.band is None else bool(abs(self.net) <= self.band)
 
-    def sentence(self):
+    def sentence(self) -> str:
+        """Says all of it in one sentence."""
         a, b = self.fids
-        said = f"FID {a:.4g} and {b:.4g}, gap {self.gap:+.3g}"
+        text = f"FID {a:.4g} and {b:.4g}, gap {self.gap:+.3g}"
         if self.band is None:
-            return f"Too few images for a noise band: {said}."
+            return f"Too few images for a noise band: {text}."
         if self.net != self.gap:
-            said += f", {self.net:+.3g} at equal numbers of images"
-        said += f", noise band {self.band:.3g}, seeds alone: p {self.chance:.2g}"
+            text += f", {self.net:+.3g} at equal numbers of images"
+        text += f", noise band {self.band:.3g}, seeds alone: p {self.chance:.2g}"
         if self.interval is not None:
             low, high = self.interval
-            said += f", paired 95 % interval {low:+.3g} to {high:+.3g}"
+            text += f", paired 95 % interval {low:+.3g} to {high:+.3g}"
             if self.within_noise and low * high > 0:
-                said += ": a real difference that unpaired sets would not show"
+                text += ": a real difference that unpaired sets would not show"
         if self.within_noise and self.chance < RARE and self.interval is None:
-            said += ": rare, so draw both again with another seed"
-        return f"{'Within' if self.within_noise else 'Beyond'} noise: {said}."
+            text += ": rare, so draw both again with another seed"
+        return f"{'Within' if self.within_noise else 'Beyond'} noise: {text}."
 
 
-def compare(a, b, reference, are_pairs, seeds=(), labels=None, resamples=0):
-    """Features a [N, D], b [M, D] and a Gaussian -> Gap.
+def compare(
+    a: Features,
+    b: Features,
+    reference: Gaussian,
+    are_pairs: bool,
+    *,
+    seeds: Sequence[float] = (),
+    labels: tuple[Labels, Labels] | None = None,
+    resamples: int = 0,
+) -> Gap:
+    """Compares the features of two sets of samples.
 
-    seeds: FIDs of further sets that differ by seed only; where these scatter more than
-    the images explain, the band is theirs. are_pairs: row i of both began from the same
-    noise and label. labels: of a and b, int [N] and [M], if they are known. resamples:
-    of pairs, for an interval by bootstrap instead of by variance.
+    Args:
+      a: features of A's samples.
+      b: features of B's, of any number.
+      reference: what FIDs are taken to.
+      are_pairs: whether row i of both began from the same noise and label.
+      seeds: FIDs of further sets that differ by seed only. Where these scatter more
+        than the images explain, the band is theirs.
+      labels: of a and of b, if they are known.
+      resamples: of pairs, for an interval by bootstrap instead of by variance.
+
+    Raises:
+      UserError: The sets are no pairs, or of other networks' features.
     """
-    _require(a, b, are_pairs)
-    gaussians = tuple(_gaussian(x, reference) for x in (a, b))
-    fids = tuple(frechet_distance(each, reference) for each in gaussians)
-    classes = _classes(labels, a, b)
-    noise, at_equal_numbers = _noise(a, b, reference, classes)
-    net = fids[0] - fids[1]
-    if len(a) != len(b) and noise is not None:
-        net = at_equal_numbers
-    interval = None
+    if a.shape[1:] != b.shape[1:]:
+        raise UserError(f"features are {a.shape[1]} numbers in A, {b.shape[1]} in B")
+    if are_pairs and len(a) != len(b):
+        raise UserError(f"{len(a)} and {len(b)} images are no pairs")
+    if min(len(a), len(b)) < 2:
+        raise UserError("a set of one image has no covariance")
+    gaussians = [_fit(features, reference) for features in (a, b)]
+    fids = tuple(frechet_distance(gaussian, reference) for gaussian in gaussians)
+    gap = net = fids[0] - fids[1]
+    classes = _balanced_classes(labels, a, b)
+    noise = None
+    if len(a) + len(b) > a.shape[1] + 1:  # or the pool's covariance is singular
+        pool = RunningMoments(a.shape[1])
+        pool.add(a)
+        pool.add(b)
+        influence = FrechetInfluence(pool.gaussian(), reference)
+        influences = influence(a), influence(b)
+        noise = _exchange_deviation(influences, classes)
+        if len(a) != len(b):
+            net = float(influences[0].mean() - influences[1].mean())
+    interval = feature_gap = None
+    if are_pairs:
+        distances = np.linalg.norm(np.asarray(a, np.float64) - b, axis=1)
+        squares = (np.asarray(a, np.float64) ** 2).sum(1)
+        feature_gap = float(distances.mean() / np.sqrt(squares.mean()))
     if are_pairs and resamples:
-        interval = _resampled(a, b, reference, classes, resamples)
+        interval = _bootstrap_interval(a, b, reference, classes[0], resamples)
     elif are_pairs and len(a) > a.shape[1] + 1:
-        each = zip(gaussians, (a, b), strict=True)  # its own: their slopes differ
-        own = [FrechetInfluence(here, reference)(x) for here, x in each]
-        interval = _paired(fids[0] - fids[1], own[0] - own[1], classes[0])
+        # each by its own Gaussian: their slopes differ
+        ours, theirs = (
+            FrechetInfluence(gaussian, reference)(features)
+            for gaussian, features in zip(gaussians, (a, b), strict=True)
+        )
+        interval = _pair_interval(gap, ours - theirs, classes[0])
     scatter = float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None
-    noise, band, chance = _judged(net, noise, scatter, len(seeds))
+    noise, band, chance = _noise_band(net, noise, scatter, len(seeds))
     return Gap(
         fids=fids,
         between=frechet_distance(*gaussians),
@@ -115,28 +168,82 @@ def compare(a, b, reference, are_pairs, seeds=(), labels=None, resamples=0):
         chance=chance,
         interval=interval,
         classes=bool(classes[0].any()),
-        feature_gap=_apart(a, b, are_pairs),
+        feature_gap=feature_gap,
         seeds=len(seeds),
         scatter=scatter,
     )
 
 
-def distance(features, reference):
-    """features [N, D], Gaussian -> FID."""
-    return frechet_distance(_gaussian(features, reference), reference)
+def fid_of_features(features: Features, reference: Gaussian) -> float:
+    """Returns the FID of features to a reference."""
+    return frechet_distance(_fit(features, reference), reference)
 
 
-def _require(a, b, are_pairs):
-    """Refuses features that cannot be compared."""
-    if a.shape[1:] != b.shape[1:]:
-        raise UserError(f"features are {a.shape[1]} numbers in A, {b.shape[1]} in B")
-    if are_pairs and len(a) != len(b):
-        raise UserError(f"{len(a)} and {len(b)} images are no pairs")
-    if min(len(a), len(b)) < 2:
-        raise UserError("a set of one image has no covariance")
+class SwapStep(NamedTuple):
+    """The FID after one more component of B's was taken, and how it changed."""
+
+    name: str
+    fid: float
+    step: float
 
 
-def _gaussian(features, reference):
+def swap_steps(
+    chain: Sequence[tuple[str, Features]],
+    reference: Gaussian,
+    last: tuple[str, Features, Gaussian] | None = None,
+) -> list[SwapStep]:
+    """Returns how FID goes from A's to B's; the steps add up to the gap.
+
+    Args:
+      chain: name and features of sets from A to B. Each has one component more of B's
+        than the one before.
+      reference: what FIDs are taken to.
+      last: name, features and reference of a step that exchanges the reference too.
+    """
+    sets = [(name, features, reference) for name, features in chain]
+    rows = []
+    for name, features, target in [*sets, *([last] if last else [])]:
+        value = fid_of_features(features, target)
+        rows.append(SwapStep(name, value, value - rows[-1].fid if rows else 0.0))
+    return rows
+
+
+def worst_pairs(
+    a: Any, b: Any, count: int = WORST
+) -> tuple[list[tuple[int, float]], UInt8[np.ndarray, "tiles h w 3"]]:
+    """Finds the pairs of images that differ most.
+
+    Args:
+      a: an image set of A, see image_sets.py.
+      b: one of as many of B's, from the same noise and labels.
+      count: how many pairs.
+
+    Returns:
+      (image number, root mean square of the difference) of each, and three tiles of
+      each: A's, B's, and their difference, stretched to be seen.
+    """
+    if len(a) != len(b) or a.shape != b.shape:
+        raise UserError(
+            f"{len(a)} images {a.shape} and {len(b)} {b.shape} are no pairs"
+        )
+    worst = []
+    start = 0
+    for ours, theirs in zip(a.batches(256), b.batches(256), strict=True):
+        gap = (ours.astype(np.int16) - theirs).astype(np.float32)
+        size = np.sqrt((gap**2).mean((1, 2, 3)))
+        rows = np.argsort(-size)[:count]
+        worst += [(float(size[i]), start + int(i), ours[i], theirs[i]) for i in rows]
+        worst = sorted(worst, key=lambda row: (-row[0], row[1]))[:count]
+        start += len(ours)
+    gaps = [np.abs(x.astype(np.int16) - y) for _, _, x, y in worst]
+    largest = max(int(gap.max()) for gap in gaps) or 1
+    tiles = []
+    for (_, _, x, y), gap in zip(worst, gaps, strict=True):
+        tiles += [x, y, np.rint(gap * (255 / largest)).astype(np.uint8)]
+    return [(number, size) for size, number, _, _ in worst], np.stack(tiles)
+
+
+def _fit(features, reference):
     if features.shape[1] != len(reference.mean):
         raise UserError(
             f"{features.shape[1]} features, where the reference has "
@@ -145,87 +252,60 @@ def _gaussian(features, reference):
     return Gaussian.of(features)
 
 
-def _noise(a, b, reference, classes):
-    """-> standard deviation of the gap over seeds, and the gap at equal numbers.
-
-    Both None where the images of both are too few for the pool's transport.
-    """
-    if len(a) + len(b) <= a.shape[1] + 1:
-        return None, None
-    influence = FrechetInfluence(_pool(a, b), reference)
-    shares = influence(a), influence(b)
-    net = float(shares[0].mean() - shares[1].mean())
-    return float(np.sqrt(_variance(shares, classes))), net
-
-
-def _pool(a, b):
-    both = RunningMoments(a.shape[1])
-    both.add(a)
-    both.add(b)
-    return both.gaussian()
-
-
-def swaps(chain, reference, last=None):
-    """[(name, features)] from A to B -> [(name, FID, step)]; the steps add up.
-
-    Each set has one component more of B's than the one before; the first is A. last:
-    (name, features, Gaussian) of what exchanges the reference too.
-    """
-    ways = [(name, features, reference) for name, features in chain]
-    rows = []
-    for name, features, there in [*ways, *([last] if last else [])]:
-        fid = distance(features, there)
-        rows.append((name, fid, fid - rows[-1][1] if rows else 0.0))
-    return rows
-
-
-def _classes(labels, a, b):
-    """-> labels of both, or zeros where they are not as many of each."""
-    alike = labels is not None and (len(labels[0]), len(labels[1])) == (len(a), len(b))
-    if alike and np.array_equal(*map(np.sort, labels)):
-        return tuple(np.unique(each, return_inverse=True)[1] for each in labels)
+def _balanced_classes(labels, a, b):
+    """Returns the labels of both, or zeros where they are not as many of each."""
+    known = labels is not None and (len(labels[0]), len(labels[1])) == (len(a), len(b))
+    if known and np.array_equal(*map(np.sort, labels)):
+        return tuple(np.unique(numbers, return_inverse=True)[1] for numbers in labels)
     return np.zeros(len(a), int), np.zeros(len(b), int)
 
 
-def _variance(shares, classes):
-    """Of the difference of two sets' means, over all ways to deal out their images."""
-    counts = [np.bincount(each) for each in classes]
-    squares = _variances(np.concatenate(shares), np.concatenate(classes))
-    parts = (n / len(each) ** 2 for n, each in zip(counts, shares, strict=True))
-    return float((squares * sum(parts)).sum())
+def _exchange_deviation(influences, classes):
+    """Returns how two sets' means scatter over all ways to deal out their images."""
+    variances = _class_variances(np.concatenate(influences), np.concatenate(classes))
+    shares = (np.bincount(numbers) / len(numbers) ** 2 for numbers in classes)
+    return float(np.sqrt((variances * sum(shares)).sum()))
 
 
-def _variances(values, classes):
-    """[N] -> [K], unbiased in each class; of a single one 0."""
+def _class_variances(values, classes):
+    """Returns the unbiased variance in each class; of a single value 0."""
     count = np.bincount(classes)
     mean = np.bincount(classes, values) / count
     squares = np.bincount(classes, np.square(values - mean[classes]))
     return squares / np.maximum(count - 1, 1)
 
 
-def _paired(gap, shares, classes):
-    """A gap and what each pair adds to it [N] -> (low, high), by the delta method."""
+def _pair_interval(gap, influences, classes):
+    """Returns the interval of a gap by the delta method, of pairs as its samples."""
     if np.bincount(classes).min() < 2:
         classes = np.zeros_like(classes)
     count = np.bincount(classes)
-    error = np.sqrt((count * _variances(shares, classes)).sum()) / len(shares)
+    squares = (count * _class_variances(influences, classes)).sum()
+    error = np.sqrt(squares) / len(influences)
     half = float(NormalDist().inv_cdf((1 + fid.COVERAGE) / 2) * error)
     return gap - half, gap + half
 
 
-def _resampled(a, b, reference, classes, resamples):
-    """The interval by drawing pairs anew, of each class as many."""
+def _bootstrap_interval(a, b, reference, classes, resamples):
+    """Returns the interval by drawing pairs anew, of each class as many."""
     from tqdm import tqdm
 
-    groups = fid.class_rows(classes[0], len(a))
-    gap = lambda *rows: distance(a[rows], reference) - distance(b[rows], reference)
-    drawn = fid.bootstrap_rows(groups, resamples)
-    bar = tqdm(drawn, total=resamples, unit="resamples", disable=None, leave=False)
+    groups = fid.class_rows(classes, len(a))
+
+    def gap(rows):
+        ours, theirs = (fid_of_features(x[rows], reference) for x in (a, b))
+        return ours - theirs
+
+    rows = fid.bootstrap_rows(groups, resamples)
+    bar = tqdm(rows, total=resamples, unit="resamples", disable=None, leave=False)
     return fid.bootstrap_interval(gap(...), [gap(rows) for rows in bar], groups)
 
 
-def _judged(net, noise, scatter, seeds):
-    """-> noise, the band at LEVEL, and the chance of net; seeds may know better."""
+def _noise_band(net, noise, scatter, seeds):
+    """Returns the noise, the band at LEVEL and the chance of a net gap.
+
+    Other seeds take the place of the images' noise where they scatter more.
+    """
     if noise is None:
         return None, None, None
     law = NormalDist()
@@ -233,45 +313,10 @@ def _judged(net, noise, scatter, seeds):
     if scatter is not None:
         from scipy import stats
 
-        free, theirs = seeds - 1, np.sqrt(2) * scatter
-        if free * (theirs / noise) ** 2 > stats.chi2.ppf(1 - ODD_SEEDS, free):
-            noise, law = float(theirs), stats.t(free)
+        degrees, seed_noise = seeds - 1, np.sqrt(2) * scatter
+        ratio = degrees * (seed_noise / noise) ** 2
+        if ratio > stats.chi2.ppf(1 - ODD_SEEDS, degrees):
+            noise, law = float(seed_noise), stats.t(degrees)
             quantile, tail = law.ppf(1 - LEVEL / 2), law.cdf
     chance = 2 * tail(-abs(net) / noise) if noise else float(net == 0)
     return noise, float(quantile * noise), float(chance)
-
-
-def _apart(a, b, are_pairs):
-    if not are_pairs:
-        return None
-    gap = np.linalg.norm(np.asarray(a, np.float64) - b, axis=1)
-    return float(gap.mean() / np.sqrt((np.asarray(a, np.float64) ** 2).sum(1).mean()))
-
-
-WORST = 8  # pairs in the picture
-
-
-def worst_pairs(a, b, count=WORST):
-    """Image sets of one length -> (numbers, uint8 [3 * n, H, W, 3]: A, B, difference).
-
-    By the root mean square of a pair's difference, which is stretched to be seen.
-    """
-    if len(a) != len(b) or a.shape != b.shape:
-        raise UserError(
-            f"{len(a)} images {a.shape} and {len(b)} {b.shape} are no pairs"
-        )
-    kept = []
-    start = 0
-    for one, other in zip(a.batches(256), b.batches(256), strict=True):
-        gap = (one.astype(np.int16) - other).astype(np.float32)
-        size = np.sqrt((gap**2).mean((1, 2, 3)))
-        rows = np.argsort(-size)[:count]
-        kept += [(float(size[i]), start + int(i), one[i], other[i]) for i in rows]
-        kept = sorted(kept, key=lambda row: (-row[0], row[1]))[:count]
-        start += len(one)
-    gaps = [np.abs(x.astype(np.int16) - y) for _, _, x, y in kept]
-    largest = max(int(g.max()) for g in gaps) or 1
-    tiles = []
-    for (_, _, one, other), gap in zip(kept, gaps, strict=True):
-        tiles += [one, other, np.rint(gap * (255 / largest)).astype(np.uint8)]
-    return [(number, size) for size, number, _, _ in kept], np.stack(tiles)

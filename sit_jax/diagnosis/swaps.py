@@ -1,17 +1,27 @@
-"""From A's pictures to B's, one component of the way exchanged after the other.
+"""Goes from A's pictures to B's, by exchanging one component after the other.
 
 What A and B need for it are the latents that both have sampled, as sample.py --out
 x.npy leaves them, and manifests that say how they become pictures.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, UInt8
 
 from sit_jax import config as configs
 from sit_jax.errors import UserError
-from sit_jax.evaluation.image_sets import batch_starts, input_of_images
+from sit_jax.evaluation.image_sets import (
+    EvaluationInput,
+    ImageFeatures,
+    batch_starts,
+    input_of_images,
+)
 from sit_jax.experiment import build_experiment
+from sit_jax.files import PathLike
 from sit_jax.models.codec import Latents
 from sit_jax.parallel.mesh import make_mesh
 from sit_jax.sampling.job import SamplingJob
@@ -19,90 +29,135 @@ from sit_jax.sampling.noise import read_noise
 from sit_jax.sampling.run import with_codec
 
 
-class Decoded:
-    """Latents float32 [N, H, W, C] of a .npy, seen as uint8 images by a codec.
+class DecodedLatents:
+    """An image set of latents that a codec decodes; grey is repeated to three channels.
 
-    A set as in image_sets.py; grey counts as coloured.
+    Attributes:
+      path: of the latents.
+      codec: what decodes them.
+      shape: (h, w, 3) of an image.
     """
 
-    def __init__(self, path, codec, latents):
+    def __init__(
+        self, path: PathLike, codec: Any, latents: Float[np.ndarray, "n h w c"]
+    ):
         self.path, self.codec, self._latents = path, codec, latents
-        made = jax.eval_shape(codec.decode, jnp.zeros((1, *latents.shape[1:])))
-        if made.shape[-1] not in (1, 3):
-            raise UserError(f"{path}: {made.shape[-1]} channels do not make a picture")
-        self.shape = (*made.shape[1:3], 3)
+        image = jax.eval_shape(codec.decode, jnp.zeros((1, *latents.shape[1:])))
+        if image.shape[-1] not in (1, 3):
+            raise UserError(f"{path}: {image.shape[-1]} channels do not make a picture")
+        self.shape = (*image.shape[1:3], 3)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._latents)
 
-    def batches(self, size, numbers=None):
+    def batches(
+        self, size: int, numbers: Any = None
+    ) -> Iterator[UInt8[np.ndarray, "b h w 3"]]:
+        """Gives images in batches, see image_sets.batch_starts."""
         for start in batch_starts(len(self), size, numbers):
-            images = _decode(
-                self.codec, jnp.asarray(self._latents[start : start + size])
-            )
+            latents = jnp.asarray(self._latents[start : start + size])
+            images = _decode(self.codec, latents)
             yield np.broadcast_to(images, (*images.shape[:3], 3))
 
-    def of(self, path, flag):
-        """Other latents of the same network, by the same codec; flag: that names it."""
+    def with_latents(self, path: PathLike, flag: str) -> "DecodedLatents":
+        """Returns other latents of the same network; `flag` is what named them."""
         latents = read_noise(path, self._latents.shape[1:], flag)
-        return Decoded(path, self.codec, latents)
+        return DecodedLatents(path, self.codec, latents)
 
-    def by(self, codec):
-        """The same latents through another codec."""
-        return Decoded(self.path, codec, self._latents)
+    def with_codec(self, codec: Any) -> "DecodedLatents":
+        """Returns the same latents with another codec."""
+        return DecodedLatents(self.path, codec, self._latents)
 
 
-def decoded(path, manifest):
-    """-> Decoded of a .npy whose manifest says by which VAE; None without a VAE."""
+def decode_latents(path: PathLike, manifest: dict[str, Any]) -> DecodedLatents | None:
+    """Returns the images of a .npy of latents, None if its manifest names no VAE."""
     job = SamplingJob.from_json(manifest["job"], path)
     config = configs.from_json(job.config)
-    parts, mesh = (
-        build_experiment(config),
-        make_mesh(1, 1, devices=jax.local_devices()[:1]),
-    )
-    parts, _ = with_codec(parts, job, config.precision.vae, mesh)
-    if isinstance(parts.codec, Latents):
+    experiment = build_experiment(config)
+    mesh = make_mesh(1, 1, devices=jax.local_devices()[:1])
+    experiment, _ = with_codec(experiment, job, config.precision.vae, mesh)
+    if isinstance(experiment.codec, Latents):
         return None
-    return Decoded(path, parts.codec, read_noise(path, parts.shape, "latents"))
+    latents = read_noise(path, experiment.shape, "latents")
+    return DecodedLatents(path, experiment.codec, latents)
 
 
-def exchanged(a, b, between=None, same_start=False):
-    """Decoded A and B -> [(what was exchanged, Decoded)], A first and B last.
+def swap_components(
+    a: DecodedLatents,
+    b: DecodedLatents,
+    between: DecodedLatents | None = None,
+    same_start: bool = False,
+) -> list[tuple[str, DecodedLatents]]:
+    """Exchanges A's components for B's, one after the other.
 
-    between: latents of A's network from B's noise and labels, Decoded by A's codec.
-    same_start: A and B began from the same noise and labels.
+    Args:
+      a: images of A.
+      b: images of B.
+      between: what A's network makes of B's noise and labels, with A's codec.
+      same_start: whether A and B began from the same noise and labels.
+
+    Returns:
+      What was exchanged, and the images; A first and B last.
     """
-    if a.codec.rounding is b.codec.rounding:
-        half = b
-    else:
-        half = b.by(b.codec.replace(rounding=a.codec.rounding))
-    chain = [("A", a)]
+    decoded = b
+    if a.codec.rounding is not b.codec.rounding:
+        decoded = b.with_codec(b.codec.replace(rounding=a.codec.rounding))
+    chain, name = [("A", a)], "noise, labels and latents"
     if same_start or between is not None:
         chain.append(("noise and labels", a if between is None else between))
-    name = "latents" if len(chain) == 2 else "noise, labels and latents"
-    return [*chain, (name, b.by(a.codec)), ("decode", half), ("rounding", b)]
+        name = "latents"
+    return [
+        *chain,
+        (name, b.with_codec(a.codec)),
+        ("decode", decoded),
+        ("rounding", b),
+    ]
 
 
-def exchanged_sides(a, b, same_start, width, between=None):
-    """Sides -> [(what was exchanged, Side)]; of other than latents only the first.
+def swap_inputs(
+    a: EvaluationInput,
+    b: EvaluationInput,
+    *,
+    same_start: bool,
+    width: int,
+    swapped: PathLike | None = None,
+) -> list[tuple[str, EvaluationInput]]:
+    """Exchanges A's components for B's where both are latents; else returns only A.
 
-    between: a path of latents, see exchanged; width: see evaluated.open_input.
+    Args:
+      a: the input of A.
+      b: the input of B.
+      same_start: whether A and B began from the same noise and labels.
+      width: of the features, see image_sets.open_input.
+      swapped: a path of latents that A's network makes of B's noise and labels.
+
+    Returns:
+      What was exchanged, and the input.
     """
-    sets = [getattr(each.source, "images", None) for each in (a, b)]
-    if not all(isinstance(images, Decoded) for images in sets):
-        if between:
-            raise UserError(f"--swapped {between} goes with latents (.npy) as A and B")
+    images = [_latents_of(side) for side in (a, b)]
+    if None in images:
+        if swapped:
+            raise UserError(f"--swapped {swapped} goes with latents (.npy) as A and B")
         return [("A", a)]
-    known = {id(images): side for images, side in zip(sets, (a, b), strict=True)}
-    swapped = between and sets[0].of(between, "--swapped")
-    if swapped and len(swapped) != len(sets[1]):
-        raise UserError(
-            f"--swapped {between} has {len(swapped)} latents, B {len(sets[1])}: it is "
-            "what A's network makes of B's noise and labels"
-        )
-    found = exchanged(*sets, swapped, same_start)
-    side_of = lambda images: known.get(id(images)) or input_of_images(images, width)
-    return [(name, side_of(images)) for name, images in found]
+    between = None
+    if swapped:
+        between = images[0].with_latents(swapped, "--swapped")
+        if len(between) != len(images[1]):
+            raise UserError(
+                f"--swapped {swapped} has {len(between)} latents, B {len(images[1])}: "
+                "it is what A's network makes of B's noise and labels"
+            )
+    known = {id(images[0]): a, id(images[1]): b}
+    chain = swap_components(*images, between, same_start)
+    return [
+        (name, known.get(id(decoded)) or input_of_images(decoded, width))
+        for name, decoded in chain
+    ]
+
+
+def _latents_of(side):
+    images = side.source.images if isinstance(side.source, ImageFeatures) else None
+    return images if isinstance(images, DecodedLatents) else None
 
 
 @jax.jit

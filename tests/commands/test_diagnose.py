@@ -14,7 +14,7 @@ from networks import quick_jit
 from sit_jax.cli import diagnose
 from sit_jax.config import to_json
 from sit_jax.diagnosis import bundle, ladder, stages
-from sit_jax.diagnosis.causes import causes
+from sit_jax.diagnosis.causes import find_causes
 from sit_jax.diagnosis.report import diagnose as judge
 from sit_jax.diagnosis.report import open_evidence
 from sit_jax.experiment import build_experiment
@@ -35,7 +35,10 @@ def monkeypatch_module():
 def made(tensors, tmp_path_factory, monkeypatch_module):
     """made(name, ...) -> the path of a bundle; weights, job and inputs as asked."""
     folder = tmp_path_factory.mktemp("bundles")
-    for name in ("activations", "_latents"):  # compiling is what takes the time here
+    for name in (
+        "compute_activations",
+        "compute_latents",
+    ):  # compiling is what takes the time here
         quick = quick_jit(getattr(stages, name).__wrapped__, static_argnums=0)
         monkeypatch_module.setattr(stages, name, quick)
 
@@ -56,7 +59,14 @@ def made(tensors, tmp_path_factory, monkeypatch_module):
             **environment(),
         }
         manifest = json.loads(json.dumps(manifest))
-        found = stages.collect(room, manifest, folder / name, IMAGES, STEPS, given)
+        found = stages.collect(
+            room,
+            manifest,
+            folder / name,
+            images=IMAGES,
+            steps=STEPS,
+            inputs_of=given,
+        )
         bundle.write(found)
         return folder / name
 
@@ -112,7 +122,7 @@ def test_given_noise_is_where_the_stages_begin(tmp_path):
     c = config()
     job = SamplingJob("w", to_json(c), np.arange(6), noise=str(tmp_path / "noise.npy"))
     room = types.SimpleNamespace(job=job, parts=build_experiment(c))
-    found = stages.inputs(room, 4)
+    found = stages.job_inputs(room, 4)
     np.testing.assert_array_equal(found["noise"], array[:4])
 
 
@@ -178,10 +188,10 @@ def test_the_larger_effect_comes_first():
     """Of two declared causes, without any bundle."""
     one = {"job": {"guidance": 1, "labels": [0, 1, 1], "rounding": "dit"}}
     other = {"job": {**one["job"], "labels": [1, 0, 1], "rounding": "mdt"}}
-    found = causes((one, other))
+    found = find_causes((one, other))
     assert [cause.name for cause in found] == ["labels", "rounding"]
     many = {"job": {**other["job"], "labels": [1, 0, 1, 1]}}
-    assert causes((one, many))[0].name == "number of images"
+    assert find_causes((one, many))[0].name == "number of images"
 
 
 def refused(call, message, out):
@@ -247,7 +257,7 @@ def test_from_manifests_to_a_report(tmp_path, run):
     flags = ("--collect", out, "--from-manifest")
     refused(
         run(*flags, manifest(1), "--images", 0),
-        "--images '0': a whole number of at least 1",
+        "--images 0: a whole number of at least 1",
         out,
     )
     refused(run(*flags, tmp_path / "x"), "no manifest to read", out)

@@ -141,7 +141,7 @@ def test_too_few_images_have_no_band():
 def test_swaps_add_up_to_the_gap():
     sets = [("A", drawn(0)), ("latents", drawn(1, shift=0.1)), ("B", drawn(2, shift=1))]
     other = Gaussian(np.zeros(WIDTH), np.eye(WIDTH))
-    rows = paired.swaps(sets, REFERENCE, ("reference", sets[-1][1], other))
+    rows = paired.swap_steps(sets, REFERENCE, ("reference", sets[-1][1], other))
     assert [name for name, *_ in rows] == ["A", "latents", "B", "reference"]
     ends = (
         frechet_distance(Gaussian.of(sets[0][1]), REFERENCE),

@@ -9,7 +9,7 @@ from flax import struct
 
 from sit_jax.cli import diagnose
 from sit_jax.config import to_json
-from sit_jax.diagnosis.swaps import Decoded, exchanged
+from sit_jax.diagnosis.swaps import DecodedLatents, swap_components
 from sit_jax.models.codec import to_uint8, to_uint8_mdt
 from sit_jax.sampling.job import SamplingJob
 
@@ -31,7 +31,10 @@ def pictures(images):
 def test_one_component_is_exchanged_at_a_time():
     rng = np.random.default_rng(0)
     x, y, z = rng.uniform(-1, 1, (3, 5, 2, 2, 1)).astype(np.float32)
-    a, b = Decoded("a", Scaled(0.5), x), Decoded("b", Scaled(0.7, to_uint8_mdt), y)
+    a, b = (
+        DecodedLatents("a", Scaled(0.5), x),
+        DecodedLatents("b", Scaled(0.7, to_uint8_mdt), y),
+    )
     by = lambda latents, gain, rule: np.asarray(rule(gain * latents)).repeat(3, -1)
     want = {
         "A": by(x, 0.5, to_uint8),
@@ -40,13 +43,13 @@ def test_one_component_is_exchanged_at_a_time():
         "decode": by(y, 0.7, to_uint8),
         "rounding": by(y, 0.7, to_uint8_mdt),
     }
-    found = exchanged(a, b, Decoded("z", a.codec, z))
+    found = swap_components(a, b, DecodedLatents("z", a.codec, z))
     assert [name for name, _ in found] == list(want) and found[-1][1] is b
     for name, images in found:
         np.testing.assert_array_equal(pictures(images), want[name])
-    names = [name for name, _ in exchanged(a, b)]
+    names = [name for name, _ in swap_components(a, b)]
     assert names == ["A", "noise, labels and latents", "decode", "rounding"]
-    same = dict(exchanged(a, b, same_start=True))
+    same = dict(swap_components(a, b, same_start=True))
     assert same["noise and labels"] is a  # nothing to exchange
 
 

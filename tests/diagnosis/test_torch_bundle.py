@@ -29,7 +29,7 @@ PLAIN = ROOT / "tests" / "plain_torch"
 def run(monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
-    for name in ("activations", "_latents"):
+    for name in ("compute_activations", "compute_latents"):
         quick = quick_jit(getattr(stages, name).__wrapped__, static_argnums=0)
         monkeypatch.setattr(stages, name, quick)
     import torch_bundle

@@ -82,7 +82,13 @@ def made(tensors, tmp_path_factory):
             if resize == "declared":
                 extractor.pipeline = extractor.pipeline | {"resize": "half-pixel"}
             found = stages.collect(
-                room, manifest, folder / name, 4, 6, given, extractor
+                room,
+                manifest,
+                folder / name,
+                images=4,
+                steps=6,
+                inputs_of=given,
+                extractor=extractor,
             )
         bundle.write(found)
         return folder / name

@@ -81,7 +81,8 @@ def test_other_kinds_have_their_stages(kind, tmp_path):
         opened = types.SimpleNamespace(load=load, meta={})
         room = build_context(job, opened)
         manifest = {"job": job.to_json(), **room.record, **environment()}
-        bundle.write(stages.collect(room, manifest, tmp_path / name, 4, 3))
+        found = stages.collect(room, manifest, tmp_path / name, images=4, steps=3)
+        bundle.write(found)
     found = judge(open_evidence(tmp_path / "a"), open_evidence(tmp_path / "b"))
     names = [rung["stage"] for rung in found["ladder"]][7:]
     assert names == [*blocks, "final layer", "guidance", *CHAIN]
