@@ -15,7 +15,7 @@ import torch
 
 from sit_jax.convert.rules import to_torch
 from sit_jax.errors import UserError
-from sit_jax.evaluation.features import pipeline
+from sit_jax.evaluation.features import inception_pipeline
 from sit_jax.models.inception import RULES
 
 PACKAGE = "torch_fidelity"
@@ -29,7 +29,7 @@ class TorchJudge:
     def __init__(self, weights, device="cpu", folder=None):
         self.device, self.network = device, network(weights, folder).to(device)
         made = f"{PACKAGE} {_version()}"
-        self.pipeline = {**pipeline(weights), "library": made}
+        self.pipeline = {**inception_pipeline(weights), "library": made}
 
     def stages(self, images):
         """uint8 [n, H, W, 1 or 3] -> {stage: array [n, ...]}, as stages.py's."""
