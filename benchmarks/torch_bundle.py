@@ -85,7 +85,7 @@ def _check_device(name):
 
 
 def collect(room, manifest, out, args, given=None, judge=None):
-    """A sampling.Studio and its manifest -> the Bundle of what the clone computes."""
+    """Returns the Bundle of what the clone computes for a job and its manifest."""
     parts, program = room.parts, stages.stage_program(room, args.steps)
     inputs = stages.job_inputs(room, args.images, given)
     # first: diffusers takes the stand-in for torchvision for the real one
