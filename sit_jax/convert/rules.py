@@ -298,15 +298,13 @@ def torch_constants(model: DiT | MDT, side: int) -> dict[str, np.ndarray]:
 # today's diffusers, which the rules use, of diffusers before 0.16 (in which ft-mse and
 # ft-ema were released), and of CompVis' latent-diffusion.
 
-_OLD_ATTENTION = {
-    "query": "to_q",
-    "key": "to_k",
-    "value": "to_v",
-    "proj_attn": "to_out.0",
-}
-# CompVis -> diffusers, tried in this order. CompVis' decoder counts resolutions the
-# other way round: {i} is to be counted down from the highest.
-_COMPVIS = [
+# Old diffusers' and CompVis' names -> today's, tried in this order. CompVis' decoder
+# counts resolutions the other way round: {i} is to be counted down from the highest.
+_OLD_NAMES = [
+    (r"\.attentions\.0\.query\.", ".attentions.0.to_q."),
+    (r"\.attentions\.0\.key\.", ".attentions.0.to_k."),
+    (r"\.attentions\.0\.value\.", ".attentions.0.to_v."),
+    (r"\.attentions\.0\.proj_attn\.", ".attentions.0.to_out.0."),
     (r"encoder\.down\.(\d+)\.block\.", r"encoder.down_blocks.\1.resnets."),
     (r"encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
     (r"decoder\.up\.(\d+)\.block\.", r"decoder.up_blocks.{\1}.resnets."),
@@ -382,14 +380,9 @@ def to_diffusers_names(names: Iterable[str], levels: int) -> dict[str, str]:
     translation = {}
     for given in names:
         name = given
-        for pattern, new in _COMPVIS:
+        for pattern, new in _OLD_NAMES:
             name = re.sub(pattern, new, name)
         name = re.sub(r"\{(\d+)\}", lambda level: str(levels - 1 - int(level[1])), name)
-        name = re.sub(
-            rf"\.attentions\.0\.({'|'.join(_OLD_ATTENTION)})\.",
-            lambda old: f".attentions.0.{_OLD_ATTENTION[old[1]]}.",
-            name,
-        )
         if name in translation:
             raise UserError(f"the weights name {name} twice, also as {given}")
         translation[name] = given

@@ -25,7 +25,6 @@ def plain(server, monkeypatch):
         file = PretrainedFile(f"{server.url}/models/x.pt", "MIT", "dit", **known)
         monkeypatch.setattr(pretrained, "PRETRAINED", {"x": file})
 
-    put(sha256=SHA, size=len(CONTENT))
     return put
 
 
@@ -93,16 +92,15 @@ def test_fetch_refuses_a_file_of_another_sha256(server, cache):
     assert fetch("hf:a/b/config.json").read_bytes() == CONTENT
 
 
-def test_fetch_loads_a_plain_url(plain, server, cache):
-    assert fetch("x").read_bytes() == CONTENT
-    assert [method for method, _ in server.requests] == ["GET"]
-
-
-def test_fetch_refuses_a_plain_url_of_another_sha256(plain, server, cache):
+def test_fetch_loads_a_plain_url_of_its_sha256_alone(plain, server, cache):
     plain(sha256="0" * 64)
     with pytest.raises(UserError, match="x.pt was not loaded .*does not match"):
         fetch("x")
     assert not [path for path in cache.rglob("*") if path.is_file()]
+    plain(sha256=SHA, size=len(CONTENT))
+    server.requests.clear()
+    assert fetch("x").read_bytes() == CONTENT
+    assert [method for method, _ in server.requests] == ["GET"]
 
 
 @pytest.mark.parametrize(
