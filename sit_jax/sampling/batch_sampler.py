@@ -29,9 +29,9 @@ from sit_jax.parallel.mesh import (
     with_shardings,
 )
 
-# Rows of a batch that go through the network together on a CPU: one guided image. Four
-# rows take 0.87 to 0.98 of the CPU time for SiT-S/2, but fill up a single image.
-CHUNK = 2
+# Rows of a batch that go through the network together on a CPU. With two, one guided
+# image would cost less, but a single chunk has other bytes than one of many.
+CHUNK = 4
 
 
 def make_sample_fn(
