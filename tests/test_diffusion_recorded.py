@@ -97,9 +97,9 @@ def test_recorded_losses_of_a_fixed_output(name):
 
 
 def test_recorded_losses_of_the_network(network):
-    losses = {name: partial(p.loss, network) for name, p in VARIANTS.items()}
+    losses = {name: partial(p.losses, network) for name, p in VARIANTS.items()}
     half = lambda x, t: network(x, t)[..., :4]
-    losses |= {name: partial(VARIANTS[name].loss, half) for name in ("v4", "v5")}
+    losses |= {name: partial(VARIANTS[name].losses, half) for name in ("v4", "v5")}
     ours = jax.jit(lambda *b: {name: loss(*b) for name, loss in losses.items()})
     ours, g = ours(*batch()), arrays("dit_training_losses")
     for run in case("dit_training_losses")["runs"]:
