@@ -98,16 +98,10 @@ def typed(kind):
 def claiming(size):
     """A tar whose first header says that its file has this many bytes."""
     data = bytearray(tar({"a.jpg": b"12"}))
-    field = b"%011o\0" % size if size < 8**11 else b"\x80" + size.to_bytes(11, "big")
-    data[124:136] = field
-    total = sum(data[:148]) + 8 * 32 + sum(data[156:512])
-    data[148:156] = b"%06o\0 " % total
-    return bytes(data)
-
-
-def negative():
-    data = bytearray(tar({"a.jpg": b"12"}))
-    data[124:136] = b"-0000001000\0"
+    is_short = size < 8**11
+    data[124:136] = (
+        b"%011o\0" % size if is_short else b"\x80" + size.to_bytes(11, "big")
+    )
     total = sum(data[:148]) + 8 * 32 + sum(data[156:512])
     data[148:156] = b"%06o\0 " % total
     return bytes(data)
@@ -134,7 +128,7 @@ WRONG = {
     "huge": (claiming(2**27 + 1), "says it has 134217729 bytes, more than 134217728"),
     "giant": (claiming(2**60), f"says it has {2**60} bytes"),
     "short": (claiming(2**20), "has 1048576 bytes, but only 9728 are there"),
-    "negative": (negative(), "says it has -|" + DAMAGED),
+    "negative": (claiming(-0o1000), "says it has -|" + DAMAGED),
     "checksum": (tar({"a.jpg": b"12"}).replace(b"a.jpg", b"b.jpg"), DAMAGED),
     "cut": (tar({"a.jpg": b"x" * 2000})[:1300], "only 788 are there; the tar is cut"),
     "header": (tar({"a.jpg": b"x"})[:300], DAMAGED),
