@@ -1,4 +1,9 @@
-"""The flags that say how to sample: each sets a field of the config."""
+"""Reads the flags that say how to sample: each sets a field of the config."""
+
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+from ml_collections import ConfigDict
 
 from sit_jax import config as configs
 from sit_jax.diffusion.guidance import GuidanceInterval
@@ -13,14 +18,16 @@ from sit_jax.samplers.registry import (
     SAMPLERS,
     configure_sampler,
 )
+from sit_jax.sampling.presets import Preset
 
 NETWORK = ("model", "process", "shape")
-# how it is computed, and not what
 _SCALE = "1: none; of MDT's schedule its largest, --guidance-interval 0,1 without it"
+# how it is computed, and not what
 COMPUTING = ("model.remat", "model.unroll", "model.attention", "model.dtype")
 
 
-def add_flags(parser):
+def add_flags(parser: ArgumentParser) -> None:
+    """Adds the flags of sampler, guidance and precision."""
     add = parser.add_argument_group("sampler and guidance").add_argument
     add("--sampler", metavar="NAME", help=", ".join(SAMPLERS))
     add("--steps", type=COUNT, metavar="N", help="steps taken")
@@ -56,22 +63,34 @@ def add_flags(parser):
     add("--precision", metavar="WORD", help=", ".join(PRECISIONS))
 
 
-def apply(config, args, overrides, source, published=None):
-    """The weights' config, as a preset, a file, the flags and --config.x=y change it.
+def apply(
+    config: ConfigDict,
+    args: Namespace,
+    overrides: list[str],
+    source: Any,
+    preset: Preset | None = None,
+) -> ConfigDict:
+    """Changes the weights' config by a preset, a file, the flags and --config.x=y.
 
-    source: where the weights are, for messages.
+    Args:
+        config: of the weights; is changed.
+        args: of add_flags, with config.
+        overrides: --config.x=y.
+        source: where the weights are, for messages.
+        preset: a published run's sampler and guidance.
+
+    Returns:
+        The config.
     """
     if "precision" not in config:
-        from ml_collections import ConfigDict
-
         # a run from before there was a choice
         words = {"training": "fast", "model": "exact", "vae": "exact"}
         config.precision = ConfigDict(words)
     if args.config is not None:
         _take(config, configs.load(args.config), source)
-    if published:
+    if preset:
         with config.ignore_type():
-            config.sampler, config.guidance = published.sampler, published.guidance
+            config.sampler, config.guidance = preset.sampler, preset.guidance
             config.guidance_channels = 3
     flags = {flag: getattr(args, flag[2:].replace("-", "_")) for flag in SAMPLER_FLAGS}
     configure_sampler(config, args.sampler, flags, counted=args.num_sampling_steps)
@@ -86,7 +105,7 @@ def _take(config, given, source):
     """Sampler and guidance of another config, once its network is the same."""
     pick = lambda c: configs.to_json({name: c[name] for name in NETWORK})
     unlike = configs.difference(pick(config), pick(given))
-    unlike = [each for each in unlike if each[0] not in COMPUTING]
+    unlike = [row for row in unlike if row[0] not in COMPUTING]
     if unlike:
         listed = "; ".join(f"{n} is {a}, not {b}" for n, a, b in unlike)
         raise UserError(f"{source} holds another network: {listed}")

@@ -1,4 +1,4 @@
-"""Log likelihoods of a data set's records: one line a record, and their mean.
+"""Measures log likelihoods of a data set: one line a record, and their mean.
 
 nats are of what the network models: pixels with noise filling their bins, or latents,
 whose figures compare with those of the same latents only. bits_per_dim of pixels is
@@ -8,14 +8,19 @@ and no more than another unit.
 
 import csv
 import dataclasses
+from argparse import ArgumentParser
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from sit_jax.adapters.apply import apply_model
 from sit_jax.config import build, to_json
+from sit_jax.convert.open import LoadedWeights
 from sit_jax.diffusion import rng
 from sit_jax.errors import UserError
 from sit_jax.experiment import build_experiment, check_data
@@ -39,13 +44,13 @@ TRACES = {"estimated": hutchinson_trace, "exact": exact_trace}
 SPREAD = 0.25  # of Gaussian dequantization, in steps of 8-bit values
 
 
-def uniform(key, shape):
-    """-> noise in (-1/2, 1/2) around 8-bit values, and its log density [B]."""
+def uniform(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, Any]:
+    """Returns noise in (-1/2, 1/2) around 8-bit values, and its log density [b]."""
     return jax.random.uniform(key, shape, minval=-0.5, maxval=0.5), 0.0
 
 
-def gaussian(key, shape):
-    """The same with more of it near the value: a normal law cut off at the ends."""
+def gaussian(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, Any]:
+    """Returns normal noise cut off at -1/2 and 1/2, and its log density [b]."""
     reach = 0.5 / SPREAD
     draw = jax.random.truncated_normal(key, -reach, reach, shape)
     mass = jax.scipy.special.ndtr(reach) - jax.scipy.special.ndtr(-reach)
@@ -56,7 +61,8 @@ def gaussian(key, shape):
 FILLINGS = {"uniform": uniform, "gaussian": gaussian}
 
 
-def add_flags(parser):
+def add_flags(parser: ArgumentParser) -> None:
+    """Adds the flags of a survey."""
     add = parser.add_argument_group("likelihood, of the config's data").add_argument
     add("--likelihood", action="store_true", help="--out x.csv, by the flow or bound")
     add("--probes", type=COUNT, default=1, metavar="K", help="averaged, of the trace")
@@ -64,8 +70,8 @@ def add_flags(parser):
     add("--dequantization", choices=tuple(FILLINGS), default="uniform")
 
 
-def check_output(path, overwrite):
-    """-> Path of the table; refuses what exists, and other endings than .csv."""
+def check_output(path: Any, overwrite: bool) -> Path:
+    """Returns the path of the table; refuses what exists, and other endings."""
     path = require_free(path, overwrite)
     if path.suffix != ".csv":
         raise UserError(f"--out {path}: likelihoods go to a name ending in .csv")
@@ -74,7 +80,7 @@ def check_output(path, overwrite):
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """Which records to measure, and how; the words are keys of TRACES and FILLINGS."""
+    """Says which records to measure, and how, by keys of TRACES and FILLINGS."""
 
     num: int | None = None
     seed: int = 0
@@ -84,8 +90,10 @@ class Survey:
     dequantization: str = "uniform"
 
 
-def measure(weights, config, out, item, survey):
-    """Writes the table and its manifest; -> lines that say what came out."""
+def measure(
+    weights: LoadedWeights, config: ConfigDict, out: Path, item: str, survey: Survey
+) -> list[str]:
+    """Writes the table and its manifest; returns lines that say what came out."""
     parts = build_experiment(config)
     source = _source(config)
     check_data(parts, source)
@@ -134,7 +142,7 @@ def _source(config):
 
 
 def _chosen(length, survey):
-    """Ids of the records: as many as asked for, in an order that the seed decides."""
+    """Returns the ids of the records, which the seed decides."""
     num = min(length, 1000) if survey.num is None else survey.num
     if not 1 <= num <= length:
         raise UserError(f"--num {num}: the data has {length} records")
@@ -175,7 +183,7 @@ def _run(parts, likelihood, filling, mesh, word):
 
 
 def _data(parts, filling, keys, batch, by_chain):
-    """-> data [B, H, W, C], and bits per dimension that its discreteness costs."""
+    """Returns data [b, h, w, c], and the bits per dimension of its discreteness."""
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 7)
     if "image" in batch:
         batch = {"moments": parts.codec.encode(batch["image"]), "image": batch["image"]}
@@ -192,7 +200,7 @@ def _data(parts, filling, keys, batch, by_chain):
 
 
 def _drawn(codec, keys, batch):
-    """Each record by its own key: not by who is beside it, on how many devices."""
+    """Samples each record by its own key, whatever the batch and the devices."""
     if "latent" in batch:
         return batch["latent"]
     draw = jax.vmap(lambda key, one: codec.sample(key, one[None])[0])
@@ -227,7 +235,7 @@ def _written(out, rows, config, survey, item, params, parts, source):
 
 
 def _named(parts, source):
-    """What the figures are of, in words."""
+    """Says what the figures are of."""
     bound = (
         "variational bound" if isinstance(parts.process, DiscreteProcess) else "density"
     )
