@@ -83,7 +83,7 @@ def judged(good, other):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_right_cause_is_named_first(name, good, made, tensors):
+def test_diagnose_names_the_right_cause_first(name, good, made, tensors):
     changes, (cause, stage, said) = CASES[name]
     weights = changes.get("weights")
     changes = {**changes, "weights": weights(tensors)} if weights else changes
@@ -97,7 +97,7 @@ def test_the_right_cause_is_named_first(name, good, made, tensors):
     assert found["verdict"].startswith("Within noise") == (name == "noise")
 
 
-def test_a_bundle_equals_itself(good, made):
+def test_bundle_equals_itself(good, made):
     found = judged(good, made("again"))
     assert found["causes"] == [] and found["weights"]["differ"] == []
     assert found["first"] == ladder.EQUAL
@@ -116,7 +116,7 @@ def test_own_inputs_differ_with_the_seed(good, made):
     assert found["causes"][0]["name"] == "noise"
 
 
-def test_given_noise_is_where_the_stages_begin(tmp_path):
+def test_stages_begin_at_the_noise_of_the_job(tmp_path):
     array = np.random.default_rng(0).standard_normal((6, 4, 4, 4), np.float32)
     np.save(tmp_path / "noise.npy", array)
     c = config()
@@ -146,7 +146,7 @@ def test_stages_are_those_of_the_network(good, tensors):
     }
 
 
-def test_what_nothing_declares_is_called_unexplained(good, tmp_path):
+def test_undeclared_difference_is_unexplained(good, tmp_path):
     """A network that computes something else from the same weights and settings."""
     found = bundle.read(good)
     odd = {**found.stages, "block 1": found.stages["block 1"] * 1.01}
@@ -156,7 +156,7 @@ def test_what_nothing_declares_is_called_unexplained(good, tmp_path):
     assert found["first"].startswith("The discrepancy starts at block 1, which differs")
 
 
-def test_what_only_a_resize_can_do_is_called_one(good, tmp_path):
+def test_undeclared_resize_is_named_by_its_stage(good, tmp_path):
     """Pictures that Inception sees otherwise, which no record tells of."""
     found, rng = bundle.read(good), np.random.default_rng(0)
     record = dict(found.record, stages=[*found.record["stages"], "resized", "features"])
@@ -177,14 +177,14 @@ def test_what_only_a_resize_can_do_is_called_one(good, tmp_path):
     assert told["verdict"] == "Nothing differs that is known to move FID."
 
 
-def test_a_declared_difference_that_does_nothing_is_no_cause(good, made):
+def test_declared_difference_without_effect_is_no_cause(good, made):
     """fast means nothing on a CPU."""
     found = judged(good, made("fast", settings=dict(word="fast")))
     assert [c["contradicted"] for c in found["causes"]] == [True]
     assert found["verdict"] == "Nothing differs that is known to move FID."
 
 
-def test_the_larger_effect_comes_first():
+def test_causes_are_ordered_by_effect():
     """Of two declared causes, without any bundle."""
     one = {"job": {"guidance": 1, "labels": [0, 1, 1], "rounding": "dit"}}
     other = {"job": {**one["job"], "labels": [1, 0, 1], "rounding": "mdt"}}
@@ -205,7 +205,7 @@ def run(monkeypatch, capsys):
     return lambda *words: small.called(diagnose.main, monkeypatch, capsys, *words)
 
 
-def test_bad_bundles_are_refused(good, made, tmp_path, run):
+def test_bundles_that_are_damaged_are_refused(good, made, tmp_path, run):
     out = tmp_path / "report"
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -226,7 +226,7 @@ def test_bad_bundles_are_refused(good, made, tmp_path, run):
     refused(run(good, tmp_path / "other", "--out", out), "other architectures", out)
 
 
-def test_from_manifests_to_a_report(tmp_path, run):
+def test_commands_go_from_manifests_to_a_report(tmp_path, run):
     """Bundles of two manifests, then the report, as a user calls them."""
     weights = small.checkpoint(tmp_path / "w", config())
     stats = {"evaluations": {"min": 8, "mean": 8.0, "max": 8}, "unfinished": []}

@@ -45,7 +45,7 @@ LAWS = {  # draw(seed, shift), the reference, labels
 
 
 @pytest.mark.parametrize("name", LAWS)
-def test_the_noise_is_what_gaps_of_seeds_scatter_by(name):
+def test_noise_is_what_gaps_of_seeds_scatter_by(name):
     """Over 300 pairs; of so many a standard deviation is known to 4 %."""
     draw, there, labels = LAWS[name]
     found = [
@@ -72,7 +72,7 @@ def test_balanced_classes_narrow_the_band():
     assert found.noise == unknown.noise
 
 
-def test_a_difference_of_eight_deviations_is_found():
+def test_gap_of_eight_deviations_is_beyond_noise():
     """In 20 of 20 pairs, and 4 deviations of a bootstrap would miss most of them."""
     draw, there, labels = LAWS["classes"]
     noise = paired.compare(draw(0), draw(1), there, False, labels=labels).noise
@@ -84,7 +84,7 @@ def test_a_difference_of_eight_deviations_is_found():
         assert not gap.within_noise and gap.sentence().startswith("Beyond noise")
 
 
-def test_a_real_shift_is_beyond_it():
+def test_shifted_features_are_beyond_noise():
     a, b = drawn(0), drawn(1, shift=0.15)
     gap = paired.compare(a, b, REFERENCE, are_pairs=False)
     assert not gap.within_noise and gap.sentence().startswith("Beyond noise: FID")
@@ -93,7 +93,7 @@ def test_a_real_shift_is_beyond_it():
     assert gap.interval is None and gap.feature_gap is None
 
 
-def test_pairs_tell_what_sets_cannot():
+def test_pairs_show_a_shift_that_sets_do_not():
     """A small shift of the same samples is sure in pairs, and within noise without."""
     a = drawn(0)
     b = a + 0.02
@@ -123,7 +123,7 @@ def test_seeds_widen_the_band_where_they_scatter_more():
     assert wide.band == pytest.approx(99.992 * np.sqrt(2), rel=1e-4)
 
 
-def test_other_numbers_of_images_move_fid_but_not_the_verdict():
+def test_number_of_images_moves_fid_but_not_the_verdict():
     draw = lambda seed, n: np.random.default_rng(seed).standard_normal((n, 40))
     there = Gaussian(np.zeros(40), np.eye(40))
     gap = paired.compare(draw(0, 2000), draw(1, 200), there, are_pairs=False)
@@ -138,7 +138,7 @@ def test_too_few_images_have_no_band():
     assert gap.sentence().startswith("Too few images for a noise band: FID ")
 
 
-def test_swaps_add_up_to_the_gap():
+def test_swap_steps_add_up_to_the_gap():
     sets = [("A", drawn(0)), ("latents", drawn(1, shift=0.1)), ("B", drawn(2, shift=1))]
     other = Gaussian(np.zeros(WIDTH), np.eye(WIDTH))
     rows = paired.swap_steps(sets, REFERENCE, ("reference", sets[-1][1], other))
@@ -150,7 +150,7 @@ def test_swaps_add_up_to_the_gap():
     assert sum(step for *_, step in rows) == pytest.approx(ends[1] - ends[0], rel=1e-6)
 
 
-def test_the_worst_pairs_come_first(tmp_path):
+def test_worst_pairs_come_first(tmp_path):
     rng = np.random.default_rng(0)
     a = rng.integers(0, 200, (300, 4, 4, 3)).astype(np.uint8)
     b = a.copy()
@@ -167,7 +167,7 @@ def test_the_worst_pairs_come_first(tmp_path):
     assert (tiles[2] == 255).all() and tiles[5].max() == 255 * 40 // 50
 
 
-def test_other_features_are_refused():
+def test_compare_refuses_other_features():
     with pytest.raises(UserError, match="6 numbers in A, 5 in B"):
         paired.compare(drawn(0), drawn(1)[:, :5], REFERENCE, are_pairs=False)
     with pytest.raises(UserError, match="400 and 300 images are no pairs"):

@@ -28,7 +28,7 @@ def pictures(images):
     return np.concatenate(list(images.batches(2)))
 
 
-def test_one_component_is_exchanged_at_a_time():
+def test_swap_components_exchanges_one_at_a_time():
     rng = np.random.default_rng(0)
     x, y, z = rng.uniform(-1, 1, (3, 5, 2, 2, 1)).astype(np.float32)
     a, b = (
@@ -67,7 +67,7 @@ def side(path, latents, **fields):
     return path
 
 
-def test_the_steps_add_up_to_the_gap(tmp_path, run):
+def test_steps_of_a_report_add_up_to_the_gap(tmp_path, run):
     rng = np.random.default_rng(0)
     x = rng.uniform(-1, 1, (200, 8, 8, 1)).astype(np.float32)
     a = side(tmp_path / "a.npy", x)

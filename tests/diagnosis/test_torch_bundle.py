@@ -81,7 +81,7 @@ def test_torch_beside_jax(tmp_path, run):
     assert found["weights"]["differ"] == ["blocks/1/mlp/fc1/kernel"]
 
 
-def test_what_the_original_cannot_do_is_refused(tmp_path, run):
+def test_torch_bundle_refuses_what_the_original_lacks(tmp_path, run):
     c = small.config(shape=(4, 4, 4), guidance=3.0, guidance_channels=4)
     weights = small.checkpoint(tmp_path / "w", c)
     job = SamplingJob(str(weights), to_json(c), np.arange(5, dtype=np.int32))
@@ -148,7 +148,7 @@ def test_only_mdt_has_rising_guidance(benchmarks):
             torch_stages.check(room)
 
 
-def test_the_blocks_of_clones_have_our_names(benchmarks):
+def test_blocks_of_clones_have_our_names(benchmarks):
     import torch_stages
     from torch import nn
 
