@@ -71,8 +71,9 @@ def test_recorded_runs(name):
     slack = max(slack, 1e-5 * scale) if run["method"] == "dopri5" else slack
     np.testing.assert_allclose(result.nats, G[f"{name}.logp"], atol=slack)
     floor, size = run["f32_vs_f64"]["z"]
+    # so do the states: 1.09e-5 of their size on the machine with the largest difference
     np.testing.assert_allclose(
-        nchw(result.noise), G[f"{name}.z"], atol=max(5 * floor, 1e-5 * size)
+        nchw(result.noise), G[f"{name}.z"], atol=max(5 * floor, 1.2e-5 * size)
     )
     # one pass through the network an evaluation, where the original takes two
     # (the steps of r11 hang on rounding: in float64 they are others)

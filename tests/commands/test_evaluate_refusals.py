@@ -154,11 +154,11 @@ def test_missing_weights(tmp_path, sides, run, network):
         ),
         (
             ("s.npz", "--reference", "r.npz", "--batch-size", "0"),
-            "--batch-size '0': a whole number",
+            "--batch-size 0: a whole number",
         ),
         (
             ("s.npz", "--reference", "r.npz", "--bootstrap", "3"),
-            "--bootstrap '3': a whole number",
+            "--bootstrap 3: a whole number",
         ),
         (
             ("s.npz", "--reference", "r.npz", "--config.x=1"),

@@ -139,7 +139,7 @@ def test_flags_of_a_plan_need_one(monkeypatch, capsys):
 
 
 def test_samples_are_planned_for_a_topology_only(monkeypatch, capsys):
-    import sample
+    from sit_jax.cli import sample
 
     call = lambda *a: small.called(sample.main, monkeypatch, capsys, "--plan", *a)
     code, _, err = call()

@@ -10,7 +10,7 @@ from small import script
 
 from sit_jax.convert.rules import to_torch
 from sit_jax.evaluation.fid import Gaussian, frechet_distance
-from sit_jax.models.inception import RULES, SHAPES, Inception
+from sit_jax.models.inception import RULES, SHAPES, Inception, preprocess
 
 
 def random_params():

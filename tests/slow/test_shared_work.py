@@ -23,11 +23,10 @@ extract_features.load_codec = lambda vae, precision: toy()
 extract_features.main()
 """
 EVALUATE = """
-import evaluate
 import judged as t
-evaluate.inception.load_inception = lambda path: t.weights()
-evaluate.inception_extractor = t.extractor
-t.evaluation.LEAST = 205
+from sit_jax.cli import evaluate
+evaluate.get_extractor = lambda name, path, size: t.extractor(t.weights(), None, size)
+t.evaluation.MIN_IMAGES = 205
 evaluate.main()
 """
 
