@@ -54,7 +54,7 @@ class Batch(NamedTuple):
 
     shard: int
     ids: range
-    labels: Int[np.ndarray, "b"]  # -1 for a corrupt image
+    labels: Int[np.ndarray, " b"]  # -1 for a corrupt image
     corrupt: dict[int, str]  # reasons by id
     views: list[Float[Array, "b h w c"]]  # as it is, and mirrored
 

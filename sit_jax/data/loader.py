@@ -176,7 +176,7 @@ def local_batches(
     return ids.map_with_index(partial(_read_step, source, seed, first, np.array(rows)))
 
 
-def random_flip(seed: int, positions: Int[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
+def random_flip(seed: int, positions: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
     """Returns for each position of the order whether it is flipped: a fair coin.
 
     Source: the top bit of splitmix64 (Steele, Lea, Flood 2014, "Fast splittable

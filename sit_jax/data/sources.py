@@ -127,7 +127,7 @@ class Arrays(DataSource):
     def __init__(
         self,
         images: UInt8[np.ndarray, "n h w c"],
-        labels: Int[np.ndarray, "n"],
+        labels: Int[np.ndarray, " n"],
         classes: int | None = None,
         flip: bool = False,
     ):

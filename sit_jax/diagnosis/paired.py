@@ -30,7 +30,7 @@ from sit_jax.evaluation.fid import (
 )
 
 Features = Float[np.ndarray, "n d"]
-Labels = Int[np.ndarray, "n"]
+Labels = Int[np.ndarray, " n"]
 
 LEVEL = 1e-4  # of gaps by seeds alone that are called beyond noise
 RARE = 0.01  # of gaps by seeds alone that are called worth another look

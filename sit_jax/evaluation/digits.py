@@ -52,13 +52,13 @@ class DigitFeatures:
         weights, bias = self._classifier.coefs_[0], self._classifier.intercepts_[0]
         return np.maximum(_rows(images) @ weights + bias, 0)
 
-    def predict(self, images: UInt8[np.ndarray, "n 8 8 c"]) -> Int[np.ndarray, "n"]:
+    def predict(self, images: UInt8[np.ndarray, "n 8 8 c"]) -> Int[np.ndarray, " n"]:
         """Returns the digits that images look like."""
         return self._classifier.predict(_rows(images))
 
 
 def digit_figures(
-    images: UInt8[np.ndarray, "n 8 8 c"], labels: Int[np.ndarray, "n"]
+    images: UInt8[np.ndarray, "n 8 8 c"], labels: Int[np.ndarray, " n"]
 ) -> dict[str, float]:
     """Compares samples with held-out digits, beside the same figures of real digits.
 

@@ -173,7 +173,7 @@ def frechet_interval(
     features: Float[np.ndarray, "n d"],
     reference: Gaussian,
     resamples: int,
-    labels: Int[np.ndarray, "n"] | None = None,
+    labels: Int[np.ndarray, " n"] | None = None,
     progress: Progress = iter,
 ) -> tuple[float, float]:
     """Returns a 95 % interval of the Fréchet distance of sets drawn like this one.
@@ -278,7 +278,7 @@ def _require_same_widths(ours, theirs):
 # ---- how labels were chosen ----
 
 
-def label_policy(labels: Int[np.ndarray, "n"], num_classes: int) -> str:
+def label_policy(labels: Int[np.ndarray, " n"], num_classes: int) -> str:
     """Guesses how labels were chosen: balanced, listed, random, or none."""
     if len(labels) == 0:
         return "none"
@@ -290,7 +290,7 @@ def label_policy(labels: Int[np.ndarray, "n"], num_classes: int) -> str:
     return "listed" if runs == len(present) and np.ptp(present) == 0 else "random"
 
 
-def fixed_labels(path: Path, count: int) -> Int[np.ndarray, "n"] | None:
+def fixed_labels(path: Path, count: int) -> Int[np.ndarray, " n"] | None:
     """Returns the labels of samples if the number of each class was decided.
 
     They come from the manifest beside the samples, or from arr_1 of an .npz.

@@ -19,7 +19,7 @@ COVERAGE = 0.95  # of an interval
 class Gaussian:
     """Mean and unbiased covariance of features, in float64."""
 
-    mean: Float[np.ndarray, "d"]
+    mean: Float[np.ndarray, " d"]
     cov: Float[np.ndarray, "d d"]
 
     @classmethod
@@ -107,7 +107,7 @@ class FrechetInfluence:
         self._transport = (factor @ vectors[:, kept]) * root  # T is this times its own
         self._mean, self._slope = here.mean, 2 * (here.mean - there.mean)
 
-    def __call__(self, features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n"]:
+    def __call__(self, features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " n"]:
         """Returns the influence of each feature, but for a constant common to all."""
         blocks = [features[i : i + BLOCK] for i in range(0, len(features), BLOCK)]
         return np.concatenate([self._of(np.asarray(x, np.float64)) for x in blocks])
@@ -119,8 +119,8 @@ class FrechetInfluence:
 
 
 def class_rows(
-    labels: Int[np.ndarray, "n"] | None, count: int
-) -> list[Int[np.ndarray, "_"]]:
+    labels: Int[np.ndarray, " n"] | None, count: int
+) -> list[Int[np.ndarray, " _"]]:
     """Returns the rows of each class, for a bootstrap within classes.
 
     All rows are one group without labels, and where a class has a single row, which
@@ -132,8 +132,8 @@ def class_rows(
 
 
 def bootstrap_rows(
-    groups: Sequence[Int[np.ndarray, "_"]], resamples: int, seed: int = 0
-) -> Iterator[Int[np.ndarray, "n"]]:
+    groups: Sequence[Int[np.ndarray, " _"]], resamples: int, seed: int = 0
+) -> Iterator[Int[np.ndarray, " n"]]:
     """Yields rows drawn with replacement, of each group as many as it has."""
     rng = np.random.default_rng(seed)
     for _ in range(resamples):
@@ -141,7 +141,7 @@ def bootstrap_rows(
 
 
 def bootstrap_interval(
-    value: float, resampled: Sequence[float], groups: Sequence[Int[np.ndarray, "_"]]
+    value: float, resampled: Sequence[float], groups: Sequence[Int[np.ndarray, " _"]]
 ) -> tuple[float, float]:
     """Returns a 95 % interval of a figure from its resamples.
 

@@ -129,7 +129,7 @@ def precision_recall(
 
 def neighbour_radii(
     features: Features, progress: Progress = iter
-) -> Float[np.ndarray, "n"]:
+) -> Float[np.ndarray, " n"]:
     """Returns squared distances to the third nearest of the other features.
 
     That is the fourth smallest entry of a row of distances that includes the feature

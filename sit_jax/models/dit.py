@@ -102,7 +102,7 @@ class DiT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b s s c"], t: Float[Array, "b"], y: Int[Array, "b"]
+        self, x: Float[Array, "b s s c"], t: Float[Array, " b"], y: Int[Array, " b"]
     ) -> Float[Array, "b s s out"]:
         """Predicts from noisy data x at times t, given labels y.
 
@@ -146,7 +146,7 @@ class SiT(DiT):
     """DiT without the variance half, which released weights carry but never use."""
 
     def __call__(
-        self, x: Float[Array, "b s s c"], t: Float[Array, "b"], y: Int[Array, "b"]
+        self, x: Float[Array, "b s s c"], t: Float[Array, " b"], y: Int[Array, " b"]
     ) -> Float[Array, "b s s c"]:
         """Predicts as DiT does; returns only the first c channels."""
         return super().__call__(x, t, y)[..., : x.shape[-1]]

@@ -145,7 +145,9 @@ class TimeLabelEmbed(nn.Module):
     frequency_shift: float = 0.0  # see timestep_frequencies
 
     @nn.compact
-    def __call__(self, t: Float[Array, "b"], y: Int[Array, "b"]) -> Float[Array, "b d"]:
+    def __call__(
+        self, t: Float[Array, " b"], y: Int[Array, " b"]
+    ) -> Float[Array, "b d"]:
         normal = nn.initializers.normal(0.02)
         waves = timestep_embedding(t, shift=self.frequency_shift)
         t = nn.Dense(self.width, kernel_init=normal, name="time_in")(waves)
@@ -256,7 +258,7 @@ def adaln_params(
 
 def timestep_frequencies(
     half: int, shift: float = 0.0, period: float = 10_000.0
-) -> Float[np.ndarray, "half"]:
+) -> Float[np.ndarray, " half"]:
     """Returns period^(-i / (half - shift)) for i < half, in float32.
 
     shift is 0 in the releases of DiT, SiT and MDT, and 1 in diffusers' DiT.
@@ -271,7 +273,7 @@ def timestep_frequencies(
 
 
 def timestep_embedding(
-    t: Float[Array, "b"], width: int = 256, shift: float = 0.0
+    t: Float[Array, " b"], width: int = 256, shift: float = 0.0
 ) -> Float[Array, "b width"]:
     """Returns cosines, then sines, of t times geometric frequencies."""
     frequencies = timestep_frequencies(width // 2, shift)

@@ -189,10 +189,10 @@ class MDT(nn.Module):
     def __call__(
         self,
         x: Float[Array, "b s s c"],
-        t: Float[Array, "b"],
-        y: Int[Array, "b"],
+        t: Float[Array, " b"],
+        y: Int[Array, " b"],
         order: Int[Array, "b t"] | None = None,
-        num_visible: Int[Array, "b"] | None = None,
+        num_visible: Int[Array, " b"] | None = None,
         bucket_size: int | None = None,
     ) -> Float[Array, "b s s out"]:
         """Predicts from noisy data x at times t, given labels y.
@@ -359,7 +359,7 @@ def bucket_sizes(model: MDT, tokens: int) -> list[int]:
 
 
 def visible_tokens(
-    order: Int[Array, "b t"], num_visible: Int[Array, "b"] | None, size: int
+    order: Int[Array, "b t"], num_visible: Int[Array, " b"] | None, size: int
 ) -> VisibleTokens:
     """Returns a mask of which `size` tokens are gathered; None: all are visible."""
     rank = jnp.argsort(order, axis=1)
