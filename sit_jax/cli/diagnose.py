@@ -259,3 +259,7 @@ def _images_of(evidence):
 
 def _open_weights(path, family=None, heads=None):
     return WeightsRef(path, family=family, heads=heads, base=published).open()
+
+
+if __name__ == "__main__":
+    main()

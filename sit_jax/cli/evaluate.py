@@ -239,3 +239,7 @@ def _shorten(value):
     if isinstance(value, list) and len(value) > LONG:
         return f"{len(value)} values"
     return value
+
+
+if __name__ == "__main__":
+    main()

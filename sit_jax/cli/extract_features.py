@@ -166,3 +166,7 @@ def advance(bar: tqdm, images: int, total: int) -> None:
     """Counts images done, of `total` in all."""
     bar.total = total
     bar.update(images)
+
+
+if __name__ == "__main__":
+    main()

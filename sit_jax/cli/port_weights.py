@@ -323,3 +323,7 @@ def _print_parity(original, export, state):
     )
     print(f"relative L2 difference to the network of {original.__file__}:")
     print(format_columns((stage, f"{value:.1e}") for stage, value in differences))
+
+
+if __name__ == "__main__":
+    main()

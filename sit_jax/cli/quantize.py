@@ -84,3 +84,7 @@ def _print_report(rows, params, target):
     print(format_columns(table))
     print(f"{weights_hash(params)}  as sample.py's")
     print(f"peak memory {(hardware.peak_memory() or 0) / 1e9:.2f} GB", target, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
