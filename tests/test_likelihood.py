@@ -76,8 +76,11 @@ def test_recorded_runs(name):
         nchw(result.noise), G[f"{name}.z"], atol=max(5 * floor, 1.2e-5 * size)
     )
     # one pass through the network an evaluation, where the original takes two
-    # (the steps of r11 hang on rounding: in float64 they are others)
-    assert result.num_evaluations in (run["nfe"] // 2, run.get("nfe_f64", 0) // 2)
+    # (an adaptive solver's steps hang on rounding: r11 has others in float64, and r13
+    # one of six evaluations less on some machines)
+    expected = np.array([run["nfe"], run.get("nfe_f64", run["nfe"])]) // 2
+    slack = 6 if run["method"] == "dopri5" else 0
+    assert np.abs(expected - int(result.num_evaluations)).min() <= slack
 
 
 def gaussian_density(x, mean, std):

@@ -24,7 +24,12 @@ def tracked():
             path.relative_to(ROOT).parts[0] in (".venv", ".cache", "runs")
         )
         found = [path for path in ROOT.rglob("*") if not hidden(path)]
-    return [path for path in found if path.is_file() and path.suffix in SUFFIXES]
+    is_binary = lambda path: "old_version" in path.parts  # checkpoints of before
+    return [
+        path
+        for path in found
+        if path.is_file() and path.suffix in SUFFIXES and not is_binary(path)
+    ]
 
 
 TEXTS = [path for path in tracked() if path != Path(__file__)]

@@ -81,7 +81,7 @@ def read(path: PathLike) -> Bundle:
       UserError: It is no bundle, or not a whole one.
     """
     path = local_path(path)
-    record = _read_record(path / FILES[0])
+    record = read_record(path / FILES[0])
     file = ArrayFile(path / FILES[1])
     inputs = {name: _read_array(file, f"input {name}") for name in INPUTS}
     stages = {
@@ -119,7 +119,8 @@ def require_same_network(a: Bundle, b: Bundle) -> None:
             )
 
 
-def _read_record(path):
+def read_record(path: Path) -> dict[str, Any]:
+    """Reads the JSON part of a bundle, and refuses what is none."""
     try:
         record = parse_json(path.read_text())
     except OSError as error:

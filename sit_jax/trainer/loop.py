@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from sit_jax.adapters.weights import join
 from sit_jax.checkpoint import Checkpoints, steps
-from sit_jax.config import build, to_json
+from sit_jax.config import build, spec, to_json
 from sit_jax.convert.open import WeightsRef
 from sit_jax.convert.vae import load_vae, with_vae
 from sit_jax.data.latent_cache import describe_data
@@ -202,7 +202,8 @@ def log_summary(
 def _build(config: Any, mesh: Mesh) -> tuple[Any, Any]:
     """Returns the data source and the experiment, which fit each other and the mesh."""
     if config.synthetic:
-        source = Synthetic(tuple(config.shape), config.model.classes)
+        fields = {"shape": tuple(config.shape), "classes": config.model.classes}
+        source = build(spec(Synthetic, **fields))  # which checks their ranges
     else:
         source = build(config.source)
     if config.get("count_classes"):

@@ -1,8 +1,8 @@
 """Tars read in place, with no trust in what they say, and sets of TFDS."""
 
+import copy as copy_module
 import io
 import os
-import pickle
 import sys
 import tarfile
 import types
@@ -308,7 +308,7 @@ def test_tfds_is_read_through_its_data_source(monkeypatch):
         np.testing.assert_array_equal(source.flipped(i)["image"], image[:, ::-1])
     assert [int(r["label"]) for r in source] == [1, 0]
     assert source.name(1) == "pets/1.0.0/test[1]" and len(source.listing_sha256()) == 64
-    copy = pickle.loads(pickle.dumps(source))  # opens its own files
+    copy = copy_module.copy(source)  # by what pickle sends; it opens its own files
     assert copy[0]["label"] == 1 and len(asked) == 2
 
 

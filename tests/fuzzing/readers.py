@@ -91,7 +91,7 @@ def adapter(path):
 
 
 def bundled(path):
-    bundle._record(path)
+    bundle.read_record(path)
 
 
 def tar(path):

@@ -1,5 +1,6 @@
 """train.py: what a run leaves behind, what it refuses, how it stops and resumes."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -168,17 +169,18 @@ def test_a_disk_without_room_for_a_step_is_refused_first(tmp_path, monkeypatch):
 
 def test_skips_what_is_not_finite_then_stops(run, tmp_path, monkeypatch):
     """From record 40 on every latent is broken: five good steps of eight, then none."""
-    real = sources.Synthetic.__getitem__
 
-    def broken(self, i):
-        record = real(self, i)
-        latent = record["latent"] * (np.nan if self.length == 8 else 1)
-        return {**record, "latent": latent}
+    @dataclasses.dataclass(frozen=True)
+    class Broken(sources.Synthetic):
+        length: int = 8
+
+        def __getitem__(self, i):
+            record = super().__getitem__(i)
+            return {**record, "latent": record["latent"] * np.nan}
 
     code, _, _ = run("--config", TINY, "--workdir", tmp_path, "--config.steps=4")
     assert code == 0
-    monkeypatch.setattr(loop, "Synthetic", lambda *a: sources.Synthetic(*a, length=8))
-    monkeypatch.setattr(sources.Synthetic, "__getitem__", broken)
+    monkeypatch.setattr(loop, "Synthetic", Broken)
     code, out, err = run(
         "--config", TINY, "--workdir", tmp_path, "--config.max_skipped=3"
     )
