@@ -79,6 +79,11 @@ class Gap:
         """Whether seeds alone may make such a gap; None of too few images."""
         return None if self.band is None else bool(abs(self.net) <= self.band)
 
+    def to_json(self) -> dict[str, Any]:
+        """Returns all of it as it stands in a report."""
+        derived = {"gap": self.gap, "within_noise": self.within_noise}
+        return dataclasses.asdict(self) | derived
+
     def sentence(self) -> str:
         """Says all of it in one sentence."""
         a, b = self.fids
@@ -131,32 +136,21 @@ def compare(
         raise UserError("a set of one image has no covariance")
     gaussians = [_fit(features, reference) for features in (a, b)]
     fids = tuple(frechet_distance(gaussian, reference) for gaussian in gaussians)
-    gap = net = fids[0] - fids[1]
     classes = _balanced_classes(labels, a, b)
-    noise = None
-    if len(a) + len(b) > a.shape[1] + 1:  # or the pool's covariance is singular
-        pool = RunningMoments(a.shape[1])
-        pool.add(a)
-        pool.add(b)
-        influence = FrechetInfluence(pool.gaussian(), reference)
-        influences = influence(a), influence(b)
-        noise = _exchange_deviation(influences, classes)
-        if len(a) != len(b):
-            net = float(influences[0].mean() - influences[1].mean())
-    interval = feature_gap = None
-    if are_pairs:
-        distances = np.linalg.norm(np.asarray(a, np.float64) - b, axis=1)
-        squares = (np.asarray(a, np.float64) ** 2).sum(1)
-        feature_gap = float(distances.mean() / np.sqrt(squares.mean()))
+    gap = fids[0] - fids[1]
+    net, noise = _exchange_noise(a, b, reference, classes)
+    if net is None or len(a) == len(b):
+        net = gap
+    interval = None
     if are_pairs and resamples:
         interval = _bootstrap_interval(a, b, reference, classes[0], resamples)
     elif are_pairs and len(a) > a.shape[1] + 1:
         # each by its own Gaussian: their slopes differ
-        ours, theirs = (
+        influences = (
             FrechetInfluence(gaussian, reference)(features)
             for gaussian, features in zip(gaussians, (a, b), strict=True)
         )
-        interval = _pair_interval(gap, ours - theirs, classes[0])
+        interval = _pair_interval(gap, np.subtract(*influences), classes[0])
     scatter = float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None
     noise, band, chance = _noise_band(net, noise, scatter, len(seeds))
     return Gap(
@@ -168,7 +162,7 @@ def compare(
         chance=chance,
         interval=interval,
         classes=bool(classes[0].any()),
-        feature_gap=feature_gap,
+        feature_gap=_feature_gap(a, b) if are_pairs else None,
         seeds=len(seeds),
         scatter=scatter,
     )
@@ -260,11 +254,29 @@ def _balanced_classes(labels, a, b):
     return np.zeros(len(a), int), np.zeros(len(b), int)
 
 
-def _exchange_deviation(influences, classes):
-    """Returns how two sets' means scatter over all ways to deal out their images."""
+def _feature_gap(a, b):
+    """Returns the mean distance of pairs over the root mean square of A's features."""
+    a = np.asarray(a, np.float64)
+    distances = np.linalg.norm(a - b, axis=1)
+    return float(distances.mean() / np.sqrt((a**2).sum(1).mean()))
+
+
+def _exchange_noise(a, b, reference, classes):
+    """Returns the gap by influence, and its deviation over all ways to deal images out.
+
+    Both are None where the images are too few: the pool's covariance is singular.
+    """
+    if len(a) + len(b) <= a.shape[1] + 1:
+        return None, None
+    pool = RunningMoments(a.shape[1])
+    pool.add(a)
+    pool.add(b)
+    influence = FrechetInfluence(pool.gaussian(), reference)
+    influences = influence(a), influence(b)
     variances = _class_variances(np.concatenate(influences), np.concatenate(classes))
     shares = (np.bincount(numbers) / len(numbers) ** 2 for numbers in classes)
-    return float(np.sqrt((variances * sum(shares)).sum()))
+    gap = float(influences[0].mean() - influences[1].mean())
+    return gap, float(np.sqrt((variances * sum(shares)).sum()))
 
 
 def _class_variances(values, classes):

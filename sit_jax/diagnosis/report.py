@@ -131,7 +131,7 @@ def diagnose(
       The report, as it is written to report.json.
     """
     both, differences, weights = None, [], None
-    if a.bundle is not None and b.bundle is not None:
+    if a.bundle and b.bundle:
         both = a.bundle, b.bundle
         bundles.require_same_network(*both)
         differences = ladder.compare_stages(*both)
@@ -151,14 +151,8 @@ def diagnose(
         "verdict": verdict(causes, gap, has_manifests, swap_rows),
         "causes": [dataclasses.asdict(cause) for cause in causes],
         "manifest": [
-            {
-                "field": field,
-                "a": ours,
-                "b": theirs,
-                "cause": effect.name,
-                "fid": effect.fid,
-                "source": effect.source,
-            }
+            {"field": field, "a": ours, "b": theirs}
+            | {"cause": effect.name, "fid": effect.fid, "source": effect.source}
             for effect, field, ours, theirs in settings
         ],
         "probes": [_probe(side) for side in (a, b)],
@@ -169,12 +163,7 @@ def diagnose(
         ],
         "first": ladder.first_difference(differences) if differences else None,
         "solver": [_solver(side) for side in (a, b)],
-        "paired": gap
-        and {
-            **dataclasses.asdict(gap),
-            "gap": gap.gap,
-            "within_noise": gap.within_noise,
-        },
+        "paired": gap and gap.to_json(),
         "swaps": swap_rows,
         "worst": [{"image": i, "rms": size} for i, size in worst],
     }
