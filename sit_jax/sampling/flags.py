@@ -87,70 +87,62 @@ def apply(
         words = {"training": "fast", "model": "exact", "vae": "exact"}
         config.precision = ConfigDict(words)
     if args.config is not None:
-        _take(config, configs.load(args.config), source)
+        _take_sampling(config, configs.load(args.config), source)
     if preset:
         with config.ignore_type():
             config.sampler, config.guidance = preset.sampler, preset.guidance
             config.guidance_channels = 3
     flags = {flag: getattr(args, flag[2:].replace("-", "_")) for flag in SAMPLER_FLAGS}
     configure_sampler(config, args.sampler, flags, counted=args.num_sampling_steps)
-    _guide(config, args)
+    _set_guidance(config, args)
     if args.precision is not None:
         config.precision.model = args.precision
     configs.override(config, overrides)
     return config
 
 
-def _take(config, given, source):
-    """Sampler and guidance of another config, once its network is the same."""
+def _take_sampling(config, other, source):
+    """Takes sampler and guidance of another config, once its network is the same."""
     pick = lambda c: configs.to_json({name: c[name] for name in NETWORK})
-    unlike = configs.difference(pick(config), pick(given))
+    unlike = configs.difference(pick(config), pick(other))
     unlike = [row for row in unlike if row[0] not in COMPUTING]
     if unlike:
         listed = "; ".join(f"{n} is {a}, not {b}" for n, a, b in unlike)
         raise UserError(f"{source} holds another network: {listed}")
     with config.ignore_type():
         for name in ("sampler", "guidance", "guidance_channels", "codec", "source"):
-            config[name] = given[name]
+            config[name] = other[name]
 
 
-def _guide(config, args):
+def _set_guidance(config, args):
+    scale, interval = args.guidance, args.guidance_interval
+    channels = args.guidance_channels
     with config.ignore_type():
-        if args.guidance is not None:
-            _strength(config, args)
-        if args.guidance_interval is not None:
-            low, high = _ends(args.guidance_interval)
-            scale = config.guidance
-            if not 0 <= low < high <= 1:
-                raise UserError(
-                    f"--guidance-interval {args.guidance_interval}: LO < HI in [0, 1]; "
-                    "0 is noise, 1 is data"
-                )
-            config.guidance = configs.spec(
-                GuidanceInterval, scale=scale, low=low, high=high
-            )
-    word = args.guidance_channels
-    if word is None:
-        return
-    if word not in ("3", "all"):
-        raise UserError(f"--guidance-channels {word!r}: 3 or all")
-    config.guidance_channels = config.shape[-1] if word == "all" else 3
+        if scale is not None:
+            # the scale of a schedule that the weights come with, as MDT's do
+            is_schedule = isinstance(config.guidance, ConfigDict)
+            is_schedule = is_schedule and "scale" in config.guidance
+            if is_schedule and scale != 1 and interval is None:
+                config.guidance.scale = scale
+            else:
+                config.guidance = scale
+        if interval is not None:
+            config.guidance = _interval_spec(interval, config.guidance)
+    if channels not in (None, "3", "all"):
+        raise UserError(f"--guidance-channels {channels!r}: 3 or all")
+    if channels is not None:
+        config.guidance_channels = config.shape[-1] if channels == "all" else 3
 
 
-def _strength(config, args):
-    """A number is the scale of a schedule that the weights come with, as MDT's do."""
-    shaped = hasattr(config.guidance, "make") and "scale" in config.guidance
-    if shaped and args.guidance != 1 and args.guidance_interval is None:
-        config.guidance.scale = args.guidance
-    else:
-        config.guidance = args.guidance
-
-
-def _ends(text):
+def _interval_spec(text, scale):
     try:
         low, high = map(float, text.split(","))
     except ValueError as error:
         raise UserError(
             f"--guidance-interval {text!r}: two numbers LO,HI, such as 0.2,0.8"
         ) from error
-    return low, high
+    if not 0 <= low < high <= 1:
+        raise UserError(
+            f"--guidance-interval {text}: LO < HI in [0, 1]; 0 is noise, 1 is data"
+        )
+    return configs.spec(GuidanceInterval, scale=scale, low=low, high=high)

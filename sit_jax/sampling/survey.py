@@ -9,6 +9,7 @@ and no more than another unit.
 import csv
 import dataclasses
 from argparse import ArgumentParser
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from sit_jax.parallel.mesh import batch_sharding, make_mesh
 from sit_jax.precision import policy
 from sit_jax.ranges import COUNT
 from sit_jax.samplers.adaptive_ode import AdaptiveODE
+from sit_jax.samplers.ddpm import DDIM, DDPM
 from sit_jax.samplers.likelihood import (
     FlowLikelihood,
     VariationalBound,
@@ -38,7 +40,7 @@ from sit_jax.samplers.likelihood import (
     hutchinson_trace,
 )
 from sit_jax.sampling.batch_sampler import map_fixed_batches
-from sit_jax.typing import DiscreteProcess, ODESampler
+from sit_jax.typing import Batch, DiscreteProcess, Keys, ODESampler
 
 TRACES = {"estimated": hutchinson_trace, "exact": exact_trace}
 SPREAD = 0.25  # of Gaussian dequantization, in steps of 8-bit values
@@ -51,14 +53,14 @@ def uniform(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, Any]:
 
 def gaussian(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, Any]:
     """Returns normal noise cut off at -1/2 and 1/2, and its log density [b]."""
-    reach = 0.5 / SPREAD
-    draw = jax.random.truncated_normal(key, -reach, reach, shape)
-    mass = jax.scipy.special.ndtr(reach) - jax.scipy.special.ndtr(-reach)
-    each = -(draw**2) / 2 - jnp.log(jnp.sqrt(2 * jnp.pi) * SPREAD * mass)
-    return SPREAD * draw, jnp.sum(each, axis=tuple(range(1, len(shape))))
+    end = 0.5 / SPREAD
+    noise = jax.random.truncated_normal(key, -end, end, shape)
+    mass = jax.scipy.special.ndtr(end) - jax.scipy.special.ndtr(-end)
+    log_density = -(noise**2) / 2 - jnp.log(jnp.sqrt(2 * jnp.pi) * SPREAD * mass)
+    return SPREAD * noise, jnp.sum(log_density, axis=tuple(range(1, len(shape))))
 
 
-FILLINGS = {"uniform": uniform, "gaussian": gaussian}
+DEQUANTIZATIONS = {"uniform": uniform, "gaussian": gaussian}
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -67,7 +69,7 @@ def add_flags(parser: ArgumentParser) -> None:
     add("--likelihood", action="store_true", help="--out x.csv, by the flow or bound")
     add("--probes", type=COUNT, default=1, metavar="K", help="averaged, of the trace")
     add("--trace", choices=tuple(TRACES), default="estimated")
-    add("--dequantization", choices=tuple(FILLINGS), default="uniform")
+    add("--dequantization", choices=tuple(DEQUANTIZATIONS), default="uniform")
 
 
 def check_output(path: Any, overwrite: bool) -> Path:
@@ -80,7 +82,7 @@ def check_output(path: Any, overwrite: bool) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """Says which records to measure, and how, by keys of TRACES and FILLINGS."""
+    """Says which records to measure, and how, by keys of TRACES and DEQUANTIZATIONS."""
 
     num: int | None = None
     seed: int = 0
@@ -94,132 +96,36 @@ def measure(
     weights: LoadedWeights, config: ConfigDict, out: Path, item: str, survey: Survey
 ) -> list[str]:
     """Writes the table and its manifest; returns lines that say what came out."""
-    parts = build_experiment(config)
-    source = _source(config)
-    check_data(parts, source)
-    ids = _chosen(len(source), survey)
-    mesh = make_mesh(data=-1, fsdp=1, devices=jax.local_devices())
-    params = weights.load(item, parts, mesh)
-    word = policy.get_precision(config.precision.model)
-    likelihood = _likelihood(parts, survey)
-    batch = -(-min(survey.batch_size, len(ids)) // mesh.size) * mesh.size
-    filling = FILLINGS[survey.dequantization]
-    run = jax.jit(_run(parts, likelihood, filling, mesh, word))
-    rows = []
-    with _bar(len(ids)) as bar:
-        firsts = range(0, len(ids), batch)
-        for first in firsts[multihost.process_index() :: multihost.process_count()]:
-            index = np.minimum(np.arange(first, first + batch), len(ids) - 1)
-            real = min(batch, len(ids) - first)
-            records = [source[int(ids[i])] for i in index]
-            arrays = {
-                name: np.stack([np.asarray(r[name]) for r in records])
-                for name in records[0]
-            }
-            keys = rng.image_keys(survey.seed, jnp.asarray(ids[index]))
-            where = batch_sharding(mesh)
-            stats = run(params, *jax.device_put((keys, arrays), where))
-            stats = {k: np.broadcast_to(v, (batch,)) for k, v in stats.items()}
-            rows += [
-                [int(ids[i]), int(records[j]["label"])]
-                + [float(stats[name][j]) for name in ("nats", "bits_per_dim")]
-                + [int(stats["evaluations"][j])]
-                for j, i in enumerate(index[:real])
-            ]
-            bar.update(real)
-    rows = sorted(row for some in multihost.all_gather(rows) for row in some)
-    if not multihost.is_primary():
-        return []
-    return _written(out, rows, config, survey, item, params, parts, source)
-
-
-def _source(config):
+    experiment = build_experiment(config)
     if config.synthetic:
         raise UserError(
             "likelihoods are of real data; set --config.source (and synthetic=False)"
         )
-    return build(config.source)
-
-
-def _chosen(length, survey):
-    """Returns the ids of the records, which the seed decides."""
-    num = min(length, 1000) if survey.num is None else survey.num
-    if not 1 <= num <= length:
-        raise UserError(f"--num {num}: the data has {length} records")
-    return np.sort(np.random.default_rng(survey.seed).permutation(length)[:num])
-
-
-def _likelihood(parts, survey):
-    if isinstance(parts.process, DiscreteProcess):
-        steps = getattr(parts.sampler, "steps", parts.process.steps)
-        return VariationalBound(steps, clip=getattr(parts.sampler, "clip", False))
-    ode = parts.sampler
-    if not isinstance(ode, ODESampler):
-        ode = AdaptiveODE(rtol=1e-5, atol=1e-5)
-    return FlowLikelihood(ode, TRACES[survey.trace], survey.probes)
-
-
-def _run(parts, likelihood, filling, mesh, word):
-    model = policy.with_compute_dtype(word, parts.model)
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    by_chain = isinstance(likelihood, VariationalBound)
-    draws = rng.step_noise if by_chain else rng.rademacher_probes
-
-    def run(params, keys, batch):
-        network = policy.with_precision(word, partial(apply_model, model))
-        network = map_fixed_batches(network, mesh) if on_cpu else network
-        net = lambda x, t: network(params, x, t, batch["label"])
-        data, bits = _data(parts, filling, keys, batch, by_chain)
-        result = likelihood(net, parts.process, data, draws(keys, parts.shape))
-        size = np.prod(parts.shape)
-        cost = -result.nats / (size * np.log(2.0)) + bits
-        return {
-            "nats": result.nats,
-            "bits_per_dim": cost,
-            "evaluations": result.num_evaluations,
-        }
-
-    return run
-
-
-def _data(parts, filling, keys, batch, by_chain):
-    """Returns data [b, h, w, c], and the bits per dimension of its discreteness."""
-    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 7)
-    if "image" in batch:
-        batch = {"moments": parts.codec.encode(batch["image"]), "image": batch["image"]}
-    data = batch.get("moments")
-    of_latents = "image" not in batch or data.shape != batch["image"].shape
-    if by_chain or of_latents:
-        return _drawn(parts.codec, keys, batch), 0.0
-    fill = jax.vmap(lambda k, x: filling(k, (1, *x.shape)))
-    extra, log_density = fill(keys, data)
-    size = np.prod(data.shape[1:])
-    log_density = jnp.asarray(log_density).reshape(-1)
-    bits = np.log2(127.5) + log_density / (size * np.log(2.0))
-    return data + extra[:, 0] / 127.5, bits
-
-
-def _drawn(codec, keys, batch):
-    """Samples each record by its own key, whatever the batch and the devices."""
-    if "latent" in batch:
-        return batch["latent"]
-    draw = jax.vmap(lambda key, one: codec.sample(key, one[None])[0])
-    return draw(keys, batch["moments"])
-
-
-def _written(out, rows, config, survey, item, params, parts, source):
+    source = build(config.source)
+    check_data(experiment, source)
+    num = min(len(source), 1000) if survey.num is None else survey.num
+    if not 1 <= num <= len(source):
+        raise UserError(f"--num {num}: the data has {len(source)} records")
+    ids = np.random.default_rng(survey.seed).permutation(len(source))[:num]
+    mesh = make_mesh(data=-1, fsdp=1, devices=jax.local_devices())
+    params = weights.load(item, experiment, mesh)
+    precision = policy.get_precision(config.precision.model)
+    measure_batch = jax.jit(_measure_batch_fn(experiment, survey, mesh, precision))
+    rows = _measure_records(measure_batch, params, source, np.sort(ids), survey, mesh)
+    if not multihost.is_primary():
+        return []
     with atomic_write(out) as name, open(name, "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["record", "label", "nats", "bits_per_dim", "evaluations"])
         table.writerows(rows)
-    numbers = np.asarray([row[2:4] for row in rows])
-    mean = numbers.mean(axis=0)
-    error = numbers.std(axis=0, ddof=min(1, len(rows) - 1)) / np.sqrt(len(rows))
-    of = _named(parts, source)
+    figures = np.asarray([row[2:4] for row in rows])
+    mean = figures.mean(axis=0)
+    error = figures.std(axis=0, ddof=min(1, len(rows) - 1)) / np.sqrt(len(rows))
+    data = _describe_data(experiment, source)
     record = {
         "config": to_json(config),
         "survey": dataclasses.asdict(survey),
-        "of": of,
+        "of": data,
         "item": item,
         "weights_sha256": weights_hash(params),
         "records": len(rows),
@@ -229,24 +135,103 @@ def _written(out, rows, config, survey, item, params, parts, source):
     }
     write_json(f"{out}.manifest.json", record)
     return [
-        f"{len(rows)} records, of {of}: {mean[0]:.6g} +- {error[0]:.2g} nats, "
+        f"{len(rows)} records, of {data}: {mean[0]:.6g} +- {error[0]:.2g} nats, "
         f"{mean[1]:.5g} +- {error[1]:.2g} bits/dim"
     ]
 
 
-def _named(parts, source):
-    """Says what the figures are of."""
-    bound = (
-        "variational bound" if isinstance(parts.process, DiscreteProcess) else "density"
-    )
-    size = " x ".join(map(str, parts.shape))
-    kind = (
-        "pixels" if "image" in source[0] and parts.shape == source.shape else "latents"
-    )
-    return f"{kind} ({size}), by the {bound}"
-
-
-def _bar(total):
+def _measure_records(measure_batch, params, source, ids, survey, mesh):
+    """Returns the rows of the table; each process measures some batches."""
     from tqdm import tqdm
 
-    return tqdm(total=total, unit="image", disable=None)
+    size = -(-min(survey.batch_size, len(ids)) // mesh.size) * mesh.size
+    firsts, rows = range(0, len(ids), size), []
+    with tqdm(total=len(ids), unit="image", disable=None) as bar:
+        for first in firsts[multihost.process_index() :: multihost.process_count()]:
+            real = min(size, len(ids) - first)
+            batch_ids = ids[np.minimum(np.arange(first, first + size), len(ids) - 1)]
+            records = [source[int(i)] for i in batch_ids]
+            batch = {
+                name: np.stack([np.asarray(record[name]) for record in records])
+                for name in records[0]
+            }
+            keys = rng.image_keys(survey.seed, jnp.asarray(batch_ids))
+            inputs = jax.device_put((keys, batch), batch_sharding(mesh))
+            stats = measure_batch(params, *inputs)
+            stats = [np.broadcast_to(value, (size,))[:real] for value in stats]
+            for i, record, nats, bits, count in zip(
+                batch_ids, records, *stats, strict=False
+            ):
+                row = int(i), int(record["label"]), float(nats), float(bits), int(count)
+                rows.append(row)
+            bar.update(real)
+    return sorted(row for rows in multihost.all_gather(rows) for row in rows)
+
+
+def _measure_batch_fn(experiment, survey, mesh, precision):
+    """Returns (params, keys, batch) -> nats, bits per dimension, evaluations."""
+    model = policy.with_compute_dtype(precision, experiment.model)
+    apply = policy.with_precision(precision, partial(apply_model, model))
+    if mesh.devices.flat[0].platform == "cpu":
+        apply = map_fixed_batches(apply, mesh)
+    process, sampler = experiment.process, experiment.sampler
+    dequantize = DEQUANTIZATIONS[survey.dequantization]
+    if isinstance(process, DiscreteProcess):
+        is_chain = isinstance(sampler, DDPM | DDIM)
+        chain = sampler if is_chain else DDPM(process.num_timesteps)
+        likelihood = VariationalBound(chain.steps, clip=chain.clip)
+        draws, dequantize = rng.step_noise, None
+    else:
+        is_ode = isinstance(sampler, ODESampler)
+        ode = sampler if is_ode else AdaptiveODE(rtol=1e-5, atol=1e-5)
+        likelihood = FlowLikelihood(ode, TRACES[survey.trace], survey.probes)
+        draws = rng.rademacher_probes
+
+    def measure_batch(params, keys, batch):
+        net = lambda x, t: apply(params, x, t, batch["label"])
+        data, bits = data_of_records(experiment.codec, keys, batch, dequantize)
+        result = likelihood(net, process, data, draws(keys, experiment.shape))
+        nats_per_bit = np.prod(experiment.shape) * np.log(2.0)
+        return result.nats, bits - result.nats / nats_per_bit, result.num_evaluations
+
+    return measure_batch
+
+
+def data_of_records(
+    codec: Any,
+    keys: Keys,
+    batch: dict[str, Any],
+    dequantize: Callable | None,
+) -> tuple[Batch, Any]:
+    """Returns what the network models, and the bits per dimension of its discreteness.
+
+    Each record is sampled by its own key, whatever the batch and the devices.
+
+    Args:
+        codec: between images and data.
+        keys: one for each record.
+        batch: records, with "latent", "moments" or "image".
+        dequantize: a function of DEQUANTIZATIONS, for pixels; None leaves them.
+    """
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 7)
+    if "latent" in batch and "image" not in batch:
+        return batch["latent"], 0.0
+    image = batch.get("image")
+    moments = batch["moments"] if image is None else codec.encode(image)
+    if dequantize is None or image is None or moments.shape != image.shape:
+        sample = jax.vmap(lambda key, one: codec.sample(key, one[None])[0])
+        return sample(keys, moments), 0.0
+    noise, log_density = jax.vmap(lambda k, x: dequantize(k, (1, *x.shape)))(
+        keys, moments
+    )
+    nats_per_bit = np.prod(moments.shape[1:]) * np.log(2.0)
+    bits = np.log2(127.5) + jnp.asarray(log_density).reshape(-1) / nats_per_bit
+    return moments + noise[:, 0] / 127.5, bits
+
+
+def _describe_data(experiment, source):
+    is_discrete = isinstance(experiment.process, DiscreteProcess)
+    bound = "variational bound" if is_discrete else "density"
+    size = " x ".join(map(str, experiment.shape))
+    is_pixels = "image" in source[0] and experiment.shape == source.shape
+    return f"{'pixels' if is_pixels else 'latents'} ({size}), by the {bound}"

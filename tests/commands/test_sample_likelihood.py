@@ -2,7 +2,6 @@
 
 import csv
 import json
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +14,10 @@ from sit_jax.config import spec
 from sit_jax.data.sources import Digits
 from sit_jax.diffusion import rng
 from sit_jax.diffusion.gaussian import GaussianDiffusion
+from sit_jax.models.codec import Latents
 from sit_jax.models.dit import DiT
 from sit_jax.samplers.ddpm import DDPM
+from sit_jax.sampling.survey import data_of_records, gaussian, uniform
 
 run = sample_runs.run
 weights = sample_runs.weights
@@ -75,13 +76,10 @@ def test_bounds_of_a_diffusion(run, tmp_path):
 
 def test_a_records_latent_does_not_depend_on_who_is_beside_it():
     """Nor on the size of the batch, and so the number of devices."""
-    from sit_jax.models.codec import Latents
-    from sit_jax.sampling.survey import _data, uniform
-
     moments = np.random.default_rng(0).standard_normal((6, 2, 2, 8), np.float32)
-    keys, parts = rng.image_keys(0, np.arange(6)), SimpleNamespace(codec=Latents())
-    drawn = lambda rows: _data(
-        parts, uniform, keys[rows], {"moments": moments[rows]}, False
+    keys = rng.image_keys(0, np.arange(6))
+    drawn = lambda rows: data_of_records(
+        Latents(), keys[rows], {"moments": moments[rows]}, uniform
     )
     whole, none = drawn(slice(6))
     np.testing.assert_array_equal(whole[3:5], drawn(slice(3, 5))[0])
@@ -90,8 +88,6 @@ def test_a_records_latent_does_not_depend_on_who_is_beside_it():
 
 
 def test_dequantized_densities_know_their_noise():
-    from sit_jax.sampling.survey import gaussian, uniform
-
     key, shape = jax.random.key(0), (4000, 2, 1, 1)
     flat, zero = uniform(key, shape)
     assert zero == 0.0 and float(jnp.abs(flat).max()) <= 0.5
