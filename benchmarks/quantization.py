@@ -101,7 +101,7 @@ def draw(parts, params, mesh, labels):
 def generator(parts, params, mesh, batch):
     word = policy.get_precision("bf16" if parts.model.dtype == "bfloat16" else "exact")
     around = lambda fn: policy.with_precision(word, fn)
-    return BatchSampler(parts, params, mesh, batch, around=around)
+    return BatchSampler(parts, params, mesh, batch, with_precision=around)
 
 
 def against(states, images, ours, pictures):

@@ -63,13 +63,13 @@ def main():
     _check_device(args.device)
     out = require_free(args.collect, args.overwrite)
     given = bundle.read(args.inputs) if args.inputs else None
-    room, manifest = diagnose.open_context(args)
-    torch_stages.check(room)
+    context, manifest = diagnose.open_context(args)
+    torch_stages.check(context)
     allow_tf32(args.tf32)
     judge = None
     if args.inception:
         judge = TorchJudge(inception.load_inception(args.inception), args.device)
-    made = collect(room, manifest, out, args, given, judge)
+    made = collect(context, manifest, out, args, given, judge)
     bundle.write(made)
     print(f"{len(made.stages)} stages of {len(made.inputs['t'])} images")
     print(made.record["precision"]["line"], out, sep="\n")
@@ -84,13 +84,13 @@ def _check_device(name):
         raise UserError(f"--device {name}: {reason}") from error
 
 
-def collect(room, manifest, out, args, given=None, judge=None):
+def collect(context, manifest, out, args, given=None, judge=None):
     """Returns the Bundle of what the clone computes for a job and its manifest."""
-    parts, program = room.parts, stages.stage_program(room, args.steps)
-    inputs = stages.job_inputs(room, args.images, given)
+    parts, program = context.experiment, stages.stage_program(context, args.steps)
+    inputs = stages.job_inputs(context, args.images, given)
     # first: diffusers takes the stand-in for torchvision for the real one
     vae = torch_stages.autoencoder(parts.codec)
-    network, held = _network(room, args)
+    network, held = _network(context, args)
     x, t, y = (torch.from_numpy(np.array(inputs[n])) for n in bundle.INPUTS)
     x, t, y = (a.to(args.device) for a in (x.permute(0, 3, 1, 2), t, y.long()))
     found = torch_stages.activations(network, x.contiguous(), t, y)
@@ -107,12 +107,12 @@ def collect(room, manifest, out, args, given=None, judge=None):
     judged = judge is not None and found.get("uint8", np.empty(0)).shape[-1:] in WIDTHS
     if judged:
         found |= judge.stages(found["uint8"])
-    measured = _measured(args, room.record["precision"]["words"])
+    measured = _measured(args, context.record["precision"]["words"])
     where = _environment(args)
     drawn = ("job", "noise_sha256", "batch_size", "threefry_partitionable")
     manifest = {
         **{name: manifest[name] for name in drawn if name in manifest},
-        **room.record,
+        **context.record,
         "weights_sha256": weights_hash(held),
         "precision": measured,
         **where,
@@ -121,7 +121,7 @@ def collect(room, manifest, out, args, given=None, judge=None):
     name = "DDIM" if chain else program.method.__name__
     record = {
         "manifest": manifest,
-        "architecture": stages.architecture(room),
+        "architecture": stages.architecture(context),
         "weights": stages.hash_weights(held),
         "precision": measured,
         "environment": where,
@@ -138,11 +138,11 @@ def allow_tf32(allowed):
     torch.backends.cudnn.allow_tf32 = allowed
 
 
-def _network(room, args):
+def _network(context, args):
     """-> the clone's network with the job's weights, and these as it holds them."""
-    parts = room.parts
+    parts = context.experiment
     released = StateDictSpec(parts.model, parts.shape)
-    ours = jax.tree.map(np.asarray, room.params)
+    ours = jax.tree.map(np.asarray, context.params)
     state = to_torch(released.rules, ours) | released.constants
     sys.path.insert(0, str(Path(args.reference).expanduser()))
     stand_in("torchvision")  # timm imports it for its data, and wants none here

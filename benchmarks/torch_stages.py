@@ -35,12 +35,12 @@ METHODS = {  # torchdiffeq's names
 }
 
 
-def check(room):
+def check(context):
     """Refuses what the clones' own scripts cannot do."""
-    parts, process = room.parts, room.parts.process
+    parts, process = context.experiment, context.experiment.process
     constant = isinstance(parts.guidance, float | int)
     rising = isinstance(parts.model, MDT) and isinstance(parts.guidance, PowerCosine)
-    if room.weak is not None or not (constant or rising):
+    if context.guiding_model is not None or not (constant or rising):
         raise UserError(
             "the originals' guidance is one number for the whole way, or MDT's rise"
         )

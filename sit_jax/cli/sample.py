@@ -70,7 +70,7 @@ def sample(args: Namespace, overrides: list[str]) -> int:
         make_quantizer(args.quantize, args.quantize_skip)
     wanted, expected = _make_job(args, overrides)
     context = _build_context(wanted, None if args.force else expected)
-    outputs.check_codec(out, context.parts)
+    outputs.check_codec(out, context.experiment)
     if args.save_noise:
         noise.save_noise(args.save_noise, context, args.overwrite)
     lines = run_sampling_job(

@@ -96,7 +96,9 @@ def collect(
     inputs = job_inputs(context, images, inputs_of)
     put = lambda tree: jax.device_put(tree, jax.local_devices()[0])
     params = put(context.params)
-    guiding_params = None if context.weak is None else put(context.weak[1])
+    guiding_params = (
+        None if context.guiding_model is None else put(context.guiding_model[1])
+    )
     x, t, y = (jnp.asarray(inputs[name]) for name in INPUTS)
     captured = compute_activations(program, params, x, t, y)
     stages = _name_activations(captured, params)
@@ -104,7 +106,7 @@ def collect(
     last = f"{steps} steps"  # jit sorts the names
     order = ("guidance", "one Euler step", "one Ddim step", last)
     stages |= {name: latents[name] for name in order if name in latents}
-    stages |= _decode(put(context.parts.codec), stages[last])
+    stages |= _decode(put(context.experiment.codec), stages[last])
     features = {} if extractor is None else _extract(extractor, stages.get("uint8"))
     stages |= features
     record = {
@@ -127,7 +129,7 @@ def collect(
 
 def stage_program(context: SamplingContext, steps: int) -> StageProgram:
     """Returns what to compile, with the sampler's own method if its grid is fixed."""
-    experiment, precision = context.parts, context.record["precision"]
+    experiment, precision = context.experiment, context.record["precision"]
     if steps < 1:
         raise UserError(f"--steps {steps}: at least 1")
     method = DDIM
@@ -136,7 +138,9 @@ def stage_program(context: SamplingContext, steps: int) -> StageProgram:
         method = experiment.sampler.method if fixed else heun
     return StageProgram(
         model=dataclasses.replace(experiment.model, remat="none"),
-        guiding_model=None if context.weak is None else context.weak[0],
+        guiding_model=None
+        if context.guiding_model is None
+        else context.guiding_model[0],
         process=experiment.process,
         guidance=experiment.guidance,
         channels=experiment.guidance_channels,
@@ -158,7 +162,7 @@ def job_inputs(
     if inputs_of is None:
         return _own_inputs(context, images)
     inputs = {name: np.asarray(inputs_of.inputs[name]) for name in INPUTS}
-    shape, classes = context.parts.shape, context.parts.model.classes
+    shape, classes = context.experiment.shape, context.experiment.model.classes
     if inputs["noise"].shape[1:] != shape:
         raise UserError(
             f"--inputs {inputs_of.path} is of noise {inputs['noise'].shape[1:]}, the "
@@ -173,11 +177,11 @@ def job_inputs(
 
 def _own_inputs(context, images):
     """Returns starting noise, labels, and times spread over the whole interval."""
-    job, process = context.job, context.parts.process
+    job, process = context.job, context.experiment.process
     count = min(images, len(job.labels))
     if job.noise is None:
         keys = rng.image_keys(job.seed, np.arange(count))
-        noise = rng.initial_noise(keys, context.parts.shape)
+        noise = rng.initial_noise(keys, context.experiment.shape)
     else:
         noise = initial_noise(context)[:count]
     share = (np.arange(count) + 0.5) / count
@@ -193,10 +197,10 @@ def _own_inputs(context, images):
 
 def architecture(context: SamplingContext) -> dict[str, Any]:
     """Returns what must be the same on two sides for their stages to be compared."""
-    model = context.parts.model
+    model = context.experiment.model
     names = [f.name for f in dataclasses.fields(model)]
     fields = {n: getattr(model, n) for n in names if n not in NOT_ARCHITECTURE}
-    shape = list(context.parts.shape)
+    shape = list(context.experiment.shape)
     return {"network": type(model).__name__, "shape": shape, **fields}
 
 

@@ -197,7 +197,7 @@ class StoredFeatures:
         return {name: member.shape[1] for name, member in self._members.items()}
 
     def __iter__(self) -> Iterator[Batch]:
-        parts = [member.parts(ROWS) for member in self._members.values()]
+        parts = [member.batches(ROWS) for member in self._members.values()]
         for arrays in zip(*parts, strict=True):
             for name, array in zip(self._members, arrays, strict=True):
                 if not np.isfinite(array).all():

@@ -45,7 +45,7 @@ class NpzImages:
     def batches(
         self, size: int, numbers: Iterable[int] | None = None
     ) -> Iterator[UInt8[np.ndarray, "n h w 3"]]:
-        for images in self._member.parts(size, numbers):
+        for images in self._member.batches(size, numbers):
             yield np.broadcast_to(images, (*images.shape[:3], 3))
 
 

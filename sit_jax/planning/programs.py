@@ -163,4 +163,4 @@ def lower_sampling(
     params = jax.eval_shape(init, jax.random.key(0))
     whole = jax.tree.map(lambda _: mesh_lib.replicated(mesh), params)
     params = mesh_lib.with_shardings(params, whole)
-    return lower_batch(experiment, params, mesh, batch_size, around=around)
+    return lower_batch(experiment, params, mesh, batch_size, with_precision=around)

@@ -35,57 +35,61 @@ CHUNK = 4
 
 
 def make_sample_fn(
-    parts: Experiment,
+    experiment: Experiment,
     mesh: Mesh,
-    weak: Any = None,
-    around: Callable[[Callable], Callable] = lambda fn: fn,
+    guiding_model: Any = None,
+    with_precision: Callable[[Callable], Callable] = lambda fn: fn,
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """Returns the function that turns noise and labels of a batch into data.
 
     Args:
-        parts: the experiment: model, process, sampler, guidance.
+        experiment: model, process, sampler, guidance.
         mesh: the devices of the batch.
-        weak: a guiding model for autoguidance; params is then a pair.
-        around: fn -> fn, put around each network: its precision.
+        guiding_model: a network for autoguidance; params is then a pair.
+        with_precision: fn -> fn, puts the precision around each network.
 
     Returns:
-        generate(params, keys [B], labels [B], start [B, H, W, C], given=None), which
-        returns data [B, H, W, C] and stats. keys: rng.image_keys; start: the sampler's
-        first noise; given: noise of its steps [steps, B, H, W, C] instead of the keys'.
+        sample(params, keys [B], labels [B], start [B, H, W, C], recorded), which
+        returns data [B, H, W, C] and stats. keys: rng.image_keys; start: the first
+        noise; recorded: noise of its steps [steps, B, H, W, C], of which zero steps
+        stand for that of the keys.
     """
     platform = mesh.devices.flat[0].platform
+    process, sampler = experiment.process, experiment.sampler
 
-    def network(model, params):
+    def bind(model, params):
         model = attention.resolve_attention(model, platform)
-        run = around(partial(apply_model, model))
+        apply = with_precision(partial(apply_model, model))
         return partial(
-            map_fixed_batches(run, mesh) if platform == "cpu" else run, params
+            map_fixed_batches(apply, mesh) if platform == "cpu" else apply, params
         )
 
-    def generate(params, keys, labels, start, given=None):
-        strong, worse = params if weak else (params, None)
-        net = network(parts.model, strong)
-        worse = network(weak, worse) if weak else None
-        draw = rng.step_noise(keys, start.shape[1:])
-        draw = draw if given is None else rng.recorded_noise(given)
-        settings = (parts.model.classes, parts.guidance, parts.guidance_channels)
-        progress = parts.process.progress
-        if (
-            weak
-            or is_unguided(parts.guidance)
-            or not parts.sampler.integrates_null_half
-        ):
-            net = classifier_free_guidance(
-                net, labels, *settings, guiding_model=worse, progress=progress
-            )
-            result = parts.sampler(net, parts.process, start, draw)
-            return result.data, result.stats()
-        net = guide_both_halves(net, labels, *settings, progress=progress)
-        both = jnp.concatenate([start, start])
-        result = parts.sampler(net, parts.process, both, draw)
+    def sample(params, keys, labels, start, recorded):
+        params, guiding_params = params if guiding_model else (params, None)
+        guide, noise, options = classifier_free_guidance, start, {}
+        is_guided = not is_unguided(experiment.guidance)
+        if guiding_model:
+            options = {"guiding_model": bind(guiding_model, guiding_params)}
+        elif is_guided and sampler.integrates_null_half:
+            guide, noise = guide_both_halves, jnp.concatenate([start, start])
+        net = guide(
+            bind(experiment.model, params),
+            labels,
+            experiment.model.classes,
+            experiment.guidance,
+            experiment.guidance_channels,
+            progress=process.progress,
+            **options,
+        )
+        step_noise = (
+            rng.recorded_noise(recorded)
+            if len(recorded)
+            else rng.step_noise(keys, start.shape[1:])
+        )
+        result = sampler(net, process, noise, step_noise)
         return result.data[: len(start)], result.stats()
 
-    return generate
+    return sample
 
 
 def map_fixed_batches(apply: Callable, mesh: Mesh) -> Callable:
@@ -123,40 +127,39 @@ class BatchSampler:
     error is one norm over the batch.
 
     Args:
-        parts: the experiment.
+        experiment: model, process, sampler, guidance.
         params: its model's parameters.
         mesh: the devices.
         batch_size: is rounded up to a multiple of the devices.
-        weak: (model, params) of a guiding model, for autoguidance.
-        kicks: for how many steps noise will be given.
-        around: see make_sample_fn.
+        guiding_model: (model, params), for autoguidance.
+        num_noise_draws: for how many steps noise will be recorded.
+        with_precision: see make_sample_fn.
     """
 
     def __init__(
         self,
-        parts: Experiment,
+        experiment: Experiment,
         params: Any,
         mesh: Mesh,
         batch_size: int,
         *,
-        weak: tuple | None = None,
-        kicks: int = 0,
-        around: Callable[[Callable], Callable] = lambda fn: fn,
+        guiding_model: tuple | None = None,
+        num_noise_draws: int = 0,
+        with_precision: Callable[[Callable], Callable] = lambda fn: fn,
     ):
-        self._shape, self._kicks = parts.shape, kicks
-        self._params = (params, weak[1]) if weak else params
+        self._shape = experiment.shape
+        self._params = (params, guiding_model[1]) if guiding_model else params
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
         self._shardings = _shardings(mesh)
         started = time.perf_counter()
-        model = weak[0] if weak else None
         lowered = lower_batch(
-            parts,
+            experiment,
             self._params,
             mesh,
             self.batch_size,
-            weak=model,
-            kicks=kicks,
-            around=around,
+            guiding_model=guiding_model and guiding_model[0],
+            num_noise_draws=num_noise_draws,
+            with_precision=with_precision,
         )
         self._run = lowered.compile()
         self.compile_seconds = time.perf_counter() - started
@@ -168,7 +171,7 @@ class BatchSampler:
         start: Float[np.ndarray, "n h w c"] | None = None,
         params: Any = None,
         *,
-        given: Float[np.ndarray, "steps n h w c"] | None = None,
+        recorded: Float[np.ndarray, "steps n h w c"] | None = None,
         todo: Iterable[int] | None = None,
     ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """Yields (data [n, h, w, c], stats) of each batch, on the host.
@@ -181,10 +184,12 @@ class BatchSampler:
             labels: one for each image.
             start: noise to start from, instead of the seed's.
             params: instead of those of the constructor.
-            given: noise of the sampler's steps, instead of the seed's.
+            recorded: noise of the sampler's steps, instead of the seed's.
             todo: numbers of the batches to draw; all by default.
         """
         params = self._params if params is None else params
+        if recorded is None:
+            recorded = np.zeros((0, len(labels), *self._shape), np.float32)
         batches = range(-(-len(labels) // self.batch_size))
         for batch in batches if todo is None else todo:
             first = batch * self.batch_size
@@ -192,43 +197,40 @@ class BatchSampler:
             real = min(self.batch_size, len(labels) - first)
             index = np.minimum(index, len(labels) - 1)
             keys = rng.image_keys(seed, jnp.asarray(index))
-            begin = (
+            noise = (
                 rng.initial_noise(keys, self._shape) if start is None else start[index]
             )
-            arguments = (keys, jnp.asarray(labels[index], jnp.int32), begin)
-            arguments = device_put_global(arguments, self._shardings[:3])
-            if self._kicks:
-                kicks = device_put_global(given[:, index], self._shardings[3])
-                arguments = (*arguments, kicks)
-            data, stats = self._run(params, *arguments)
+            inputs = (keys, np.int32(labels[index]), noise, recorded[:, index])
+            inputs = device_put_global(inputs, self._shardings)
+            data, stats = self._run(params, *inputs)
             yield np.asarray(data)[:real], _to_host(stats, real)
 
 
 def lower_batch(
-    parts: Experiment,
+    experiment: Experiment,
     params: Any,
     mesh: Mesh,
     size: int,
     *,
-    weak: Any = None,
-    kicks: int = 0,
-    around: Callable[[Callable], Callable] = lambda fn: fn,
+    guiding_model: Any = None,
+    num_noise_draws: int = 0,
+    with_precision: Callable[[Callable], Callable] = lambda fn: fn,
 ) -> jax.stages.Lowered:
     """Lowers the program of a batch; params may be shapes. See BatchSampler."""
     keys = jax.eval_shape(partial(rng.image_keys, 0), jnp.arange(size))
-    start = jax.ShapeDtypeStruct((size, *parts.shape), jnp.float32)
     labels = jax.ShapeDtypeStruct((size,), jnp.int32)
-    given = jax.ShapeDtypeStruct((kicks, *start.shape), jnp.float32)
-    arguments = (keys, labels, start, given)[: 4 if kicks else 3]
-    arguments = map(with_shardings, arguments, _shardings(mesh))
+    start = jax.ShapeDtypeStruct((size, *experiment.shape), jnp.float32)
+    recorded = jax.ShapeDtypeStruct((num_noise_draws, *start.shape), jnp.float32)
+    inputs = map(with_shardings, (keys, labels, start, recorded), _shardings(mesh))
     # of a mesh over several hosts, each gets all of the images
     out = replicated(mesh) if mesh.is_multi_process else None
-    generate = with_mesh(mesh, make_sample_fn(parts, mesh, weak, around))
-    return jax.jit(generate, out_shardings=out).lower(params, *arguments)
+    sample = make_sample_fn(experiment, mesh, guiding_model, with_precision)
+    sample = jax.jit(with_mesh(mesh, sample), out_shardings=out)
+    return sample.lower(params, *inputs)
 
 
 def _shardings(mesh):
-    """Returns the shardings of keys, labels, start and the noise of later steps."""
+    """Returns the shardings of keys, labels, the first noise and that of the steps."""
     rows = batch_sharding(mesh)
     return rows, rows, rows, NamedSharding(mesh, PartitionSpec(None, BATCH))
 

@@ -5,6 +5,7 @@ whose initial values take numbers from it although the checkpoint overwrites the
 draw then. torch_noise does the same on a CPU; a CUDA generator is another algorithm.
 """
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from jaxtyping import Float
 from sit_jax.diffusion import rng
 from sit_jax.diffusion.guidance import is_unguided
 from sit_jax.errors import UserError
-from sit_jax.files import as_path, is_remote
+from sit_jax.files import as_path, atomic_write, is_remote
 from sit_jax.parallel import multihost
 from sit_jax.sampling import outputs
 
@@ -29,33 +30,33 @@ def check_noise(word: str | None) -> None:
         raise UserError(f"--noise {word}: torch:SEED with a whole number")
 
 
-def load_noise(context: Any) -> tuple[np.ndarray | None, np.ndarray | None, int]:
+def load_noise(context: Any) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Reads or draws the noise that a job names.
 
     Args:
         context: a SamplingContext.
 
     Returns:
-        The noise to start from [n, h, w, c] or None, that of the sampler's steps
-        [steps, n, h, w, c] or None, and the number of those steps.
+        The noise to start from [n, h, w, c] or None, and that of the sampler's steps
+        [steps, n, h, w, c] or None.
     """
-    job, shape = context.job, context.parts.shape
+    job, experiment = context.job, context.experiment
     if job.noise is None:
-        return None, None, 0
+        return None, None
     if not job.noise.startswith("torch:"):
-        start = read_noise(job.noise, shape)
+        start = read_noise(job.noise, experiment.shape)
         if not is_remote(job.noise):
             multihost.assert_equal_files(as_path(job.noise))
-        return start, None, 0
+        return start, None
     check_noise(job.noise)
-    sampler = context.parts.sampler
-    kicks = sampler.num_noise_draws(context.parts.process)
-    start, given = torch_noise(
+    return torch_noise(
         int(job.noise[6:]),
-        *(context.parts.model, shape, len(job.labels), kicks),
-        doubled=not is_unguided(context.parts.guidance),
+        experiment.model,
+        experiment.shape,
+        len(job.labels),
+        num_steps=experiment.sampler.num_noise_draws(experiment.process),
+        doubled=not is_unguided(experiment.guidance),
     )
-    return start, given, kicks
 
 
 def read_noise(
@@ -87,15 +88,13 @@ def read_noise(
 
 def initial_noise(context: Any) -> Float[np.ndarray, "n h w c"]:
     """Returns the noise float32 [N, H, W, C] that the images of a job start from."""
-    given = load_noise(context)[0]
-    if given is not None:
-        return given
-    numbers = np.arange(len(context.job.labels))
-    blocks = np.array_split(numbers, -(-len(numbers) // 256))
-    draw = lambda block: rng.initial_noise(
-        rng.image_keys(context.job.seed, block), context.parts.shape
-    )
-    return np.concatenate([np.asarray(draw(block)) for block in blocks])
+    start, _ = load_noise(context)
+    if start is not None:
+        return start
+    count, shape = len(context.job.labels), context.experiment.shape
+    blocks = (np.arange(i, min(i + 256, count)) for i in range(0, count, 256))
+    keys = (rng.image_keys(context.job.seed, block) for block in blocks)
+    return np.concatenate([np.asarray(rng.initial_noise(k, shape)) for k in keys])
 
 
 def save_noise(path: Any, context: Any, overwrite: bool) -> None:
@@ -105,12 +104,15 @@ def save_noise(path: Any, context: Any, overwrite: bool) -> None:
         raise UserError(f"--save-noise {path}: write a name ending in .npy")
     if path.is_file() and not overwrite:
         array = initial_noise(context)
-        overwrite = outputs.is_array(path, array)  # of a run that was killed
+        with contextlib.suppress(UserError):  # a run that was killed has left it
+            stored = outputs.load_npy(path)
+            overwrite = stored.dtype == array.dtype and np.array_equal(stored, array)
     path = outputs.check_output(path, overwrite)
     array = initial_noise(context) if array is None else array
     multihost.barrier()  # until all have seen that the place is free
     if multihost.is_primary():
-        outputs.save_array(path, array)
+        with atomic_write(path) as name:
+            np.save(name, array)
 
 
 def words_before_noise(model: Any, shape: tuple[int, int, int]) -> int:
@@ -138,7 +140,7 @@ def torch_noise(
     model: Any,
     shape: tuple[int, int, int],
     count: int,
-    kicks: int = 0,
+    num_steps: int = 0,
     doubled: bool = True,
 ) -> tuple[Float[np.ndarray, "n h w c"], Float[np.ndarray, "steps n h w c"] | None]:
     """Draws the noise of the released PyTorch scripts.
@@ -148,41 +150,37 @@ def torch_noise(
         model: the network, whose construction takes numbers first.
         shape: of one image, (h, w, c).
         count: how many images.
-        kicks: for how many steps the sampler takes noise.
+        num_steps: for how many steps the sampler takes noise.
         doubled: whether the script runs guidance's null half beside the batch, so that
             each step draws for twice as many images.
 
     Returns:
         The noise to start from, and that of the steps or None.
     """
-    size = math.prod(shape) * 4 * count
-    if kicks * size > MAX_STEP_NOISE:
+    size = num_steps * math.prod(shape) * 4 * count
+    if size > MAX_STEP_NOISE:
         raise UserError(
-            f"{kicks} steps of noise for {count} images are "
-            f"{kicks * size / 1e9:.3g} GB; draw fewer images at once with torch's noise"
+            f"{num_steps} steps of noise for {count} images are {size / 1e9:.3g} GB; "
+            "draw fewer images at once with torch's noise"
         )
     try:
         import torch
     except ImportError as error:
         raise UserError("--noise torch:SEED needs torch: pip install torch") from error
     generator = torch.Generator().manual_seed(seed)
-    _skip(torch, generator, words_before_noise(model, shape))
+    words = words_before_noise(model, shape)
+    for first in range(0, words, SKIP):
+        torch.rand(min(SKIP, words - first), generator=generator)
     height, width, channels = shape
 
-    def drawn(rows):
-        draw = torch.randn(rows, channels, height, width, generator=generator)
-        return np.moveaxis(draw[:count].numpy(), 1, -1).copy()
+    def draw_images(rows):
+        noise = torch.randn(rows, channels, height, width, generator=generator)
+        return np.moveaxis(noise[:count].numpy(), 1, -1).copy()
 
-    start = drawn(count)
-    steps = [drawn(2 * count if doubled else count) for _ in range(kicks)]
-    return start, np.stack(steps) if kicks else None
-
-
-def _skip(torch, generator, words):
-    while words:
-        part = min(words, SKIP)
-        torch.rand(part, generator=generator)
-        words -= part
+    start = draw_images(count)
+    rows = 2 * count if doubled else count
+    steps = [draw_images(rows) for _ in range(num_steps)]
+    return start, np.stack(steps) if steps else None
 
 
 def _normal(n):

@@ -6,13 +6,9 @@ member are taken from the zip stream, a few at a time: 50,000 images of 256 pixe
 """
 
 import contextlib
-import io
-import lzma
 import math
 import os
-import struct
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,21 +23,6 @@ from sit_jax.files import as_path, atomic_write, file_size, is_taken, require_wr
 from sit_jax.sampling.grid import captions, image_grid, save_gif, save_png
 
 KINDS = (".png", ".npy", ".npz")
-DAMAGED = (
-    zipfile.BadZipFile,
-    zlib.error,
-    EOFError,
-    ValueError,
-    NotImplementedError,  # zipfile's for packing that it does not know
-    RuntimeError,  # a password, or what a damaged compressed stream is called
-    TypeError,
-    RecursionError,
-    LookupError,
-    struct.error,
-    MemoryError,
-    lzma.LZMAError,
-    OSError,
-)
 SMALL = 2**26  # bytes that may be unpacked from anything
 TIMES = 100  # as large as it is packed may something larger be; photographs are 1 or 2
 ROW = 2**28  # bytes: the least that is read at once
@@ -81,24 +62,9 @@ def check_codec(path: Path, parts: Experiment) -> None:
         jax.eval_shape(parts.codec.decode, one)
 
 
-def is_array(path: Any, array: np.ndarray) -> bool:
-    """Returns whether a .npy holds the array, to the byte."""
-    try:
-        found = load_npy(path)
-    except UserError:
-        return False
-    return found.dtype == array.dtype and np.array_equal(found, array)
-
-
-def save_array(path: Any, array: np.ndarray) -> None:
-    """Writes a .npy, whole or not at all."""
-    with atomic_write(path) as name:
-        np.save(name, array)
-
-
 def assemble(
     path: Path,
-    parts: Any,
+    results: Any,
     count: int,
     labels: np.ndarray,
     columns: int | None = None,
@@ -112,7 +78,7 @@ def assemble(
 
     Args:
         path: the output.
-        parts: run.Results.
+        results: batches, a run.Results.
         count: how many batches there are.
         labels: of the images.
         columns: tiles in a row of a grid.
@@ -121,71 +87,58 @@ def assemble(
         names: {str(label): name}, written on a grid.
     """
     if path.suffix == ".png":
-        images = np.concatenate(list(_all(parts, count)))
-        _sheet(path, images, columns, frames, captions(labels, names))
+        images = np.concatenate([results.images(batch) for batch in range(count)])
+        _write_grid(path, images, columns, frames, captions(labels, names))
     elif path.suffix == ".npz":
         with (
             atomic_write(path) as name,
-            zipfile.ZipFile(name, "w", allowZip64=True) as file,
+            zipfile.ZipFile(name, "w", allowZip64=True) as archive,
         ):
-            _stream(file, "arr_0.npy", parts, count, len(labels))
-            with file.open("arr_1.npy", "w") as entry:
-                np.lib.format.write_array(entry, np.asarray(labels))
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                _write_npy(file, results, count, len(labels))
+            with archive.open("arr_1.npy", "w") as file:
+                npy.write_array(file, np.asarray(labels))
     elif path.suffix == ".npy":
         with atomic_write(path) as name, open(name, "wb") as file:
-            for chunk in _npy(parts, count, len(labels)):
-                file.write(chunk)
+            _write_npy(file, results, count, len(labels))
     else:
-        _folder(path, parts, count)
+        _write_folder(path, results, count)
 
 
-def _all(parts, count):
-    return (parts.images(batch) for batch in range(count))
+def _write_npy(file, results, count, total):
+    """Writes a .npy file of all batches, one after the other."""
+    for batch in range(count):
+        images = results.images(batch)
+        if batch == 0:
+            header = {
+                "descr": npy.dtype_to_descr(images.dtype),
+                "fortran_order": False,
+                "shape": (total, *images.shape[1:]),
+            }
+            npy.write_array_header_1_0(file, header)
+        file.write(np.ascontiguousarray(images).tobytes())
 
 
-def _npy(parts, count, total):
-    """The bytes of a .npy file of all parts, one after the other."""
-    first = parts.images(0)
-    header = {
-        "descr": np.lib.format.dtype_to_descr(first.dtype),
-        "fortran_order": False,
-        "shape": (total, *first.shape[1:]),
-    }
-    begin = io.BytesIO()
-    np.lib.format.write_array_header_1_0(begin, header)
-    yield begin.getvalue()
-    for images in _all(parts, count):
-        yield np.ascontiguousarray(images).tobytes()
-
-
-def _stream(file, name, parts, count, total):
-    with file.open(name, "w", force_zip64=True) as entry:
-        for chunk in _npy(parts, count, total):
-            entry.write(chunk)
-
-
-def _folder(path, parts, count):
+def _write_folder(path, results, count):
     for pattern in ("[0-9]*.png", ".[0-9]*.png"):
         for old in path.glob(pattern):  # of more images, or what a kill has left
             old.unlink()
-    i = 0
-    for images in _all(parts, count):
-        for image in images:
-            save_png(path / f"{i:06d}.png", image)
-            i += 1
+    images = (image for batch in range(count) for image in results.images(batch))
+    for i, image in enumerate(images):
+        save_png(path / f"{i:06d}.png", image)
 
 
-def _sheet(path, images, columns, frames, words):
-    """images [N, h, w, C], with frames [N, F, h, w, C]; words: N captions or None."""
+def _write_grid(path, images, columns, frames, words):
+    """images [n, h, w, c], with frames [n, f, h, w, c]; words: n captions or None."""
     if not frames:
         save_png(path, image_grid(images, columns, captions=words))
         return
     strips, length = images.reshape(-1, *images.shape[2:]), images.shape[1]
     each = words and [word for word in words for _ in range(length)]
-    save_png(path, image_grid(strips, length, captions=each))
     states = np.swapaxes(images, 0, 1)
     moving = [image_grid(frame, columns, captions=words) for frame in states]
-    save_gif(path.with_suffix(".gif"), moving)
+    save_gif(path.with_suffix(".gif"), moving)  # before what says that it is there
+    save_png(path, image_grid(strips, length, captions=each))
 
 
 def manifest_path(path: Path) -> Path:
@@ -202,11 +155,20 @@ class ArrayFile:
         self.path = as_path(path)
         if not self.path.is_file():
             raise UserError(f"no file at {self.path}")
-        with _plainly(f"{self.path} is no .npz file, or ends too early"):
-            with _unzipping(self.path) as archive:
-                members = archive.infolist()
+        with (
+            _damage_as_user_error(f"{self.path} is no .npz file, or ends too early"),
+            self.path.open("rb") as file,
+            zipfile.ZipFile(file) as archive,
+        ):
+            members, size = archive.infolist(), file_size(self.path)
         for member in members:
-            _require_tame(self.path, member)
+            name, packed = member.filename[:200], member.compress_size
+            if name.startswith("/") or ".." in name.split("/") or "\\" in name:
+                raise UserError(f"{self.path}: {name!r} leads out of it; save it again")
+            if packed > size:
+                raise UserError(
+                    f"{self.path}: {name} has {packed} bytes, more than the file"
+                )
         names = [member.filename for member in members]
         self.names = [name[:-4] for name in names if name.endswith(".npy")]
 
@@ -216,8 +178,8 @@ class ArrayFile:
     def member(self, name: str) -> "Member":
         """Returns an array by name; a UserError names what there is instead."""
         if name not in self.names:
-            held = ", ".join(self.names) or "nothing"
-            raise UserError(f"{self.path} has no array {name}, only {held}")
+            listed = ", ".join(self.names) or "nothing"
+            raise UserError(f"{self.path} has no array {name}, only {listed}")
         return Member(self.path, name)
 
     def array(self, name: str) -> np.ndarray:
@@ -230,9 +192,9 @@ class ArrayFile:
                 "to be measurements; save it uncompressed if it is what you want"
             )
         if not member.shape:
-            return next(member.parts(1)).reshape(())
-        parts = list(member.parts(max(member.shape[0], 1)))
-        return parts[0] if parts else np.empty(member.shape, member.dtype)
+            return next(member.batches(1)).reshape(())
+        batches = list(member.batches(max(member.shape[0], 1)))
+        return batches[0] if batches else np.empty(member.shape, member.dtype)
 
 
 class Member:
@@ -240,9 +202,15 @@ class Member:
 
     def __init__(self, path, name):
         self.path, self.name = path, name
-        self.shape, self.dtype, size, start, found = self._header()
-        self.packed, self._crc = found.compress_size, found.CRC
-        _require_size(f"{path}: {name}", self.shape, self.dtype, size - start)
+        with self._open() as (file, info):
+            where = f"{path}: {name}"
+            self.shape, self.dtype, fortran = _read_header(file, where, info.file_size)
+            self._start = file.tell()
+        if fortran and len(self.shape) > 1:
+            raise UserError(
+                f"{where} is in Fortran order; save np.ascontiguousarray of it"
+            )
+        self.packed, self._crc = info.compress_size, info.CRC
 
     def __len__(self):
         return self.shape[0]
@@ -252,65 +220,36 @@ class Member:
         """CRC-32, dtype and shape: these tell arrays apart without reading them."""
         return [self._crc, str(self.dtype), list(self.shape)]
 
-    def parts(
-        self, rows: int, wanted: Iterable[int] | None = None
+    def batches(
+        self, size: int, numbers: Iterable[int] | None = None
     ) -> Iterator[np.ndarray]:
-        """Yields arrays [rows, ...] until the end; the last one may be shorter.
+        """Yields arrays [size, ...] until the end; the last one may be shorter.
 
-        wanted: only these of them, by ascending numbers.
+        numbers: only these of them, ascending.
         """
         row, count = self.shape[1:], self.shape[0] if self.shape else 1
-        size = math.prod(row) * self.dtype.itemsize
-        numbers = range(-(-count // rows)) if wanted is None else wanted
-        with _plainly(f"{self.path}: {self.name} is damaged"):
-            with _unzipping(self.path) as archive, self._open(archive) as file:
-                _read_header(file)
-                begin = file.tell()
-                for number in numbers:
-                    start = number * rows
-                    shape = (min(rows, count - start), *row)
-                    if file.tell() != begin + start * size:
-                        file.seek(begin + start * size)
-                    data = file.read(shape[0] * size)
-                    if len(data) < shape[0] * size:
-                        raise EOFError("it ends too early")
-                    yield np.frombuffer(data, self.dtype).reshape(shape)
+        row_bytes = math.prod(row) * self.dtype.itemsize
+        with self._open() as (file, _):
+            for number in range(-(-count // size)) if numbers is None else numbers:
+                first = number * size
+                shape = (min(size, count - first), *row)
+                file.seek(self._start + first * row_bytes)
+                data = file.read(shape[0] * row_bytes)
+                if len(data) < shape[0] * row_bytes:
+                    raise EOFError("it ends too early")
+                yield np.frombuffer(data, self.dtype).reshape(shape)
 
-    def _header(self):
-        with _plainly(f"{self.path}: {self.name} is damaged"):
-            with _unzipping(self.path) as archive, self._open(archive) as file:
-                shape, fortran, dtype = _read_header(file)
-                found, start = archive.getinfo(f"{self.name}.npy"), file.tell()
-        _require_numbers(f"{self.path}: {self.name}", dtype)
-        if fortran and len(shape) > 1:
-            raise UserError(
-                f"{self.path}: {self.name} is in Fortran order; save "
-                "np.ascontiguousarray of it"
-            )
-        return shape, dtype, found.file_size, start, found
-
-    def _open(self, archive):
-        return archive.open(f"{self.name}.npy")
-
-
-@contextlib.contextmanager
-def _unzipping(path):
-    """An opened zip file; one in a bucket is read as far as it is used."""
-    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-        yield archive
-
-
-def _read_header(file):
-    """Returns shape, whether it is in Fortran's order, and dtype."""
-    version = npy.read_magic(file)
-    read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-    if version not in read:
-        raise ValueError(f"version {version} of the .npy format")
-    try:
-        return read[version](file)
-    except Exception as error:  # Python's parser and tokenizer look at it
-        words = str(error).splitlines() or [type(error).__name__]
-        raise ValueError(words[0]) from error
+    @contextlib.contextmanager
+    def _open(self):
+        """Gives the opened member and its ZipInfo; of a bucket only what is used."""
+        name = f"{self.name}.npy"
+        with (
+            _damage_as_user_error(f"{self.path}: {self.name} is damaged"),
+            self.path.open("rb") as file,
+            zipfile.ZipFile(file) as archive,
+            archive.open(name) as member,
+        ):
+            yield member, archive.getinfo(name)
 
 
 def load_npy(path: Any) -> np.ndarray:
@@ -318,48 +257,30 @@ def load_npy(path: Any) -> np.ndarray:
     path = as_path(path)
     if not path.is_file():
         raise UserError(f"no file at {path}")
-    with _plainly(f"{path} is no whole .npy file"):
+    with _damage_as_user_error(f"{path} is no whole .npy file"):
         with path.open("rb") as file:
-            shape, fortran, dtype = _read_header(file)
-            start, size = file.tell(), file_size(path)
-            _require_numbers(path, dtype)
-            _require_size(path, shape, dtype, size - start)
-            array = np.frombuffer(file.read(size - start), dtype)
+            shape, dtype, fortran = _read_header(file, path, file_size(path))
+            array = np.frombuffer(file.read(), dtype)
             return array.reshape(shape, order="F" if fortran else "C")
 
 
-@contextlib.contextmanager
-def _plainly(what):
-    """Makes one line of damage; what the user may not read stays an OSError."""
-    try:
-        yield
-    except PermissionError:
-        raise
-    except DAMAGED as error:
-        words = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{what} ({words[:200]})") from error
+def _read_header(file, where, size):
+    """Returns shape, dtype and whether the order is Fortran's.
 
-
-def _require_tame(path, member):
-    """Refuses names that climb, and what unpacks to more than a file is worth."""
-    name = member.filename
-    if name.startswith("/") or ".." in name.split("/") or "\\" in name:
-        raise UserError(f"{path}: {name[:200]!r} leads out of it; save it again")
-    packed = member.compress_size
-    if packed > file_size(path):
-        raise UserError(f"{path}: {name[:200]} has {packed} bytes, more than the file")
-
-
-def _require_numbers(where, dtype):
+    Refuses what would have to be unpickled, a shape that is not of the bytes that the
+    file of `size` bytes has left, and rows that are no rows.
+    """
+    version = npy.read_magic(file)
+    read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    if version not in read:
+        raise ValueError(f"version {version} of the .npy format")
+    shape, fortran, dtype = read[version](file)
     if dtype.hasobject:
         raise UserError(
             f"{where} holds Python objects, which are not read: save an array of "
             "numbers"
         )
-
-
-def _require_size(where, shape, dtype, size):
-    """Refuses a shape that is not of so many bytes, or whose rows are no rows."""
+    size -= file.tell()
     wanted = math.prod(shape) * dtype.itemsize
     if size != wanted or min(shape, default=0) < 0:
         raise UserError(
@@ -372,3 +293,16 @@ def _require_size(where, shape, dtype, size):
             f"{where} is {dtype} {list(shape)}: a row of {row} bytes, where up to "
             f"{ROW} are read"
         )
+    return shape, dtype, fortran
+
+
+@contextlib.contextmanager
+def _damage_as_user_error(message):
+    """Makes a UserError of damage; what the user may not read stays an OSError."""
+    try:
+        yield
+    except (PermissionError, UserError):
+        raise
+    except Exception as error:  # zipfile, its codecs and NumPy's parser raise anything
+        words = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{message} ({words[:200]})") from error

@@ -49,7 +49,6 @@ from sit_jax.sampling import outputs
 from sit_jax.sampling.batch_sampler import BatchSampler
 from sit_jax.sampling.job import SamplingJob
 from sit_jax.sampling.noise import load_noise
-from sit_jax.sampling.outputs import DAMAGED
 
 MAX_TRAJECTORY = 2 * 2**30  # bytes of a batch's states
 MARK = "job.json"
@@ -61,16 +60,16 @@ MAX_NAMED = 20  # classes named after a run; the manifest has all
 class SamplingContext:
     """What a job needs in memory: networks with weights, codec, devices.
 
-    weak: (model, params) of a guiding model, for autoguidance. around: fn -> fn, the
-    precision and emulation put around each network. record: goes into the manifest.
+    guiding_model: (model, params), for autoguidance. with_precision: fn -> fn, puts the
+    precision and emulation around each network. record: goes into the manifest.
     """
 
     job: SamplingJob
-    parts: Experiment
+    experiment: Experiment
     params: Any
     mesh: jax.sharding.Mesh
-    weak: tuple | None
-    around: Callable[[Callable], Callable]
+    guiding_model: tuple | None
+    with_precision: Callable[[Callable], Callable]
     record: dict[str, Any]
 
 
@@ -93,29 +92,13 @@ def build_context(
     """
     config = configs.from_json(job.config)
     experiment = build_experiment(config)
-    around, measured, warning = _precision(job, config.precision)
-    mesh = make_mesh(data=-1, fsdp=1, devices=jax.local_devices())
+    with_precision, measured, warning = _precision(job, config.precision)
     precision = policy.get_precision(config.precision.model)
-    params = opened.load(job.item, experiment, mesh)
-    sha256 = weights_hash(params)
-    if expected not in (None, sha256):
-        raise UserError(
-            f"{job.weights} has other weights than the manifest's ({sha256[:12]}, not "
-            f"{expected[:12]}); --weights names the right ones, --force takes these"
-        )
-    record = {"weights_sha256": sha256, "precision": measured}
-    model = experiment.model
-    if job.lora:
-        params, record["lora"] = apply_adapters(
-            params, job.lora, model, sha256, job.item
-        )
-        new_classes = sum(adapter["new_classes"] for adapter in record["lora"])
-        model = model.clone(classes=model.classes + new_classes)
-    if job.quantize:
-        params = quantize_params(params, job.quantize, job.quantize_skip)
-    experiment = dataclasses.replace(
-        experiment, model=policy.with_compute_dtype(precision, model)
-    )
+    mesh = make_mesh(data=-1, fsdp=1, devices=jax.local_devices())
+    params, model, record = _load_params(job, opened, experiment, mesh, expected)
+    model = policy.with_compute_dtype(precision, model)
+    experiment = dataclasses.replace(experiment, model=model)
+    record["precision"] = measured
     if names := opened.meta.get("class_names"):
         record["class_names"] = {
             str(y): names[y] for y in np.unique(job.labels).tolist() if y < len(names)
@@ -130,17 +113,37 @@ def build_context(
     if weak is not None:
         other = build_experiment(weak.config)
         guidance.check_guiding_model(experiment, other, job.weak)
-        loaded = weak.load(job.item, other, mesh)
-        guiding_model = policy.with_compute_dtype(precision, other.model), loaded
-        record["weak_sha256"] = weights_hash(loaded)
+        guiding_params = weak.load(job.item, other, mesh)
+        record["weak_sha256"] = weights_hash(guiding_params)
+        other_model = policy.with_compute_dtype(precision, other.model)
+        guiding_model = other_model, guiding_params
     attention_line = f"attention: {attention.attention_name(experiment.model)}"
-    print(
-        measured["line"],
-        attention_line,
-        *filter(None, [warning, vae_warning]),
-        sep="\n",
+    lines = (measured["line"], attention_line, warning, vae_warning)
+    print(*filter(None, lines), sep="\n")
+    return SamplingContext(
+        job, experiment, params, mesh, guiding_model, with_precision, record
     )
-    return SamplingContext(job, experiment, params, mesh, guiding_model, around, record)
+
+
+def _load_params(job, opened, experiment, mesh, expected):
+    """Returns a job's params with their adapters, the model of these, and a record."""
+    params, model = opened.load(job.item, experiment, mesh), experiment.model
+    record = {"weights_sha256": weights_hash(params)}
+    sha256 = record["weights_sha256"]
+    if expected not in (None, sha256):
+        raise UserError(
+            f"{job.weights} has other weights than the manifest's ({sha256[:12]}, not "
+            f"{expected[:12]}); --weights names the right ones, --force takes these"
+        )
+    if job.lora:
+        params, record["lora"] = apply_adapters(
+            params, job.lora, model, sha256, job.item
+        )
+        new_classes = sum(adapter["new_classes"] for adapter in record["lora"])
+        model = model.clone(classes=model.classes + new_classes)
+    if job.quantize:
+        params = quantize_params(params, job.quantize, job.quantize_skip)
+    return params, model, record
 
 
 def run_sampling_job(
@@ -169,34 +172,28 @@ def run_sampling_job(
     """
     job, started = context.job, time.perf_counter()
     require_space(out, _bytes_needed(context, out))
-    start, step_noise, num_draws = load_noise(context)
+    start, step_noise = load_noise(context)
     sampler = BatchSampler(
-        context.parts,
+        context.experiment,
         context.params,
         context.mesh,
         min(job.batch_size, len(job.labels)),
-        weak=context.weak,
-        kicks=num_draws,
-        around=context.around,
+        guiding_model=context.guiding_model,
+        num_noise_draws=0 if step_noise is None else len(step_noise),
+        with_precision=context.with_precision,
     )
     count = -(-len(job.labels) // sampler.batch_size)
-    draw = partial(sampler, job.seed, job.labels, start, given=step_noise)
+    draw = partial(sampler, job.seed, job.labels, start, recorded=step_noise)
     if _fits_in_memory(count, out):
         results, num_drawn, seconds = _draw_one_batch(context, out, draw)
     else:
         results = _open_partial_results(out, job, overwrite)
-        missing = results.check(count) if multihost.is_primary() else None
-        missing = multihost.broadcast(missing)
-        mine, seconds = _draw_share(
-            context, out, results, draw, sampler.batch_size, missing
+        num_drawn, seconds = _draw_missing(
+            context, out, results, draw, sampler.batch_size
         )
-        num_drawn = sum(multihost.all_gather(mine))
         if not multihost.is_primary():
             return []
-        _require_all(results, count)
     stats = solver_stats(results, count)
-    names = context.record.get("class_names")
-    outputs.assemble(out, results, count, job.labels, columns, frames, names)
     record = {
         "job": job.to_json(),
         **context.record,
@@ -206,15 +203,22 @@ def run_sampling_job(
         "seconds": time.perf_counter() - started,
         **environment(),
     }
+    # first: without it, what a kill leaves would be taken for another's output
     write_json(outputs.manifest_path(out), record)
+    names = context.record.get("class_names")
+    outputs.assemble(out, results, count, job.labels, columns, frames, names)
     results.remove()
     return describe_results(context, stats, num_drawn, seconds, sampler.compile_seconds)
 
 
 def _fits_in_memory(count, out):
-    """Returns whether one batch is drawn and written without parts on disk."""
-    begun = parts_mark(out).parent.exists()
-    return count == 1 and multihost.process_count() == 1 and not begun
+    """Returns whether one batch is drawn and written to a file without parts on disk.
+
+    A folder appears image by image, so that a kill may leave some of them.
+    """
+    is_folder, begun = out.suffix not in outputs.KINDS, parts_mark(out).parent.exists()
+    is_alone = multihost.process_count() == 1
+    return count == 1 and is_alone and not is_folder and not begun
 
 
 def _draw_one_batch(context, out, draw):
@@ -227,14 +231,16 @@ def _draw_one_batch(context, out, draw):
     return results, len(data), time.perf_counter() - started
 
 
-def _draw_share(context, out, results, draw, batch_size, missing):
-    """Draws and saves this process's share of the missing batches.
+def _draw_missing(context, out, results, draw, batch_size):
+    """Draws and saves the batches that are not on disk, each process some of them.
 
     draw(todo=numbers) yields (data, stats) of each batch. Returns the number of images
-    drawn and the seconds it took.
+    that all processes have drawn, and the seconds that this one took.
     """
     length = len(context.job.labels)
     sizes = np.diff([*range(0, length, batch_size), length])
+    missing = results.check(len(sizes)) if multihost.is_primary() else None
+    missing = multihost.broadcast(missing)
     num_there = length - int(sizes[missing].sum())
     todo = missing[multihost.process_index() :: multihost.process_count()]
     mine = int(sizes[todo].sum())
@@ -243,7 +249,14 @@ def _draw_share(context, out, results, draw, batch_size, missing):
         for batch, (data, stats) in zip(todo, draw(todo=todo), strict=True):
             results.save(batch, _make_arrays(context, out, data, stats))
             bar.update(len(data))
-    return mine, time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    num_drawn = sum(multihost.all_gather(mine))
+    if multihost.is_primary() and (lost := results.missing(len(sizes))):
+        raise UserError(
+            f"{results.folder} lacks batch {lost[0]}, which another process has "
+            "drawn; it must be on a file system that all hosts share"
+        )
+    return num_drawn, seconds
 
 
 def _make_arrays(context, out, data, stats):
@@ -263,9 +276,9 @@ def _make_arrays(context, out, data, stats):
 
 def _bytes_needed(context, out):
     """Returns the bytes still to be written: the batches, and the output of them."""
-    one = jax.ShapeDtypeStruct((1, *context.parts.shape), np.float32)
+    one = jax.ShapeDtypeStruct((1, *context.experiment.shape), np.float32)
     if outputs.wants_pictures(out):
-        one = jax.eval_shape(_decode_on_device, context.parts.codec, one)
+        one = jax.eval_shape(_decode_on_device, context.experiment.codec, one)
     size = 2 * len(context.job.labels) * one.size * one.dtype.itemsize
     return max(0, size - parts_size(out))
 
@@ -280,28 +293,20 @@ def _open_partial_results(out, job, overwrite):
     return results or PartialResults(out, job.digest)
 
 
-def _require_all(results, count):
-    if missing := results.missing(count):
-        raise UserError(
-            f"{results.folder} lacks batch {missing[0]}, which another process has "
-            "drawn; it must be on a file system that all hosts share"
-        )
-
-
 def _precision(job, names):
     """Returns fn -> fn of the job's precision, its record, and a warning or None."""
     precision = policy.get_precision(names.model)
     bits = 24 if job.emulate is None else emulation.emulated_bits(job.emulate)
 
-    def around(fn):
+    def with_precision(fn):
         fn = policy.with_precision(precision, fn)
         return fn if job.emulate is None else emulation.emulate(fn, bits)
 
-    measured = probe.measure_mantissa_bits(around, precision.dtype)
+    measured = probe.measure_mantissa_bits(with_precision, precision.dtype)
     line = probe.describe_precision(precision, measured, job.emulate)
     record = {"words": names.to_dict(), "emulate": job.emulate, **measured}
     warning = probe.precision_warning(precision, measured, bits)
-    return around, {**record, "line": line}, warning
+    return with_precision, {**record, "line": line}, warning
 
 
 def with_codec(
@@ -329,7 +334,9 @@ def _decode(context, data):
     missing = -len(flat) % context.mesh.size
     padded = np.concatenate([flat, flat[:1].repeat(missing, 0)])
     sharded = jax.device_put(padded, batch_sharding(context.mesh))
-    images = np.asarray(_decode_on_device(context.parts.codec, sharded))[: len(flat)]
+    images = np.asarray(_decode_on_device(context.experiment.codec, sharded))[
+        : len(flat)
+    ]
     return images.reshape(*data.shape[:-3], *images.shape[1:])
 
 
@@ -504,7 +511,7 @@ class PartialResults:
                     return f"is damaged (sum of {member})"
             if self.stats(batch, KEY, "") != self._key(batch):
                 return "belongs to another run"
-        except DAMAGED as error:
+        except Exception as error:  # see outputs: damage may raise anything
             return f"is damaged ({str(error) or type(error).__name__})"
 
     @contextlib.contextmanager
@@ -571,7 +578,7 @@ def describe_results(
         calls += f" ({steps['accepted']} steps taken, {steps['rejected']} rejected)"
     rate = f"{num_drawn / max(seconds, 1e-9):.1f} images/s"
     rate = rate if num_drawn else "drawn before"
-    guided = "no guidance" if is_unguided(context.parts.guidance) else "guided"
+    guided = "no guidance" if is_unguided(context.experiment.guidance) else "guided"
     lines = [
         f"{len(context.job.labels)} images, {guided}, {calls}, {rate} "
         f"(compiled in {compile_seconds:.1f} s)"

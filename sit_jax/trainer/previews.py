@@ -141,7 +141,7 @@ class ImageDrawer:
         size, self._generator = min(len(labels), batch_size), None
         self._labels, self._seed = labels, config.seed
         self._compile = lambda params: BatchSampler(
-            self._experiment, params, mesh, size, around=wrap
+            self._experiment, params, mesh, size, with_precision=wrap
         )
 
     def __call__(self, params: Any) -> Iterator[UInt8[np.ndarray, "n h w c"]]:

@@ -50,17 +50,17 @@ def made(tensors, tmp_path_factory, monkeypatch_module):
         held = weights or tensors
         load = lambda item, parts, mesh: held[item]
         opened = types.SimpleNamespace(load=load, meta={})
-        room = build_context(job, opened)
+        context = build_context(job, opened)
         stats = {"evaluations": {"min": 8, "mean": 8.0, "max": 8}, "unfinished": []}
         manifest = {
             "job": job.to_json(),
-            **room.record,
+            **context.record,
             "stats": stats,
             **environment(),
         }
         manifest = json.loads(json.dumps(manifest))
         found = stages.collect(
-            room,
+            context,
             manifest,
             folder / name,
             images=IMAGES,
@@ -121,8 +121,8 @@ def test_stages_begin_at_the_noise_of_the_job(tmp_path):
     np.save(tmp_path / "noise.npy", array)
     c = config()
     job = SamplingJob("w", to_json(c), np.arange(6), noise=str(tmp_path / "noise.npy"))
-    room = types.SimpleNamespace(job=job, parts=build_experiment(c))
-    found = stages.job_inputs(room, 4)
+    context = types.SimpleNamespace(job=job, experiment=build_experiment(c))
+    found = stages.job_inputs(context, 4)
     np.testing.assert_array_equal(found["noise"], array[:4])
 
 

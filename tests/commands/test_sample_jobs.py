@@ -1,5 +1,6 @@
 """sample.py's longer ways: going on after a kill, the same again, other answers."""
 
+import itertools
 import shutil
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from sample_runs import manifest
 
 from sit_jax.diffusion import predictions
 from sit_jax.experiment import build_experiment
+from sit_jax.sampling import outputs
 from sit_jax.sampling import run as sampling_run
 from sit_jax.sampling.job import SamplingJob
 from sit_jax.sampling.run import PartialResults
@@ -28,53 +30,64 @@ def test_a_full_disk_is_noticed_before_anything_is_drawn(run, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(run, tmp_path, monkeypatch):
-    arguments = ("--num", "20", "--batch-size", "8")
+def test_a_killed_run_draws_only_what_is_missing(run, tmp_path):
+    """Of three batches one is whole on disk, and one can be told from a drawn one."""
+    arguments, out = ("--num", "20", "--batch-size", "8"), tmp_path / "cut.npz"
     assert run(*arguments, "--out", tmp_path / "whole.npz")[0] == 0
-    saved, out = [], tmp_path / "cut.npz"
-
-    class Killed(PartialResults):
-        def save(self, batch, *rest):
-            if len(saved) == 2:
-                raise KeyboardInterrupt
-            saved.append(batch)
-            super().save(batch, *rest)
-
-    monkeypatch.setattr(sampling_run, "PartialResults", Killed)
-    assert run(*arguments, "--out", out)[0] == 130
-    assert not out.exists() and saved == [0, 1]
+    whole = np.load(tmp_path / "whole.npz")["arr_0"]
+    digest = SamplingJob.from_json(manifest(tmp_path / "whole.npz")["job"], "").digest
+    results = PartialResults(out, digest, writes=[out])
+    stats = {"evaluations": np.full(8, 4), "finished": np.ones(8, bool)}
+    results.save(0, {"images": whole[:8], **stats})
+    results.save(1, {"images": np.zeros_like(whole[:8]), **stats})
     # other samples do not mix with it
     code, _, err = run(*arguments, "--seed", "1", "--out", out)
-    assert code == 2 and "parts of other samples" in err
-    monkeypatch.setattr(sampling_run, "PartialResults", PartialResults)
-    drawn = []
-    save = PartialResults.save
-    monkeypatch.setattr(
-        PartialResults,
-        "save",
-        lambda self, b, *rest: (drawn.append(b), save(self, b, *rest)),
-    )
+    assert code == 2 and "parts of other samples" in err and not out.exists()
     assert run(*arguments, "--out", out)[0] == 0
-    assert drawn == [2]
-    assert out.read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    images = np.load(out)["arr_0"]
+    np.testing.assert_array_equal(images[8:16], 0)
+    np.testing.assert_array_equal(
+        np.delete(images, range(8, 16), 0), np.delete(whole, range(8, 16), 0)
+    )
     assert not list(tmp_path.glob("*.parts"))
 
 
-def test_one_batch_is_written_without_parts_and_to_the_same_bytes(
-    run, tmp_path, monkeypatch
-):
-    """Against a batch that goes through numbered parts."""
-    how = ("--num", "8", "--batch-size", "8")
-    parts = []
-    begin = lambda *a, **k: parts.append(a) or PartialResults(*a, **k)
-    monkeypatch.setattr(sampling_run, "PartialResults", begin)
-    assert run(*how, "--out", tmp_path / "direct.npz")[0] == 0
-    assert not parts and not list(tmp_path.glob("*.parts"))
-    digest = SamplingJob.from_json(manifest(tmp_path / "direct.npz")["job"], "").digest
-    PartialResults(tmp_path / "parts.npz", digest)
-    assert run(*how, "--out", tmp_path / "parts.npz")[0] == 0 and parts
+def test_one_batch_has_the_same_bytes_as_through_parts(run, tmp_path):
+    arguments = ("--num", "8", "--batch-size", "8")
     direct, in_parts = (tmp_path / f"{n}.npz" for n in ("direct", "parts"))
+    assert run(*arguments, "--out", direct)[0] == 0
+    digest = SamplingJob.from_json(manifest(direct)["job"], "").digest
+    PartialResults(in_parts, digest)
+    assert run(*arguments, "--out", in_parts)[0] == 0
     assert direct.read_bytes() == in_parts.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("out", "module", "function", "calls"),
+    [
+        ("x.npz", sampling_run, "write_json", 0),
+        ("x.png", sampling_run, "write_json", 0),
+        ("x.png", outputs, "save_png", 0),
+        ("x/", outputs, "save_png", 2),  # when two of the images are there
+    ],
+)
+def test_a_kill_while_writing_needs_no_overwrite(
+    run, tmp_path, monkeypatch, out, module, function, calls
+):
+    write, numbers = getattr(module, function), itertools.count()
+
+    def killed(*arguments):
+        if next(numbers) == calls:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    arguments = ("--num", "4", "--out", f"{tmp_path}/{out}")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, function, killed)
+        assert run(*arguments)[0] == 130
+    code, _, err = run(*arguments)
+    assert code == 0, err
+    assert not list(tmp_path.glob("*.parts"))
 
 
 def test_the_same_again_from_the_manifest(run, tmp_path):

@@ -140,12 +140,12 @@ def test_only_mdt_has_rising_guidance(benchmarks):
     ):  # of the loss, which a bundle does not see
         process = GaussianDiffusion(objective=objective)
         parts = SimpleNamespace(guidance=RISING, process=process, guidance_channels=3)
-        room = SimpleNamespace(parts=parts, weak=None)
+        context = SimpleNamespace(experiment=parts, guiding_model=None)
         parts.model = MDTv2()
-        torch_stages.check(room)
+        torch_stages.check(context)
         parts.model = DiT()
         with pytest.raises(UserError, match="or MDT's rise"):
-            torch_stages.check(room)
+            torch_stages.check(context)
 
 
 def test_blocks_of_clones_have_our_names(benchmarks):

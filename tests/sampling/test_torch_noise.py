@@ -36,7 +36,7 @@ def test_steps_draw_after_the_start_for_both_halves():
     import torch
 
     model = model_of("SiT")
-    start, steps = torch_noise(7, model, (4, 4, 4), 3, kicks=2)
+    start, steps = torch_noise(7, model, (4, 4, 4), 3, num_steps=2)
     generator = torch.Generator().manual_seed(7)
     torch.rand(words_before_noise(model, (4, 4, 4)), generator=generator)
     first = torch.randn(3, 4, 4, 4, generator=generator).numpy()
@@ -48,4 +48,4 @@ def test_steps_draw_after_the_start_for_both_halves():
 
 def test_too_much_noise_is_refused_before_it_is_drawn():
     with pytest.raises(UserError, match="250 steps of noise for 50000 images"):
-        torch_noise(0, DiT(), (32, 32, 4), 50_000, kicks=250)
+        torch_noise(0, DiT(), (32, 32, 4), 50_000, num_steps=250)
