@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from mistakes import FLAGS
+from helpers.mistakes import FLAGS
 
 from sit_jax.config import load
 

@@ -13,12 +13,11 @@ import time
 from pathlib import Path
 
 import fsspec
-import memory_bucket
 import numpy as np
 import pytest
-import small
 from conftest import ROOT
-from memory_bucket import Memory, step
+from helpers import memory_bucket, small
+from helpers.memory_bucket import Memory, step
 
 from sit_jax import checkpoint, files
 from sit_jax.convert import peft, tensor_files

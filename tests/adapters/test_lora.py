@@ -4,14 +4,13 @@ import json
 from functools import partial
 
 import jax
-import lora_bases
 import numpy as np
 import pytest
-import small
 from flax.traverse_util import flatten_dict
-from lora_bases import drawn
-from lora_runs import begun, config
-from networks import quick_jit
+from helpers import lora_bases, small
+from helpers.lora_bases import drawn
+from helpers.lora_runs import begun, config
+from helpers.networks import quick_jit
 
 from sit_jax import checkpoint
 from sit_jax.adapters.apply import apply_model

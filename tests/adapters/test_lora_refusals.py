@@ -1,9 +1,9 @@
 """LoRA's settings that cannot be, and styles to adapt to."""
 
 import jax
-import lora_bases
 import pytest
-from lora_runs import config
+from helpers import lora_bases
+from helpers.lora_runs import config
 
 from configs.lora_xl2 import get_config as lora_xl2
 from sit_jax.adapters.weights import LABEL_TABLE

@@ -5,9 +5,9 @@ import json
 import jax
 import numpy as np
 import pytest
-import small
 from conftest import ROOT
-from recorded import relative
+from helpers import small
+from helpers.recorded import relative
 
 from sit_jax import checkpoint
 from sit_jax.adapters.apply import apply_model

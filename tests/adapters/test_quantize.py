@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small
-from networks import quick_jit
-from recorded import relative
+from helpers import small
+from helpers.networks import quick_jit
+from helpers.recorded import relative
 
 from sit_jax.adapters.apply import apply_model
 from sit_jax.adapters.quantize import (

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from networks import quick_jit
-from stored_networks import (
+from helpers.networks import quick_jit
+from helpers.stored_networks import (
     EVERY,
     HIGHEST,
     MODELS,

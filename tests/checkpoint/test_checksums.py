@@ -7,8 +7,8 @@ import sys
 import jax
 import numpy as np
 import pytest
-import small
 from conftest import ROOT
+from helpers import small
 
 from sit_jax.checkpoint import (
     DamagedCheckpoint,

@@ -8,12 +8,11 @@ import sys
 import time
 from pathlib import Path
 
-import checkpoints
 import jax
 import numpy as np
 import pytest
-import small
-from checkpoints import META, equal, mesh, saved, trees
+from helpers import checkpoints, small
+from helpers.checkpoints import META, equal, mesh, saved, trees
 
 from sit_jax import checkpoint
 from sit_jax.checkpoint import (

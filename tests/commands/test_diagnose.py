@@ -4,12 +4,11 @@ import dataclasses
 import json
 import types
 
-import known_causes
 import numpy as np
 import pytest
-import small
-from known_causes import CASES, IMAGES, LISTED, STEPS, config
-from networks import quick_jit
+from helpers import known_causes, small
+from helpers.known_causes import CASES, IMAGES, LISTED, STEPS, config
+from helpers.networks import quick_jit
 
 from sit_jax.cli import diagnose
 from sit_jax.config import to_json

@@ -6,10 +6,10 @@ A toy stands for the Inception network; test_inception.py has the real one.
 import json
 import re
 
-import judged
 import numpy as np
 import pytest
-from judged import (
+from helpers import judged
+from helpers.judged import (
     ENOUGH,
     direct,
     extractor,
@@ -21,9 +21,9 @@ from judged import (
     toy,
     weights,
 )
+from helpers.recorded import arrays, case
+from helpers.small import called
 from PIL import Image
-from recorded import arrays, case
-from small import called
 
 from sit_jax.cli import evaluate
 from sit_jax.data.sources import Digits

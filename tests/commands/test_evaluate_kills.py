@@ -1,8 +1,8 @@
 """evaluate.py killed: the same command goes on to the same bytes."""
 
-import judged
 import pytest
-from judged import ENOUGH, images, npz, toy, weights
+from helpers import judged
+from helpers.judged import ENOUGH, images, npz, toy, weights
 from PIL import Image
 
 from sit_jax.cli import evaluate

@@ -1,9 +1,9 @@
 """What evaluate.py refuses: in one line, with nothing written."""
 
-import judged
 import numpy as np
 import pytest
-from judged import ENOUGH, images, npz, refused, weights
+from helpers import judged
+from helpers.judged import ENOUGH, images, npz, refused, weights
 
 from sit_jax.errors import UserError
 from sit_jax.evaluation import evaluate as evaluation

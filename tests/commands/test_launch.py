@@ -8,7 +8,7 @@ import tomllib
 
 import pytest
 from conftest import ROOT
-from mistakes import FLAGS
+from helpers.mistakes import FLAGS
 
 from sit_jax.parallel.multihost import TORCHRUN
 

@@ -5,8 +5,8 @@ import sys
 
 import numpy as np
 import pytest
-import small
 from conftest import ROOT
+from helpers import small
 
 TRAIN = "train --config {config} --workdir {new}"
 SAMPLE = "sample --weights {run} --out {new}.png"
@@ -109,7 +109,7 @@ def test_mistake_is_one_line_and_touches_nothing(case, place, monkeypatch, capsy
         name: place / name for name in ("folder", "garbage", "run", "new", "missing")
     }
     names |= {"features": place / "features.npz"}
-    names |= {"config": ROOT / "tests" / "small_config.py"}
+    names |= {"config": ROOT / "tests" / "helpers" / "small_config.py"}
     script, *words = [word.format(**names) for word in case.split()]
     before = sorted(place.rglob("*"))
     monkeypatch.setattr(sys, "argv", ["script.py", *words])

@@ -7,8 +7,8 @@ import sys
 
 import numpy as np
 import pytest
-import small
 from conftest import ROOT
+from helpers import small
 
 from sit_jax.checkpoint import find_step, read_meta
 from sit_jax.config import from_json, to_json
@@ -44,7 +44,12 @@ def test_config_of_manifest_and_checkpoint_is_read():
 
 
 def test_run_goes_on_with_the_same_losses(run, monkeypatch):
-    words = ["--config", ROOT / "tests" / "small_config.py", "--workdir", run]
+    words = [
+        "--config",
+        ROOT / "tests" / "helpers" / "small_config.py",
+        "--workdir",
+        run,
+    ]
     sizes = ["--config.model.width=8", "--config.model.depth=1", "--config.preview=0"]
     call(monkeypatch, "train", *words, *sizes, "--config.steps=4")
     losses = small.losses(run)

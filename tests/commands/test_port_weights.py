@@ -10,9 +10,9 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT
-from hostile import Runs
-from recorded import FOLDER, weights
-from small import called, losses, script
+from helpers.hostile import Runs
+from helpers.recorded import FOLDER, weights
+from helpers.small import called, losses, script
 
 from sit_jax import checkpoint
 from sit_jax.cli import port_weights

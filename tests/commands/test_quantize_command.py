@@ -5,8 +5,8 @@ import re
 import jax
 import numpy as np
 import pytest
-import small
-from small import called
+from helpers import small
+from helpers.small import called
 
 from sit_jax.adapters.quantize import SKIP, quantize_params
 from sit_jax.adapters.weights import Int4Weight

@@ -6,9 +6,8 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import sample_runs
-import small
-from recorded import FOLDER
+from helpers import sample_runs, small
+from helpers.recorded import FOLDER
 
 from sit_jax.convert.checkpoint import open_torch_file
 from sit_jax.diffusion import rng

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-import small
+from helpers import small
 
 from sit_jax.cli import sample
 from sit_jax.config import spec

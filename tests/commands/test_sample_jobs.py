@@ -6,9 +6,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import sample_runs
-import small
-from sample_runs import manifest
+from helpers import sample_runs, small
+from helpers.sample_runs import manifest
 
 from sit_jax.diffusion import predictions
 from sit_jax.experiment import build_experiment

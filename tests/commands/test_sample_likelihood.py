@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sample_runs
-import small
+from helpers import sample_runs, small
 
 from sit_jax.config import spec
 from sit_jax.data.sources import Digits

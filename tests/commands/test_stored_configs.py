@@ -6,8 +6,8 @@ import sys
 
 import numpy as np
 import pytest
-import small
 from conftest import ROOT
+from helpers import small
 
 from sit_jax.config import ROLES, from_json, to_json
 from sit_jax.data import archives
@@ -88,7 +88,7 @@ def test_commands_end_in_a_line(watched, monkeypatch, capsys):
     job |= {"noise": None, "batch_size": 1, "weak": None, "vae": None}
     job |= {"rounding": "dit", "emulate": None}
     (watched / "manifest.json").write_text(json.dumps({"job": job}))
-    small_file = ROOT / "tests" / "small_config.py"
+    small_file = ROOT / "tests" / "helpers" / "small_config.py"
     for script, *words in [
         ("sample", "--weights", "evil", "--labels", "1", "--out", "x.png"),
         ("sample", "--from-manifest", "manifest.json", "--out", "x.png"),

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
-import small
-from lora_runs import saved
+from helpers import small
+from helpers.lora_runs import saved
 
 from sit_jax import checkpoint
 from sit_jax.adapters.quantize import SKIP, quantize_params

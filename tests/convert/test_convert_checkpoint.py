@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import small
 import torch
-from plain_torch import models as plain
-from recorded import arrays, nchw, nhwc, relative
-from torch_releases import (
+from helpers import small
+from helpers.recorded import arrays, nchw, nhwc, relative
+from helpers.torch_releases import (
     assert_same_state,
     base,
     broken,
@@ -18,6 +17,7 @@ from torch_releases import (
     opened,
     stored,
 )
+from plain_torch import models as plain
 
 from sit_jax.config import spec, to_json
 from sit_jax.convert import tensor_files

@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 import safetensors.numpy
-import small
 import torch
-from networks import quick_jit
-from recorded import FOLDER, arrays, nchw, nhwc, relative, weights
-from small import called
+from helpers import small
+from helpers.networks import quick_jit
+from helpers.recorded import FOLDER, arrays, nchw, nhwc, relative, weights
+from helpers.small import called
 
 from sit_jax.cli import port_weights, sample
 from sit_jax.config import spec

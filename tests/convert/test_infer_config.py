@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from networks import recorded_model
-from recorded import case, weights
-from torch_releases import base, golden, loaded, opened, renamed
+from helpers.networks import recorded_model
+from helpers.recorded import case, weights
+from helpers.torch_releases import base, golden, loaded, opened, renamed
 
 from sit_jax.config import build, from_json, spec, to_json
 from sit_jax.convert import tensor_files

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 import torch
-from recorded import case, weights
-from small import called
-from torch_releases import assert_same_state, golden, loaded, stored
+from helpers.recorded import case, weights
+from helpers.small import called
+from helpers.torch_releases import assert_same_state, golden, loaded, stored
 
 from sit_jax import checkpoint
 from sit_jax.cli import port_weights

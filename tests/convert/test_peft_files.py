@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-import small
 from flax.traverse_util import flatten_dict
-from lora_pairs import pair
-from networks import quick_jit, recorded_model, recorded_params
-from recorded import FOLDER, nhwc, relative
+from helpers import small
+from helpers.lora_pairs import pair
+from helpers.networks import quick_jit, recorded_model, recorded_params
+from helpers.recorded import FOLDER, nhwc, relative
 
 from sit_jax import checkpoint
 from sit_jax.adapters.apply import apply_model

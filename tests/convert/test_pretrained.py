@@ -3,10 +3,10 @@
 import subprocess
 import sys
 
-import file_server
 import pytest
 from conftest import ROOT
-from file_server import CONTENT, SHA, Handler
+from helpers import file_server
+from helpers.file_server import CONTENT, SHA, Handler
 
 from sit_jax.convert import pretrained
 from sit_jax.convert.open import open_weights

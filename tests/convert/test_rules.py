@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from networks import random_state, released_entries, shapes
-from recorded import arrays, case, weights
+from helpers.networks import random_state, released_entries, shapes
+from helpers.recorded import arrays, case, weights
 
 from sit_jax.convert.rules import (
     DIT_RULES,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from recorded import FOLDER, weights
-from torch_states import RNG, same, saved, state
+from helpers.recorded import FOLDER, weights
+from helpers.torch_states import RNG, same, saved, state
 
 from sit_jax.convert import tensor_files
 from sit_jax.convert.state_dict import read_torch_file

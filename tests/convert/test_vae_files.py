@@ -6,9 +6,17 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from recorded import case
-from test_vae import compvis, recorded_state
-from vae_folders import BIN, CONFIG, GOLDEN, SAFE, folder, same
+from helpers.recorded import case
+from helpers.vae_folders import (
+    BIN,
+    CONFIG,
+    GOLDEN,
+    SAFE,
+    compvis,
+    folder,
+    recorded_state,
+    same,
+)
 
 from sit_jax.convert import pretrained
 from sit_jax.convert.vae import load_vae, read_vae_config

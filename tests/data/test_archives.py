@@ -9,7 +9,7 @@ import types
 
 import numpy as np
 import pytest
-from photographs import pixels, png
+from helpers.photographs import pixels, png
 
 from sit_jax.data.archives import (
     ImageNetTar,

@@ -2,10 +2,10 @@
 
 import jax
 import numpy as np
-import photographs
 import pytest
-from small import called
-from toy_codec import toy
+from helpers import photographs
+from helpers.small import called
+from helpers.toy_codec import toy
 
 from sit_jax.cli import extract_features
 from sit_jax.data.extract import (

@@ -3,9 +3,9 @@
 import os
 
 import numpy as np
-import photographs
 import pytest
-from photographs import pixels, png
+from helpers import photographs
+from helpers.photographs import pixels, png
 
 from sit_jax.data.folders import AdmFolder, CifarBinary, CifarFolder, ImageFolder
 from sit_jax.data.images import CorruptImage

@@ -7,10 +7,10 @@ import zlib
 
 import numpy as np
 import pytest
-import small
-from photographs import encoded, pixels, png
+from helpers import small
+from helpers.photographs import encoded, pixels, png
+from helpers.recorded import arrays, case
 from PIL import Image
-from recorded import arrays, case
 
 from sit_jax.data.images import (
     CorruptImage,

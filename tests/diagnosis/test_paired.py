@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-import small
+from helpers import small
 from PIL import Image
 
 from sit_jax.cli import diagnose

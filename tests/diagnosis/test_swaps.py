@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-import small
 from flax import struct
+from helpers import small
 
 from sit_jax.cli import diagnose
 from sit_jax.config import to_json

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import small
 from conftest import ROOT
-from networks import quick_jit
+from helpers import small
+from helpers.networks import quick_jit
 
 from sit_jax.cli import diagnose
 from sit_jax.config import to_json

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import scipy.linalg
-from recorded import arrays, case
+from helpers.recorded import arrays, case
 
 from sit_jax.errors import UserError
 from sit_jax.evaluation import fid, metrics

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import SMALL, equations, noisy, quick_jit
-from recorded import relative
-from scores import exact, inputs
+from helpers.networks import SMALL, equations, noisy, quick_jit
+from helpers.recorded import relative
+from helpers.scores import exact, inputs
 
 from sit_jax.adapters.apply import apply_model
 from sit_jax.adapters.weights import Int8Weight

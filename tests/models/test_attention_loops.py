@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import equations, quick_jit
-from recorded import relative
-from scores import exact, inputs
+from helpers.networks import equations, quick_jit
+from helpers.recorded import relative
+from helpers.scores import exact, inputs
 
 from sit_jax.models import attention, attention_cpu, attention_tpu
 from sit_jax.models.layers import REMAT

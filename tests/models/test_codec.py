@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import equations
-from recorded import arrays, relative
+from helpers.networks import equations
+from helpers.recorded import arrays, relative
 from test_vae import SMALL, random_params
 
 from sit_jax.config import from_json, spec, to_json

@@ -6,8 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import SMALL, noisy, quick_jit, recorded_model, recorded_params, shapes
-from recorded import arrays, case, nchw, nhwc, relative
+from helpers.networks import (
+    SMALL,
+    noisy,
+    quick_jit,
+    recorded_model,
+    recorded_params,
+    shapes,
+)
+from helpers.recorded import arrays, case, nchw, nhwc, relative
 
 from sit_jax.convert.rules import DIT_RULES, to_flax, to_torch
 from sit_jax.diffusion.guidance import classifier_free_guidance

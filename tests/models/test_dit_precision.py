@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import SMALL, equations, noisy, quick_jit, shapes
-from recorded import relative
+from helpers.networks import SMALL, equations, noisy, quick_jit, shapes
+from helpers.recorded import relative
 
 from sit_jax.models import layers
 from sit_jax.models.dit import SiT

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import equations, quick_jit, shapes
-from recorded import arrays, case, relative
+from helpers.networks import equations, quick_jit, shapes
+from helpers.recorded import arrays, case, relative
 
 from sit_jax.convert.rules import DIT_RULES, to_torch, torch_constants
 from sit_jax.models.dit import SIZES, DiT, SiT

@@ -6,7 +6,7 @@ from functools import cache
 import jax
 import numpy as np
 import pytest
-from recorded import arrays, case, nchw, nhwc, relative
+from helpers.recorded import arrays, case, nchw, nhwc, relative
 
 from sit_jax.convert.rules import to_flax, to_torch
 from sit_jax.models.inception import (

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recorded import arrays, case, relative
+from helpers.recorded import arrays, case, relative
 
 from sit_jax.errors import UserError
 from sit_jax.models import layers

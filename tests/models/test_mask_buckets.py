@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import equations, quick_jit, shapes
+from helpers.networks import equations, quick_jit, shapes
 
 from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.diffusion.rng import StepKeys

@@ -4,12 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import mdt_recorded
 import numpy as np
 import pytest
-from mdt_recorded import BOTH, FREQUENCIES, TINY, forward, mask, program
-from networks import quick_jit, recorded_model, recorded_params, shapes
-from recorded import arrays, nhwc, relative
+from helpers import mdt_recorded
+from helpers.mdt_recorded import BOTH, FREQUENCIES, TINY, forward, mask, program
+from helpers.networks import quick_jit, recorded_model, recorded_params, shapes
+from helpers.recorded import arrays, nhwc, relative
 
 from sit_jax.models import layers, mdt
 from sit_jax.models.mdt import MDTv2

@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mdt_recorded import BOTH, FREQUENCIES, program
-from networks import quick_jit, recorded_model, recorded_params
-from recorded import arrays, case, nchw, nhwc, relative
+from helpers.mdt_recorded import BOTH, FREQUENCIES, program
+from helpers.networks import quick_jit, recorded_model, recorded_params
+from helpers.recorded import arrays, case, nchw, nhwc, relative
 
 from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.diffusion.guidance import PowerCosine, classifier_free_guidance

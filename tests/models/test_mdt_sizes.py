@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mdt_recorded import TINY
-from networks import equations, quick_jit, shapes
+from helpers.mdt_recorded import TINY
+from helpers.networks import equations, quick_jit, shapes
 
 from sit_jax.diffusion.guidance import PowerCosine
 from sit_jax.errors import UserError

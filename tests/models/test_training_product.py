@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import SMALL, noisy, quick_jit
-from recorded import relative
+from helpers.networks import SMALL, noisy, quick_jit
+from helpers.recorded import relative
 
 from sit_jax.adapters.apply import apply_model, apply_model_for_training
 from sit_jax.models.attention_cpu import training_product

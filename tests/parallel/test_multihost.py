@@ -4,9 +4,8 @@ import argparse
 
 import jax
 import numpy as np
-import processes
 import pytest
-import small
+from helpers import processes, small
 
 from sit_jax import checkpoint
 from sit_jax.errors import UserError
@@ -124,7 +123,7 @@ def test_two_processes_train_as_one(tmp_path):
     Weights after three steps of Adam differ by more where a gradient is near zero.
     """
     fields = [f"--config.{name}={value}" for name, value in SIZE.items()]
-    words = ("--config", "tests/small_config.py", "--workdir", tmp_path / "two")
+    words = ("--config", "tests/helpers/small_config.py", "--workdir", tmp_path / "two")
     said = processes.run(2, "train.py", *words, *fields)
     assert "2 processes, each with 1 x cpu" in said
     assert "batch 8 on 2 x cpu" in said and "saved step 3" in said

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small
+from helpers import small
 
 from sit_jax.config import spec
 from sit_jax.diffusion.gaussian import GaussianDiffusion

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-import small
+from helpers import small
 from test_tpu_compile import TEXT
 
 from sit_jax.parallel import mesh as mesh_lib
@@ -80,7 +80,7 @@ def run(monkeypatch, capsys):
     from sit_jax.cli import train
 
     def run(*arguments):
-        config = small.ROOT / "tests" / "small_config.py"
+        config = small.ROOT / "tests" / "helpers" / "small_config.py"
         where = ("--config", config, "--plan")
         return small.called(train.main, monkeypatch, capsys, *where, *arguments)
 
@@ -132,7 +132,7 @@ def test_without_libtpu_the_remedy_is_named(run, monkeypatch):
 def test_flags_of_a_plan_need_one(monkeypatch, capsys):
     from sit_jax.cli import train
 
-    config = small.ROOT / "tests" / "small_config.py"
+    config = small.ROOT / "tests" / "helpers" / "small_config.py"
     arguments = ("--config", config, "--topology", "v5e:4x4")
     code, _, err = small.called(train.main, monkeypatch, capsys, *arguments)
     assert code == 2 and "--topology goes with --plan" in err
@@ -144,7 +144,9 @@ def test_samples_are_planned_for_a_topology_only(monkeypatch, capsys):
     call = lambda *a: small.called(sample.main, monkeypatch, capsys, "--plan", *a)
     code, _, err = call()
     assert code == 2 and "--plan needs --weights PATH or --config FILE" in err
-    code, _, err = call("--config", small.ROOT / "tests" / "small_config.py")
+    code, _, err = call(
+        "--config", small.ROOT / "tests" / "helpers" / "small_config.py"
+    )
     assert code == 2 and "--plan needs --topology" in err
 
 

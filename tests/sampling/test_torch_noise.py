@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from recorded import arrays, case, nchw
+from helpers.recorded import arrays, case, nchw
 
 from sit_jax.errors import UserError
 from sit_jax.models.dit import DiT, SiT

@@ -1,15 +1,14 @@
 """The curve of FIDs in training, in two and four real processes."""
 
-import processes
 import pytest
-import small
+from helpers import processes, small
 
 
 def curve(count, workdir):
     """-> {step: distance} of a run by so many processes."""
     said = processes.run(
         count,
-        *("train.py", "--config", "tests/curve_config.py", "--config.steps=6"),
+        *("train.py", "--config", "tests/helpers/curve_config.py", "--config.steps=6"),
         *("--workdir", workdir),
     )
     assert said.count("judged step") == 2

@@ -6,9 +6,8 @@ A minute, as root: pytest tests/slow/test_damaged_step.py
 import shutil
 import subprocess
 
-import processes
 import pytest
-import small
+from helpers import processes, small
 
 from sit_jax import checkpoint
 
@@ -29,7 +28,7 @@ FIELDS = ("--config.save_every=3", "--config.preview=0")
 
 def run(workdir, steps, bad=None, good=None):
     """Two processes -> exit code, stdout and stderr of each; bad: of the second."""
-    words = ["--config", "tests/small_config.py", "--workdir", workdir, *FIELDS]
+    words = ["--config", "tests/helpers/small_config.py", "--workdir", workdir, *FIELDS]
     words += [f"--config.steps={steps}", "--coordinator"]
     words += [f"localhost:{processes.free_port()}", "--processes", 2, "--process"]
     script = ["-c", SPOILT, bad, good] if bad else ["train.py"]

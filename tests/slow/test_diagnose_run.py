@@ -5,7 +5,7 @@ import types
 
 import numpy as np
 import pytest
-import small
+from helpers import small
 
 from sit_jax.cli import diagnose, sample
 from sit_jax.config import spec, to_json

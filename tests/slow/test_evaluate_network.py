@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import torch
 from flax.traverse_util import unflatten_dict
-from small import script
+from helpers.small import script
 
 from sit_jax.convert.rules import to_torch
 from sit_jax.evaluation.fid import Gaussian, frechet_distance

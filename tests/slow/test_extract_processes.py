@@ -8,15 +8,15 @@ import subprocess
 import sys
 import time
 
-import photographs
 from conftest import ROOT
+from helpers import photographs
 
 from sit_jax.data.latent_cache import LatentCache
 
 RUN = """
 import time
 from sit_jax.cli import extract_features
-from toy_codec import toy
+from helpers.toy_codec import toy
 
 slow = {slow}
 read = extract_features.ImageFolder.read

@@ -9,10 +9,9 @@ import subprocess
 import sys
 import time
 
-import photographs
 import pytest
-import small
 from conftest import ROOT
+from helpers import photographs, small
 
 VAE = "tests/golden/vae"
 SIZE, STEPS, NUM = 32, 60, 40

@@ -8,9 +8,7 @@ import subprocess
 import time
 
 import pytest
-import runs
-import small
-import works
+from helpers import runs, small, works
 
 from sit_jax import checkpoint
 

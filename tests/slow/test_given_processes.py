@@ -8,10 +8,9 @@ import shutil
 import time
 
 import numpy as np
-import processes
 import pytest
-import small
 import torch
+from helpers import processes, small
 
 STEPS = ("--config.steps=4", "--config.save_every=4", "--config.preview=0")
 STEPS += ("--heartbeat", 10)
@@ -20,7 +19,7 @@ INIT = ("--config.model.classes=7", "--init", "~/x.pt", "--family", "sit", "--he
 
 
 def words(workdir):
-    config = ("train.py", "--config", "tests/small_config.py")
+    config = ("train.py", "--config", "tests/helpers/small_config.py")
     return (*config, "--workdir", workdir, *STEPS, *INIT)
 
 

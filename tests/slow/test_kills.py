@@ -3,8 +3,7 @@
 import time
 
 import numpy as np
-import runs
-import small
+from helpers import runs, small
 
 from sit_jax import checkpoint
 

@@ -6,8 +6,7 @@ import time
 from pathlib import Path
 
 import psutil
-import runs
-import small
+from helpers import runs, small
 
 from sit_jax import checkpoint
 

@@ -7,9 +7,8 @@ import signal
 import time
 
 import numpy as np
-import processes
 import pytest
-import small
+from helpers import processes, small
 from PIL import Image
 
 from sit_jax import checkpoint
@@ -21,7 +20,7 @@ MORE = ("--config.steps=9", "--config.save_every=3", "--config.preview=0")
 
 
 def words(workdir, *fields):
-    config = ("train.py", "--config", "tests/small_config.py")
+    config = ("train.py", "--config", "tests/helpers/small_config.py")
     return (*config, "--heartbeat", HEARTBEAT, "--workdir", workdir, *fields)
 
 

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mdt_recorded import BOTH, FREQUENCIES
-from networks import quick_jit, recorded_model, recorded_params
-from recorded import arrays, case, nhwc, relative
-from test_mdt_losses import process, recorded_masks
+from helpers.mdt_recorded import BOTH, FREQUENCIES, process, recorded_masks
+from helpers.networks import quick_jit, recorded_model, recorded_params
+from helpers.recorded import arrays, case, nhwc, relative
 
 from sit_jax.convert.rules import rules_for, to_torch
 from sit_jax.models import layers

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import optax
-import small
+from helpers import small
 
 from sit_jax import checkpoint
 from sit_jax.config import from_json, spec

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
+from helpers.recorded import nchw, nhwc, relative
 from record_peft import CASES, adapted, base, inputs
-from recorded import nchw, nhwc, relative
 
 from sit_jax.adapters.apply import apply_model
 from sit_jax.adapters.lora import LoRA

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from recorded import arrays, nchw, nhwc, relative, weights
+from helpers.recorded import arrays, nchw, nhwc, relative, weights
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 from sit_jax.convert import diffusers as diffusers_files

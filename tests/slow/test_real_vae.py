@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from recorded import FOLDER, arrays, nchw, nhwc, relative
+from helpers.recorded import FOLDER, arrays, nchw, nhwc, relative
 from safetensors.numpy import load_file
 
 os.environ["HF_HUB_OFFLINE"] = "1"

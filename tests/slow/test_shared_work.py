@@ -7,10 +7,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-import photographs
-import processes
 import pytest
-import small
+from helpers import photographs, processes, small
 from PIL import Image
 
 from sit_jax.config import spec
@@ -18,7 +16,7 @@ from sit_jax.data.sources import Digits
 
 EXTRACT = """
 from sit_jax.cli import extract_features
-from toy_codec import toy
+from helpers.toy_codec import toy
 extract_features.load_codec = lambda vae, precision: toy()
 extract_features.main()
 """

@@ -10,8 +10,8 @@ from functools import partial
 
 import grain
 import numpy as np
-import photographs
 import pytest
+from helpers import photographs
 
 from sit_jax.data.archives import Tfds
 from sit_jax.data.loader import prefetch, read_records

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-import small
+from helpers import small
 
 from sit_jax import checkpoint
 from sit_jax.data.loader import batches

@@ -9,9 +9,9 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
-import small
 import torch
 from conftest import ROOT
+from helpers import small
 from test_evaluate_network import random_params
 
 from sit_jax.cli import diagnose

@@ -12,9 +12,9 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers.networks import SMALL, shapes
 from jax.experimental import topologies
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
-from networks import SMALL, shapes
 
 from sit_jax.models.dit import DiT
 from sit_jax.precision.policy import (

@@ -10,7 +10,7 @@ import hlo_tables
 import jax
 import jax.numpy as jnp
 import pytest
-from networks import shapes
+from helpers.networks import shapes
 
 from sit_jax.adapters.apply import apply_model
 from sit_jax.adapters.quantize import SKIP, quantized_shapes

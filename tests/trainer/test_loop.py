@@ -10,10 +10,8 @@ import socket
 import jax
 import numpy as np
 import pytest
-import runs
-import small
-import train_calls
-from train_calls import TINY
+from helpers import runs, small, train_calls
+from helpers.train_calls import TINY
 
 from sit_jax import checkpoint
 from sit_jax.cli.main import StopSignal

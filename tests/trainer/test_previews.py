@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-import small
+from helpers import small
+from helpers.curve_config import Pictures, Toy, config
 
 from sit_jax.config import spec
 from sit_jax.convert import inception
@@ -18,24 +19,6 @@ from sit_jax.sampling.batch_sampler import BatchSampler
 from sit_jax.trainer.previews import Previews
 
 
-class Toy:
-    """Twelve pixels are the features."""
-
-    pipeline, batch_size, is_inception = {"network": "toy"}, 32, False
-
-    def __call__(self, batches):
-        for images in batches:
-            yield {"pool": images.reshape(len(images), -1)[:, :12] / np.float32(255)}
-
-
-class Pictures(list):
-    """Random ones, in the place of a data set."""
-
-    def __init__(self):
-        rng = np.random.default_rng(0)
-        super().__init__({"image": i} for i in rng.integers(0, 256, (40, 4, 4, 1)))
-
-
 class Log:
     def __init__(self):
         self.said, self.values = [], {}
@@ -45,14 +28,6 @@ class Log:
 
     def scalars(self, step, values):
         self.values[step] = values
-
-
-def config(**fields):
-    c = small.config(preview=0, steps=8)
-    c.evaluate_every, c.evaluate_images = 3, 20
-    c.features, c.reference = spec(Toy), spec(Pictures)
-    c.update(fields)
-    return c
 
 
 def test_points_of_a_curve(monkeypatch):

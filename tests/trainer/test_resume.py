@@ -8,12 +8,11 @@ from functools import partial
 
 import jax
 import numpy as np
-import photographs
 import pytest
-import small
 from flax.traverse_util import flatten_dict
-from networks import quick_jit
-from recorded import FOLDER
+from helpers import photographs, small
+from helpers.networks import quick_jit
+from helpers.recorded import FOLDER
 
 from sit_jax import checkpoint
 from sit_jax.cli import sample

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from logs import LINE, events, records, run, steps_of
+from helpers.logs import LINE, events, records, run, steps_of
 
 from sit_jax.errors import UserError
 from sit_jax.parallel import multihost

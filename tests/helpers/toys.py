@@ -1,0 +1,98 @@
+"""Networks whose right answer is known, and the recorded tiny one."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from helpers.recorded import nchw, weights
+
+from sit_jax.convert.rules import DIT_RULES, to_flax
+from sit_jax.diffusion import predictions
+from sit_jax.diffusion.guidance import classifier_free_guidance, guide_both_halves
+from sit_jax.diffusion.paths import VP, expand_dims_like, gvp, linear
+from sit_jax.models.dit import SiT
+
+PATHS = {"Linear": linear, "GVP": gvp, "VP": VP()}
+PREDICTS = {
+    "velocity": predictions.velocity,
+    "score": predictions.score,
+    "noise": predictions.noise,
+}
+# for programs that run once: compiling them well would take longer than running them
+once = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+EVERY = [(path, predicts) for path in PATHS for predicts in PREDICTS]
+
+
+def one_image(process, data):
+    """The best network if all data are this one image: x tells the noise exactly."""
+
+    def net(x, t):
+        alpha, sigma = process.path(expand_dims_like(t, x))
+        p, q = process.prediction(process.path, expand_dims_like(t, x))
+        # at time 1 there is no noise left to tell
+        return p * data + q * (x - alpha * data) / jnp.maximum(sigma, 1e-3)
+
+    return net
+
+
+def gaussian(process, mean, std):
+    """The best network if each value of the data is a sample of N(mean, std^2)."""
+
+    def net(x, t):
+        at = expand_dims_like(t, x)
+        alpha, sigma = process.path(at)
+        p, q = process.prediction(process.path, at)
+        pull = (x - alpha * mean) / (alpha**2 * std**2 + sigma**2)
+        return p * (mean + alpha * std**2 * pull) + q * sigma * pull
+
+    return net
+
+
+@cache
+def tiny():
+    """-> (model, params) with the recorded weights sit_a."""
+    params, _ = to_flax(DIT_RULES, weights("sit_a"))
+    return SiT(depth=2, width=40, heads=4, patch=2, classes=10), params
+
+
+def sampled(sampler, process, labels, start, draws=None, cfg=None):
+    """What a sampler makes of NHWC noise with the tiny network: (NCHW, stats)."""
+    model, params = tiny()
+
+    doubled = cfg and getattr(getattr(sampler, "control", None), "doubled", False)
+
+    @once
+    def run(params, start, draws):
+        net = lambda x, t, y: model.apply({"params": params}, x, t, y)
+        halves = guide_both_halves if doubled else classifier_free_guidance
+        net = halves(net, jnp.asarray(labels), 10, cfg or 1)
+        start = jnp.concatenate([start, start]) if doubled else start
+        result = sampler(net, process, start, lambda i: draws[i])
+        data, stats = result.data, result.stats()
+        return data[: len(labels)], stats
+
+    data, stats = run(params, start, draws)
+    return nchw(data), {name: int(value) for name, value in stats.items()}
+
+
+def counted(net):
+    """-> (net, list): the list grows by one at every evaluation at run time."""
+    calls = []
+
+    def counting(x, t):
+        jax.debug.callback(lambda _: calls.append(1), t)
+        return net(x, t)
+
+    return counting, calls
+
+
+def assert_close(ours, theirs, floor):
+    """Within 5 x the recorded float32 - float64 difference, or 1e-5 of the scale.
+
+    floor is that pair (difference, scale) as the manifest has it; two float32 programs
+    that sum in different orders differ by about the former.
+    """
+    difference, scale = floor
+    worst = np.abs(np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)).max()
+    assert worst <= max(5 * difference, 1e-5 * scale)

@@ -1,0 +1,182 @@
+"""The training step: its average, its parts, its devices, its bad days."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers.train_steps import (
+    MODEL,
+    TX,
+    batch,
+    equal,
+    fresh,
+    relative,
+    step,
+    toy,
+    weights,
+)
+
+from sit_jax.diffusion.interpolant import Interpolant
+from sit_jax.models.codec import Pixels
+from sit_jax.parallel.mesh import batch_sharding, make_mesh, with_mesh
+from sit_jax.parallel.sharding_rules import state_shardings
+from sit_jax.training.objectives import accumulate_gradients
+from sit_jax.training.state import TrainState
+from sit_jax.training.step import make_train_step, tensor_names
+
+
+def test_the_average_starts_as_a_copy_with_memory_of_its_own():
+    state = fresh()
+    assert equal(state.ema, state.params)
+    new, _ = step(state, batch())  # donates both
+    assert not equal(new.ema, new.params)
+
+
+def test_the_average_after_one_step_is_the_closed_form():
+    """decay of the old and 1 - decay of the new, not the other way round."""
+    new, _ = step(fresh(), batch())
+    mix = lambda old, now: 0.9 * old + 0.1 * now
+    assert relative(new.ema, jax.tree.map(mix, weights(), new.params)) < 1e-6
+    swapped = jax.tree.map(mix, new.params, weights())
+    assert relative(new.ema, swapped) > 1e-3
+    assert relative(new.params, weights()) > 1e-3
+
+
+def test_the_average_of_constant_weights_stays():
+    state, _ = toy(lambda p, x: x * 0 + p["a"]["w"], tx=optax.sgd(0.0))
+    assert equal(state.params, state.ema) and state.step == 1
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_parts_of_a_batch_give_the_gradient_and_metrics_of_the_whole(parts):
+    def loss(w, x, y):
+        error = jnp.mean((jnp.tanh(x @ w) - y) ** 2)
+        return error, {"loss": error, "largest": jnp.max(w)}
+
+    rng = np.random.default_rng(0)
+    w, x, y = (rng.standard_normal(n).astype(np.float32) for n in (5, (16, 5), 16))
+    grad = jax.grad(loss, has_aux=True)
+    whole, metrics = grad(w, x, y)
+    with_rows = lambda *given: (*grad(*given), {"y": given[2]})
+    split, others, rows = jax.jit(accumulate_gradients(with_rows, parts))(w, x, y)
+    np.testing.assert_array_equal(rows["y"], y)
+    assert relative(split, whole) < 1e-6
+    for name, value in metrics.items():
+        assert others[name] == pytest.approx(float(value), rel=1e-6)
+
+
+def on_mesh(mesh, accumulate):
+    """-> a step, and its first state, placed on a mesh as train.py does."""
+    shapes = jax.eval_shape(partial(TrainState.create, optimizer=TX), weights())
+    where = state_shardings(mesh, shapes)
+    made = make_train_step(
+        MODEL, Interpolant(), TX, ema_decay=0.9, microbatches=accumulate
+    )
+    run = jax.jit(with_mesh(mesh, made), donate_argnums=0, out_shardings=(where, None))
+    state = jax.jit(partial(TrainState.create, optimizer=TX), out_shardings=where)(
+        weights()
+    )
+
+    def placed(state, batch):
+        batch = jax.device_put(batch, batch_sharding(mesh))
+        state, metrics = run(state, Pixels(), batch, jax.random.key(1))
+        assert jax.tree.map(lambda x: x.sharding, state) == where
+        return state, metrics
+
+    return placed, state
+
+
+def first_losses(step, state):
+    losses = []
+    for i in range(5):
+        state, metrics = step(state, batch(i))
+        losses.append(float(metrics["loss"]))
+    assert len(set(losses)) == 5
+    return losses, state
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return first_losses(step, fresh())[0]
+
+
+def test_parts_of_a_batch_on_eight_devices_give_the_losses_of_one(one_device):
+    """Only the order of sums differs, which costs a few units of 1e-7."""
+    losses, _ = first_losses(*on_mesh(make_mesh(), 2))
+    np.testing.assert_allclose(losses, one_device, rtol=1e-6)
+
+
+def test_the_state_is_given_away_whole():
+    """The old one's memory is the new one's; a warning here would be an error."""
+    state = fresh()
+    new, _ = step(state, batch())
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
+
+
+def poisoned(place):
+    state, bad = jax.device_get(fresh()), batch()
+    if place == "the batch":
+        bad["latent"][3, 2, 1, 0] = np.nan
+    else:
+        bias = state.params["cond"]["time_in"]["bias"].copy()
+        bias[2] = np.inf
+        state.params["cond"]["time_in"]["bias"] = bias
+    return jax.tree.map(jnp.asarray, state), bad
+
+
+@pytest.mark.parametrize("place", ["the batch", "cond/time_in/bias"])
+def test_a_step_that_is_not_finite_changes_nothing_and_names_the_place(place):
+    state, bad = poisoned(place)
+    before, names = jax.device_get(state), tensor_names(state)
+    after, metrics = step(state, bad)
+    assert names[int(metrics["bad"])] == place
+    for part in ("params", "ema", "opt_state"):
+        assert equal(getattr(after, part), getattr(before, part)), part
+    assert int(after.step) == 1
+    assert after.skipped_steps.tolist() == metrics["skipped"].tolist() == [1, 1]
+
+
+def test_skipped_steps_are_counted_in_all_and_in_a_row():
+    state, bad = poisoned("the batch")
+    counts = []
+    for data in (bad, bad, batch(), bad, batch(1)):
+        state, metrics = step(state, data)
+        counts.append(state.skipped_steps.tolist())
+        assert (metrics["bad"] == -1) == np.isfinite(metrics["loss"])
+    assert counts == [[1, 1], [2, 2], [2, 0], [3, 1], [3, 0]]
+    assert not equal(state.params, weights())
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_a_gradient_that_is_not_finite_is_named():
+    root = lambda p, x: x * p["a"]["w"] + jnp.sqrt(p["b"]["w"] ** 2)  # slope 0/0 at 0
+    assert toy(root)[1] == "gradient of b/w"
+
+
+def test_finite_gradients_with_a_norm_that_overflows_are_named():
+    huge = lambda p, x: x * 0 + 3e12 * p["a"]["w"]  # gradient 2e25, its square too big
+    assert toy(huge)[1] == "the loss or the norm of its gradient"
+
+
+def test_bfloat16_is_of_the_network_alone():
+    """Eight bits of mantissa are good for a loss within a percent or two."""
+    rough = MODEL.clone(dtype="bfloat16")
+    inputs = (Pixels(), batch(), jax.random.key(1))
+    state, metrics = jax.eval_shape(
+        make_train_step(rough, Interpolant(), TX), fresh(), *inputs
+    )
+    floats = (state.params, state.ema, state.opt_state[0], metrics["loss"])
+    assert {leaf.dtype for leaf in jax.tree.leaves(floats)} == {jnp.dtype("float32")}
+
+    @partial(jax.jit, static_argnums=0)
+    def loss(model, params, data, labels):
+        net = partial(model.apply, {"params": params}, y=labels)
+        t = jnp.linspace(0.05, 0.95, len(data))
+        return Interpolant().losses(net, data, data[::-1], t)["loss"]
+
+    both = [loss(m, weights(), *batch().values()) for m in (rough, MODEL)]
+    assert 1e-5 < relative(*both) < 0.02
