@@ -99,7 +99,7 @@ FORMS = {
     ),
     "subclass of dict": (
         saved(lambda runs: Dict(a=runs)),
-        r"it would run hostile\.Dict, ",
+        r"it would run helpers\.hostile\.Dict, ",
     ),
     "tar": (tar, DAMAGED),
     "zip with an odd member": (
