@@ -34,9 +34,8 @@ def draw(path, leaf):
     width = leaf.shape[-2] ** -0.5 if path[-1].key == "kernel" else 0.02
     return width * rng.standard_normal(leaf.shape, np.float32)
 params = jax.tree_util.tree_map_with_path(draw, like)
-saved = checkpoint.Checkpoints(sys.argv[1], items=["ema"])
-saved.save(0, {"config": to_json(sit()), "step": 0}, ema=params)
-saved.close()
+meta = {"config": to_json(sit()), "step": 0}
+checkpoint.save_step(sys.argv[1], 0, meta, ema=params)
 """
 
 

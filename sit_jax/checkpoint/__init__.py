@@ -6,6 +6,7 @@ sampler (`losses`) and, if it was ported, constants of the torch file (`constant
 `meta` is JSON: the config, the step, and whatever else is needed to build the model.
 """
 
+# ruff: noqa: F401 - what other packages use of this one
 from sit_jax.checkpoint.checksums import has_checksums, step_digest
 from sit_jax.checkpoint.store import (
     Checkpoints,
@@ -19,22 +20,6 @@ from sit_jax.checkpoint.store import (
     require_intact,
     require_same_shapes,
     restore_newest,
+    save_step,
     steps,
 )
-
-__all__ = [
-    "Checkpoints",
-    "DamagedCheckpoint",
-    "find_step",
-    "has_checksums",
-    "items",
-    "iter_leaves",
-    "leaves_by_name",
-    "load",
-    "read_meta",
-    "require_intact",
-    "require_same_shapes",
-    "restore_newest",
-    "step_digest",
-    "steps",
-]

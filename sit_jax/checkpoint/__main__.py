@@ -12,34 +12,27 @@ from sit_jax.files import absolute_path
 
 
 @entry_point
-def main():
+def main() -> int:
+    """Runs the command, which prints a line for each step."""
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("what", choices=["verify"])
     parser.add_argument("directory", metavar="DIR", help="workdir, checkpoints or step")
-    args, rest = parse_args(parser)
-    if rest:
-        raise UserError(f"{rest[0]}: this command has no config")
+    args, overrides = parse_args(parser)
+    if overrides:
+        raise UserError(f"{overrides[0]}: this command has no config")
     directory, newest = find_step(args.directory)
     is_step = absolute_path(args.directory) == directory / str(newest)
     print(directory)
-    intact = [
-        _report(directory / str(step))
-        for step in ([newest] if is_step else steps(directory))
-    ]
-    return 0 if all(intact) else 1
-
-
-def _report(step):
-    """Prints a line for a step, and returns whether it may be used."""
-    if not has_checksums(step):
-        print(f"{step.name:>9}  has no checksums, so damage cannot be noticed")
-        return True
-    problems = damages(step)
-    for problem in problems:
-        print(f"{step.name:>9}  DAMAGED: {problem}")
-    if not problems:
-        print(f"{step.name:>9}  good")
-    return not problems
+    is_damaged = False
+    for number in [newest] if is_step else steps(directory):
+        step = directory / str(number)
+        problems = [f"DAMAGED: {problem}" for problem in damages(step)]
+        is_damaged = is_damaged or bool(problems)
+        if not has_checksums(step):
+            problems = ["has no checksums, so damage cannot be noticed"]
+        for line in problems or ["good"]:
+            print(f"{number:>9}  {line}")
+    return int(is_damaged)
 
 
 if __name__ == "__main__":

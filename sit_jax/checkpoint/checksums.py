@@ -8,11 +8,14 @@ its items is used.
 
 import functools
 import hashlib
-import os
 import re
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from etils import epath
+
+from sit_jax.files import file_version, list_files, sha256
 
 FILE_NAME = "SHA256SUMS"
 
@@ -25,6 +28,7 @@ def write_checksums(step: epath.Path) -> None:
 
 
 def has_checksums(step: epath.Path) -> bool:
+    """Returns whether a step says what its files were."""
     return (step / FILE_NAME).exists()
 
 
@@ -47,7 +51,8 @@ def damages(step: epath.Path, items: set[str] | None = None) -> list[str]:
     """
     if not has_checksums(step):
         return []
-    wanted, problems = {}, []
+    wanted: dict[str, str] = {}
+    problems = []
     text = (step / FILE_NAME).read_bytes().decode(errors="replace")
     for number, line in enumerate(text.splitlines(keepends=True), 1):
         if match := re.fullmatch(r"([0-9a-f]{64})  (\S.*)\n", line):
@@ -65,39 +70,21 @@ def damages(step: epath.Path, items: set[str] | None = None) -> list[str]:
     return problems
 
 
-def _item_files(step):
-    """Names below the step of all files of its items, without hidden ones."""
-    inside = (path for item in step.iterdir() if item.is_dir() for path in _walk(item))
-    names = (str(path).removeprefix(f"{step}/") for path in inside)
-    return sorted(name for name in names if not name.split("/")[-1].startswith("."))
+def _item_files(step: epath.Path) -> list[str]:
+    """Returns the names of all files of a step's items, without hidden ones."""
+    names = (name for name in list_files(step) if "/" in name)
+    return [name for name in names if not name.split("/")[-1].startswith(".")]
 
 
-def _walk(folder):
-    for path in folder.iterdir():
-        if path.is_dir():
-            yield from _walk(path)
-        else:
-            yield path
-
-
-def _digests(step, names):
+def _digests(step: epath.Path, names: Iterable[str]) -> dict[str, str]:
+    paths = {name: step / name for name in names}
     with ThreadPoolExecutor(4) as pool:  # hashing releases Python's lock
-        digests = pool.map(lambda name: _digest_if_changed(step / name), names)
-        return dict(zip(names, digests, strict=True))
-
-
-def _digest_if_changed(path):
-    if str(path).startswith("gs://"):  # whose times are too coarse to tell versions
-        return _digest(path)
-    stat = os.stat(path)
-    return _remembered_digest(path, stat.st_size, stat.st_mtime_ns)
+        digests = pool.map(
+            _digest_once, paths.values(), map(file_version, paths.values())
+        )
+        return dict(zip(paths, digests, strict=True))
 
 
 @functools.lru_cache(2**14)  # loading one item after the other reads each file once
-def _remembered_digest(path, size, modified):
-    return _digest(path)
-
-
-def _digest(path):
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest_once(path: epath.Path, version: tuple[int, Any]) -> str:
+    return sha256(path)

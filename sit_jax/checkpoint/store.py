@@ -6,10 +6,8 @@ target says: a checkpoint of eight devices loads on one, and the other way round
 """
 
 import contextlib
-import itertools
 import logging
 import re
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -26,7 +24,6 @@ from sit_jax.parallel import multihost
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates; it also raises
 
-TREES = ("params", "ema", "opt_state", "losses", "constants")
 Path = str | epath.Path
 T = TypeVar("T")
 
@@ -88,16 +85,13 @@ def leaves_by_name(tree: Any) -> dict[str, Any]:
     return {keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def require_same_shapes(
-    where: str, saved: Any, wanted: Any, max_lines: int = 8
-) -> None:
+def require_same_shapes(source: str, saved: Any, wanted: Any) -> None:
     """Refuses a tree whose names or shapes are not the wanted ones, and lists them.
 
     Args:
-      where: what the trees are of, for the message.
+      source: what the trees are of, for the message.
       saved: a tree of anything with a shape.
       wanted: the tree that it should be like.
-      max_lines: how many differences the message may name.
     """
     shapes = lambda tree: {k: np.shape(v) for k, v in leaves_by_name(tree).items()}
     saved, wanted = shapes(saved), shapes(wanted)
@@ -109,9 +103,9 @@ def require_same_shapes(
         if saved.get(name, shape) != shape
     ]
     if lines:
-        more = f"; and {len(lines) - max_lines} more" if len(lines) > max_lines else ""
-        listed = "; ".join(lines[:max_lines])
-        raise UserError(f"{where} is of another architecture: {listed}{more}")
+        more = f"; and {len(lines) - 8} more" if len(lines) > 8 else ""
+        listed = "; ".join(lines[:8])
+        raise UserError(f"{source} is of another architecture: {listed}{more}")
 
 
 def read_meta(directory: Path, step: int) -> dict[str, Any]:
@@ -215,26 +209,27 @@ def restore_newest(directory: Path, restore: Callable[[int], T]) -> tuple[T, lis
     """
     directory, damaged = as_path(directory), []
     numbers = steps(directory)
-    cut_off = sorted(path.name for path in directory.glob("*.orbax-checkpoint-tmp*"))
     for i, step in reversed(list(enumerate(numbers))):
         try:
             _require_intact_everywhere(directory, step, older=numbers[:i])
             restored = restore(step)
+            break
         except DamagedCheckpoint as error:
             damaged.append(error)
-            continue
-        lines = [f"goes on from step {step}"]
-        if not has_checksums(directory / str(step)):
-            lines.append("it has no checksums, so damage cannot be noticed")
-        for error in damaged:
-            aside = _set_aside(directory, error.step)
-            lines.append(
-                f"WARNING: step {error.step} is damaged ({error.reason}); it is kept "
-                f"as {aside}, which may be removed"
-            )
-        lines += [f"the unfinished save {name} is removed" for name in cut_off]
-        return restored, lines
-    raise damaged[0]
+    else:
+        raise damaged[0]
+    lines = [f"goes on from step {step}"]
+    if not has_checksums(directory / str(step)):
+        lines.append("it has no checksums, so damage cannot be noticed")
+    for error in damaged:
+        aside = _set_aside(directory, error.step)
+        lines.append(
+            f"WARNING: step {error.step} is damaged ({error.reason}); it is kept as "
+            f"{aside}, which may be removed"
+        )
+    for path in sorted(directory.glob("*.orbax-checkpoint-tmp*")):
+        lines.append(f"the unfinished save {path.name} is removed")
+    return restored, lines
 
 
 class Checkpoints:
@@ -244,11 +239,6 @@ class Checkpoints:
       directory: the checkpoint directory; it is made if it is missing.
       keep_last: how many of the newest steps are kept; None keeps all.
       keep_every: steps divisible by it are kept for good.
-      items: names of items beside TREES, such as averages at other rates.
-
-    Attributes:
-      save_seconds: how long the last finished save took; None before, and on all
-        processes but the first.
     """
 
     def __init__(
@@ -256,10 +246,8 @@ class Checkpoints:
         directory: Path,
         keep_last: int | None = None,
         keep_every: int | None = None,
-        items: tuple[str, ...] = (),
     ):
         self.directory = as_path(directory)
-        self.save_seconds: float | None = None
         # Where several devices hold the same array, Orbax would let each of them write
         # a slice, and compile a program for each array (7 s of a first save on eight
         # devices). It pays only where it shares the writing among processes.
@@ -268,11 +256,11 @@ class Checkpoints:
             type_handlers.ArrayHandler(use_replica_parallel=jax.process_count() > 1),
             override=True,
         )
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
         # without compression: weights hardly shrink, and it takes five times as long
-        handlers: dict[str, ocp.CheckpointHandler] = {
-            name: ocp.PyTreeCheckpointHandler(use_compression=False)
-            for name in {*TREES, *items}
-        }
+        tree_handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+        handlers.add(None, ocp.args.PyTreeSave, tree_handler)
+        handlers.add(None, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last,
             keep_period=keep_every,
@@ -283,9 +271,7 @@ class Checkpoints:
         )
         with _file_errors(self.directory):
             self._manager = ocp.CheckpointManager(
-                self.directory,
-                options=options,
-                item_handlers=handlers | {"meta": ocp.JsonCheckpointHandler()},
+                self.directory, options=options, handler_registry=handlers
             )
 
     def save(self, step: int, meta: dict[str, Any], **items: Any) -> None:
@@ -293,8 +279,8 @@ class Checkpoints:
         args = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
         args["meta"] = ocp.args.JsonSave(meta)
         self.wait()
+        self._step = step
         with _file_errors(self.directory):
-            self._step, self._started = step, time.monotonic()
             self._manager.save(step, args=ocp.args.Composite(**args), force=True)
 
     def check(self) -> None:
@@ -313,17 +299,19 @@ class Checkpoints:
         with _file_errors(self.directory):  # it raises a failure of before once more
             self._manager.close()
 
-    def latest(self) -> int | None:
-        """Returns the newest complete step, or None."""
-        return self._manager.latest_step()
-
-    def _finish(self):
+    def _finish(self) -> None:
         unnamed = self.directory.glob(f"{self._step}.orbax-checkpoint-tmp*")
         write_checksums(next(unnamed, self.directory / str(self._step)))
-        self.save_seconds = time.monotonic() - self._started
 
 
-def _require_item(directory, step, item):
+def save_step(directory: Path, step: int, meta: dict[str, Any], **items: Any) -> None:
+    """Saves one step, and waits until it is complete."""
+    checkpoints = Checkpoints(directory)
+    checkpoints.save(step, meta, **items)
+    checkpoints.close()
+
+
+def _require_item(directory: Path, step: int, item: str) -> epath.Path:
     """Returns the path of an item that is there and intact."""
     require_intact(directory, step, {item})
     if item not in items(directory, step):
@@ -331,7 +319,9 @@ def _require_item(directory, step, item):
     return as_path(directory) / str(step) / item
 
 
-def _require_intact_everywhere(directory, step, older):
+def _require_intact_everywhere(
+    directory: epath.Path, step: int, older: list[int]
+) -> None:
     """Refuses a step that any process finds damaged, in all of them alike."""
     reason = None
     try:
@@ -348,23 +338,22 @@ def _require_intact_everywhere(directory, step, older):
         raise DamagedCheckpoint(directory, step, reason)
 
 
-def _set_aside(directory, step):
+def _set_aside(directory: epath.Path, step: int) -> str:
     """Renames a step so that it is none any more, and returns its new name."""
     taken = {path.name for path in directory.iterdir()}
-    aside = next(
-        name
-        for n in itertools.count(1)
-        if (name := f"{step}.damaged{n if n > 1 else ''}") not in taken
-    )
+    name, count = f"{step}.damaged", 1
+    while name in taken:
+        count += 1
+        name = f"{step}.damaged{count}"
     multihost.barrier()  # all have looked before the first process renames
     if multihost.is_primary():
-        (directory / str(step)).rename(directory / aside)
+        (directory / str(step)).rename(directory / name)
     multihost.barrier()
-    return aside
+    return name
 
 
 @contextlib.contextmanager
-def _file_errors(directory, step=None):
+def _file_errors(directory: Path, step: int | None = None) -> Iterator[None]:
     """Turns what the file system refuses into one line; step: the one that is read."""
     try:
         yield
@@ -373,10 +362,10 @@ def _file_errors(directory, step=None):
     except (OSError, ValueError) as error:
         # tensorstore raises ValueError: RESOURCE_EXHAUSTED: ...: No space left [os_...
         system = re.search(r": ([^:\[]+) \[os_error_code=", str(error))
-        lacks_file = step is not None and isinstance(error, FileNotFoundError)
-        if system or (isinstance(error, OSError) and not lacks_file):
+        is_missing = step is not None and isinstance(error, FileNotFoundError)
+        if system or (isinstance(error, OSError) and not is_missing):
             reason = system[1] if system else error.strerror or error
             raise UserError(f"{directory}: {reason}") from error
-        if lacks_file or (step is not None and re.match(r"[A-Z_]{5,}: ", str(error))):
+        if is_missing or (step is not None and re.match(r"[A-Z_]{5,}: ", str(error))):
             raise DamagedCheckpoint(directory, step, f"{str(error)[:100]}") from error
         raise

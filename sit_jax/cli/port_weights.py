@@ -172,10 +172,8 @@ def to_checkpoint(args, overrides, original=None):
     ema_hash = weights_hash(items["ema"])
     with atomic_write(target) as name:
         print(f"writing {target}", flush=True)
-        saved = checkpoint.Checkpoints(name, items=items)
-        saved.save(meta["step"], meta, **items)
+        checkpoint.save_step(name, meta["step"], meta, **items)
         del items
-        saved.close()
         print("reading it back", flush=True)
         export = CheckpointExport(name, meta["step"])
         parts = file.parts()

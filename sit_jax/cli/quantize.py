@@ -69,9 +69,8 @@ def save_quantized(
     directory: Any, step: int, params: dict, meta: dict, *, form: str, skip: str
 ) -> None:
     """Writes quantized parameters as a step of a checkpoint directory."""
-    saved = checkpoint.Checkpoints(directory, items={"ema": params})
-    saved.save(step, {**meta, "quantized": {"form": form, "skip": skip}}, ema=params)
-    saved.close()
+    meta = {**meta, "quantized": {"form": form, "skip": skip}}
+    checkpoint.save_step(directory, step, meta, ema=params)
 
 
 def _print_report(rows, params, target):

@@ -212,9 +212,7 @@ def port_adapter(
     else:
         items, meta = _read_files(source, base)
     with atomic_write(target) as folder:
-        saved = checkpoint.Checkpoints(folder, items=items)
-        saved.save(meta["step"], meta, **items)
-        saved.close()
+        checkpoint.save_step(folder, meta["step"], meta, **items)
     return [f"{weights_hash(items['ema'])}  ema", f"{target}/{meta['step']}"]
 
 

@@ -37,7 +37,7 @@ from sit_jax.trainer.resume import (
 )
 from sit_jax.trainer.run_log import MetricsMeter, RunLog
 from sit_jax.trainer.workdir import locked_workdir, open_workdir
-from sit_jax.training.state import TrainState, ema_item_names, sampled_ema
+from sit_jax.training.state import TrainState, sampled_ema
 from sit_jax.training.step import tensor_names
 
 
@@ -94,12 +94,7 @@ def train(
         history = read_history(directory, first, stored, mesh)
         replicas = ReplicaCheck(config.get("check_replicas", 0), state)
         workdir = open_workdir(workdir, stored)  # from here on it is this run's
-        checkpoints = Checkpoints(
-            directory,
-            config.keep_last,
-            config.keep_every,
-            ema_item_names(experiment.ema_decay),
-        )
+        checkpoints = Checkpoints(directory, config.keep_last, config.keep_every)
         stack.callback(checkpoints.close)
         project = {"project": wandb} if wandb else None
         log = stack.enter_context(RunLog(workdir, config.steps, first, project))
@@ -169,7 +164,7 @@ def train(
                 log.say(f"stopped at step {number}; {resume}")
                 break
         checkpoints.wait()
-        log.say(f"saved step {checkpoints.latest()} in {checkpoints.directory}")
+        log.say(f"saved step {steps(directory)[-1]} in {directory}")
 
 
 def log_summary(
@@ -240,8 +235,10 @@ def _report(
             log.say(f"step {step} skipped: {tensor} is not finite ({total} so far)")
         if streak >= config.max_skipped:
             checkpoints.wait()
-            good = checkpoints.latest()
-            last = f"step {good} in {checkpoints.directory}" if good else "none yet"
+            saved = steps(checkpoints.directory)
+            last = (
+                f"step {saved[-1]} in {checkpoints.directory}" if saved else "none yet"
+            )
             raise UserError(
                 f"{streak} steps in a row were not finite, first in {tensor}, at step "
                 f"{step}; last good checkpoint: {last}"

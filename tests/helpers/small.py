@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from conftest import ROOT
 
-from sit_jax.checkpoint import Checkpoints
+from sit_jax.checkpoint import save_step as save
 from sit_jax.config import spec, to_json
 from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.models.codec import Pixels
@@ -42,12 +42,6 @@ def random_params(parts, seed):
     rng = np.random.default_rng(seed)
     kick = lambda w: w + 0.2 * rng.standard_normal(w.shape, np.float32)
     return jax.tree.map(kick, params)
-
-
-def save(directory, step, meta, **items):
-    saved = Checkpoints(directory, items=items)
-    saved.save(step, meta, **items)
-    saved.close()
 
 
 def checkpoint(directory, config):
