@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from sit_jax.config import load
 from sit_jax.errors import UserError

@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from helpers.mistakes import FLAGS
+from helpers.small import flags_of
 
 from sit_jax.config import load
 
@@ -61,9 +61,8 @@ SCRIPTS = [name for name in FILES if re.fullmatch(r"(benchmarks/)?\w+\.py", name
 
 @cache
 def flags(script):
-    name = script.removesuffix(".py")
-    if name in FLAGS:
-        return set(FLAGS[name])
+    if "/" not in script:
+        return flags_of(script.removesuffix(".py"))
     return set(re.findall(r"\"(--[\w-]+)\"", (ROOT / script).read_text()))
 
 

@@ -15,9 +15,8 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from conftest import ROOT
-from helpers import memory_bucket, small
-from helpers.memory_bucket import Memory, step
+from helpers import ROOT, checkpoints, small
+from helpers.checkpoints import Memory, step
 
 from sit_jax import checkpoint, files
 from sit_jax.convert import peft, tensor_files
@@ -39,7 +38,7 @@ from sit_jax.sampling.run import PartialResults
 from sit_jax.trainer.run_log import RunLog
 from sit_jax.trainer.workdir import check_workdir, locked_workdir, open_workdir
 
-bucket = memory_bucket.bucket
+bucket = checkpoints.bucket
 
 
 # ---- names ----

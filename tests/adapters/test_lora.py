@@ -7,9 +7,8 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from helpers import lora_bases, small
-from helpers.lora_bases import drawn
-from helpers.lora_runs import begun, config
+from helpers import adapters, small
+from helpers.adapters import begun, config, drawn
 from helpers.networks import quick_jit
 
 from sit_jax import checkpoint
@@ -38,9 +37,9 @@ from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.parallel.mesh import make_mesh
 from sit_jax.trainer.loop import train
 
-base = lora_bases.base
-called = lora_bases.called
-run = lora_bases.run
+base = adapters.base
+called = adapters.called
+run = adapters.run
 
 
 def test_the_start_is_pefts(base):

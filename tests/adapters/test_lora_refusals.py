@@ -2,8 +2,8 @@
 
 import jax
 import pytest
-from helpers import lora_bases
-from helpers.lora_runs import config
+from helpers import adapters
+from helpers.adapters import config
 
 from configs.lora_xl2 import get_config as lora_xl2
 from sit_jax.adapters.weights import LABEL_TABLE
@@ -12,7 +12,7 @@ from sit_jax.errors import UserError
 from sit_jax.experiment import build_experiment
 from sit_jax.trainer.loop import train
 
-base = lora_bases.base
+base = adapters.base
 
 
 def test_adapters_of_xl_are_33_mb():

@@ -5,8 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
-from helpers import small
+from helpers import ROOT, small
 from helpers.recorded import relative
 
 from sit_jax import checkpoint

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from helpers.networks import quick_jit
-from helpers.stored_networks import (
+from helpers.adapters import (
     EVERY,
     MODELS,
     SHAPE,
@@ -21,6 +20,7 @@ from helpers.stored_networks import (
     relative,
     weights,
 )
+from helpers.networks import quick_jit
 
 from sit_jax.adapters.apply import apply_model
 from sit_jax.adapters.weights import (

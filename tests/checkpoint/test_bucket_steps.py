@@ -1,8 +1,8 @@
 """Checkpoints on gs://: their marks, damage, and drafts that become objects."""
 
 import pytest
-from helpers import memory_bucket
-from helpers.memory_bucket import Memory, step
+from helpers import checkpoints
+from helpers.checkpoints import Memory, step
 
 from sit_jax import checkpoint
 from sit_jax.checkpoint import restore_newest, steps
@@ -10,7 +10,7 @@ from sit_jax.checkpoint.checksums import damages
 from sit_jax.errors import UserError
 from sit_jax.files import COMMIT_FILE, atomic_write, list_files
 
-bucket = memory_bucket.bucket
+bucket = checkpoints.bucket
 
 
 def test_a_directory_of_steps_is_sent_mark_last(bucket):

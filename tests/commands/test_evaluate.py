@@ -8,8 +8,10 @@ import re
 
 import numpy as np
 import pytest
-from helpers import judged
-from helpers.judged import (
+from helpers import toy_inception
+from helpers.recorded import arrays, case
+from helpers.small import called
+from helpers.toy_inception import (
     ENOUGH,
     direct,
     extractor,
@@ -21,8 +23,6 @@ from helpers.judged import (
     toy,
     weights,
 )
-from helpers.recorded import arrays, case
-from helpers.small import called
 from PIL import Image
 
 from sit_jax.cli import evaluate
@@ -34,7 +34,7 @@ from sit_jax.evaluation.fid import Gaussian, frechet_distance
 from sit_jax.evaluation.statistics import load_statistics
 
 LABELS = np.random.default_rng(5).integers(0, 70, ENOUGH)
-network, run, sides = judged.network, judged.run, judged.sides
+network, run, sides = toy_inception.network, toy_inception.run, toy_inception.sides
 
 
 def test_five_lines_and_a_json(sides, run):

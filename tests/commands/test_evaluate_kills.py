@@ -1,8 +1,8 @@
 """evaluate.py killed: the same command goes on to the same bytes."""
 
 import pytest
-from helpers import judged
-from helpers.judged import ENOUGH, images, npz, toy, weights
+from helpers import toy_inception
+from helpers.toy_inception import ENOUGH, images, npz, toy, weights
 from PIL import Image
 
 from sit_jax.cli import evaluate
@@ -10,7 +10,7 @@ from sit_jax.evaluation import evaluate as evaluation
 from sit_jax.evaluation.features import FeatureExtractor
 from sit_jax.evaluation.image_sets import FolderImages
 
-network, run, sides = judged.network, judged.run, judged.sides
+network, run, sides = toy_inception.network, toy_inception.run, toy_inception.sides
 
 
 class Run:

@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-from helpers import judged
-from helpers.judged import ENOUGH, images, npz, refused, weights
+from helpers import toy_inception
+from helpers.toy_inception import ENOUGH, images, npz, refused, weights
 
 from sit_jax.errors import UserError
 from sit_jax.evaluation import evaluate as evaluation
 from sit_jax.evaluation.image_sets import open_input
 
-network, run, sides = judged.network, judged.run, judged.sides
+network, run, sides = toy_inception.network, toy_inception.run, toy_inception.sides
 
 
 def test_few_images_need_force(tmp_path, sides, run):

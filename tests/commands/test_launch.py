@@ -7,8 +7,8 @@ import subprocess
 import tomllib
 
 import pytest
-from conftest import ROOT
-from helpers.mistakes import FLAGS
+from helpers import ROOT
+from helpers.small import flags_of
 
 from sit_jax.parallel.multihost import TORCHRUN
 
@@ -111,4 +111,4 @@ def test_a_jobs_pods_give_train_flags_that_it_has():
     text = (ROOT / "launch" / "jobset.yaml").read_text()
     flags = re.findall(r"(?<= )(--[a-z-]+) (?!$)", text[text.index("exec python") :])
     assert {"--coordinator", "--processes", "--process"} < set(flags)
-    assert set(flags) <= set(FLAGS["train"])
+    assert set(flags) <= flags_of("train")

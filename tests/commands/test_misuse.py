@@ -5,8 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from helpers import small
+from helpers import ROOT, small
 
 TRAIN = "train --config {config} --workdir {new}"
 SAMPLE = "sample --weights {run} --out {new}.png"

@@ -7,8 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from helpers import small
+from helpers import ROOT, small
 
 from sit_jax.checkpoint import find_step, read_meta
 from sit_jax.config import from_json, to_json

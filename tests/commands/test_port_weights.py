@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT
-from helpers.hostile import Runs
+from helpers import ROOT
 from helpers.recorded import FOLDER, weights
 from helpers.small import called, losses, script
+from helpers.torch_files import Runs
 
 from sit_jax import checkpoint
 from sit_jax.cli import port_weights

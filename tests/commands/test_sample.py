@@ -6,7 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from helpers import sample_runs, small
+from helpers import small
 from helpers.recorded import FOLDER
 
 from sit_jax.convert.checkpoint import open_torch_file
@@ -16,7 +16,7 @@ from sit_jax.parallel.mesh import make_mesh, replicated
 from sit_jax.recipes import published
 from sit_jax.sampling.batch_sampler import BatchSampler
 
-weights, run = sample_runs.weights, sample_runs.run
+weights, run = small.weights, small.sample_run
 
 
 def test_every_kind_of_output(run, tmp_path):

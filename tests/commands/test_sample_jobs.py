@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import sample_runs, small
-from helpers.sample_runs import manifest
+from helpers import small
+from helpers.small import manifest
 
 from sit_jax.diffusion import predictions
 from sit_jax.experiment import build_experiment
@@ -16,8 +16,8 @@ from sit_jax.sampling import run as sampling_run
 from sit_jax.sampling.job import SamplingJob
 from sit_jax.sampling.run import PartialResults
 
-run = sample_runs.run
-weights = sample_runs.weights
+run = small.sample_run
+weights = small.weights
 
 
 def test_a_full_disk_is_noticed_before_anything_is_drawn(run, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import sample_runs, small
+from helpers import small
 
 from sit_jax.config import spec
 from sit_jax.data.sources import Digits
@@ -18,8 +18,8 @@ from sit_jax.models.dit import DiT
 from sit_jax.samplers.ddpm import DDPM
 from sit_jax.sampling.survey import data_of_records, gaussian, uniform
 
-run = sample_runs.run
-weights = sample_runs.weights
+run = small.sample_run
+weights = small.weights
 
 
 def digits(tmp_path, **fields):

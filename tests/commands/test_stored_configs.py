@@ -6,8 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from helpers import small
+from helpers import ROOT, small
 
 from sit_jax.config import ROLES, from_json, to_json
 from sit_jax.data import archives

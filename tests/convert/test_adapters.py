@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import small
-from helpers.lora_runs import saved
+from helpers.adapters import saved
 
 from sit_jax import checkpoint
 from sit_jax.adapters.quantize import SKIP, quantize_params

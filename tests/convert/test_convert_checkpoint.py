@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import small
 from helpers.recorded import arrays, nchw, nhwc, relative
-from helpers.torch_releases import (
+from helpers.torch_files import (
     assert_same_state,
     base,
     broken,

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 import torch
-from helpers.torch_states import saved
+from helpers.torch_files import saved
 
 from sit_jax.convert import tensor_files
 from sit_jax.convert.state_dict import read_torch_file, train_content

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from helpers.networks import recorded_model
 from helpers.recorded import case, weights
-from helpers.torch_releases import base, golden, loaded, opened, renamed
+from helpers.torch_files import base, golden, loaded, opened, renamed
 
 from sit_jax.config import build, from_json, spec, to_json
 from sit_jax.convert import tensor_files

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.recorded import case, weights
 from helpers.small import called
-from helpers.torch_releases import assert_same_state, golden, loaded, stored
+from helpers.torch_files import assert_same_state, golden, loaded, stored
 
 from sit_jax import checkpoint
 from sit_jax.cli import port_weights

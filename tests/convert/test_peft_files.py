@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
 from helpers import small
-from helpers.lora_pairs import pair
+from helpers.adapters import pair
 from helpers.networks import quick_jit, recorded_model, recorded_params
 from helpers.recorded import FOLDER, nhwc, relative
 

@@ -1,7 +1,7 @@
 """Adapters of a fused qkv, cut in three and joined."""
 
 import numpy as np
-from helpers.lora_pairs import pair
+from helpers.adapters import pair
 
 from sit_jax.convert import peft
 

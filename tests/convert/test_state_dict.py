@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from helpers.recorded import FOLDER, weights
-from helpers.torch_states import RNG, same, saved, state
+from helpers.torch_files import RNG, same, saved, state
 
 from sit_jax.convert import tensor_files
 from sit_jax.convert.state_dict import read_torch_file

@@ -10,8 +10,8 @@ import zlib
 
 import pytest
 import torch
-from conftest import ROOT
-from helpers.hostile import FORMS, code, laughs, npy
+from helpers import ROOT
+from helpers.torch_files import FORMS, code, laughs, npy
 
 from sit_jax.convert.state_dict import read_torch_file
 from sit_jax.data.images import CorruptImage, to_rgb

@@ -6,8 +6,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers.recorded import case
-from helpers.vae_folders import (
+from helpers.codecs import (
     BIN,
     CONFIG,
     GOLDEN,
@@ -17,6 +16,7 @@ from helpers.vae_folders import (
     recorded_state,
     same,
 )
+from helpers.recorded import case
 
 from sit_jax.convert import pretrained
 from sit_jax.convert.vae import load_vae, read_vae_config

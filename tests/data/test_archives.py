@@ -9,7 +9,7 @@ import types
 
 import numpy as np
 import pytest
-from helpers.photographs import pixels, png
+from helpers.pictures import pixels, png
 
 from sit_jax.data.archives import (
     ImageNetTar,

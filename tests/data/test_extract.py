@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
-from helpers import photographs
+from helpers import pictures
+from helpers.codecs import toy
 from helpers.small import called
-from helpers.toy_codec import toy
 
 from sit_jax.cli import extract_features
 from sit_jax.data.extract import (
@@ -130,7 +130,7 @@ def test_half_floats_and_one_view(made, tmp_path):
 
 
 def test_corrupt_images_are_left_out_named_and_counted(tmp_path):
-    root = photographs.folder(tmp_path / "images", each=4, size=(8, 8))
+    root = pictures.folder(tmp_path / "images", each=4, size=(8, 8))
     (root / "bee" / "1.png").write_bytes(b"no image")
     said = []
     source = ImageFolder(root, 8, max_corrupt_fraction=0.1)
@@ -195,7 +195,7 @@ def script(monkeypatch, capsys, *arguments):
 
 
 def test_the_script_reports_and_checks(tmp_path, monkeypatch, capsys):
-    root = photographs.folder(tmp_path / "images", size=(8, 8))
+    root = pictures.folder(tmp_path / "images", size=(8, 8))
     (root / "ant" / "notes.txt").write_text("")
     out = tmp_path / "out"
     words = ("--data", root, "--vae", "x", "--size", 8, "--out", out, "--batch-size", 8)

@@ -4,8 +4,8 @@ import os
 
 import numpy as np
 import pytest
-from helpers import photographs
-from helpers.photographs import pixels, png
+from helpers import pictures
+from helpers.pictures import pixels, png
 
 from sit_jax.data.folders import AdmFolder, CifarBinary, CifarFolder, ImageFolder
 from sit_jax.data.images import CorruptImage
@@ -27,7 +27,7 @@ def listed(source):
 
 
 def test_image_folder_numbers_classes_and_images_by_name(tmp_path):
-    source = ImageFolder(photographs.folder(tmp_path), 12, flip=False)
+    source = ImageFolder(pictures.folder(tmp_path), 12, flip=False)
     assert (len(source), source.shape, source.classes) == (9, (12, 12, 3), 3)
     assert source.class_names == ["ant", "bee", "cat"] and not source.flip
     assert [int(r["label"]) for r in source] == [0] * 3 + [1] * 3 + [2] * 3
@@ -124,8 +124,8 @@ def test_adm_folder_sorts_files_and_folders_together(tmp_path):
 
 
 def test_cifar_as_folders(tmp_path):
-    photographs.folder(tmp_path / "train", size=(32, 32))
-    photographs.folder(tmp_path / "test", ("ant", "bee", "cat"), 1, (32, 32))
+    pictures.folder(tmp_path / "train", size=(32, 32))
+    pictures.folder(tmp_path / "test", ("ant", "bee", "cat"), 1, (32, 32))
     train, test = CifarFolder(tmp_path), CifarFolder(tmp_path, train=False)
     assert (len(train), len(test), train.shape) == (9, 3, (32, 32, 3))
     np.testing.assert_array_equal(train[5]["image"], pixels(12, 32, 32))  # untouched

@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 from helpers import small
-from helpers.photographs import encoded, pixels, png
+from helpers.pictures import encoded, pixels, png
 from helpers.recorded import arrays, case
 from PIL import Image
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.toy_codec import toy
+from helpers.codecs import toy
 
 from sit_jax.data.latent_cache import (
     CacheMetadata,

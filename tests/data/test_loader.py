@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers.marked import Deadly, Marked, Numbered, Single
+from helpers.pictures import Deadly, Marked, Numbered, Single
 
 from sit_jax.data.loader import (
     batches,
@@ -295,7 +295,7 @@ def test_a_worker_that_dies_is_reported():
 SCRIPT = """
 import os, signal
 import grain, numpy as np
-from helpers.marked import Reporting
+from helpers.pictures import Reporting
 from sit_jax.data.loader import prefetch, read_records
 
 def read(ids):

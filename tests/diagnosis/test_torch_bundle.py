@@ -6,8 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from helpers import small
+from helpers import ROOT, small
 from helpers.networks import quick_jit
 
 from sit_jax.cli import diagnose

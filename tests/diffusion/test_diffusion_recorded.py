@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import chains
+from helpers import diffusions
 from helpers.diffusions import (
     EVERY,
     FULL,
@@ -23,7 +23,7 @@ from helpers.recorded import arrays, case, nchw, nhwc
 from sit_jax.diffusion import gaussian as d
 from sit_jax.diffusion.paths import expand_dims_like
 
-model = chains.model
+model = diffusions.model
 
 
 @pytest.fixture

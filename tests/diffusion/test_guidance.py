@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.recorded import arrays, nchw, nhwc
-from helpers.toys import once, tiny
+from helpers.samplers import once, tiny
 
 from sit_jax.diffusion.guidance import (
     GuidanceInterval,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.recorded import arrays, case, nchw, nhwc, relative
-from helpers.toys import EVERY, PATHS, PREDICTS, assert_close, tiny
+from helpers.samplers import EVERY, PATHS, PREDICTS, assert_close, tiny
 
 from sit_jax.diffusion import predictions
 from sit_jax.diffusion.interpolant import Interpolant

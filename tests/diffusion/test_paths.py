@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.recorded import arrays, case, nchw, nhwc
-from helpers.toys import PATHS, assert_close
+from helpers.samplers import PATHS, assert_close
 
 from sit_jax.diffusion.paths import (
     VP,

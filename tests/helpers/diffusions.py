@@ -1,16 +1,20 @@
-"""The recorded diffusions, and jitted questions to one."""
+"""The recorded diffusions, networks for their chains, and jitted questions."""
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers.recorded import arrays, nhwc
+import pytest
+from helpers.recorded import arrays, case, nhwc, weights
 
+from sit_jax.convert.rules import DIT_RULES, to_flax
 from sit_jax.diffusion import gaussian as d
 from sit_jax.diffusion import predictions
-from sit_jax.diffusion.gaussian import GaussianDiffusion, clip_denoised
+from sit_jax.diffusion.gaussian import GaussianDiffusion, clip_denoised, fixed_small
+from sit_jax.diffusion.rng import recorded_noise
 from sit_jax.diffusion.schedules import DDIMSpacing, cosine_betas
+from sit_jax.models import dit, layers
 
 # What create_diffusion's options are called here. The released KL loss is always
 # rescaled; the plain one differs from it by the number of steps.
@@ -66,3 +70,56 @@ def close_loss(ours, theirs, floor):
     """
     np.testing.assert_allclose(ours[0], theirs[0], rtol=2e-5, atol=1.02 * floor)
     np.testing.assert_allclose(ours[1:], theirs[1:], rtol=2e-5, atol=2e-7)
+
+
+CHAIN_RUNS = case("dit_sampling")["runs"]
+SMALL = GaussianDiffusion(variance=fixed_small)
+
+
+@pytest.fixture
+def model(monkeypatch):
+    """net(x, t, y) with the recorded weights and frequency table."""
+    table = arrays("dit_forward_a")["freqs_f32"]
+    monkeypatch.setattr(layers, "timestep_frequencies", lambda half, shift: table)
+    params, _ = to_flax(DIT_RULES, weights("dit_a"))
+    made = dit.DiT(depth=2, width=40, heads=4, classes=10)
+    return partial(made.apply, {"params": params})
+
+
+def watched(net, states):
+    """net, leaving each x it is shown in `states`: the chain step by step."""
+
+    def watching(x, t):
+        jax.debug.callback(lambda x: states.append(np.asarray(x)), x, ordered=True)
+        return net(x, t)
+
+    return watching
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def sample(sampler, process, net, noise, kicks):
+    return sampler(net, process, noise, recorded_noise(kicks)).data
+
+
+def truthful(data, process=SMALL):
+    """A network that knows the data, asked for the noise; t are original steps."""
+
+    def net(x, t):
+        alpha, sigma = process.path(t[:, None, None, None])
+        return (x - alpha * data) / sigma
+
+    return net
+
+
+def gaussian(mean, std, process):
+    """The best guess at the noise when the data are N(mean, std^2)."""
+
+    def net(x, t):
+        alpha, sigma = process.path(t[:, None, None, None])
+        return sigma * (x - alpha * mean) / ((alpha * std) ** 2 + sigma**2)
+
+    return net

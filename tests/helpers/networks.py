@@ -1,4 +1,4 @@
-"""Networks, weights and traced programs that several tests share."""
+"""Networks and their recorded outputs, weights, traced programs, attention."""
 
 import functools
 from pathlib import Path
@@ -6,10 +6,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers.recorded import case, weights
+import pytest
+from helpers.recorded import arrays, case, nchw, nhwc, weights
 from jax.extend.core import jaxprs_in_params
 
 from sit_jax.convert.rules import rules_for, to_flax, torch_constants
+from sit_jax.diffusion.gaussian import GaussianDiffusion
+from sit_jax.diffusion.loss_weights import mdt_min_snr_loss
+from sit_jax.models import layers
 from sit_jax.models.dit import DiT, SiT
 from sit_jax.models.mdt import MDT, MDTv2
 
@@ -108,3 +112,74 @@ def random_state(depth=2, width=16, patch=2, classes=3, **sizes):
     rng = np.random.default_rng(depth)
     names = released_entries(depth, width, patch, classes, **sizes)
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in names}
+
+
+BOTH = ["mdt1", "mdt2"]
+FREQUENCIES = arrays("dit_forward_a")["freqs_f32"]  # torch's, which are always the same
+TINY = dict(width=24, heads=3, patch=2, classes=5)
+
+
+def mask(name, noise):
+    """The mask that torch made of this noise, as its order and how many are kept."""
+    order = np.argsort(noise, axis=1, kind="stable")
+    if name == "mdt1":
+        return {"order": order}
+    return {
+        "order": order,
+        "num_visible": np.full(len(noise), case(name)["mask"]["len_keep"]),
+    }
+
+
+@functools.cache
+def program(name):
+    """(params, frequencies, x, t, y, masks) -> output and what submodules returned."""
+    model = recorded_model(name)
+
+    def run(params, table, x, t, y, masks):
+        see = dict(capture_intermediates=True, mutable="intermediates")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layers, "timestep_frequencies", lambda half, shift: table)
+            return model.apply({"params": params}, x, t, y, **masks, **see)
+
+    return quick_jit(run)
+
+
+def forward(name, table, masked, prefix=""):
+    golden = arrays(name)
+    x, t, y = (golden[f"{prefix}{k}"] for k in "xty")
+    masks = mask(name, golden["mask.rand_noise"]) if masked else {}
+    out, seen = program(name)(recorded_params(name), table, nhwc(x), t, y, masks)
+    return nchw(out), seen["intermediates"]
+
+
+def process(name):
+    return (
+        GaussianDiffusion(objective=mdt_min_snr_loss)
+        if name == "mdt2"
+        else GaussianDiffusion()
+    )
+
+
+def recorded_masks(name):
+    """Those of the losses: in the second version of a share drawn in float32."""
+    golden = arrays(name)
+    masks = mask(name, golden["loss.rand_noise"])
+    if name == "mdt2":
+        share = np.float32(0.3) + np.float32(0.2) * golden["loss.rand_ratio"]
+        masks["num_visible"] = np.full(3, int((16 * (1 - share)).item()))
+    return masks
+
+
+def inputs(rows=2, heads=3, length=6, keys=6, width=4):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape, np.float32)
+    q, k, v = (draw(rows, n, heads, width) for n in (length, keys, keys))
+    return q, k, v, draw(1, heads, length, keys), rng.random((rows, 1, 1, keys)) < 0.7
+
+
+def exact(q, k, v, bias=0.0, mask=True):
+    """The formula in float64."""
+    q, k, v = (np.float64(x).transpose(0, 2, 1, 3) for x in (q, k, v))
+    scores = q @ k.swapaxes(2, 3) / np.sqrt(q.shape[-1]) + bias
+    weights = np.where(mask, np.exp(scores), 0)
+    return (weights / weights.sum(-1, keepdims=True) @ v).transpose(0, 2, 1, 3)

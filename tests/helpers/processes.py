@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 
-from conftest import ROOT
+from helpers import ROOT
 
 FLAGS = (
     "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0 "

@@ -1,16 +1,21 @@
-"""A run of seconds, and running scripts the way a user does."""
+"""A run of seconds and and running scripts as a user does."""
 
 import contextlib
+import importlib
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 
 import jax
 import numpy as np
-from conftest import ROOT
+import pytest
+from helpers import ROOT
 
 from sit_jax.checkpoint import save_step as save
+from sit_jax.cli import sample, train
 from sit_jax.config import spec, to_json
 from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.models.codec import Pixels
@@ -82,6 +87,18 @@ def script(*arguments, **options):
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, **options)
 
 
+def flags_of(name):
+    """Returns the flags that --help of a script lists."""
+    script = importlib.import_module(f"sit_jax.cli.{name}")
+    page = io.TextIOWrapper(io.BytesIO())
+    with contextlib.redirect_stdout(page), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, "--help"])
+        with pytest.raises(SystemExit, match="^0$"):
+            script.main()
+    page.seek(0)
+    return set(re.findall(r"--[a-z][\w-]*", page.read()))
+
+
 def called(main, monkeypatch, capsys, *arguments):
     """Runs a script's main in this process; -> exit code, stdout, stderr."""
     monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
@@ -90,3 +107,32 @@ def called(main, monkeypatch, capsys, *arguments):
     except SystemExit as end:
         out, err = capsys.readouterr()
         return end.code, out, err
+
+
+FILE = ROOT / "tests" / "helpers" / "small_config.py"
+
+
+@pytest.fixture
+def train_run(monkeypatch, capsys):
+    def train_run(*arguments):
+        return called(train.main, monkeypatch, capsys, *arguments)
+
+    return train_run
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp("weights"), config())
+
+
+@pytest.fixture
+def sample_run(monkeypatch, capsys, weights):
+    def sample_run(*arguments, weights=weights):
+        given = ("--weights", weights) if weights else ()
+        return called(sample.main, monkeypatch, capsys, *given, *arguments)
+
+    return sample_run
+
+
+def manifest(path):
+    return json.loads(path.with_name(f"{path.name}.manifest.json").read_text())

@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.networks import SMALL, equations, noisy, quick_jit
+from helpers.networks import SMALL, equations, exact, inputs, noisy, quick_jit
 from helpers.recorded import relative
-from helpers.scores import exact, inputs
 
 from sit_jax.adapters.apply import apply_model
 from sit_jax.adapters.weights import Int8Weight

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.networks import equations, quick_jit
+from helpers.networks import equations, exact, inputs, quick_jit
 from helpers.recorded import relative
-from helpers.scores import exact, inputs
 
 from sit_jax.models import attention, attention_cpu, attention_tpu
 from sit_jax.models.layers import REMAT

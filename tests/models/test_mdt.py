@@ -6,9 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import mdt_recorded
-from helpers.mdt_recorded import BOTH, FREQUENCIES, TINY, forward, mask, program
-from helpers.networks import quick_jit, recorded_model, recorded_params, shapes
+from helpers import networks
+from helpers.networks import (
+    BOTH,
+    FREQUENCIES,
+    TINY,
+    forward,
+    mask,
+    program,
+    quick_jit,
+    recorded_model,
+    recorded_params,
+    shapes,
+)
 from helpers.recorded import arrays, nhwc, relative
 
 from sit_jax.models import layers, mdt
@@ -141,7 +151,7 @@ def test_what_is_hidden_is_not_seen_by_the_first_version():
     with pytest.MonkeyPatch.context() as patch:
         for where, changes in ((hidden, False), (1 - hidden, True)):
             moved = {**golden, "x": (golden["x"] + where).astype(np.float32)}
-            patch.setattr(mdt_recorded, "arrays", lambda name, moved=moved: moved)
+            patch.setattr(networks, "arrays", lambda name, moved=moved: moved)
             after, _ = forward("mdt1", FREQUENCIES, masked=True)
             assert (relative(after, before) > 1e-3) == changes
             assert np.array_equal(after, before) != changes

@@ -3,8 +3,14 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.mdt_recorded import BOTH, FREQUENCIES, program
-from helpers.networks import quick_jit, recorded_model, recorded_params
+from helpers.networks import (
+    BOTH,
+    FREQUENCIES,
+    program,
+    quick_jit,
+    recorded_model,
+    recorded_params,
+)
 from helpers.recorded import arrays, case, nchw, nhwc, relative
 
 from sit_jax.diffusion.gaussian import GaussianDiffusion

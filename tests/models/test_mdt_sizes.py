@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.mdt_recorded import TINY
-from helpers.networks import equations, quick_jit, shapes
+from helpers.networks import TINY, equations, quick_jit, shapes
 
 from sit_jax.diffusion.guidance import PowerCosine
 from sit_jax.errors import UserError

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from helpers.codecs import TINY, compvis, recorded_params, recorded_state
 from helpers.networks import equations, quick_jit
 from helpers.recorded import arrays, case, nhwc, relative
-from helpers.vae_folders import TINY, compvis, recorded_params, recorded_state
 
 from sit_jax.convert.rules import (
     require_match,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from helpers import small
-from helpers.vae_folders import GOLDEN, recorded_params
+from helpers.codecs import GOLDEN, recorded_params
 
 from sit_jax.config import spec
 from sit_jax.convert.vae import encoder_warning, load_vae, with_vae

@@ -3,8 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.ode_samplers import solved
-from helpers.toys import once
+from helpers.samplers import once, solved
 
 from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.diffusion.paths import expand_dims_like

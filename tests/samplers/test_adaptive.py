@@ -6,13 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.ode_samplers import SAMPLERS, solved
-from helpers.toys import (
-    PATHS,
-    gaussian,
-    once,
-    one_image,
-)
+from helpers.samplers import PATHS, SAMPLERS, gaussian, once, one_image, solved
 
 from sit_jax.diffusion import predictions
 from sit_jax.diffusion.interpolant import Interpolant

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.chains import SMALL, gaussian, normal, sample, truthful, watched
+from helpers.diffusions import SMALL, gaussian, normal, sample, truthful, watched
 
 from sit_jax import config
 from sit_jax.diffusion import predictions

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import chains
-from helpers.chains import EVERY, sample, watched
+from helpers import diffusions
+from helpers.diffusions import CHAIN_RUNS, sample, watched
 from helpers.recorded import arrays, nchw, nhwc
 
 from sit_jax.diffusion.gaussian import GaussianDiffusion
@@ -14,10 +14,10 @@ from sit_jax.diffusion.rng import recorded_noise
 from sit_jax.diffusion.schedules import DDIMSpacing
 from sit_jax.samplers.ddpm import DDIM, DDPM
 
-model = chains.model
+model = diffusions.model
 
-RUNS = {r["id"]: r for r in EVERY if "sample" in r["loop"]}
-BACK = {r["id"]: r for r in EVERY if r["loop"] == "ddim_reverse"}
+RUNS = {r["id"]: r for r in CHAIN_RUNS if "sample" in r["loop"]}
+BACK = {r["id"]: r for r in CHAIN_RUNS if r["loop"] == "ddim_reverse"}
 
 
 def sampler_of(run):

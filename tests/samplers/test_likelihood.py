@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import chains
+from helpers import diffusions
 from helpers.recorded import arrays, case, nchw, nhwc
-from helpers.toys import PATHS, PREDICTS, gaussian, once, tiny
+from helpers.samplers import PATHS, PREDICTS, gaussian, once, tiny
 
 from sit_jax.diffusion import rng
 from sit_jax.diffusion.gaussian import GaussianDiffusion
@@ -18,7 +18,7 @@ from sit_jax.samplers.likelihood import FlowLikelihood, VariationalBound, exact_
 from sit_jax.samplers.sde import SDE
 from sit_jax.samplers.torchdiffeq import torchdiffeq_control
 
-model = chains.model
+model = diffusions.model
 G = arrays("sit_likelihood")
 RUNS = {run["id"]: run for run in case("sit_likelihood")["runs"]}
 METHODS = {"euler": euler, "heun2": heun, "rk4": rk4}

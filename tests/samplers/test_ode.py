@@ -7,15 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.ode_samplers import SAMPLERS, solved
-from helpers.toys import (
+from helpers.samplers import (
     EVERY,
     PATHS,
     PREDICTS,
+    SAMPLERS,
     counted,
     gaussian,
     once,
     one_image,
+    solved,
 )
 
 from sit_jax.diffusion import predictions

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers.ode_samplers import RUNS, G, compare_adaptive, compare_fixed, replayed
+from helpers.samplers import RUNS, G, compare_adaptive, compare_fixed, replayed
 
 from sit_jax.samplers.adaptive_ode import AdaptiveODE
 

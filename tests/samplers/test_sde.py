@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.recorded import arrays, case, nhwc
-from helpers.toys import (
+from helpers.samplers import (
     EVERY,
     PATHS,
     PREDICTS,

@@ -5,7 +5,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from helpers.hostile import Runs, npy
+from helpers.torch_files import Runs, npy
 
 from sit_jax.errors import UserError
 from sit_jax.sampling import outputs

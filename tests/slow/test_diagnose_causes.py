@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
 from flax.traverse_util import flatten_dict, unflatten_dict
-from helpers import small
+from helpers import ROOT, small
 from safetensors.numpy import load_file, save_file
 from test_evaluate_network import random_params
 

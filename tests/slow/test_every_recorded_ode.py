@@ -2,14 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers.ode_samplers import (
-    RUNS,
-    SOLVERS,
-    G,
-    compare_adaptive,
-    compare_fixed,
-    replayed,
-)
+from helpers.samplers import RUNS, SOLVERS, G, compare_adaptive, compare_fixed, replayed
 
 from sit_jax.samplers.adaptive_ode import AdaptiveODE
 from sit_jax.samplers.torchdiffeq import torchdiffeq_control

@@ -8,15 +8,14 @@ import subprocess
 import sys
 import time
 
-from conftest import ROOT
-from helpers import photographs
+from helpers import ROOT, pictures
 
 from sit_jax.data.latent_cache import LatentCache
 
 RUN = """
 import time
 from sit_jax.cli import extract_features
-from helpers.toy_codec import toy
+from helpers.codecs import toy
 
 slow = {slow}
 read = extract_features.ImageFolder.read
@@ -49,7 +48,7 @@ def contents(path):
 
 
 def test_two_processes_and_a_kill_give_what_one_gives(tmp_path):
-    root = photographs.folder(tmp_path / "images", each=IMAGES // 3, size=(10, 8))
+    root = pictures.folder(tmp_path / "images", each=IMAGES // 3, size=(10, 8))
     one, two, killed = (tmp_path / name for name in ("one", "two", "killed"))
     assert f"{IMAGES} images in {one}, 0 corrupt" in end(begin(root, one))
     both = [begin(root, two, "--process", i, "--processes", 2) for i in range(2)]

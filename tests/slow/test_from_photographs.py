@@ -10,8 +10,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
-from helpers import photographs, small
+from helpers import ROOT, pictures, small
 
 VAE = "tests/golden/vae"
 SIZE, STEPS, NUM = 32, 60, 40
@@ -82,7 +81,7 @@ def contents(folder):
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     root = tmp_path_factory.mktemp("photos")
-    return photographs.folder(root, ("ant", "bee", "cat"), each=40, size=(44, 36))
+    return pictures.folder(root, ("ant", "bee", "cat"), each=40, size=(44, 36))
 
 
 def test_killed_at_each_stage_the_samples_are_the_same(photos, tmp_path):

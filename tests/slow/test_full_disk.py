@@ -8,7 +8,7 @@ import subprocess
 import time
 
 import pytest
-from helpers import runs, small, works
+from helpers import commands, small
 
 from sit_jax import checkpoint
 
@@ -64,7 +64,7 @@ def allow(disk):
 def unbroken(tmp_path_factory):
     """The losses of a run that nothing befalls."""
     workdir = tmp_path_factory.mktemp("unbroken")
-    runs.ended(runs.start(workdir, **FIELDS | {"save_every": 400}))
+    commands.ended(commands.start(workdir, **FIELDS | {"save_every": 400}))
     return small.losses(workdir)
 
 
@@ -73,10 +73,10 @@ def unbroken(tmp_path_factory):
 )
 def test_it_stops_within_one_save_and_goes_on_when_it_can(disk, spoil, said, unbroken):
     work = disk.parent
-    process = runs.start(work, **FIELDS)
-    runs.until(process, lambda: len(checkpoint.steps(disk)) >= 2)
+    process = commands.start(work, **FIELDS)
+    commands.until(process, lambda: len(checkpoint.steps(disk)) >= 2)
     spoil(disk)
-    errors = runs.ended(process, code=2)
+    errors = commands.ended(process, code=2)
     last, newest = max(small.losses(work)), checkpoint.steps(disk)[-1]
     print(f"last step {last}, newest checkpoint {newest}: {errors.strip()}")
     # threads of Orbax may add that their event loop is closed
@@ -85,11 +85,16 @@ def test_it_stops_within_one_save_and_goes_on_when_it_can(disk, spoil, said, unb
     assert last < newest + 2 * FIELDS["save_every"] + 1  # failing: the one after newest
     checkpoint.require_intact(disk, newest)
     allow(disk)
-    runs.ended(runs.start(work, **FIELDS))
+    commands.ended(commands.start(work, **FIELDS))
     assert small.losses(work) == unbroken
 
 
-WORKS = (works.sampling, works.extraction, works.evaluation, works.statistics)
+WORKS = (
+    commands.sampling,
+    commands.extraction,
+    commands.evaluation,
+    commands.statistics,
+)
 
 
 @pytest.mark.parametrize("make", WORKS, ids=lambda make: make.__name__)
@@ -100,16 +105,16 @@ def test_long_work_ends_in_one_line_and_goes_on(tmp_path, place, make):
     work = make(inputs)
     unbroken = work.unbroken(place)
     process = work.begin(place)
-    works.ready(process)
-    runs.until(process, lambda: work.parts(place) >= work.whole // 3)
+    commands.ready(process)
+    commands.until(process, lambda: work.parts(place) >= work.whole // 3)
     while process.poll() is None:  # it may still find what another file gives back
         fill(place)
         time.sleep(0.01)
-    errors = works.ended(process, code=2)
+    errors = commands.ended(process, code=2).splitlines()
     lines = [line for line in errors if "images/s]" not in line and line.strip()]
     print(lines)
     assert len(lines) == 1 and "No space left on device" in lines[0]
     assert not list(place.rglob(".*"))  # no unfinished output
     (place / "ballast").unlink()
-    works.ended(work.begin(place))
+    commands.ended(work.begin(place))
     assert work.contents(place) == unbroken

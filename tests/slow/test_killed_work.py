@@ -7,7 +7,7 @@ import random
 import time
 
 import pytest
-from helpers import works
+from helpers import commands
 
 KILLS = 10
 STARTING = 3  # of them before anything is computed, or in the first batches
@@ -16,10 +16,10 @@ STARTING = 3  # of them before anything is computed, or in the first batches
 @pytest.mark.parametrize(
     "make, kills",
     [
-        (works.sampling, KILLS),
-        (works.extraction, KILLS),
-        (works.evaluation, KILLS),
-        (works.statistics, 4),
+        (commands.sampling, KILLS),
+        (commands.extraction, KILLS),
+        (commands.evaluation, KILLS),
+        (commands.statistics, 4),
     ],
     ids=["sample", "extract", "evaluate", "statistics"],
 )
@@ -31,7 +31,7 @@ def test_ten_kills_and_the_same_bytes(tmp_path, make, kills):
     unbroken = work.unbroken(place)
     for left in reversed(range(kills)):
         process, before = work.begin(place), work.parts(place)
-        works.ready(process)
+        commands.ready(process)
         more = rng.uniform(0, 2) * (work.whole - before) / (left + 1)
         goal = min(before + int(more), work.whole) if left else work.whole
         until = time.monotonic() + rng.uniform(0, 1.5)  # for those that begin
@@ -41,10 +41,10 @@ def test_ten_kills_and_the_same_bytes(tmp_path, make, kills):
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.03))
         alive = process.poll() is None
-        works.kill(process)
+        commands.kill(process)
         done.append(work.parts(place) if alive else -1)
     print(f"killed after {done} of {work.whole} batches")
     assert done.count(-1) <= 1, done  # the last one may have come too late
     if -1 not in done:
-        works.ended(work.begin(place))
+        commands.ended(work.begin(place))
     assert work.contents(place) == unbroken

@@ -3,7 +3,7 @@
 import time
 
 import numpy as np
-from helpers import runs, small
+from helpers import commands, small
 
 from sit_jax import checkpoint
 
@@ -18,21 +18,21 @@ def test_twenty_kills_half_of_them_inside_a_save(tmp_path, monkeypatch):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0"
     )  # quick starts
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    runs.ended(runs.start(unbroken, **FIELDS))
+    commands.ended(commands.start(unbroken, **FIELDS))
     rng, inside = np.random.default_rng(7), []
     for number in range(KILLS):
-        process = runs.start(broken, **FIELDS)
+        process = commands.start(broken, **FIELDS)
         wanted = number * EACH + int(rng.integers(1, EACH + 1))
         in_a_save = number % 2 == 1
         happened = lambda: (
-            runs.logged(broken, wanted) and runs.saving(broken, 0) == in_a_save  # noqa: B023
+            commands.logged(broken, wanted) and commands.saving(broken, 0) == in_a_save  # noqa: B023
         )
-        runs.until(process, happened)
+        commands.until(process, happened)
         time.sleep(rng.uniform(0, 0.01))
-        runs.kill(process)
-        inside.append(runs.saving(broken, 0))
+        commands.kill(process)
+        inside.append(commands.saving(broken, 0))
         assert max(small.losses(broken)) < STEPS
-    runs.ended(runs.start(broken, **FIELDS))
+    commands.ended(commands.start(broken, **FIELDS))
     assert small.losses(broken) == small.losses(unbroken)
     assert sorted(small.losses(broken)) == list(range(1, STEPS + 1))
     print(f"{sum(inside)} of {KILLS} kills tore a save")
@@ -46,10 +46,10 @@ def test_twenty_kills_half_of_them_inside_a_save(tmp_path, monkeypatch):
 def test_sigkill_of_a_run_with_workers_leaves_none_behind(tmp_path):
     import psutil
 
-    process = runs.start(tmp_path, steps=100_000, workers=2, save_every=10_000)
-    runs.until(process, lambda: runs.logged(tmp_path, 20))
+    process = commands.start(tmp_path, steps=100_000, workers=2, save_every=10_000)
+    commands.until(process, lambda: commands.logged(tmp_path, 20))
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 2
-    runs.kill(process)
+    commands.kill(process)
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive

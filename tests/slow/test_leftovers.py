@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import psutil
-from helpers import runs, small
+from helpers import commands, small
 
 from sit_jax import checkpoint
 
@@ -17,12 +17,12 @@ def resident(process):
 
 def test_memory_does_not_grow_over_2000_steps(tmp_path):
     """Resident MB at every 200th step from the 400th on; saves and logs included."""
-    process = runs.start(tmp_path, steps=2_600, save_every=100, log_every=10)
+    process = commands.start(tmp_path, steps=2_600, save_every=100, log_every=10)
     found = []
     for step in range(400, 2_401, 200):
-        runs.until(process, lambda: runs.logged(tmp_path, step))  # noqa: B023
+        commands.until(process, lambda: commands.logged(tmp_path, step))  # noqa: B023
         found.append(resident(process))
-    runs.ended(process)
+    commands.ended(process)
     print("resident MB:", ", ".join(f"{size:.0f}" for size in found))
     # a leak of one 4x4 batch a step would be 1 MB, of the state 250 MB; allocators
     # move by a few MB between two looks
@@ -36,13 +36,15 @@ def test_ctrl_c_leaves_no_process_no_shared_memory_no_file(tmp_path, monkeypatch
     monkeypatch.setenv("TMPDIR", str(temporary))
     before = set(shared.iterdir())
     work = tmp_path / "work"
-    process = runs.start(work, steps=100_000, workers=2, save_every=400, log_every=10)
-    runs.until(process, lambda: runs.logged(work, 1_000))
+    process = commands.start(
+        work, steps=100_000, workers=2, save_every=400, log_every=10
+    )
+    commands.until(process, lambda: commands.logged(work, 1_000))
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 2
     begun = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    runs.ended(process)
+    commands.ended(process)
     print(f"ended {time.monotonic() - begun:.1f} s after Ctrl-C")
     _, alive = psutil.wait_procs(children, timeout=5)
     assert not alive

@@ -6,8 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.mdt_recorded import BOTH, FREQUENCIES, process, recorded_masks
-from helpers.networks import quick_jit, recorded_model, recorded_params
+from helpers.networks import (
+    BOTH,
+    FREQUENCIES,
+    process,
+    quick_jit,
+    recorded_masks,
+    recorded_model,
+    recorded_params,
+)
 from helpers.recorded import arrays, case, nhwc, relative
 
 from sit_jax.convert.rules import rules_for, to_torch

@@ -13,8 +13,8 @@ import flax.linen as nn
 import hlo_tables
 import jax
 import jax.numpy as jnp
+import pod_program
 import pytest
-from helpers import pod_program
 
 from sit_jax.models import layers
 from sit_jax.parallel import sharding_rules

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import photographs, processes, small
+from helpers import pictures, processes, small
 from PIL import Image
 
 from sit_jax.config import spec
@@ -16,7 +16,7 @@ from sit_jax.data.sources import Digits
 
 EXTRACT = """
 from sit_jax.cli import extract_features
-from helpers.toy_codec import toy
+from helpers.codecs import toy
 extract_features.load_codec = lambda vae, precision: toy()
 extract_features.main()
 """
@@ -103,7 +103,7 @@ def extracted(count, root, out):
 
 
 def test_extraction_by_many_is_that_by_one(tmp_path):
-    root = photographs.folder(tmp_path / "images", each=20, size=(10, 8))
+    root = pictures.folder(tmp_path / "images", each=20, size=(10, 8))
     one, two, four = (extracted(n, root, tmp_path / str(n)) for n in (1, 2, 4))
     assert one == two == four and len(one) == 8
 

@@ -11,7 +11,7 @@ from functools import partial
 import grain
 import numpy as np
 import pytest
-from helpers import photographs
+from helpers import pictures
 
 from sit_jax.data.archives import Tfds
 from sit_jax.data.loader import prefetch, read_records
@@ -39,7 +39,7 @@ def prepared(tmp_path_factory):
 
         def _generate_examples(self):
             for i in range(IMAGES):
-                yield i, {"image": io.BytesIO(photographs.png(i)), "label": i % 2}
+                yield i, {"image": io.BytesIO(pictures.png(i)), "label": i % 2}
 
     folder = str(tmp_path_factory.mktemp("tfds"))
     Pets(data_dir=folder, file_format="array_record").download_and_prepare()
@@ -52,7 +52,7 @@ def test_its_images_are_those_that_went_in(prepared):
     assert len(source) == IMAGES and source.class_names == ["cat", "dog"]
     found = set()
     for record in source:
-        same = lambda i: np.array_equal(record["image"], photographs.pixels(i)[:, 2:18])  # noqa: B023
+        same = lambda i: np.array_equal(record["image"], pictures.pixels(i)[:, 2:18])  # noqa: B023
         (i,) = filter(same, range(IMAGES))
         assert record["label"] == i % 2
         found.add(i)

@@ -10,8 +10,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from helpers import small
+from helpers import ROOT, small
 from test_evaluate_network import random_params
 
 from sit_jax.cli import diagnose

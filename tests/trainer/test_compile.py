@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
 from flax import struct
+from helpers import ROOT
 
 from sit_jax.convert import pretrained
 from sit_jax.errors import UserError

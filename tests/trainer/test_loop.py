@@ -10,8 +10,8 @@ import socket
 import jax
 import numpy as np
 import pytest
-from helpers import runs, small, train_calls
-from helpers.train_calls import TINY
+from helpers import commands, small
+from helpers.small import FILE
 
 from sit_jax import checkpoint
 from sit_jax.cli.main import StopSignal
@@ -21,12 +21,12 @@ from sit_jax.trainer import loop
 from sit_jax.trainer.loop import train
 from sit_jax.trainer.resume import CheckpointWriter
 
-run = train_calls.run
+run = small.train_run
 
 
 def test_a_run_leaves_everything_behind(run, tmp_path):
     work = tmp_path / "a run"
-    code, out, _ = run("--config", TINY, "--workdir", work, "--config.sample_every=4")
+    code, out, _ = run("--config", FILE, "--workdir", work, "--config.sample_every=4")
     assert code == 0
     assert "compiled the training step in" in out and "(step=0000008)" in out
     assert "found in" in out and "EMA decay 0.9999" in out  # the cache: or not found
@@ -50,11 +50,11 @@ def test_a_run_connects_to_nothing(run, tmp_path, monkeypatch):
         raise AssertionError(f"connects to {address}")
 
     monkeypatch.setattr(socket.socket, "connect", refused)
-    assert run("--config", TINY, "--workdir", tmp_path, "--config.steps=1")[0] == 0
+    assert run("--config", FILE, "--workdir", tmp_path, "--config.steps=1")[0] == 0
 
 
 def test_the_same_command_again_has_nothing_to_do(run, tmp_path):
-    arguments = ("--config", TINY, "--workdir", tmp_path, "--config.steps=2")
+    arguments = ("--config", FILE, "--workdir", tmp_path, "--config.steps=2")
     assert run(*arguments)[0] == 0
     before = (tmp_path / "metrics.jsonl").read_text()
     code, out, _ = run(*arguments)
@@ -63,23 +63,23 @@ def test_the_same_command_again_has_nothing_to_do(run, tmp_path):
 
 
 def test_another_config_is_refused_with_the_fields(run, tmp_path):
-    assert run("--config", TINY, "--workdir", tmp_path, "--config.steps=1")[0] == 0
+    assert run("--config", FILE, "--workdir", tmp_path, "--config.steps=1")[0] == 0
     stored = (tmp_path / "config.json").read_text()
     code, _, err = run(
-        "--config", TINY, "--workdir", tmp_path, "--config.optimizer.b2=0.95"
+        "--config", FILE, "--workdir", tmp_path, "--config.optimizer.b2=0.95"
     )
     assert code == 2 and err.count("\n") == 1
     assert "optimizer.b2 was 0.999, is 0.95" in err and "--workdir" in err
     assert (tmp_path / "config.json").read_text() == stored
-    longer = ("--config", TINY, "--workdir", tmp_path, "--config.steps=2")
+    longer = ("--config", FILE, "--workdir", tmp_path, "--config.steps=2")
     assert run(*longer)[0] == 0  # a longer run is the same run
 
 
 @pytest.mark.slow
 def test_init_takes_weights_optimizer_and_step(run, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
-    assert run("--config", TINY, "--workdir", first)[0] == 0
-    longer = ("--config", TINY, "--config.steps=10")
+    assert run("--config", FILE, "--workdir", first)[0] == 0
+    longer = ("--config", FILE, "--config.steps=10")
     code, out, _ = run(*longer, "--workdir", second, "--init", first)
     assert code == 0 and "goes on from" in out
     assert run(*longer, "--workdir", first)[0] == 0
@@ -127,7 +127,7 @@ def test_bad_input_is_one_line(run, tmp_path, name):
         folder.mkdir(parents=True)
         np.save(folder / "0.npy", np.atleast_1d(array))
     arguments = [word.format(data=tmp_path / "data") for word in arguments]
-    config = [] if "--config" in arguments else ["--config", TINY]
+    config = [] if "--config" in arguments else ["--config", FILE]
     code, _, err = run(*config, "--workdir", tmp_path / "work", *arguments)
     assert code == 2
     assert said in err and err.count("\n") == 1 and "Traceback" not in err
@@ -135,7 +135,7 @@ def test_bad_input_is_one_line(run, tmp_path, name):
 
 
 def test_checkpoint_of_another_architecture_is_listed(run, tmp_path):
-    small_steps = ("--config", TINY, "--config.steps=1")
+    small_steps = ("--config", FILE, "--config.steps=1")
     assert run(*small_steps, "--workdir", tmp_path / "a")[0] == 0
     wider = ("--config.model.width=32", "--init", tmp_path / "a")
     code, _, err = run(*small_steps, "--workdir", tmp_path / "b", *wider)
@@ -145,15 +145,15 @@ def test_checkpoint_of_another_architecture_is_listed(run, tmp_path):
 def test_a_checkpoint_directory_is_no_workdir(run, tmp_path):
     small.checkpoint(tmp_path, small.config())
     before = sorted(tmp_path.iterdir())
-    code, _, err = run("--config", TINY, "--workdir", tmp_path)
+    code, _, err = run("--config", FILE, "--workdir", tmp_path)
     assert code == 2 and f"--init {tmp_path}" in err
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_init_that_is_already_there_says_so(run, tmp_path):
-    assert run("--config", TINY, "--workdir", tmp_path / "a")[0] == 0
+    assert run("--config", FILE, "--workdir", tmp_path / "a")[0] == 0
     again = ("--workdir", tmp_path / "b", "--init", tmp_path / "a")
-    code, _, err = run("--config", TINY, *again)
+    code, _, err = run("--config", FILE, *again)
     assert code == 2 and "is at step 8 and config.steps is 8" in err
 
 
@@ -176,11 +176,11 @@ def test_skips_what_is_not_finite_then_stops(run, tmp_path, monkeypatch):
             record = super().__getitem__(i)
             return {**record, "latent": record["latent"] * np.nan}
 
-    code, _, _ = run("--config", TINY, "--workdir", tmp_path, "--config.steps=4")
+    code, _, _ = run("--config", FILE, "--workdir", tmp_path, "--config.steps=4")
     assert code == 0
     monkeypatch.setattr(loop, "Synthetic", Broken)
     code, out, err = run(
-        "--config", TINY, "--workdir", tmp_path, "--config.max_skipped=3"
+        "--config", FILE, "--workdir", tmp_path, "--config.max_skipped=3"
     )
     assert code == 2 and err.count("\n") == 1
     assert "step 5 skipped: the batch is not finite" in out
@@ -268,7 +268,7 @@ FIELDS = {"steps": 40, "save_every": 7}
 
 
 def finish(workdir):
-    runs.ended(runs.start(workdir, **FIELDS))
+    commands.ended(commands.start(workdir, **FIELDS))
     return small.losses(workdir)
 
 
@@ -280,9 +280,9 @@ def unbroken(tmp_path_factory):
 
 
 MOMENTS = {
-    "before any checkpoint": lambda workdir: runs.logged(workdir, 3),
-    "between checkpoints": lambda workdir: runs.logged(workdir, 24),
-    "inside a save": lambda workdir: runs.saving(workdir, 21),
+    "before any checkpoint": lambda workdir: commands.logged(workdir, 3),
+    "between checkpoints": lambda workdir: commands.logged(workdir, 24),
+    "inside a save": lambda workdir: commands.saving(workdir, 21),
 }
 
 
@@ -297,9 +297,9 @@ OFTEN = ("inside a save",)  # the others with make test-slow
     ],
 )
 def test_losses_are_those_of_an_unbroken_run(unbroken, tmp_path, moment):
-    process = runs.start(tmp_path, **FIELDS)
-    runs.until(process, lambda: MOMENTS[moment](tmp_path))
-    runs.kill(process)
+    process = commands.start(tmp_path, **FIELDS)
+    commands.until(process, lambda: MOMENTS[moment](tmp_path))
+    commands.kill(process)
     assert len(small.losses(tmp_path)) < FIELDS["steps"]
     assert finish(tmp_path) == unbroken
     assert not list((tmp_path / "checkpoints").glob("*tmp*"))
@@ -307,9 +307,9 @@ def test_losses_are_those_of_an_unbroken_run(unbroken, tmp_path, moment):
 
 @pytest.mark.slow
 def test_sigterm_saves_and_ends_well(unbroken, tmp_path):
-    process = runs.start(tmp_path, **FIELDS)
-    runs.until(process, lambda: runs.logged(tmp_path, 10))
+    process = commands.start(tmp_path, **FIELDS)
+    commands.until(process, lambda: commands.logged(tmp_path, 10))
     process.send_signal(signal.SIGTERM)
-    runs.ended(process)
+    commands.ended(process)
     assert "stopped at step" in (tmp_path / "log.txt").read_text()
     assert finish(tmp_path) == unbroken

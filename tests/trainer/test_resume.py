@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from helpers import photographs, small
+from helpers import pictures, small
 from helpers.networks import quick_jit
 from helpers.recorded import FOLDER
 
@@ -287,7 +287,7 @@ def test_a_folder_of_photographs_is_finetuned_and_sampled(
     for label in range(10):
         folder = tmp_path / "photos" / f"class{label}"
         folder.mkdir(parents=True)
-        (folder / "1.png").write_bytes(photographs.png(label, 32, 32))
+        (folder / "1.png").write_bytes(pictures.png(label, 32, 32))
     latents = dict(shape=(4, 4, 4), synthetic=False, vae=str(FOLDER / "vae"))
     released = small.checkpoint(tmp_path / "released", own := config(1000, **latents))
     own.source = spec(ImageFolder, path=str(tmp_path / "photos"), size=32)

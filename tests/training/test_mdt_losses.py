@@ -4,8 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.mdt_recorded import BOTH, FREQUENCIES, process, program, recorded_masks
-from helpers.networks import quick_jit, recorded_params
+from helpers.networks import (
+    BOTH,
+    FREQUENCIES,
+    process,
+    program,
+    quick_jit,
+    recorded_masks,
+    recorded_params,
+)
 from helpers.recorded import arrays, case, nhwc
 
 from sit_jax.diffusion.gaussian import GaussianDiffusion

@@ -1,4 +1,4 @@
-"""Files of weights and arrays that would run code, or hold less than they say."""
+"""Recorded and small files of PyTorch, and ones that would run code."""
 
 import argparse
 import io
@@ -9,6 +9,85 @@ import zipfile
 
 import numpy as np
 import torch
+from helpers import small
+from helpers.recorded import FOLDER, case, weights
+
+from sit_jax import checkpoint
+from sit_jax.convert import tensor_files
+from sit_jax.convert.checkpoint import CheckpointExport, open_torch_file
+from sit_jax.recipes import published as base
+
+
+def golden(name):
+    return FOLDER / "weights" / f"{name}.pt"
+
+
+def opened(name, **flags):
+    """The weights of tests/golden, with what their shapes do not tell."""
+    if "full" in name:
+        return open_torch_file(golden(name), base, heads=2, **flags)
+    model = case(f"{name[:3]}_forward_{name[4:]}")["model"]
+    flags = {"family": name[:3], "heads": model["num_heads"]} | flags
+    return open_torch_file(golden(name), base, **flags)
+
+
+def stored(weights, directory):
+    """What a checkpoint of these weights gives when it is opened."""
+    items, meta = weights.items()
+    small.save(directory, meta["step"], meta, **items)
+    return CheckpointExport(*checkpoint.find_step(directory))
+
+
+def loaded(path):
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, weights_only=True)
+
+
+def assert_same_state(one, other):
+    assert list(one) == list(other)
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+        assert one[name].dtype == other[name].dtype
+        assert one[name].is_contiguous()
+
+
+def renamed(tmp_path, **changes):
+    """train_sit_full.pt with other args."""
+    content = loaded(golden("train_sit_full"))
+    for name, value in changes.items():
+        setattr(content["args"], name, value)
+    torch.save(content, tmp_path / "x.pt")
+    return tmp_path / "x.pt"
+
+
+def broken(tmp_path, change):
+    state = dict(weights("sit_a"))
+    change(state)
+    tensor_files.write(tmp_path / "x.pt", state)
+    return lambda: open_torch_file(tmp_path / "x.pt", base, family="sit", heads=4)
+
+
+RNG = np.random.default_rng(0)
+
+
+def state(**more):
+    tensors = {"b.weight": torch.randn(3, 2), "a.bias": torch.randn(5)}
+    return tensors | more
+
+
+def saved(tmp_path, content, **options):
+    path = tmp_path / "x.pt"
+    torch.save(content, path, **options)
+    return path
+
+
+def same(tensors, expected):
+    """Names in their order, and every bit."""
+    assert list(tensors) == list(expected)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(tensors[name], np.asarray(array))
+        assert tensors[name].dtype == np.float32
+
 
 RUNS = r"it would run [\w., ]*(posix|os|nt)\.mkdir; a file of weights must not run"
 DAMAGED = "damaged or no file of weights"
@@ -42,7 +121,7 @@ def zipped(path, pickled, **members):
             archive.writestr(name, content)
 
 
-def saved(content):
+def torch_saved(content):
     return lambda path, ran: torch.save(content(Runs(ran)), path)
 
 
@@ -87,19 +166,19 @@ def storage(numbers):
 
 
 FORMS = {
-    "reduce": (saved(lambda runs: runs), RUNS),
+    "reduce": (torch_saved(lambda runs: runs), RUNS),
     "build": (
         inside(lambda ran: b"\x80\x02cposix\nmkdir\n)\x81}X\1\0\0\0aK\1sb."),
         RUNS,
     ),
-    "nested": (saved(lambda runs: {"ema": [{"a": (1, [runs])}]}), RUNS),
+    "nested": (torch_saved(lambda runs: {"ema": [{"a": (1, [runs])}]}), RUNS),
     "in args": (
-        saved(lambda runs: {"ema": {}, "args": argparse.Namespace(x=runs)}),
+        torch_saved(lambda runs: {"ema": {}, "args": argparse.Namespace(x=runs)}),
         RUNS,
     ),
     "subclass of dict": (
-        saved(lambda runs: Dict(a=runs)),
-        r"it would run helpers\.hostile\.Dict, ",
+        torch_saved(lambda runs: Dict(a=runs)),
+        r"it would run helpers\.torch_files\.Dict, ",
     ),
     "tar": (tar, DAMAGED),
     "zip with an odd member": (

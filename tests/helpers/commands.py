@@ -1,7 +1,4 @@
-"""Long commands on small inputs, in processes of their own, to be ended at any moment.
-
-A Work is begun, shows how far it is, and leaves contents that can be compared.
-"""
+"""Commands in processes of their own, to be watched and ended at any moment."""
 
 import dataclasses
 import json
@@ -9,13 +6,63 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from conftest import ROOT
-from helpers import photographs, small
+from helpers import ROOT, pictures, small
 from PIL import Image
+
+COMMAND = [sys.executable, "train.py", "--config", "tests/helpers/small_config.py"]
+
+
+def start(workdir, devices=1, **fields):
+    """Begins a run; fields: of its config. Eight devices take longer to compile for."""
+    set_fields = [f"--config.{name}={value}" for name, value in fields.items()]
+    words = [*COMMAND, "--workdir", str(workdir), "--config.preview=0", *set_fields]
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        words,
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": flags},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # so that a signal can go to it and its workers alone
+    )
+
+
+def ended(process, code=0, timeout=300):
+    """Waits for a run to end with that exit code; -> what it wrote to stderr."""
+    _, errors = process.communicate(timeout=timeout)
+    assert process.returncode == code, errors
+    return errors
+
+
+def kill(process):
+    process.kill()
+    process.wait()
+    process.stderr.close()
+
+
+def until(process, happened):
+    """Waits for a moment; the run must not be over before it comes."""
+    while not happened():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.001)
+
+
+def logged(workdir, step):
+    log = workdir / "metrics.jsonl"
+    return log.exists() and max(small.losses(workdir), default=0) >= step
+
+
+def saving(workdir, step):
+    """Whether a save of that step or a later one has begun and is not complete."""
+    names = [path.name for path in (workdir / "checkpoints").glob("*.orbax-check*tmp*")]
+    return any(int(name.split(".")[0]) >= step for name in names)
+
 
 RUN = """
 import sys, time
@@ -27,7 +74,7 @@ print("ready", file=sys.stderr, flush=True)
 """
 ENCODER = """
 from sit_jax.cli import extract_features
-from helpers.toy_codec import toy
+from helpers.codecs import toy
 read = extract_features.ImageFolder.read
 extract_features.ImageFolder.read = lambda s, i: (time.sleep(0.01), read(s, i))[1]
 extract_features.load_codec = lambda vae, precision: toy()
@@ -97,19 +144,6 @@ def ready(process):
     assert line == "ready\n", line + process.stderr.read()
 
 
-def ended(process, code=0, timeout=300):
-    """-> the lines of stderr, of which the first is skipped."""
-    _, errors = process.communicate(timeout=timeout)
-    assert process.returncode == code, errors
-    return errors.splitlines()
-
-
-def kill(process):
-    process.kill()
-    process.wait()
-    process.stderr.close()
-
-
 def sampling(inputs):
     """400 images in 100 batches."""
     weights = small.checkpoint(inputs / "weights", small.config(shape=(8, 8, 1)))
@@ -129,7 +163,7 @@ def sampling(inputs):
 
 def extraction(inputs):
     """480 images in 60 shards."""
-    root = photographs.folder(inputs / "images", each=160, size=(10, 8))
+    root = pictures.folder(inputs / "images", each=160, size=(10, 8))
     return Work(
         "extract_features",
         lambda place: (
