@@ -104,12 +104,12 @@ def runner(model, args):
             state, metrics = jax.block_until_ready(step(state, Pixels(), batch, key))
             seconds.append(time.perf_counter() - begun)
             if at % args.every == 0:
-                pictures = np.asarray(Pixels().decode(drawn(state.ema, seed)))
+                pictures = np.asarray(Pixels().decode(drawn(state.ema["ema"], seed)))
                 figures = digit_figures(pictures, labels)
                 records.append(
                     {
                         "step": at,
-                        "error": float(error(state.ema)),
+                        "error": float(error(state.ema["ema"])),
                         "frechet": figures["frechet_samples"],
                         "recognised": figures["samples_recognised"],
                         "step_seconds": float(np.median(seconds)),

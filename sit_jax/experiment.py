@@ -16,7 +16,7 @@ from sit_jax.models.codec import codec_sample
 from sit_jax.parallel.mesh import num_batch_shards
 from sit_jax.precision.policy import PRECISIONS
 from sit_jax.ranges import FINITE, SEED, Above, AtLeast, Between
-from sit_jax.training.state import check_ema_decay
+from sit_jax.training.state import ema_rates
 
 SAMPLING = ("model", "process", "sampler", "codec", "guidance", "adapter")
 TRAINING = (*SAMPLING, "optimizer", "timesteps")
@@ -161,7 +161,7 @@ def build_experiment(config, roles=SAMPLING):
         clip = optax.clip_by_global_norm(config.clip)
         chained = optax.chain(clip, experiment.optimizer)
         experiment = dataclasses.replace(experiment, optimizer=chained)
-    check_ema_decay(experiment.ema_decay)
+    ema_rates(experiment.ema_decay)  # refuses what is no rate
     _ = experiment.losses  # refuses a process without steps to choose among
     scale = getattr(experiment.codec, "scale", 1.0)
     if isinstance(scale, float | int) and scale not in Above(0.0):

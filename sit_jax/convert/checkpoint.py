@@ -37,7 +37,7 @@ from sit_jax.convert.state_dict import (
 from sit_jax.errors import UserError
 from sit_jax.experiment import build_experiment, read_config
 from sit_jax.parallel.mesh import device_put_global, replicated
-from sit_jax.training.state import ema_item_names
+from sit_jax.training.state import ema_rates
 
 _ROLES = ("model", "optimizer")  # of an experiment, which are needed here
 
@@ -177,7 +177,7 @@ class CheckpointExport:
             *parts: model, ema, EMAs at other rates (ema_0.999), the optimizer's moments
                 by torch's names, and step, whose one entry is called step.
         """
-        emas = ema_item_names(self._experiment.ema_decay)
+        emas = ema_rates(self._experiment.ema_decay)
         for part, item in (("model", "params"), *zip(emas, emas, strict=True)):
             if part in parts:
                 for name, table in self._constants(part).items():
@@ -215,13 +215,12 @@ class CheckpointExport:
 
     def mdt_contents(self) -> tuple[dict[str, Mapping], dict[str, Mapping]]:
         """Returns what MDT's train script saves, by file name, and the parts in it."""
-        decay, has_optimizer = self._experiment.ema_decay, self.no_optimizer is None
-        names = ["model", *ema_item_names(decay)]
+        rates = ema_rates(self._experiment.ema_decay)
+        has_optimizer, names = self.no_optimizer is None, ["model", *rates]
         names += [*self._moments, "step"] if has_optimizer else []
         parts = self.state_dicts(*names)
-        rates = decay if isinstance(decay, tuple) else (decay,)
         adam = self._adam_state(parts) if has_optimizer else None
-        return mdt_contents(self.step, rates, parts, adam), parts
+        return mdt_contents(self.step, tuple(rates.values()), parts, adam), parts
 
     def _leaves(self, item, like):
         return checkpoint.iter_leaves(self.directory, self.step, item, like)

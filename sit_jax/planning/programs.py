@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from sit_jax.convert.open import base_shapes
-from sit_jax.experiment import TRAINING, build_experiment
+from sit_jax.experiment import TRAINING, Experiment, build_experiment
 from sit_jax.models import attention
 from sit_jax.parallel import mesh as mesh_lib
 from sit_jax.parallel import sharding_rules
@@ -18,6 +18,7 @@ from sit_jax.precision import policy
 from sit_jax.sampling.batch_sampler import lower_batch
 from sit_jax.training.state import TrainState, init_params
 from sit_jax.training.step import make_train_step
+from sit_jax.typing import Params
 
 # XLA gives its library YNN sums, convolutions and single products. Without the last,
 # which Eigen then takes, a training step is 2 to 4 % quicker (docs/performance.md).
@@ -85,25 +86,26 @@ def with_sampling_precision(
     return dataclasses.replace(experiment, model=model), around
 
 
-def eval_state_shapes(experiment: Any, mesh: Any) -> tuple[Any, Any]:
+def create_state(experiment: Experiment, params: Params) -> TrainState:
+    """Returns the state of step 0 of a run."""
+    return TrainState.create(
+        params,
+        experiment.optimizer,
+        ema_decay=experiment.ema_decay,
+        timestep_sampler_state=experiment.losses,
+    )
+
+
+def eval_state_shapes(experiment: Experiment, mesh: Any) -> tuple[TrainState, Any]:
     """Returns a run's TrainState as shapes, and its shardings; nothing is allocated.
 
     With an adapter it is that over a base of floats, but for what adapter.int8 names.
     """
-    adapter = experiment.adapter
-
-    def create(key, base):
-        return TrainState.create(
-            adapter.add_adapters(base, key) if adapter else base,
-            experiment.optimizer,
-            ema_decay=experiment.ema_decay,
-            timestep_sampler_state=experiment.losses,
-        )
-
-    base = base_shapes(experiment)
+    adapter, params = experiment.adapter, base_shapes(experiment)
     if adapter:
-        base = adapter.quantized_base_shapes(base)
-    shapes = jax.eval_shape(create, jax.random.key(0), base)
+        base = adapter.quantized_base_shapes(params)
+        params = jax.eval_shape(adapter.add_adapters, base, jax.random.key(0))
+    shapes = jax.eval_shape(partial(create_state, experiment), params)
     return shapes, sharding_rules.state_shardings(mesh, shapes)
 
 

@@ -37,7 +37,7 @@ from sit_jax.trainer.resume import (
 )
 from sit_jax.trainer.run_log import MetricsMeter, RunLog
 from sit_jax.trainer.workdir import locked_workdir, open_workdir
-from sit_jax.training.state import TrainState, sampled_ema
+from sit_jax.training.state import TrainState
 from sit_jax.training.step import tensor_names
 
 
@@ -124,8 +124,7 @@ def train(
         names = source.class_names
         previews = Previews(log, config, experiment, mesh, names)
         meta = {"config": stored, **describe_data(source, experiment.codec), **base}
-        decay = experiment.ema_decay
-        writer = CheckpointWriter(checkpoints, replicas, meta, history, decay)
+        writer = CheckpointWriter(checkpoints, replicas, meta, history)
         stack.enter_context(stop)
         key = jax.random.key(config.seed)
         batch_shapes = abstract_batch(source, config.batch_size, mesh)
@@ -137,7 +136,7 @@ def train(
         log.say(f"compiled the training step {words}")
         limit_kept_memory(step)
         replicas.compile(state)
-        sampled = lambda state: join(sampled_ema(state.ema, decay), state.frozen_params)
+        sampled = lambda state: join(state.ema["ema"], state.frozen_params)
         previews.draw_missing(first, sampled(state))
         batch = next(feed)  # was read meanwhile
         meter = _make_meter(config, experiment)

@@ -5,12 +5,12 @@ one endless sequence, of which a step takes the next batch_size; a run that resu
 batches of another size goes on in the same sequence.
 """
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,41 +19,46 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from sit_jax import checkpoint
-from sit_jax.config import difference, from_json
+from sit_jax.config import difference
 from sit_jax.convert.open import (
     CheckpointWeights,
+    LoadedWeights,
     WeightsRef,
+    base_shapes,
     load_base,
     open_weights,
     require_checkpoint,
 )
 from sit_jax.convert.rules import rules_for
 from sit_jax.errors import UserError
-from sit_jax.experiment import build_experiment
+from sit_jax.experiment import Experiment, build_experiment
 from sit_jax.files import is_remote, require_space
 from sit_jax.models.dit import SiT
 from sit_jax.parallel import sharding_rules
 from sit_jax.parallel.mesh import replicated, with_shardings
+from sit_jax.planning.programs import create_state, eval_state_shapes
 from sit_jax.trainer.compile import ReplicaCheck
-from sit_jax.training.state import (
-    TrainState,
-    init_ema,
-    init_params,
-    join_ema,
-    split_ema,
-)
+from sit_jax.training.state import TrainState, init_ema, init_params
 
 FRESH = WeightsRef()
 LABEL_TABLE = "y_embedder.embedding_table.weight"  # as torch files call it
 
 
+class Beginning(NamedTuple):
+    """What a run begins with."""
+
+    state: TrainState  # on the mesh
+    origin: str  # a sentence that says where it comes from
+    meta: Mapping[str, Any] = {}  # what checkpoints of the run tell besides
+
+
 def restore_or_init(
-    experiment: Any,
+    experiment: Experiment,
     mesh: Mesh,
     seed: int,
     directory: Path,
     init: WeightsRef = FRESH,
-) -> tuple[TrainState, str, dict[str, Any]]:
+) -> Beginning:
     """Makes the state that a run begins with.
 
     Args:
@@ -64,79 +69,41 @@ def restore_or_init(
         init: Weights to take while the run has none of its own. An optimizer state in
             a checkpoint of the same network is taken too, with its step, unless
             init.weights_only; else the weights start a run at step 0.
-
-    Returns:
-        The state on the mesh; a sentence that says where it comes from; and what the
-        checkpoints of the run tell besides.
     """
     if experiment.adapter is not None:
         return init_lora(experiment, mesh, seed, directory, init.path)
-    key = jax.random.key(seed)
-    model, decay = experiment.model, experiment.ema_decay
-    make = partial(TrainState.init, model, experiment.optimizer, experiment.shape)
-    make = partial(make, ema_decay=decay, timestep_sampler_state=experiment.losses)
-    shapes = jax.eval_shape(make, key)
-    shardings = sharding_rules.state_shardings(mesh, shapes)
+    shapes, shardings = eval_state_shapes(experiment, mesh)
     target = with_shardings(shapes, shardings)
     if checkpoint.steps(directory):
-        return *_restore_newest(experiment, directory, target), {}
-    if init.path is None:
-        state = jax.jit(make, out_shardings=shardings)(key)
-        return state, "starts with fresh weights", {}
-    opened = open_weights(init.path, init.open_torch)
-    other = _experiment_of(opened)
-    if not init.weights_only and _is_resumable(opened, other, experiment, init.path):
-        state = restore_state(
-            experiment, opened.path, opened.step, target, required=("params", "ema")
-        )
-        if "opt_state" in checkpoint.items(opened.path, opened.step):
-            return state, f"goes on from {init.path}, step {int(state.step)}", {}
-        new = "optimizer and step new"
-        return state, f"starts from the weights of {init.path}, {new}", {}
-    load = lambda item: opened.load(item, other, mesh)
-    state, news = init_from_other_model(
-        experiment, other, load, key, shardings=shardings, source=init.path
-    )
-    return state, f"starts from the weights of {init.path}; {news}", {}
+        return _restore_newest(experiment, directory, target)
+    key = jax.random.key(seed)
+    if init.path is not None:
+        return _init_from_weights(experiment, target, key, init)
+
+    def make(key: jax.Array) -> TrainState:
+        params = init_params(experiment.model, experiment.shape, key)
+        return create_state(experiment, params)
+
+    state = jax.jit(make, out_shardings=shardings)(key)
+    return Beginning(state, "starts with fresh weights")
 
 
 def _restore_newest(
-    experiment: Any, directory: Path, target: TrainState
-) -> tuple[TrainState, str]:
-    required = checkpoint_items(target, experiment.ema_decay)
+    experiment: Experiment, directory: Path, target: TrainState
+) -> Beginning:
+    required = checkpoint_items(target)
     state, lines = checkpoint.restore_newest(
         directory, lambda n: restore_state(experiment, directory, n, target, required)
     )
-    return state, "; ".join(lines)
-
-
-def _experiment_of(opened: Any) -> Any:
-    """Returns what is built from opened weights' config; None if there is no config."""
-    if isinstance(opened, CheckpointWeights):
-        meta = checkpoint.read_meta(opened.path, opened.step)
-        return build_experiment(from_json(meta["config"])) if "config" in meta else None
-    return build_experiment(opened.config)
-
-
-def _is_resumable(opened: Any, other: Any, experiment: Any, source: str) -> bool:
-    """Returns whether these are a checkpoint's, of the network the config wants."""
-    if other is not None:
-        require_same_family(source, type(other.model), experiment.model)
-        if other.adapter is not None:
-            return False  # what is loaded is its base with the adapters merged in
-    same = other is None or is_same_network(experiment, other)
-    return same and isinstance(opened, CheckpointWeights)
+    return Beginning(state, "; ".join(lines))
 
 
 # ---- states in checkpoints ----
 
 
-def checkpoint_items(
-    state: TrainState, ema_decay: float | tuple[float, ...]
-) -> dict[str, Any]:
+def checkpoint_items(state: TrainState) -> dict[str, Any]:
     """Returns the items of a checkpoint, by name."""
-    items = {"params": state.params, **split_ema(state.ema, ema_decay)}
-    items["opt_state"] = state.opt_state
+    items = {"params": state.params, **state.ema, "opt_state": state.opt_state}
     losses = state.timestep_sampler_state
     return items | ({"losses": losses} if jax.tree.leaves(losses) else {})
 
@@ -147,11 +114,11 @@ def checkpoint_meta(state: TrainState) -> dict[str, Any]:
 
 
 def restore_state(
-    experiment: Any,
+    experiment: Experiment,
     directory: Path,
     step: int,
     target: TrainState,
-    required: Mapping[str, Any] | tuple[str, ...],
+    required: Collection[str],
 ) -> TrainState:
     """Restores the state of a saved step.
 
@@ -165,25 +132,28 @@ def restore_state(
         target: A state of shapes with shardings.
         required: Names of items that must be there.
     """
-    wanted = checkpoint_items(target, experiment.ema_decay)
-    saved = checkpoint.items(directory, step)
+    wanted, saved = checkpoint_items(target), checkpoint.items(directory, step)
     names = [name for name in wanted if name in saved or name in required]
     items = checkpoint.load(directory, step, **{name: wanted[name] for name in names})
-    for name in wanted.keys() - items.keys():
-        if name.startswith("ema"):
-            items[name] = jax.tree.map(jnp.copy, items["ema"])  # each has its memory
+    fresh = {
+        "opt_state": experiment.optimizer.init,
+        "losses": lambda _: experiment.losses,
+    }
+    for name in wanted:
+        if name in items:
             continue
-        losses = lambda _: experiment.losses
-        make = experiment.optimizer.init if name == "opt_state" else losses
-        shardings = jax.tree.map(lambda x: x.sharding, wanted[name])
-        items[name] = jax.jit(make, out_shardings=shardings)(items["params"])
+        if name in fresh:
+            shardings = jax.tree.map(lambda x: x.sharding, wanted[name])
+            items[name] = jax.jit(fresh[name], out_shardings=shardings)(items["params"])
+        else:
+            items[name] = jax.tree.map(jnp.copy, items["ema"])  # each has its memory
     meta = checkpoint.read_meta(directory, step) if "opt_state" in saved else {}
     sharding = replicated(target.step.sharding.mesh)
     put = lambda x: jax.device_put(np.asarray(x, np.int32), sharding)
     return TrainState(
         step=put(meta.get("step", 0)),
         params=items["params"],
-        ema=join_ema(items, experiment.ema_decay),
+        ema={name: items[name] for name in target.ema},
         opt_state=items["opt_state"],
         skipped_steps=put(meta.get("skipped", (0, 0))),
         timestep_sampler_state=items.get("losses", ()),
@@ -199,14 +169,12 @@ class CheckpointWriter:
         replicas: What compares the devices' copies.
         meta: What each checkpoint tells of the run, of JSON.
         history: How far the run is in its data.
-        ema_decay: The config's.
     """
 
     checkpoints: checkpoint.Checkpoints
     replicas: ReplicaCheck
     meta: Mapping[str, Any]
     history: "RunHistory"
-    ema_decay: float | tuple[float, ...]
 
     def check(self, step: int, state: TrainState) -> None:
         """Raises what has gone wrong since the last step; cheap."""
@@ -219,8 +187,7 @@ class CheckpointWriter:
         start = time.perf_counter()
         self.replicas.check(step, state)
         meta = {**self.meta, **self.history.meta(step), **checkpoint_meta(state)}
-        items = checkpoint_items(state, self.ema_decay)
-        self.checkpoints.save(step, meta, **items)
+        self.checkpoints.save(step, meta, **checkpoint_items(state))
         return time.perf_counter() - start
 
 
@@ -288,7 +255,35 @@ def _devices(mesh: Mapping[str, int]) -> str:
     return f"{np.prod(list(mesh.values()))} devices ({axes})"
 
 
-# ---- weights of another network ----
+# ---- given weights ----
+
+
+def _init_from_weights(
+    experiment: Experiment, target: TrainState, key: jax.Array, init: WeightsRef
+) -> Beginning:
+    """Goes on with a checkpoint of the same network, or begins with other weights."""
+    opened = open_weights(init.path, init.open_torch)
+    other = build_experiment(opened.config)
+    require_same_family(init.path, type(other.model), experiment.model)
+    network = lambda e: (type(e.model), e.model.classes, e.model.null_label, e.shape)
+    if (
+        isinstance(opened, CheckpointWeights)
+        and other.adapter is None  # else its base is loaded, with the adapters in it
+        and network(other) == network(experiment)
+        and not init.weights_only
+    ):
+        directory, step = opened.path, opened.step
+        required = ("params", "ema")
+        state = restore_state(experiment, directory, step, target, required)
+        if "opt_state" in checkpoint.items(directory, step):
+            return Beginning(state, f"goes on from {init.path}, step {int(state.step)}")
+        news = ["optimizer and step new"]
+    else:
+        state = _convert_weights(experiment, target, key, opened, other, init.path)
+        news = ["optimizer and step new", *_describe_news(experiment, other)]
+    return Beginning(
+        state, f"starts from the weights of {init.path}; {'; '.join(news)}"
+    )
 
 
 def require_same_family(source: str, other: type, model: Any) -> None:
@@ -311,21 +306,14 @@ def require_same_family(source: str, other: type, model: Any) -> None:
         )
 
 
-def is_same_network(one: Any, other: Any) -> bool:
-    """Returns whether two experiments' networks mean the same by every tensor."""
-    key = lambda e: (type(e.model), e.model.classes, e.model.null_label, e.shape)
-    return key(one) == key(other)
-
-
-def init_from_other_model(
-    experiment: Any,
-    other: Any,
-    load: Callable[[str], Any],
+def _convert_weights(
+    experiment: Experiment,
+    target: TrainState,
     key: jax.Array,
-    *,
-    shardings: TrainState,
+    opened: LoadedWeights,
+    other: Experiment,
     source: str,
-) -> tuple[TrainState, str]:
+) -> TrainState:
     """Begins with the weights of a network of other classes or another resolution.
 
     All tensors are taken as they are, but for the table of labels where the classes are
@@ -334,24 +322,18 @@ def init_from_other_model(
 
     Args:
         experiment: Of the run.
-        other: Of the weights.
-        load: Loads an item of the weights, "params" or "ema".
+        target: The state as shapes with shardings.
         key: For the new table.
-        shardings: Of the state.
-        source: Where the weights are, for messages.
-
-    Returns:
-        The state at step 0, and what is new in it.
+        opened: The weights.
+        other: Of the weights.
+        source: Where they are, for the message.
     """
-    model, theirs = experiment.model, other.model
-    require_same_family(source, type(theirs), model)
-    table = next(flax for torch, flax, _ in rules_for(model) if torch == LABEL_TABLE)
-    labels = lambda model: (model.classes, model.null_label)
-    is_new_table = labels(model) != labels(theirs)
-    shapes = _param_shapes(experiment)
-    kept = {k: v for k, v in shapes.items() if not (is_new_table and k == table)}
-    saved = {k: v for k, v in _param_shapes(other).items() if k in kept}
-    checkpoint.require_same_shapes(source, saved, kept)
+    model, table = experiment.model, _label_table(experiment.model)
+    is_new_table = _has_new_table(model, other.model)
+    left_out = {table} if is_new_table else set()
+    without = lambda shapes: {k: v for k, v in shapes.items() if k not in left_out}
+    wanted = without(flatten_dict(base_shapes(experiment), sep="/"))
+    checkpoint.require_same_shapes(source, without(opened.shapes()), wanted)
 
     def make(key: jax.Array, params: Any, ema: Any) -> TrainState:
         trees = [flatten_dict(tree, sep="/") for tree in (params, ema)]
@@ -360,16 +342,25 @@ def init_from_other_model(
             fresh = flatten_dict(fresh, sep="/")[table]
             for tree in trees:
                 rows = fresh
-                if model.null_label and theirs.null_label:
+                if model.null_label and other.model.null_label:
                     rows = jnp.concatenate([fresh[:-1], tree[table][-1:]])
                 tree[table] = rows
         params, ema = (unflatten_dict(tree, sep="/") for tree in trees)
-        state = _create_state(experiment, params)
+        state = create_state(experiment, params)
         return state.replace(ema=init_ema(ema, experiment.ema_decay))
 
-    state = jax.jit(make, out_shardings=shardings)(key, load("params"), load("ema"))
-    news = ["optimizer and step new"]
-    if is_new_table:
+    shardings = jax.tree.map(lambda x: x.sharding, target)
+    mesh = target.step.sharding.mesh
+    params, ema = (opened.load(item, other, mesh) for item in ("params", "ema"))
+    return jax.jit(make, out_shardings=shardings)(key, params, ema)
+
+
+def _describe_news(experiment: Experiment, other: Experiment) -> list[str]:
+    """Returns what a run begins anew with the weights of another network."""
+    model, theirs, news = experiment.model, other.model, []
+    if _has_new_table(model, theirs):
+        shapes = flatten_dict(base_shapes(experiment), sep="/")
+        table = _label_table(model)
         null = f", null label {model.classes}" if model.null_label else ""
         news.append(
             f"of {len(shapes)} tensors only {table} {shapes[table].shape} is new, for "
@@ -383,27 +374,28 @@ def init_from_other_model(
             f"{type(theirs).__name__}'s weights, which mean another output and "
             "another time: no samples before some training"
         )
-    return state, "; ".join(news)
+    return news
 
 
-def _create_state(experiment: Any, params: Any) -> TrainState:
-    decay, losses = experiment.ema_decay, experiment.losses
-    return TrainState.create(
-        params, experiment.optimizer, ema_decay=decay, timestep_sampler_state=losses
-    )
+def _has_new_table(model: Any, other: Any) -> bool:
+    labels = lambda model: (model.classes, model.null_label)
+    return labels(model) != labels(other)
 
 
-def _param_shapes(experiment: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    init = partial(init_params, experiment.model, experiment.shape)
-    return flatten_dict(jax.eval_shape(init, jax.random.key(0)), sep="/")
+def _label_table(model: Any) -> str:
+    return next(flax for torch, flax, _ in rules_for(model) if torch == LABEL_TABLE)
 
 
 # ---- adapters ----
 
 
 def init_lora(
-    experiment: Any, mesh: Mesh, seed: int, directory: Path, init: str | None = None
-) -> tuple[TrainState, str, dict[str, Any]]:
+    experiment: Experiment,
+    mesh: Mesh,
+    seed: int,
+    directory: Path,
+    init: str | None = None,
+) -> Beginning:
     """Begins a run that trains adapters: over its base, or where it left off.
 
     Args:
@@ -412,42 +404,44 @@ def init_lora(
         seed: For fresh adapters.
         directory: The run's own checkpoints; those of adapters say where their base is.
         init: A workdir or checkpoint of the base, or of adapters to begin with.
-
-    Returns:
-        What restore_or_init does.
     """
-    own = checkpoint.steps(directory)
-    adapters = _find_adapters(init)
-    last = (directory, own[-1]) if own else adapters
-    record = checkpoint.read_meta(*last)["base"] if last else None
-    if init is None and record is None:
+    own, path, adapters = checkpoint.steps(directory), init, None
+    record = _read_base_record(directory, own)
+    if init is not None:
+        require_checkpoint(init)
+        source, step = checkpoint.find_step(init)
+        if theirs := _read_base_record(source, [step]):
+            adapters = (source, step)
+            record, path = record or theirs, None
+    if path is None and record is None:
         raise UserError("config.adapter adapts a trained network: add --init BASE")
-    path = init if init and not adapters else record["path"]
-    base, record = load_base(experiment, mesh, path, record)
+    base, record = load_base(experiment, mesh, path or record["path"], record)
     base = experiment.adapter.quantize_base(base)
 
     def make(base: Any) -> TrainState:
         params = experiment.adapter.add_adapters(base, jax.random.key(seed))
-        return _create_state(experiment, params)
+        return create_state(experiment, params)
 
     shardings = sharding_rules.state_shardings(mesh, jax.eval_shape(make, base))
     state = jax.jit(make, out_shardings=shardings, donate_argnums=0)(base)
     target, frozen = with_shardings(state, shardings), state.frozen_params
     origin = "starts anew"
     if own:
-        state, origin = _restore_newest(experiment, directory, target)
+        state, origin, _ = _restore_newest(experiment, directory, target)
     elif adapters:
-        state = restore_state(experiment, *adapters, target, ("params", "ema"))
+        required = ("params", "ema")
+        state = restore_state(experiment, *adapters, target, required)
         origin = f"goes on from {init}, step {int(state.step)}"
     of_base = f"adapters of {record['path']}/{record['step']}, {record['sha256'][:12]}"
-    return state.replace(frozen_params=frozen), f"{origin}, {of_base}", {"base": record}
+    state = state.replace(frozen_params=frozen)
+    return Beginning(state, f"{origin}, {of_base}", {"base": record})
 
 
-def _find_adapters(path: str | None) -> tuple[Path, int] | None:
-    """Returns directory and step of a checkpoint of adapters, None of another."""
-    if path is None:
-        return None
-    require_checkpoint(path)
-    directory, step = checkpoint.find_step(path)
-    is_adapter = "base" in checkpoint.read_meta(directory, step)
-    return (directory, step) if is_adapter else None
+def _read_base_record(
+    directory: Path, numbers: Collection[int]
+) -> dict[str, Any] | None:
+    """Returns where the base of adapters is, None where the steps are of a network."""
+    for step in sorted(numbers, reverse=True):
+        with contextlib.suppress(checkpoint.DamagedCheckpoint):
+            return checkpoint.read_meta(directory, step).get("base")
+    return None

@@ -8,7 +8,7 @@ Source: Xie et al., arXiv:2208.06677.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,17 +55,31 @@ def adan(
         if not 0 < value < 1:
             raise UserError(f"adan's {name} is {value}; it must be between 0 and 1")
 
+    def init(params: Params) -> AdanState:
+        zeros = lambda: jax.tree.map(jnp.zeros_like, params)
+        count = jnp.zeros((), jnp.int32)
+        return AdanState(count, zeros(), zeros(), zeros(), zeros())
+
     def update(
         grads: Params, state: AdanState, params: Params | None = None
     ) -> tuple[Params, AdanState]:
         if params is None:
             raise ValueError("adan needs the weights: tx.update(grads, state, params)")
-        new = _update_averages(grads, state, b1, b2, b3)
+        # the first change is 0
+        difference = lambda g, n: jnp.where(state.count == 0, 0.0, g + n)
+        changes = jax.tree.map(difference, grads, state.negative)
+        ahead = jax.tree.map(lambda g, d: g + b2 * d, grads, changes)
+        new = AdanState(
+            count=optax.safe_increment(state.count),
+            mean=optax.tree.update_moment(grads, state.mean, b1, 1),
+            change=optax.tree.update_moment(changes, state.change, b2, 1),
+            square=optax.tree.update_moment(ahead, state.square, b3, 2),
+            negative=jax.tree.map(jnp.negative, grads),
+        )
         is_schedule = callable(learning_rate)
         rate = learning_rate(state.count) if is_schedule else learning_rate
         # 1 - b^count, whose digits float32 would lose at the first steps
-        logs = {name: math.log(b) for name, b in decays.items()}
-        bias = {name: -jnp.expm1(new.count * log) for name, log in logs.items()}
+        bias = {n: -jnp.expm1(new.count * math.log(b)) for n, b in decays.items()}
 
         def step(m: Array, v: Array, n: Array, weight: Array) -> Array:
             scale = jnp.sqrt(n) / jnp.sqrt(bias["b3"]) + eps
@@ -74,36 +88,4 @@ def adan(
 
         return jax.tree.map(step, new.mean, new.change, new.square, params), new
 
-    return optax.GradientTransformation(_init, update)
-
-
-def _init(params: Params) -> AdanState:
-    zeros = lambda: jax.tree.map(jnp.zeros_like, params)
-    return AdanState(
-        count=jnp.zeros((), jnp.int32),
-        mean=zeros(),
-        change=zeros(),
-        square=zeros(),
-        negative=zeros(),
-    )
-
-
-def _update_averages(
-    grads: Params, state: AdanState, b1: float, b2: float, b3: float
-) -> AdanState:
-    """Returns the state with a step's gradient in its averages."""
-    # the first change is 0
-    difference = lambda g, n: jnp.where(state.count == 0, 0.0, g + n)
-    changes = jax.tree.map(difference, grads, state.negative)
-    ahead = jax.tree.map(lambda g, d: jnp.square(g + b2 * d), grads, changes)
-
-    def average(decay: float, new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda a, b: decay * b + (1 - decay) * a, new, old)
-
-    return AdanState(
-        count=optax.safe_increment(state.count),
-        mean=average(b1, grads, state.mean),
-        change=average(b2, changes, state.change),
-        square=average(b3, ahead, state.square),
-        negative=jax.tree.map(jnp.negative, grads),
-    )
+    return optax.GradientTransformation(init, update)

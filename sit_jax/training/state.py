@@ -1,9 +1,4 @@
-"""The state of training, and the moving averages (EMA) of the weights in it.
-
-With one decay the EMA is a tree like the weights; with a tuple of decays a dict of such
-trees by the decays' names, "0.9999". In a checkpoint the first is the item `ema`, which
-is sampled from; the others are `ema_0.999` and so on.
-"""
+"""The state of training, and the moving averages (EMA) of the weights in it."""
 
 from typing import Any, TypeAlias
 
@@ -18,7 +13,6 @@ from sit_jax.errors import UserError
 from sit_jax.typing import Params
 
 Decay: TypeAlias = float | tuple[float, ...]
-EMA: TypeAlias = Any  # Params, or {name of a decay: Params}
 
 
 class TrainState(struct.PyTreeNode):
@@ -26,7 +20,7 @@ class TrainState(struct.PyTreeNode):
 
     step: Int[Array, ""]  # batches seen
     params: Params
-    ema: EMA
+    ema: dict[str, Params]  # by ema_rates(); "ema" is sampled from
     opt_state: optax.OptState
     skipped_steps: Int[Array, "2"]  # steps without effect: in all, and in a row
     timestep_sampler_state: Any = ()
@@ -67,17 +61,10 @@ class TrainState(struct.PyTreeNode):
         optimizer: optax.GradientTransformation,
         shape: tuple[int, int, int],
         key: Array,
-        *,
-        ema_decay: Decay = 0.9999,
-        timestep_sampler_state: Any = (),
+        **options: Any,
     ) -> "TrainState":
-        """Returns the state of step 0 with fresh weights, for data of (h, w, c)."""
-        return cls.create(
-            init_params(model, shape, key),
-            optimizer,
-            ema_decay=ema_decay,
-            timestep_sampler_state=timestep_sampler_state,
-        )
+        """Returns create() of fresh weights, for data of (h, w, c)."""
+        return cls.create(init_params(model, shape, key), optimizer, **options)
 
 
 def init_params(model: Any, shape: tuple[int, int, int], key: Array) -> Params:
@@ -86,60 +73,33 @@ def init_params(model: Any, shape: tuple[int, int, int], key: Array) -> Params:
     return model.init(key, x, t, labels)["params"]
 
 
-def check_ema_decay(decay: Decay) -> None:
-    """Refuses decays outside 0..1, none at all, and one twice."""
-    for rate in _decays(decay):
+def ema_rates(decay: Decay) -> dict[str, float]:
+    """Returns {item of a checkpoint: decay of that EMA}.
+
+    The first is `ema`, which is sampled from; the others are called `ema_0.999`.
+
+    Raises:
+      UserError: a decay is outside 0..1, there is none, or one twice.
+    """
+    rates = tuple(map(float, decay if isinstance(decay, tuple) else (decay,)))
+    for rate in rates:
         if not 0 <= rate <= 1:
             raise UserError(f"ema_decay is {rate}; it must be in [0, 1]")
-    if len(set(_names(decay))) != len(_decays(decay)) or not _decays(decay):
+    if not rates or len(set(rates)) < len(rates):
         raise UserError(f"ema_decay is {decay}; give one rate, or several different")
+    return {"ema": rates[0], **{f"ema_{rate}": rate for rate in rates[1:]}}
 
 
-def init_ema(params: Params, decay: Decay) -> EMA:
+def init_ema(params: Params, decay: Decay) -> dict[str, Params]:
     """Returns copies of the weights, in memory of their own: the state is donated."""
-    copy = lambda: jax.tree.map(jnp.copy, params)
-    if not isinstance(decay, tuple):
-        return copy()
-    return {name: copy() for name in _names(decay)}
+    return {name: jax.tree.map(jnp.copy, params) for name in ema_rates(decay)}
 
 
-def update_ema(ema: EMA, params: Params, decay: Decay) -> EMA:
+def update_ema(
+    ema: dict[str, Params], params: Params, decay: Decay
+) -> dict[str, Params]:
     """Returns the averages one step later."""
-    if not isinstance(decay, tuple):
-        return optax.incremental_update(params, ema, 1 - decay)
-    pairs = zip(_names(decay), decay, strict=True)
-    return {name: update_ema(ema[name], params, rate) for name, rate in pairs}
-
-
-def sampled_ema(ema: EMA, decay: Decay) -> Params:
-    """Returns the average that is sampled from: the first."""
-    return ema[_names(decay)[0]] if isinstance(decay, tuple) else ema
-
-
-def split_ema(ema: EMA, decay: Decay) -> dict[str, Params]:
-    """Returns {item of a checkpoint: tree}."""
-    if not isinstance(decay, tuple):
-        return {"ema": ema}
-    items = zip(ema_item_names(decay), _names(decay), strict=True)
-    return {item: ema[name] for item, name in items}
-
-
-def join_ema(items: dict[str, Params], decay: Decay) -> EMA:
-    """Returns the averages of what split_ema made; items may hold more."""
-    if not isinstance(decay, tuple):
-        return items["ema"]
-    names = zip(ema_item_names(decay), _names(decay), strict=True)
-    return {name: items[item] for item, name in names}
-
-
-def ema_item_names(decay: Decay) -> tuple[str, ...]:
-    """Returns the items of a checkpoint, the one that is sampled from first."""
-    return ("ema", *(f"ema_{name}" for name in _names(decay)[1:]))
-
-
-def _names(decay: Decay) -> tuple[str, ...]:
-    return tuple(str(float(rate)) for rate in _decays(decay))
-
-
-def _decays(decay: Decay) -> tuple[float, ...]:
-    return decay if isinstance(decay, tuple) else (decay,)
+    return {
+        name: optax.incremental_update(params, ema[name], 1 - rate)
+        for name, rate in ema_rates(decay).items()
+    }

@@ -13,9 +13,9 @@ from sit_jax.diffusion.rng import StepKeys
 from sit_jax.diffusion.timesteps import quartile_means
 from sit_jax.models.codec import codec_sample
 from sit_jax.training.objectives import (
-    Objective,
+    StepInputs,
     accumulate_gradients,
-    objective_for,
+    make_passes,
     total_loss,
     value_and_grad,
 )
@@ -30,7 +30,6 @@ def make_train_step(
     process: Process,
     optimizer: optax.GradientTransformation,
     *,
-    objective: Objective | None = None,
     ema_decay: Decay = 0.9999,
     label_dropout: float = 0.1,
     microbatches: int = 1,
@@ -50,7 +49,6 @@ def make_train_step(
       model: the network.
       process: what it is trained on.
       optimizer: an optax transformation.
-      objective: which passes a step makes; None: objective_for(model).
       ema_decay: of the moving average, or several.
       label_dropout: share of labels that are replaced by the null label.
       microbatches: parts that the batch is gone through in, for the same gradient.
@@ -58,7 +56,6 @@ def make_train_step(
       log_quartiles: losses are also given by quarters of the times.
       shard_gradients: constrains where gradients live, see parallel/.
     """
-    objective = objective or objective_for(model)
 
     def train_step(
         state: TrainState, codec: Any, batch: Mapping[str, Array], key: Array
@@ -72,12 +69,13 @@ def make_train_step(
             t, weights = timestep_sampler.sample(
                 process, keys.times, sampler_state, len(data)
             )
-        passes = objective(model, keys, batch["label"], data.shape, label_dropout)
+        passes = make_passes(model, keys, batch["label"], data.shape, label_dropout)
+        inputs = StepInputs(data, t, weights, passes)
 
         grad_fn = accumulate_gradients(
             partial(value_and_grad, model, process, state.frozen_params), microbatches
         )
-        grads, terms, rows = grad_fn(state.params, data, t, weights, passes)
+        grads, terms, rows = grad_fn(state.params, inputs)
         grads = shard_gradients(grads)
         loss, norm = total_loss(passes, terms), optax.tree.norm(grads)
         is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -99,8 +97,8 @@ def make_train_step(
 
         tensors = data, state.params, grads
         bad = jax.lax.cond(is_finite, lambda _: -1, _first_not_finite, tensors)
-        metrics = terms | {"grad_norm": norm, "bad": bad}
-        metrics |= {"skipped": new_state.skipped_steps}
+        skipped = new_state.skipped_steps
+        metrics = terms | {"grad_norm": norm, "bad": bad, "skipped": skipped}
         if log_quartiles:
             metrics |= quartile_means(rows, t, process.max_time)
         return new_state, metrics
@@ -124,14 +122,11 @@ def _keep_if_finite(
     is_finite: Bool[Array, ""], new: TrainState, old: TrainState
 ) -> TrainState:
     """Returns the new state, with what the optimizer changed only if it is finite."""
-    choose = partial(jnp.where, is_finite)
-    return new.replace(
-        params=jax.tree.map(choose, new.params, old.params),
-        ema=jax.tree.map(choose, new.ema, old.ema),
-        opt_state=jax.tree.map(choose, new.opt_state, old.opt_state),
-        timestep_sampler_state=jax.tree.map(
-            choose, new.timestep_sampler_state, old.timestep_sampler_state
-        ),
+    kept = jax.tree.map(partial(jnp.where, is_finite), new, old)
+    return kept.replace(
+        step=new.step,
+        skipped_steps=new.skipped_steps,
+        frozen_params=new.frozen_params,
     )
 
 

@@ -92,7 +92,7 @@ def test_a_step_moves_the_adapters_alone(kind):
         state, metrics = step(state, Pixels(), batch, jax.random.key(0))
     assert np.isfinite(metrics["loss"]) and metrics["bad"] == -1
     assert equal(state.frozen_params, before.frozen_params)
-    for part in (state.params, state.ema):
+    for part in (state.params, state.ema["ema"]):
         moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), part, before.params)
         assert all(jax.tree.leaves(moved))
     sizes = [x.size for x in jax.tree.leaves(state.params)]

@@ -179,7 +179,7 @@ def test_save_writes_every_item_that_is_restored():
         jax.random.key(0),
     )
     concrete = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
-    written = checkpoint_items(concrete, (0.9, 0.99))
+    written = checkpoint_items(concrete)
     assert set(written) == {"params", "ema", "ema_0.99", "opt_state"}
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     in_meta = count(state.step) + count(state.skipped_steps)

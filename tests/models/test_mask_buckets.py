@@ -13,7 +13,7 @@ from sit_jax.diffusion.rng import StepKeys
 from sit_jax.errors import UserError
 from sit_jax.models.flops import step_macs
 from sit_jax.models.mdt import MDT, MDTv2, bucket_sizes
-from sit_jax.training.objectives import masked_objective, value_and_grad
+from sit_jax.training.objectives import StepInputs, make_passes, value_and_grad
 
 SMALL = dict(depth=3, decoder=1, width=24, heads=3, patch=1, classes=5)
 ONE, THREE = MDTv2(**SMALL), MDTv2(mask_buckets=3, **SMALL)
@@ -30,11 +30,10 @@ def gradient(model, key):
     """-> the gradient of both passes, their terms, and how many tokens are seen."""
     keys = StepKeys.at(key, 0)
     data = jax.random.normal(keys.codec, SHAPE)
-    passes = masked_objective(model, keys, jnp.array([1, 4]), SHAPE, 0.1)
+    passes = make_passes(model, keys, jnp.array([1, 4]), SHAPE, 0.1)
     process, t = GaussianDiffusion(), jnp.array([20, 700])
-    grads, terms, _ = value_and_grad(
-        model, process, {}, weights(), data, t, None, passes
-    )
+    inputs = StepInputs(data, t, None, passes)
+    grads, terms, _ = value_and_grad(model, process, {}, weights(), inputs)
     return (grads, terms), passes["m_"].inputs["num_visible"][0]
 
 

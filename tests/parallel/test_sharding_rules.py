@@ -124,5 +124,5 @@ def test_arrays_hold_what_the_table_says():
     held = lambda x: {shard.data.size for shard in x.addressable_shards}
     kernel = state.params["blocks"]["mlp"]["fc1"]["kernel"]
     assert held(kernel) == {kernel.size // 4}
-    for other in (state.ema, state.opt_state[0].mu, state.opt_state[0].nu):
+    for other in (state.ema["ema"], state.opt_state[0].mu, state.opt_state[0].nu):
         assert held(other["blocks"]["mlp"]["fc1"]["kernel"]) == {kernel.size // 8}

@@ -41,7 +41,7 @@ def steps_on(setting, directory, devices, many):
             seen.append(jax.device_get(batch))
             state, metrics = step(state, parts.codec, batch, jax.random.key(0))
             losses.append(float(metrics["loss"]))
-    items, meta = checkpoint_items(state, parts.ema_decay), checkpoint_meta(state)
+    items, meta = checkpoint_items(state), checkpoint_meta(state)
     past = read_history(directory, first, small.to_json(config), mesh)
     about = {"config": small.to_json(config), **past.meta(first + many), **meta}
     small.save(directory, first + many, about, **items)

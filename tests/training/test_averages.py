@@ -64,7 +64,7 @@ def saved(tmp_path_factory):
     unlike = lambda x: rng.permutation(x.size).reshape(x.shape).astype(x.dtype)
     state = jax.tree.map(lambda x: jax.device_put(unlike(x), x.sharding), state)
     state = state.replace(step=jnp.int32(3), skipped_steps=jnp.array([1, 0]))
-    items = resume.checkpoint_items(state, parts.ema_decay)
+    items = resume.checkpoint_items(state)
     meta = resume.checkpoint_meta(state)
     folder = tmp_path_factory.mktemp("saved") / "ck"
     small.save(folder, 3, {"config": to_json(c), **meta}, **items)
@@ -96,14 +96,14 @@ def test_what_is_sampled_is_the_first_average(saved):
     folder, state = saved
     parts = build_experiment(config(0.9, 0.5), TRAINING)
     ours = open_weights(folder, None).load("ema", parts, make_mesh(-1, 1))
-    assert equal(ours, state.ema["0.9"]) and not equal(ours, state.ema["0.5"])
+    assert equal(ours, state.ema["ema"]) and not equal(ours, state.ema["ema_0.5"])
 
 
 def test_other_rates_begin_from_the_first_average(saved):
     folder, state = saved
-    assert equal(begun(folder, 0.9, 0.8).ema["0.8"], state.ema["0.9"])
+    assert equal(begun(folder, 0.9, 0.8).ema["ema_0.8"], state.ema["ema"])
     one = begun(folder, 0.99)
-    assert equal(one.ema, state.ema["0.9"]) and int(one.step) == 3
+    assert equal(one.ema["ema"], state.ema["ema"]) and int(one.step) == 3
 
 
 @pytest.mark.parametrize("kind", [MDT, MDTv2])

@@ -157,7 +157,7 @@ def test_the_average_after_the_last_step(curve):
     """It moves by 2e-6 only, so two ulps of the weight are what it may be off."""
     name, _, last, _ = curve
     start, theirs = weights(f"train_{name}_init"), full(name)["ema"]
-    for key, ours in to_torch(DIT_RULES, last.ema).items():
+    for key, ours in to_torch(DIT_RULES, last.ema["ema"]).items():
         there = without_keys(key, theirs[key].numpy())
         off = np.abs(without_keys(key, ours) - there).max()
         assert off < 2.4e-7 * max(np.abs(there).max(), 1e-2), key
