@@ -52,7 +52,7 @@ def image_grid(
         for row in range(lines):
             words = captions[row * columns : (row + 1) * columns]
             strip = out[row * down + pad : row * down + pad + above, pad:]
-            strip[:] = _written(words, across, strip.shape)
+            strip[:] = _draw_captions(words, across, strip.shape)
     return out
 
 
@@ -67,35 +67,26 @@ def captions(labels: Sequence[int], names: dict[str, str] | None) -> list[str] |
     return [f"{y} {shown.get(y, '')}".strip() for y in map(str, np.asarray(labels))]
 
 
-def _written(words, across, shape):
-    """Captions `across` pixels apart -> a strip uint8 [height, width, C]."""
+def _draw_captions(words, distance, shape):
+    """Returns a strip uint8 [height, width, c] with words `distance` pixels apart."""
     from PIL import Image, ImageDraw, ImageFont
 
     height, width, channels = shape
     strip = Image.new("L", (width, height), DARK)
     pen, font, x = ImageDraw.Draw(strip), ImageFont.load_default(LETTERS), 0
     for word, same in groupby(words):
-        room = len(list(same)) * across
-        text = _fitted(_writable(word), room - 6, font)
+        space = len(list(same)) * distance
+        # in ASCII, all that Pillow's own font has: é as e, others as ?
+        letters = unicodedata.normalize("NFKD", word)
+        letters = [c for c in letters if not unicodedata.combining(c)]
+        text = "".join(c if c.isascii() and c.isprintable() else "?" for c in letters)
+        if font.getlength(text) > space - 6:
+            while text and font.getlength(f"{text}..") > space - 6:
+                text = text[:-1]
+            text += ".."
         pen.text((x + 1, height - 4), text, LIGHT, font, anchor="ls")
-        x += room
+        x += space
     return np.asarray(strip)[..., None].repeat(channels, -1)
-
-
-def _writable(word):
-    """The word in ASCII, all that Pillow's own font has: é as e, others as ?."""
-    letters = unicodedata.normalize("NFKD", word)
-    letters = [c for c in letters if not unicodedata.combining(c)]
-    return "".join(c if c.isascii() and c.isprintable() else "?" for c in letters)
-
-
-def _fitted(word, width, font):
-    """As much of a word as `width` pixels take."""
-    if font.getlength(word) <= width:
-        return word
-    while word and font.getlength(f"{word}..") > width:
-        word = word[:-1]
-    return f"{word}.."
 
 
 def save_png(path: Any, image: UInt8[np.ndarray, "h w c"]) -> None:

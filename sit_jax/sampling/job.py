@@ -56,30 +56,27 @@ class SamplingJob:
         return {**fields, "labels": np.asarray(self.labels).tolist()}
 
     @classmethod
-    def from_json(cls, record: Any, where: Any) -> "SamplingJob":
+    def from_json(cls, record: Any, path: Any) -> "SamplingJob":
         """Returns the job of a manifest; refuses unknown and missing fields."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        if isinstance(record, dict):
-            # from before there were adapters and int8 weights
-            later = {"lora": (), "quantize": None, "quantize_skip": SKIP}
-            record = {**later, **record}
-        if not isinstance(record, dict) or set(record) != known:
-            raise UserError(f"{where} is not the manifest of samples of this version")
-        for field in dataclasses.fields(cls):
-            value, kinds = record[field.name], KINDS.get(field.name, (str, type(None)))
+        names = {f.name for f in dataclasses.fields(cls)}
+        # from before there were adapters and int8 weights
+        later = {"lora": (), "quantize": None, "quantize_skip": SKIP}
+        if not isinstance(record, dict) or names != {*later, *record}:
+            raise UserError(f"{path} is not the manifest of samples of this version")
+        record = later | record
+        for name, value in record.items():
+            kinds = KINDS.get(name, (str, type(None)))
             if not isinstance(value, kinds) or isinstance(value, bool):
                 kind = type(value).__name__
-                raise UserError(
-                    f"{where}: its {field.name} is a {kind}; not a manifest"
-                )
+                raise UserError(f"{path}: its {name} is a {kind}; not a manifest")
         try:
             labels = np.asarray(record["labels"])
         except ValueError:  # lists of several lengths
             labels = np.zeros(0)
         if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) == 0:
-            raise UserError(f"{where}: its labels are no list of whole numbers")
+            raise UserError(f"{path}: its labels are no list of whole numbers")
         if labels.min() < 0 or labels.max() >= 2**31 or record["batch_size"] < 1:
-            raise UserError(f"{where}: its labels or its batch size make no sense")
+            raise UserError(f"{path}: its labels or its batch size make no sense")
         lists = {"labels": labels.astype(np.int32), "lora": tuple(record["lora"])}
         return cls(**{**record, **lists})
 

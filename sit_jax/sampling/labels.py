@@ -36,51 +36,50 @@ def make_labels(
         count = classes if number is None else number
         return np.arange(count, dtype=np.int32) % classes
     if all(part.strip().isdecimal() for part in word.split(",")):
-        listed = [int(part) for part in word.split(",")]
-        return _spread(_checked(listed, classes, "--labels"), number)
+        listed = _check_labels(list(map(int, word.split(","))), classes, "--labels")
+        number = len(listed) if number is None else number
+        if number % len(listed):
+            raise UserError(
+                f"--num {number} is not divisible by the {len(listed)} labels; "
+                "each label gets as many images"
+            )
+        return np.repeat(listed, number // len(listed))
     if Path(word).suffix in (".npy", ".txt") or Path(word).exists():
-        found = _checked(_read(local_path(word)), classes, f"--labels {word}")
-        if number not in (None, len(found)):
-            raise UserError(f"--num {number}, but {word} has {len(found)} labels")
-        return found
+        labels = _check_labels(
+            _read_labels(local_path(word)), classes, f"--labels {word}"
+        )
+        if number not in (None, len(labels)):
+            raise UserError(f"--num {number}, but {word} has {len(labels)} labels")
+        return labels
     raise UserError(
         f"--labels {word!r}: random, balanced, classes such as 207,360, or a file"
     )
 
 
-def _spread(listed, number):
-    number = len(listed) if number is None else number
-    if number % len(listed):
-        raise UserError(
-            f"--num {number} is not divisible by the {len(listed)} labels; "
-            "each label gets as many images"
-        )
-    return np.repeat(listed, number // len(listed))
-
-
-def _read(path):
+def _read_labels(path):
     try:
         if path.suffix == ".npy":
-            found = load_npy(path)
+            labels = load_npy(path)
         else:
-            found = np.loadtxt(path, dtype=np.int64, ndmin=1)
+            labels = np.loadtxt(path, dtype=np.int64, ndmin=1)
     except UserError as error:
         raise UserError(f"--labels: {error}") from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "no list of whole numbers"
-        raise UserError(f"--labels {path}: {reason}") from error
-    if found.dtype.kind not in "iu":
+    except OSError as error:
+        raise UserError(f"--labels {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"--labels {path}: no list of whole numbers") from error
+    if labels.dtype.kind not in "iu":
         raise UserError(f"--labels {path}: no list of whole numbers")
-    return found.ravel()
+    return labels.ravel()
 
 
-def _checked(found, classes, where):
-    found = np.asarray(found, np.int64)
-    wrong = found[(found < 0) | (found >= classes)]
-    if len(found) == 0:
-        raise UserError(f"{where} has no labels")
+def _check_labels(labels, classes, source):
+    labels = np.asarray(labels, np.int64)
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if len(labels) == 0:
+        raise UserError(f"{source} has no labels")
     if len(wrong):
         raise UserError(
-            f"{where}: {wrong[0]} is not a class; there are 0..{classes - 1}"
+            f"{source}: {wrong[0]} is not a class; there are 0..{classes - 1}"
         )
-    return found.astype(np.int32)
+    return labels.astype(np.int32)
