@@ -18,7 +18,7 @@ from sit_jax.diagnosis.swaps import decode_latents, swap_inputs
 from sit_jax.errors import UserError
 from sit_jax.evaluation.evaluate import Evaluator
 from sit_jax.evaluation.features import WIDTHS, StoredFeatures
-from sit_jax.evaluation.image_sets import FileFeatures, input_of_images, open_input
+from sit_jax.evaluation.image_sets import input_of_images, open_input
 from sit_jax.files import as_path, local_path, read_json, require_free
 from sit_jax.parallel import multihost
 from sit_jax.ranges import COUNT, AtLeast
@@ -251,10 +251,8 @@ def _extractor(args):
 
 
 def _images_of(evidence):
-    side = evidence.samples
-    if side is None or side.source is None or isinstance(side.source, FileFeatures):
-        return None
-    return side.source.images
+    source = evidence.samples and evidence.samples.source
+    return source.images if source and source.needs_network else None
 
 
 def _open_weights(path, family=None, heads=None):

@@ -100,20 +100,22 @@ class Cause:
       name: of an FIDEffect, or "unexplained".
       fid: what orders the causes.
       facts: (field, A's value, B's) of the manifests.
-      said: what was measured, in words.
+      measurements: what was measured, in words.
       contradicted: whether the stages show that it had no effect.
     """
 
     name: str
     fid: float
     facts: list[tuple[str, Any, Any]]
-    said: list[str]
+    measurements: list[str]
     contradicted: bool = False
 
     @property
     def headline(self) -> str:
         """The name and the first evidence, in a few words."""
-        evidence = self.said[:2] or [f"{n}: {a} and {b}" for n, a, b in self.facts[:2]]
+        evidence = self.measurements[:2] or [
+            f"{n}: {a} and {b}" for n, a, b in self.facts[:2]
+        ]
         return f"{self.name} ({'; '.join(evidence)})"
 
 
@@ -155,7 +157,7 @@ def find_causes(
     for name in ("training", "the record"):
         causes.pop(name, None)
     order = lambda cause: (cause.contradicted, -cause.fid)
-    return sorted((c for c in causes.values() if c.facts or c.said), key=order)
+    return sorted((c for c in causes.values() if c.facts or c.measurements), key=order)
 
 
 def manifest_differences(
@@ -179,7 +181,7 @@ def _check_labels(causes, a, b):
     counts = [len(numbers) for numbers in labels]
     if counts[0] != counts[1]:
         text = f"{counts[0]} and {counts[1]} images"
-        causes["number of images"].said.append(text)
+        causes["number of images"].measurements.append(text)
     if "labels" not in causes:
         return
     policies = [
@@ -188,12 +190,12 @@ def _check_labels(causes, a, b):
     ]
     if policies == ["random", "random"] and "noise" in causes:
         causes.pop("labels")  # other draws of the same kind, by another seed
-        causes["noise"].said.append("another seed drew noise and labels")
+        causes["noise"].measurements.append("another seed drew noise and labels")
         return
     count = min(counts)
     changed = int((labels[0][:count] != labels[1][:count]).sum())
     kinds = f"{' and '.join(policies)}; " if policies[0] != policies[1] else ""
-    causes["labels"].said.append(f"{kinds}{changed} of {count} differ")
+    causes["labels"].measurements.append(f"{kinds}{changed} of {count} differ")
 
 
 def _check_bundles(causes, bundles):
@@ -205,7 +207,7 @@ def _check_bundles(causes, bundles):
         if items[0] != items[1]:
             words = {"ema": "the average (EMA)", "params": "the raw weights"}
             text = f"{' against '.join(words.get(i, str(i)) for i in items)}; {text}"
-        causes["weights"].said.append(text)
+        causes["weights"].measurements.append(text)
     else:  # the same tensors, whatever their file is called
         causes.pop("weights", None)
     bits = [
@@ -215,7 +217,7 @@ def _check_bundles(causes, bundles):
     if bits[0] != bits[1]:
         settings = " and ".join(_precision_setting(bundle) for bundle in bundles)
         text = f"products keep {bits[0]} and {bits[1]} bits ({settings})"
-        causes["precision"].said.insert(0, text)
+        causes["precision"].measurements.insert(0, text)
 
 
 def different_weights(a: Bundle, b: Bundle) -> tuple[int, list[str]]:

@@ -338,7 +338,9 @@ def _table(title, rows):
 
 
 def _cause_row(cause):
-    evidence = cause["said"] or [f"{n}: {x}, {y}" for n, x, y in cause["facts"][:4]]
+    evidence = cause["measurements"] or [
+        f"{n}: {x}, {y}" for n, x, y in cause["facts"][:4]
+    ]
     name = cause["name"]
     if cause["contradicted"]:
         name += " (the stages contradict it)"

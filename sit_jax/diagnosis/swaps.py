@@ -147,16 +147,17 @@ def swap_inputs(
                 f"--swapped {swapped} has {len(between)} latents, B {len(images[1])}: "
                 "it is what A's network makes of B's noise and labels"
             )
-    known = {id(images[0]): a, id(images[1]): b}
+    sides = {id(images[0]): a, id(images[1]): b}
     chain = swap_components(*images, between, same_start)
     return [
-        (name, known.get(id(decoded)) or input_of_images(decoded, width))
+        (name, sides.get(id(decoded)) or input_of_images(decoded, width))
         for name, decoded in chain
     ]
 
 
 def _latents_of(side):
-    images = side.source.images if isinstance(side.source, ImageFeatures) else None
+    is_images = isinstance(side.source, ImageFeatures)
+    images = side.source.images if is_images else None
     return images if isinstance(images, DecodedLatents) else None
 
 

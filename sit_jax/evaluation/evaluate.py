@@ -226,10 +226,13 @@ def figure_notes(
 def require_enough_images(metrics: Iterable[str], *sides: EvaluationInput) -> None:
     """Refuses covariances of too few images, where their number is known."""
     for side in sides if {"fid", "sfid"} & set(metrics) else ():
-        least = side.known.width if side.known.is_inception is False else MIN_IMAGES
-        if side.known.count is not None and side.known.count < least:
+        count = side.contents.count
+        least = (
+            side.contents.width if side.contents.is_inception is False else MIN_IMAGES
+        )
+        if count is not None and count < least:
             raise UserError(
-                f"{side.path} has {side.known.count} images; FID and sFID need {least} "
+                f"{side.path} has {count} images; FID and sFID need {least} "
                 "for their covariances; --force computes them nevertheless, --metrics "
                 "without them"
             )
@@ -242,12 +245,15 @@ def require_comparable(
     force: bool = False,
 ) -> None:
     """Refuses sides whose features come from other networks, sizes or pipelines."""
-    if {True, False} <= {samples.known.is_inception, reference.known.is_inception}:
+    if {True, False} <= {
+        samples.contents.is_inception,
+        reference.contents.is_inception,
+    }:
         raise UserError(
             f"only one of {samples.path} and {reference.path} has features of the "
             "Inception network"
         )
-    _require_same_widths(*(s.known.widths(extractor) for s in (samples, reference)))
+    _require_same_widths(*(s.contents.widths(extractor) for s in (samples, reference)))
     if not force:
         pipelines = (side.pipeline(extractor) for side in (samples, reference))
         require_same_pipeline(*pipelines)

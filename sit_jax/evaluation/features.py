@@ -161,11 +161,13 @@ class StoredFeatures:
       file: an opened .npz.
     """
 
+    needs_network = False
+
     def __init__(self, file):
         self.path, self.is_inception = file.path, "pool" in file
         if not self.is_inception and "features" not in file:
-            held = ", ".join(file.names) or "nothing"
-            raise UserError(f"{file.path} has neither pool nor features, only {held}")
+            listed = ", ".join(file.names) or "nothing"
+            raise UserError(f"{file.path} has neither pool nor features, only {listed}")
         names = PARTS if self.is_inception else ("features",)
         self._members = {
             "pool" if name == "features" else name: file.member(name)
@@ -183,20 +185,19 @@ class StoredFeatures:
             listed = ", ".join(f"{n} of {name}" for name, n in counts.items())
             raise UserError(f"{self.path} has {listed}; they belong to other images")
         self.pipeline = read_record(file).get("pipeline")
-
-    def __len__(self) -> int:
-        return len(self._members["pool"])
+        self.count, self.width = counts["pool"], self.widths()["pool"]
 
     @property
     def names(self) -> list[str]:
         """Names of the arrays in the file."""
         return [member.name for member in self._members.values()]
 
-    def widths(self) -> dict[str, int]:
+    def widths(self, extractor: FeatureExtractor | None = None) -> dict[str, int]:
         """Returns how many numbers the features have, by name."""
         return {name: member.shape[1] for name, member in self._members.items()}
 
-    def __iter__(self) -> Iterator[Batch]:
+    def features(self, extractor: FeatureExtractor | None = None) -> Iterator[Batch]:
+        """Yields batches of features."""
         parts = [member.batches(ROWS) for member in self._members.values()]
         for arrays in zip(*parts, strict=True):
             for name, array in zip(self._members, arrays, strict=True):

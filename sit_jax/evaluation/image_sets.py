@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from jaxtyping import UInt8
@@ -20,12 +21,25 @@ from sit_jax.data.images import to_rgb
 from sit_jax.errors import UserError
 from sit_jax.evaluation.features import Batch, FeatureExtractor, StoredFeatures
 from sit_jax.evaluation.statistics import FeatureStatistics, load_statistics
-from sit_jax.files import as_path, is_remote, local_path
+from sit_jax.files import PathLike, as_path, is_remote, local_path
 from sit_jax.models.inception import POOL
 from sit_jax.sampling.outputs import ArrayFile
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 THREADS = 8
+
+
+class ImageSet(Protocol):
+    """Images uint8 [H, W, 3] in order, of which a batch is in memory."""
+
+    path: Path
+    shape: tuple[int, int, int]
+
+    def __len__(self) -> int: ...
+
+    def batches(
+        self, size: int, numbers: Iterable[int] | None = None
+    ) -> Iterator[UInt8[np.ndarray, "n h w 3"]]: ...
 
 
 class NpzImages:
@@ -111,7 +125,7 @@ class ImageFeatures:
 
     needs_network, pipeline = True, None
 
-    def __init__(self, images, width: int = POOL):
+    def __init__(self, images: ImageSet, width: int = POOL):
         self.images, self.path, self.count = images, images.path, len(images)
         self.width, self.is_inception = width, width == POOL
 
@@ -124,23 +138,6 @@ class ImageFeatures:
     ) -> Iterator[Batch]:
         """Yields batches of features: all, or those with the given numbers."""
         return extractor(self.images.batches(extractor.batch_size, numbers))
-
-
-class FileFeatures:
-    """Features that are stored in a file."""
-
-    needs_network = False
-
-    def __init__(self, stored: StoredFeatures):
-        self._stored, self.path, self.count = stored, stored.path, len(stored)
-        self.is_inception, self.pipeline = stored.is_inception, stored.pipeline
-        self.width = stored.widths()["pool"]
-
-    def widths(self, extractor=None):
-        return self._stored.widths()
-
-    def features(self, extractor=None):
-        return iter(self._stored)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,18 +153,18 @@ class EvaluationInput:
 
     path: Path
     statistics: FeatureStatistics | None
-    source: ImageFeatures | FileFeatures | None
+    source: ImageFeatures | StoredFeatures | None
     keys: dict[str, str]
 
     @property
-    def known(self):
-        """What knows count, is_inception and widths."""
+    def contents(self) -> FeatureStatistics | ImageFeatures | StoredFeatures:
+        """The statistics or the source, which have count, is_inception and widths."""
         return self.source if self.statistics is None else self.statistics
 
     def pipeline(self, extractor: FeatureExtractor):
         """Returns what made its features; those of images, the extractor makes."""
         is_extracted = self.statistics is None and self.source.needs_network
-        return extractor.pipeline if is_extracted else self.known.pipeline
+        return extractor.pipeline if is_extracted else self.contents.pipeline
 
     def missing(self, features: bool, score: bool):
         """Returns its source if that is needed for features or a score, else None."""
@@ -184,25 +181,28 @@ class EvaluationInput:
         return f"{self.path}: {used}"
 
 
-def input_of_images(images, width=POOL):
-    """A set as in image_sets.py -> Side; width: see open_side."""
+def input_of_images(images: ImageSet, width: int = POOL) -> EvaluationInput:
+    """Returns the input of an image set; width: see open_input."""
     return EvaluationInput(
         images.path, None, ImageFeatures(images, width), {"all": "its images"}
     )
 
 
-def open_input(path, only_features=False, width=POOL):
-    """-> Side: a folder, images, features, ADM's statistics or ours.
+def open_input(
+    path: PathLike, only_features: bool = False, width: int = POOL
+) -> EvaluationInput:
+    """Opens a folder, images, features, ADM's statistics or ours.
 
-    width: numbers in the features that a network will make of images.
+    Args:
+      path: the file or folder.
+      only_features: whether only features are taken, as of --features.
+      width: numbers in the features that a network will make of images.
     """
     path = as_path(path)
     if is_remote(path) and path.is_dir():
         local_path(path)  # refuses it, with what to do: pictures are read from a disk
     if path.is_dir() and not only_features:
-        return EvaluationInput(
-            path, None, ImageFeatures(FolderImages(path), width), {"all": "its images"}
-        )
+        return input_of_images(FolderImages(path), width)
     if not path.exists():
         raise UserError(
             f"nothing at {path}; name images, features or statistics, which "
@@ -213,9 +213,7 @@ def open_input(path, only_features=False, width=POOL):
         return _statistics(file)
     if only_features or "pool" in file or "features" in file:
         stored = StoredFeatures(file)
-        return EvaluationInput(
-            path, None, FileFeatures(stored), {"all": ", ".join(stored.names)}
-        )
+        return EvaluationInput(path, None, stored, {"all": ", ".join(stored.names)})
     return EvaluationInput(
         path, None, ImageFeatures(NpzImages(file), width), {"all": "arr_0"}
     )
@@ -237,20 +235,20 @@ def _statistics(file):
 def _image_member(file):
     """Returns arr_0, if it is what ADM's evaluator takes."""
     if "arr_0" not in file:
-        held = ", ".join(file.names) or "nothing"
+        listed = ", ".join(file.names) or "nothing"
         raise UserError(
-            f"{file.path} has no arr_0, only {held}; save images as "
+            f"{file.path} has no arr_0, only {listed}; save images as "
             "np.savez(path, uint8 [N, H, W, 3])"
         )
     member = file.member("arr_0")
-    shape, is_said = member.shape, f"{file.path}: arr_0 is {member.dtype}"
+    shape, summary = member.shape, f"{file.path}: arr_0 is {member.dtype}"
     if member.dtype != np.uint8:
-        raise UserError(f"{is_said} {list(shape)}; images are uint8, 0 to 255")
+        raise UserError(f"{summary} {list(shape)}; images are uint8, 0 to 255")
     if len(shape) == 4 and shape[3] in (1, 3) and min(shape) > 0:
         return member
     if len(shape) == 4 and shape[1] in (1, 3):
-        raise UserError(f"{is_said} {list(shape)}, channels first; transpose to NHWC")
-    raise UserError(f"{is_said} {list(shape)}; images are [N, H, W, 3]")
+        raise UserError(f"{summary} {list(shape)}, channels first; transpose to NHWC")
+    raise UserError(f"{summary} {list(shape)}; images are [N, H, W, 3]")
 
 
 def _size(file):

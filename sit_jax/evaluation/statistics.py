@@ -82,15 +82,15 @@ def collect_statistics(
         if running is None:
             running = _Running(batch, count if keep is None else min(keep, count))
         running.add(batch)
-    seen = running.pool.count if running else 0
-    if seen != count or count < 2:
-        raise UserError(f"{seen} features of {count} images; at least 2 are needed")
+    total = running.pool.count if running else 0
+    if total != count or count < 2:
+        raise UserError(f"{total} features of {count} images; at least 2 are needed")
     return FeatureStatistics(
         count=count,
         pool=running.pool.gaussian(),
         spatial=running.spatial and running.spatial.gaussian(),
         score=running.score and running.score.value(),
-        features=running.kept,
+        features=running.first,
         pipeline=pipeline,
         is_inception=is_inception,
     )
@@ -106,11 +106,12 @@ class _Running:
             RunningMoments(widths["spatial"]) if "spatial" in widths else None
         )
         self.score = InceptionScore() if "logits" in widths else None
-        self.kept = np.empty((keep, widths["pool"]), np.float32)
+        self.first = np.empty((keep, widths["pool"]), np.float32)
 
     def add(self, batch):
-        room = self.kept[self.pool.count :]
-        room[: len(batch["pool"])] = batch["pool"][: len(room)]
+        count = self.pool.count
+        rows = self.first[count : count + len(batch["pool"])]
+        rows[:] = batch["pool"][: len(rows)]
         self.pool.add(batch["pool"])
         if self.spatial:
             self.spatial.add(batch["spatial"])
@@ -134,14 +135,14 @@ def save_statistics(
         arrays |= {"mu_s": statistics.spatial.mean, "sigma_s": statistics.spatial.cov}
     if statistics.features is not None:
         arrays["pool"] = statistics.features
-    known = {
+    own = {
         "count": statistics.count,
         "pipeline": statistics.pipeline,
         "inception_score": statistics.score,
         "is_inception": statistics.is_inception,
     }
     with atomic_write(path) as name:
-        np.savez(name, **arrays, record=np.array(json.dumps(known | record)))
+        np.savez(name, **arrays, record=np.array(json.dumps(own | record)))
 
 
 def load_statistics(path) -> FeatureStatistics:

@@ -104,10 +104,10 @@ def test_features_are_kept_and_read_again(tmp_path):
     found = joined(keep_features(batches, 21, store))
     write_features(tmp_path / "f.npz", store, {"pipeline": {"network": "toy"}})
     stored = StoredFeatures(ArrayFile(tmp_path / "f.npz"))
-    assert len(stored) == 21 and stored.is_inception
+    assert stored.count == 21 and stored.is_inception
     assert stored.pipeline == {"network": "toy"}
     assert stored.widths() == {"pool": 5, "spatial": 2, "logits": 3}
-    for name, array in joined(stored).items():
+    for name, array in joined(stored.features()).items():
         np.testing.assert_array_equal(array, found[name])
 
 
@@ -146,7 +146,7 @@ def test_files_that_are_no_features_are_refused(tmp_path, arrays, message):
 def test_features_that_are_no_numbers_are_refused(tmp_path):
     np.savez(tmp_path / "f.npz", pool=np.where(np.eye(4) > 0, np.nan, 1.0))
     with pytest.raises(UserError, match="pool has values that are no number"):
-        list(StoredFeatures(ArrayFile(tmp_path / "f.npz")))
+        list(StoredFeatures(ArrayFile(tmp_path / "f.npz")).features())
 
 
 def test_pipelines_are_told_apart():
