@@ -7,16 +7,25 @@ name up only if ROLES allows it for the field in which it stands, and leaves any
 as an Unavailable, which build() refuses.
 """
 
+import ast
 import dataclasses
 import difflib
 import importlib
 import importlib.util
 import inspect
 import json
-import numbers
+import pkgutil
 import re
 import traceback
 from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict, FieldReference
+from ml_collections.config_dict import (
+    RequiredValueError,
+    placeholder,
+    required_placeholder,
+)
 
 from sit_jax.errors import UserError
 from sit_jax.ranges import ONLY_FILE, check_fields
@@ -27,12 +36,14 @@ class Role:
     """What the constructors are like that a stored config may name in one field.
 
     packages: where they are defined. attribute: what each of their classes has.
-    functions: whether a function may be called too, as optax's are.
+    functions: whether a function may be called too, as optax's are. user_only: classes
+    that run what their fields name, so that only a user's own file may name them.
     """
 
     packages: tuple[str, ...]
     attribute: str = "__init__"
     functions: bool = False
+    user_only: tuple[str, ...] = ()
 
 
 ROLES = {  # field of a config -> what may stand there, and in its fields
@@ -44,121 +55,71 @@ ROLES = {  # field of a config -> what may stand there, and in its fields
     "codec": Role(("sit_jax.models",), "decode"),
     "adapter": Role(("sit_jax.adapters",)),
     "optimizer": Role(("sit_jax.training", "optax"), functions=True),
-    "source": Role(("sit_jax.data",), "__getitem__"),
-    "reference": Role(("sit_jax.data",), "__getitem__"),
+    "source": Role(("sit_jax.data",), "__getitem__", user_only=("Tfds",)),
+    "reference": Role(("sit_jax.data",), "__getitem__", user_only=("Tfds",)),
     "features": Role(("sit_jax.evaluation",), "__call__"),
 }
-REASONS = {  # how absl's words begin: what they mean
-    "('Non-boolean argument": "it must be True or False",
-    "invalid literal for int()": "it must be a whole number, in digits",
-    "could not convert string to float": "it must be a number",
+# What configs stored by sit_jax 0.1 call otherwise. Whatever only moved to another
+# module is found by its name.
+RENAMED = {  # the last module and the name -> the name now
+    "chain.Ancestral": "DDPM",
+    "chain.Ddim": "DDIM",
+    "adaptive.AdaptiveOde": "AdaptiveODE",
+    "adaptive.over_batch": "batch_error_control",
+    "adaptive.per_image": "per_sample_control",
+    "diffusion.Diffusion": "GaussianDiffusion",
+    "diffusion.bound": "kl_loss",
+    "diffusion.hybrid": "hybrid_loss",
+    "diffusion.previous": "previous_x",
+    "diffusion.rescaled_bound": "rescaled_kl_loss",
+    "diffusion.rescaled_hybrid": "rescaled_hybrid_loss",
+    "further.Further": "LabelOffset",
+    "guidance.Interval": "GuidanceInterval",
+    "lora.Lora": "LoRA",
+    "min_snr.MinSnrHybrid": "MinSnrHybridLoss",
+    "min_snr.min_snr": "mdt_min_snr_loss",
+    "ode.Ode": "FixedStepODE",
+    "rounding.to_uint8_darker": "to_uint8_mdt",
+    "schedules.DdimSpacing": "DDIMSpacing",
+    "sde.Sde": "SDE",
+    "sde.by_score": "diffusion_sbdm",
+    "sde.by_sigma": "diffusion_sigma",
+    "sde.constant": "diffusion_constant",
+    "sde.decreasing": "diffusion_decreasing",
+    "sde.euler": "last_step_euler",
+    "sde.falling": "diffusion_linear",
+    "sde.increasing_decreasing": "diffusion_increasing_decreasing",
+    "sde.mean": "last_step_mean",
+    "sde.none": "last_step_none",
+    "sde.tweedie": "last_step_tweedie",
+    "styles.Styled": "ImageTransform",
+    "styles.inverted": "invert",
+    "styles.slanted": "slant",
+    "time_densities.Times": "DensityTimesteps",
+    "torchdiffeq.like_torchdiffeq": "torchdiffeq_control",
 }
-# Names in configs stored by sit_jax 0.1, below sit_jax -> what they are now: a module,
-# or a class of its own; and fields of a class that had another name.
-MOVED = {
-    "adan": "training.optimizers",
-    "codec": "models.codec",
-    "data.arrays": "data.sources",
-    "data.cache": "data.latent_cache",
-    "data.cifar": "data.folders",
-    "data.further.Further": "data.sources.LabelOffset",
-    "data.prepared": "data.archives",
-    "data.styles.Styled": "data.sources.ImageTransform",
-    "data.styles.inverted": "data.sources.invert",
-    "data.styles.slanted": "data.sources.slant",
-    "diffusion": "diffusion.gaussian",
-    "digit_features": "evaluation.digits",
-    "guidance": "diffusion.guidance",
-    "guidance_scales": "diffusion.guidance",
-    "interpolant": "diffusion.interpolant",
-    "lora": "adapters.lora",
-    "lora.Lora": "adapters.lora.LoRA",
-    "min_snr": "diffusion.loss_weights",
-    "paths": "diffusion.paths",
-    "predictions": "diffusion.predictions",
-    "rounding": "models.codec",
-    "rounding.to_uint8_darker": "models.codec.to_uint8_mdt",
-    "samplers.adams": "samplers.fixed_ode",
-    "samplers.adaptive": "samplers.adaptive_ode",
-    "samplers.chain": "samplers.ddpm",
-    "samplers.ode": "samplers.fixed_ode",
-    "schedules": "diffusion.schedules",
-    "time_densities": "diffusion.timesteps",
-    "timesteps": "diffusion.timesteps",
-    "diffusion.Diffusion": "diffusion.gaussian.GaussianDiffusion",
-    "diffusion.bound": "diffusion.gaussian.kl_loss",
-    "diffusion.hybrid": "diffusion.gaussian.hybrid_loss",
-    "diffusion.previous": "diffusion.predictions.previous_x",
-    "diffusion.rescaled_bound": "diffusion.gaussian.rescaled_kl_loss",
-    "diffusion.rescaled_hybrid": "diffusion.gaussian.rescaled_hybrid_loss",
-    "guidance.Interval": "diffusion.guidance.GuidanceInterval",
-    "interpolant.likelihood_weight": "diffusion.loss_weights.likelihood_weight",
-    "interpolant.unweighted": "diffusion.loss_weights.unweighted",
-    "interpolant.velocity_weight": "diffusion.loss_weights.velocity_weight",
-    "min_snr.MinSnrHybrid": "diffusion.loss_weights.MinSnrHybridLoss",
-    "min_snr.min_snr": "diffusion.loss_weights.mdt_min_snr_loss",
-    "samplers.adaptive.AdaptiveOde": "samplers.adaptive_ode.AdaptiveODE",
-    "samplers.adaptive.over_batch": "samplers.adaptive_ode.batch_error_control",
-    "samplers.adaptive.per_image": "samplers.adaptive_ode.per_sample_control",
-    "samplers.chain.Ancestral": "samplers.ddpm.DDPM",
-    "samplers.chain.Ddim": "samplers.ddpm.DDIM",
-    "samplers.ode.Ode": "samplers.fixed_ode.FixedStepODE",
-    "samplers.sde.Sde": "samplers.sde.SDE",
-    "samplers.sde.by_score": "samplers.sde.diffusion_sbdm",
-    "samplers.sde.by_sigma": "samplers.sde.diffusion_sigma",
-    "samplers.sde.constant": "samplers.sde.diffusion_constant",
-    "samplers.sde.decreasing": "samplers.sde.diffusion_decreasing",
-    "samplers.sde.euler": "samplers.sde.last_step_euler",
-    "samplers.sde.falling": "samplers.sde.diffusion_linear",
-    "samplers.sde.increasing_decreasing": (
-        "samplers.sde.diffusion_increasing_decreasing"
-    ),
-    "samplers.sde.mean": "samplers.sde.last_step_mean",
-    "samplers.sde.none": "samplers.sde.last_step_none",
-    "samplers.sde.tweedie": "samplers.sde.last_step_tweedie",
-    "samplers.torchdiffeq.like_torchdiffeq": "samplers.torchdiffeq.torchdiffeq_control",
-    "schedules.DdimSpacing": "diffusion.schedules.DDIMSpacing",
-    "time_densities.Times": "diffusion.timesteps.DensityTimesteps",
-}
-_MDT = {
-    "hide": "mask_ratio",
-    "spread": "mask_ratio_range",
-    "sizes": "mask_buckets",
-}
-_CORRUPT = {"broken_share": "max_corrupt_fraction"}
-_CHAIN = {
-    "mend": "denoised_fn",
-    "lead": "cond_fn",
+RENAMED_FIELDS = {  # of constructors that have the field on the right
+    "broken_share": "max_corrupt_fraction",
     "frames": "trajectory_length",
+    "hide": "mask_ratio",
+    "kept": "use_timesteps",
+    "lead": "cond_fn",
+    "mend": "denoised_fn",
+    "predicts": "prediction",
+    "sample_margin": "sample_eps",
+    "sizes": "mask_buckets",
+    "spread": "mask_ratio_range",
+    "style": "transform",
+    "train_margin": "train_eps",
+    "weight": "loss_weight",
 }
-# new name of a class, below sit_jax -> {old field: new field}
-RENAMED_FIELDS = {
-    "diffusion.interpolant.Interpolant": {
-        "predicts": "prediction",
-        "weight": "loss_weight",
-        "train_margin": "train_eps",
-        "sample_margin": "sample_eps",
-    },
-    "diffusion.gaussian.GaussianDiffusion": {
-        "predicts": "prediction",
-        "kept": "use_timesteps",
-    },
-    "samplers.adaptive_ode.AdaptiveODE": {"frames": "trajectory_length"},
-    "samplers.fixed_ode.FixedStepODE": {"frames": "trajectory_length"},
-    "samplers.fixed_ode.Adams": {"frames": "trajectory_length"},
-    "samplers.sde.SDE": {"frames": "trajectory_length"},
-    "samplers.ddpm.DDPM": _CHAIN,
-    "samplers.ddpm.DDIM": _CHAIN,
-    "data.archives.ImageNetTar": _CORRUPT,
-    "data.archives.Tfds": _CORRUPT,
-    "data.archives.WebdatasetTars": _CORRUPT,
-    "data.folders.AdmFolder": _CORRUPT,
-    "data.folders.CifarFolder": _CORRUPT,
-    "data.folders.ImageFolder": _CORRUPT,
-    "data.sources.ImageTransform": {"style": "transform"},
-    "models.mdt.MDT": _MDT,
-    "models.mdt.MDTv2": _MDT,
+WORDS = {  # type of a field -> what an argument for it must be
+    bool: "True or False",
+    int: "a whole number, in digits",
+    float: "a number",
+    tuple: "a tuple, like (1, 2)",
 }
+BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def spec(make, **fields):
@@ -171,23 +132,26 @@ def spec(make, **fields):
     Raises:
       UserError: there is no such field.
     """
-    from ml_collections import ConfigDict
-
-    known = _fields(make)
+    defaults = _fields(make)
     for name in fields:
-        if name not in known:
+        if name not in defaults:
             raise UserError(
-                f"{make.__name__} has no field {name!r}{_near(name, known)}"
+                f"{make.__name__} has no field {name!r}{_near(name, defaults)}"
             )
-    values = {name: _settable(value) for name, value in {**known, **fields}.items()}
+    values = {name: _settable(value) for name, value in {**defaults, **fields}.items()}
     return ConfigDict({"make": make, **values}, convert_dict=False)
 
 
 class Unavailable:
-    """A name in a stored config that is not allowed where it stands, and why."""
+    """A name in a stored config that is not allowed where it stands."""
 
-    def __init__(self, name, reason):
-        self.__name__, self.reason = name, reason
+    def __init__(self, name, role):
+        where = f"the role {role}" if role in ROLES else repr(role)
+        self.__name__ = name
+        self.reason = (
+            f"a stored config names {name!r}, which may not stand for {where}, or is "
+            "of another version; name it in a --config FILE of your own"
+        )
 
 
 def build(node):
@@ -197,8 +161,6 @@ def build(node):
       UserError: a field does not fit its annotation, is missing, or is refused by the
         constructor; or a stored config names what it may not.
     """
-    from ml_collections import ConfigDict
-
     if isinstance(node, Unavailable):
         raise UserError(node.reason)
     if isinstance(node, (tuple, list)):
@@ -208,7 +170,15 @@ def build(node):
     make = build(node.get("make", dict))
     if not callable(make):
         raise UserError(f"make is {make!r}; only a config file can name a constructor")
-    fields = {name: _value(node, name) for name in node if name != "make"}
+    fields = {}
+    for name in node:
+        try:
+            if name != "make":
+                fields[name] = build(node[name])
+        except RequiredValueError as error:
+            raise UserError(
+                f"{make.__name__} needs a value for its field {name!r}"
+            ) from error
     check_fields(make, fields)
     try:
         return make(**fields)
@@ -255,39 +225,30 @@ def run_name(path):
 
 def override(config, arguments):
     """Applies arguments of the form --config.a.b=value, in place."""
-    from absl import flags
-    from ml_collections import config_flags
-
     for argument in arguments:
         if not argument.startswith("--config."):
             raise UserError(f"unknown argument {argument!r}; see --help")
-        _check_path(config, argument.partition("=")[0].removeprefix("--config."))
-        if "=" not in argument:
-            raise UserError(f"{argument} has no value; write {argument}=VALUE")
-    values = flags.FlagValues()
-    argv = ["", *arguments]
-    try:
-        config_flags.DEFINE_config_dict(
-            "config", config, flag_values=values, lock_config=False, sys_argv=argv
-        )
-        values(argv)
-    except (flags.Error, TypeError, ValueError, AttributeError) as error:
-        reason = _first_line(error).removeprefix("flag ")  # then it names its argument
-        where = "" if reason.startswith("--") else f"{' '.join(arguments)}: "
-        raise UserError(where + _plain(reason)) from error
+        flag, separator, text = argument.partition("=")
+        node, name = _find_field(config, flag.removeprefix("--config."))
+        if not separator:
+            raise UserError(f"{flag} has no value; write {flag}=VALUE")
+        kind = node.get_type(name)
+        try:
+            node[name] = _parse(text, kind)
+        except (TypeError, ValueError, SyntaxError, KeyError) as error:
+            words = WORDS.get(kind, "another value")
+            raise UserError(f"{argument}: it must be {words}") from error
 
 
 def to_json(node):
     """Returns a config as plain JSON values; constructors become their full names."""
-    from ml_collections import ConfigDict, FieldReference
-
     if isinstance(node, FieldReference):
         node = node.get()
     if isinstance(node, (ConfigDict, dict)):
         return {key: to_json(value) for key, value in node.items()}
     if isinstance(node, (tuple, list)):
         return [to_json(value) for value in node]
-    if isinstance(node, numbers.Number) and hasattr(node, "item"):
+    if isinstance(node, np.generic):
         return node.item()
     if node is None or isinstance(node, (bool, int, float, str)):
         return node
@@ -311,23 +272,23 @@ def from_json(value, role=None):
     Raises:
       UserError: the JSON is no config.
     """
-    from ml_collections import ConfigDict
-
     if isinstance(value, list):
         return tuple(from_json(item, role) for item in value)
     if not isinstance(value, dict):
         return value
     if set(value) == {"name"}:
-        return _look_up(value["name"], role)
+        return _look_up(str(value["name"]), role)
     items = {
         key: _settable(from_json(item, role or key)) for key, item in value.items()
     }
     make = items.get("make")
     if callable(make):
-        renamed = RENAMED_FIELDS.get(_full_name(make).removeprefix("sit_jax."), {})
-        items = {renamed.get(key, key): item for key, item in items.items()}
-        if not _is_constructor(make, role):
-            items["make"] = _unavailable(_full_name(make), role)
+        fields = _fields(make)
+        for old, new in RENAMED_FIELDS.items():
+            if old in items and old not in fields and new in fields:
+                items[new] = items.pop(old)
+        if not _is_constructor(make, ROLES[role]):
+            items["make"] = Unavailable(value["make"]["name"], role)
     try:
         return ConfigDict(items, convert_dict=False)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -335,12 +296,27 @@ def from_json(value, role=None):
 
 
 def difference(one, other):
-    """Returns [(dotted name, value, value)] of what differs in two JSON configs."""
-    one, other = _flat(one), _flat(other)
-    names = sorted(set(one) | set(other))
+    """Returns [(dotted name, text, text)] of what differs in two JSON configs."""
+    one, other = (
+        {name: json.dumps(value) for name, value in leaves(config)}
+        for config in (one, other)
+    )
     absent = "(absent)"
+    names = sorted({*one, *other})
     pairs = ((name, one.get(name, absent), other.get(name, absent)) for name in names)
     return [pair for pair in pairs if pair[1] != pair[2]]
+
+
+def leaves(value, name=""):
+    """Yields (dotted name, value) of all that a JSON config holds.
+
+    A constructor is {"name": ...}, the value of its field "make".
+    """
+    if isinstance(value, dict) and set(value) != {"name"}:
+        for key, item in value.items():
+            yield from leaves(item, f"{name}.{key}" if name else key)
+    else:
+        yield name, value
 
 
 def _fields(make):
@@ -353,9 +329,7 @@ def _fields(make):
 
 
 def _settable(value):
-    """A value as a field that the command line can set."""
-    from ml_collections.config_dict import ConfigDict, placeholder, required_placeholder
-
+    """Returns a value as a field that the command line can set."""
     if value is inspect.Parameter.empty:
         return required_placeholder(object)
     if value is None:
@@ -363,79 +337,62 @@ def _settable(value):
     if hasattr(value, "__qualname__"):  # a function or class, stored by its name
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, ConfigDict):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        known = _fields(type(value))
-        return spec(type(value), **{k: v for k, v in fields.items() if k in known})
+        make = type(value)
+        return spec(make, **{name: getattr(value, name) for name in _fields(make)})
     return value
-
-
-def _value(node, name):
-    from ml_collections.config_dict import RequiredValueError
-
-    try:
-        return build(node[name])
-    except RequiredValueError as error:
-        make = node.get("make", dict).__name__
-        raise UserError(f"{make} needs a value for its field {name!r}") from error
 
 
 def _look_up(name, role):
     """Returns the class or function of that full name, or an Unavailable."""
-    name = _moved(str(name))
     packages = ROLES[role].packages if role in ROLES else ()
-    if not name.startswith(tuple(f"{package}." for package in packages)):
-        return _unavailable(name, role)
     module, _, attribute = name.rpartition(".")
-    try:
-        value = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError):
-        return Unavailable(name, f"this version has no {name!r}, a {role}")
-    # a name may lead to what a module only imports
-    if not callable(value) or _full_name(value) != name:
-        return _unavailable(name, role)
-    return value
+    is_listed = any(module.startswith(f"{package}.") for package in packages)
+    modules = [module] if is_listed or module in packages else []
+    if name.startswith("sit_jax."):
+        old = f"{module.rpartition('.')[2]}.{attribute}"
+        attribute = RENAMED.get(old, attribute)
+        modules += _modules(packages)
+    for module in modules:
+        try:
+            value = vars(importlib.import_module(module)).get(attribute)
+        except (ImportError, ValueError):
+            continue
+        # a name may lead to what a module only imports
+        if callable(value) and _full_name(value) == f"{module}.{attribute}":
+            return value
+    return Unavailable(name, role)
+
+
+def _modules(packages):
+    """Yields the names of the modules in those packages that are ours."""
+    for package in packages:
+        if package.startswith("sit_jax."):
+            path = importlib.import_module(package).__path__
+            for module in pkgutil.iter_modules(path, f"{package}."):
+                yield module.name
 
 
 def _is_constructor(make, role):
-    """Whether a stored config may have this callable called in a role."""
-    if getattr(make, "named_by_user_only", False):  # as it runs what its fields name
+    """Returns whether a stored config may have this callable called in a role."""
+    if make.__name__ in role.user_only:
         return False
-    role = ROLES[role]
-    is_kind = isinstance(make, type) and role.attribute in dir(make)
-    return role.functions or is_kind
+    return role.functions or (isinstance(make, type) and role.attribute in dir(make))
 
 
-def _unavailable(name, role):
-    where = f"the role {role}" if role in ROLES else repr(role)
-    reason = f"a stored config names {name!r}, which may not stand for {where}"
-    return Unavailable(name, f"{reason}; name it in a --config FILE of your own")
-
-
-def _moved(name):
-    """A stored name, or what has taken its place since."""
-    known = name.removeprefix("sit_jax.")
-    module, _, attribute = known.rpartition(".")
-    if known in MOVED:
-        return f"sit_jax.{MOVED[known]}"
-    return f"sit_jax.{MOVED[module]}.{attribute}" if module in MOVED else name
-
-
-def _full_name(found):
-    module, name = (getattr(found, k, "") for k in ("__module__", "__qualname__"))
+def _full_name(value):
+    module, name = (getattr(value, key, "") for key in ("__module__", "__qualname__"))
     return f"{module}.{name}"
 
 
-def _check_path(config, path):
-    """Refuses a dotted path that the config does not have."""
-    from ml_collections import ConfigDict
-
-    node, above = config, None
-    for name in path.split("."):
+def _find_field(config, path):
+    """Returns the node and name of a dotted path to a field that can be set."""
+    node, *names = config, *path.split(".")
+    for i, name in enumerate(names):
         if not isinstance(node, ConfigDict):
-            return  # an index into a tuple, for ml_collections to judge
+            raise UserError(f"--config.{'.'.join(names[:i])} has no fields")
         if name not in node:
             raise UserError(f"--config.{path}: no field {name!r}{_near(name, node)}")
-        node, above = node[name], node
+        above, node = node, node.get_ref(name).get()
     if callable(node) or above.get_type(name) is type(None):
         what = "a function" if callable(node) else "None, or a function"
         raise UserError(f"--config.{path} is {what}; {ONLY_FILE}")
@@ -444,13 +401,19 @@ def _check_path(config, path):
         raise UserError(
             f"--config.{path} stands for several fields; set one of {fields}"
         )
+    return above, name
 
 
-def _plain(reason):
-    """absl's sentence about an argument, in plainer words where there are any."""
-    argument, _, why = reason.partition(": ")
-    plain = (words for start, words in REASONS.items() if why.startswith(start))
-    return next((f"{argument}: {words}" for words in plain), reason)
+def _parse(text, kind):
+    """Returns the value of that type that a word of the command line stands for."""
+    if kind is bool:
+        return BOOLEANS[text.lower()]
+    if kind in (int, float, str):
+        return kind(text)
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
 
 
 def _split_variant(path):
@@ -473,8 +436,8 @@ def _config_hint(path):
     return f"; did you mean {path.parent / close[0]}?" if close else ""
 
 
-def _near(name, known):
-    names = [other for other in known if other != "make"]
+def _near(name, names):
+    names = [other for other in names if other != "make"]
     close = difflib.get_close_matches(name, names, 1)
     return f"; did you mean {close[0]!r}?" if close else f"; there are {sorted(names)}"
 
@@ -484,18 +447,9 @@ def _first_line(error):
 
 
 def _place(path, error):
-    """path, with the last of its lines that took part in the error."""
+    """Returns the path, with the last of its lines that took part in the error."""
     if isinstance(error, SyntaxError) and error.filename == str(path):
         return f"{path}, line {error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == str(path)]
     return f"{path}, line {lines[-1]}" if lines else str(path)
-
-
-def _flat(value, prefix=""):
-    if isinstance(value, dict) and set(value) != {"name"}:
-        flat = {}
-        for key, item in value.items():
-            flat |= _flat(item, f"{prefix}{key}.")
-        return flat
-    return {prefix[:-1]: json.dumps(value)}

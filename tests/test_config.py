@@ -26,12 +26,16 @@ from sit_jax.data.sources import Digits
 from sit_jax.diffusion import paths, predictions
 from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.diffusion.interpolant import Interpolant
+from sit_jax.diffusion.loss_weights import likelihood_weight
 from sit_jax.errors import UserError
 from sit_jax.evaluation.digits import DigitFeatures
-from sit_jax.models.codec import Pixels
+from sit_jax.models.codec import Pixels, to_uint8_mdt
 from sit_jax.models.dit import SIZES, SiT
 from sit_jax.samplers.adaptive_ode import AdaptiveODE
 from sit_jax.samplers.ddpm import DDPM
+from sit_jax.samplers.fixed_ode import euler
+from sit_jax.samplers.sde import last_step_euler
+from sit_jax.training.optimizers import adan
 
 MAKERS = {  # roles: a constructor for them
     "model": SiT,
@@ -176,7 +180,7 @@ def test_several_fields_at_once_and_the_last_word_counts():
             "--config.process.prediction=score",
             "--config.process.prediction is a function",
         ),
-        ("--config.shape.x=3", "--config.shape.x=3: "),
+        ("--config.shape.x=3", "--config.shape has no fields"),
         ("--steps=4", "unknown argument '--steps=4'"),
         ("model.depth=4", "unknown argument 'model.depth=4'"),
     ],
@@ -271,6 +275,31 @@ def test_functions_of_a_role_are_values_but_no_constructors():
     assert from_json({"process": {"name": "sit_jax.paths.linear"}}).process is (
         paths.linear
     )
+
+
+@pytest.mark.parametrize(
+    "role, old, new",
+    [
+        ("codec", "codec.Pixels", Pixels),  # to another module
+        ("codec", "rounding.to_uint8_darker", to_uint8_mdt),
+        ("process", "interpolant.likelihood_weight", likelihood_weight),
+        ("sampler", "samplers.chain.Ancestral", DDPM),
+        ("sampler", "samplers.ode.euler", euler),
+        ("sampler", "samplers.sde.euler", last_step_euler),
+        ("adapter", "lora.Lora", LoRA),
+        ("optimizer", "adan.adan", adan),
+        ("features", "digit_features.DigitFeatures", DigitFeatures),
+    ],
+)
+def test_name_of_version_0_1_is_found(role, old, new):
+    assert from_json({"name": f"sit_jax.{old}"}, role) is new
+
+
+def test_fields_of_version_0_1_are_renamed():
+    old = {"make": {"name": "sit_jax.models.mdt.MDTv2"}, "hide": 0.4, "width": 8}
+    assert from_json({"model": old}).model.mask_ratio == 0.4
+    old = {"make": {"name": "sit_jax.samplers.chain.Ddim"}, "frames": 3}
+    assert build(from_json({"sampler": old}).sampler).trajectory_length == 3
 
 
 def test_difference_names_what_differs():

@@ -144,11 +144,9 @@ class Tfds(Images):
 
     The data set must have been prepared as array_record, the only format with random
     access. Preparing many sets, imagenet2012 among them, needs TensorFlow, once.
-    data_dir: tfds's own by default.
+    data_dir: tfds's own by default. As tfds imports the module that `dataset` names, a
+    stored config may not have this source (config.ROLES).
     """
-
-    # tfds imports the module that `dataset` names: a stored config may not have it
-    named_by_user_only = True
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ statistics of samples depend on the rule, so a manifest names it.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from sit_jax.errors import UserError
 from sit_jax.manifest import weights_hash
 from sit_jax.models.vae import AutoencoderKL
 from sit_jax.precision.policy import EXACT, Precision, with_precision
+from sit_jax.ranges import Above
 
 SCALE = 0.18215  # of Stable Diffusion's latents, to unit variance
 _static = partial(struct.field, pytree_node=False)
@@ -116,7 +117,7 @@ class Pixels(struct.PyTreeNode):
 class Latents(struct.PyTreeNode):
     """Latents that were made elsewhere; there is no VAE to go to images and back."""
 
-    scale: float = _static(default=SCALE)
+    scale: Annotated[float, Above(0.0)] = _static(default=SCALE)
     rounding: Callable = _static(default=to_uint8)  # for the VAE that takes its place
     encoder_sha256: ClassVar[None] = None
 

@@ -1,4 +1,4 @@
-"""A run of seconds and and running scripts as a user does."""
+"""A run of seconds, and running scripts as a user does."""
 
 import contextlib
 import importlib
