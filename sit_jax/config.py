@@ -226,8 +226,6 @@ def run_name(path):
 def override(config, arguments):
     """Applies arguments of the form --config.a.b=value, in place."""
     for argument in arguments:
-        if not argument.startswith("--config."):
-            raise UserError(f"unknown argument {argument!r}; see --help")
         flag, separator, text = argument.partition("=")
         node, name = _find_field(config, flag.removeprefix("--config."))
         if not separator:

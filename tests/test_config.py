@@ -181,8 +181,6 @@ def test_several_fields_at_once_and_the_last_word_counts():
             "--config.process.prediction is a function",
         ),
         ("--config.shape.x=3", "--config.shape has no fields"),
-        ("--steps=4", "unknown argument '--steps=4'"),
-        ("model.depth=4", "unknown argument 'model.depth=4'"),
     ],
 )
 def test_a_wrong_argument_is_one_line_with_its_name(argument, said):

@@ -37,9 +37,7 @@ OF_FIGURES = (
 
 @entry_point
 def main() -> int:
-    args, rest = parse_args(_parser())
-    if rest:
-        raise UserError(f"{rest[0]}: this script has no config")
+    args, _ = parse_args(_parser())
     multihost.initialize(args)
     use_compilation_cache()
     target = args.collect or args.out
@@ -135,7 +133,7 @@ def make_report(args: Any) -> int:
 
 
 def _parser():
-    parser = make_parser(__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0], has_config=False)
     add = parser.add_argument
     add("sides", nargs="*", metavar="A B", help="bundles, or samples with manifests")
     add("--out", metavar="FOLDER", help="of the report")

@@ -34,9 +34,7 @@ LONG = 16  # a list in a manifest that is left out of the record
 
 @entry_point
 def main() -> int:
-    args, rest = parse_args(_parser())
-    if rest:
-        raise UserError(f"{rest[0]}: this script has no config")
+    args, _ = parse_args(_parser())
     multihost.initialize(args)
     use_compilation_cache()
     if args.stats:
@@ -173,7 +171,7 @@ def evaluate_digits(args: Any) -> int:
 
 
 def _parser():
-    parser = make_parser(__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0], has_config=False)
     parser.epilog = None  # there is no config
     add = parser.add_argument
     add("samples", nargs="?", metavar="SAMPLES", help=".npz with arr_0, or a folder")

@@ -40,9 +40,7 @@ USUAL_STD = (0.7, 1.4)  # of latents that fit their scale
 @entry_point
 def main():
     """Runs extract_features.py with the arguments of the process."""
-    args, rest = parse_args(_parser())
-    if rest:
-        raise UserError(f"unknown argument {rest[0]!r}; see --help")
+    args, _ = parse_args(_parser())
     require_writable(local_path(args.out) / "any")
     if args.kind == FAST_DIT:
         return import_latents(args)
@@ -115,7 +113,7 @@ def load_codec(vae, precision):
 
 
 def _parser():
-    parser = make_parser(__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0], has_config=False)
     add = parser.add_argument
     add("--data", required=True, metavar="DIR", help="images; a tar; a name for tfds")
     kinds = f"the layout of --data; {FAST_DIT}: its folder of .npy becomes a cache"

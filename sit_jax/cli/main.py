@@ -1,7 +1,8 @@
 """The border of every command: arguments, errors as one line, exit codes, stop signals.
 
 Exit codes: 0 done, or stopped with the step saved; 1 an error of the program or of the
-network; 2 a mistake of the user, which the same command would repeat; 130 interrupted.
+network; 2 a mistake of the user, which the same command would repeat; 130 interrupted;
+141 nobody reads standard output any more, as in `train.py ... | head`.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import errno
 import functools
 import os
 import re
+import select
 import signal
 import sys
 import warnings
@@ -21,10 +23,15 @@ from sit_jax.errors import UserError, one_line
 from sit_jax.files import describe_storage_error
 from sit_jax.parallel import multihost
 
+STDOUT = 1
 NETWORK = {errno.ESTALE, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN}
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are UserErrors; has_config: --config.x=y are taken too."""
+
+    has_config = True
+
     def error(self, message):
         # a number's own words follow its flag: --num 0: a whole number of at least 1
         message = re.sub(r"^argument ([^:]*): ", r"\1 ", message)
@@ -33,18 +40,17 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """Returns a parser whose errors are UserErrors."""
-    return _Parser(
-        prog=program_name(),
-        description=description,
-        epilog="Any field of the config can be set: --config.model.depth=4",
-        allow_abbrev=False,
-    )
+def make_parser(description: str, has_config: bool = True) -> Parser:
+    """Returns a parser of a script that takes --config.x=y, or has no config."""
+    parser = Parser(program_name(), description=description, allow_abbrev=False)
+    parser.has_config = has_config
+    if has_config:
+        parser.epilog = "Any field of the config can be set: --config.model.depth=4"
+    return parser
 
 
 def parse_args(
-    parser: argparse.ArgumentParser, argv: list[str] | None = None
+    parser: Parser, argv: list[str] | None = None
 ) -> tuple[argparse.Namespace, list[str]]:
     """Parses a command line.
 
@@ -56,7 +62,7 @@ def parse_args(
     """
     args, overrides = parser.parse_known_args(argv)
     for argument in overrides:
-        if not argument.startswith("--config."):
+        if not (parser.has_config and argument.startswith("--config.")):
             hint = _similar_flag(argument, parser)
             raise UserError(f"unknown argument {argument!r}; {hint}")
     for name, value in vars(args).items():
@@ -78,9 +84,12 @@ def entry_point(body: Callable[[], int | None]) -> Callable[[], NoReturn]:
         try:
             code = body()
             multihost.barrier()  # or the first to end would wait for JAX's heartbeat
+            sys.stdout.flush()
         except UserError as error:
             code = _report(error, _exit_code(error.__cause__))
         except OSError as error:
+            if _is_stdout_closed():
+                sys.exit(141)  # what a shell gives for SIGPIPE
             reason = str(error.strerror or error) or type(error).__name__
             place = f"{error.filename}: " if error.filename else ""
             code = _report(f"{place}{reason}", _exit_code(error))
@@ -132,6 +141,16 @@ def program_name() -> str:
     """Returns what lines of this process begin with: sample.py, sit_jax.checkpoint."""
     path = Path(sys.argv[0])
     return f"sit_jax.{path.parent.name}" if path.name == "__main__.py" else path.name
+
+
+def _is_stdout_closed():
+    """Returns whether nobody reads standard output; if so, nothing more goes there."""
+    poll = select.poll()
+    poll.register(STDOUT, 0)
+    is_closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if is_closed:  # or Python would complain of what is still in its buffer
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
+    return is_closed
 
 
 def _report(message, code):

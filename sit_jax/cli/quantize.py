@@ -26,7 +26,7 @@ from sit_jax.recipes import published
 @entry_point
 def main() -> int:
     """Runs quantize.py with the arguments of the process; returns the exit code."""
-    parser = make_parser(__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0], has_config=False)
     add = parser.add_argument
     add("source", metavar="SOURCE", help="workdir, checkpoint, .pt ... or a name")
     add("target", metavar="TARGET", help="directory; written whole or not at all")
@@ -35,9 +35,7 @@ def main() -> int:
     add("--no-ema", action="store_true", help="the weights themselves, not their EMA")
     add_torch_flags(add)
     add("--overwrite", action="store_true")
-    args, overrides = parse_args(parser)
-    if overrides:
-        raise UserError(f"{overrides[0]}: the config is that of the weights")
+    args, _ = parse_args(parser)
     make_quantizer(args.form, args.skip)  # refuses a wrong form before anything is read
     with multihost.lock_output(args.target):
         quantize(args)

@@ -104,25 +104,46 @@ def test_stop_signal_lets_a_second_ctrl_c_interrupt():
         signal.raise_signal(signal.SIGINT)
 
 
-WAITS = """
+PROGRAM = """
 import time
 from sit_jax.cli.main import entry_point
 
 @entry_point
 def main():
     print("ready", flush=True)
-    time.sleep(30)
+    {body}
 
 main()
 """
 
 
-def test_ctrl_c_ends_a_process_with_130_and_one_line():
-    command = [sys.executable, "-c", WAITS]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, **pipes)
-    assert process.stdout.readline() == "ready\n"
+@pytest.fixture
+def start():
+    """Returns a started process of a command with that body, which is ready."""
+
+    def start(body):
+        command = [sys.executable, "-c", PROGRAM.format(body=body)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command, **pipes)
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    return start
+
+
+def test_ctrl_c_ends_a_process_with_130_and_one_line(start):
+    process = start("time.sleep(30)")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130
     assert err == "-c: interrupted; the same command goes on, or begins again\n"
+
+
+@pytest.mark.parametrize(
+    "body", ["while True: print('x' * 999)", "time.sleep(0.2); print('x')"]
+)
+def test_closed_standard_output_ends_a_process_without_a_word(start, body):
+    process = start(body)
+    process.stdout.close()
+    assert process.wait(timeout=20) == 141
+    assert process.stderr.read() == ""

@@ -162,7 +162,7 @@ def test_missing_weights(tmp_path, sides, run, network):
         ),
         (
             ("s.npz", "--reference", "r.npz", "--config.x=1"),
-            "this script has no config",
+            "unknown argument '--config.x=1'",
         ),
         (("--stats", "s.npz"), "--stats needs --out FILE.npz"),
         (("--stats", "s.npz", "--out", "x.json"), "--stats needs --out FILE.npz"),

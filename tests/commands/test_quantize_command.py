@@ -82,7 +82,7 @@ def test_samples_say_how_their_weights_were_stored(
         (["FLOATS", "OUT", "--form", "w5"], "'w5' is no form"),
         (["nowhere", "OUT"], "no weights at nowhere"),
         (["FLOATS", "FLOATS"], "exists; --overwrite"),
-        (["FLOATS", "OUT", "--config.seed=1"], "the config is that of the weights"),
+        (["FLOATS", "OUT", "--config.seed=1"], "unknown argument '--config.seed=1'"),
     ],
 )
 def test_wrong_use_is_one_line(floats, tmp_path, run, words, said):
