@@ -27,10 +27,11 @@ def weights():
 
 
 def gradient(model, key):
-    """-> the gradient of both passes, their terms, and how many tokens are seen."""
+    """Returns gradient and terms of the masked pass, and how many tokens it sees."""
     keys = StepKeys.at(key, 0)
     data = jax.random.normal(keys.codec, SHAPE)
     passes = make_passes(model, keys, jnp.array([1, 4]), SHAPE, 0.1)
+    passes = {"m_": passes["m_"]}  # the plain one has no mask
     process, t = GaussianDiffusion(), jnp.array([20, 700])
     inputs = StepInputs(data, t, None, passes)
     grads, terms, _ = value_and_grad(model, process, {}, weights(), inputs)
@@ -66,7 +67,7 @@ def test_a_pass_without_a_drawn_share_has_one_program():
 def test_every_size_has_the_gradient_of_the_largest():
     one, three = (quick_jit(partial(gradient, model)) for model in (ONE, THREE))
     sizes, met = bucket_sizes(MDTv2(mask_buckets=3), 64), set()
-    for seed in range(20):
+    for seed in range(8):
         key = jax.random.key(seed)
         ((exact, terms), kept), ((found, others), _) = one(key), three(key)
         met.add(int(np.searchsorted(sizes, kept)))
