@@ -5,7 +5,6 @@ Opening a file gives names and shapes; a tensor is read when it is asked for.
 
 import abc
 import argparse
-import json
 import math
 import re
 import warnings
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from sit_jax.errors import UserError
-from sit_jax.files import local_path
+from sit_jax.files import local_path, parse_json
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 SHARDED = ".index.json"  # ends the name of the list of a file in several parts
@@ -191,7 +190,10 @@ class _PickledFile(TensorFile):
                 return torch.load(
                     self.path, map_location="cpu", weights_only=True, mmap=is_zip
                 )
-            except Exception as error:  # random bytes can fail in any way
+            # The unpickler walks over a stranger's bytes: torch itself gives out
+            # UnpicklingError, RuntimeError, EOFError, KeyError, IndexError, TypeError,
+            # AttributeError, UnicodeDecodeError, struct.error, OverflowError and more.
+            except Exception as error:
                 if names := _unsafe_globals(self.path, is_zip, str(error)):
                     raise UserError(
                         f"{self.path} was not read: it would run "
@@ -240,14 +242,16 @@ class _ShardedFile(TensorFile):
 
     def _open(self):
         try:
-            names = json.loads(self.path.read_text())["weight_map"]
-            files = {name: self.path.with_name(name) for name in names.values()}
+            files = parse_json(self.path.read_text())["weight_map"]
+            paths = {file: self.path.with_name(file) for file in files.values()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _damage(self.path, error) from error
-        shards = {name: open_file(path) for name, path in files.items()}
-        if lacking := [n for n in names if n not in shards[names[n]].content()]:
-            raise UserError(f"{self.path}: {lacking[0]} is not in its file")
-        return {name: shards[file] for name, file in names.items()}
+        if nested := [file for file in paths if file.endswith(SHARDED)]:
+            raise UserError(f"{self.path} names {nested[0]}, a list like itself")
+        shards = {file: open_file(path) for file, path in paths.items()}
+        if missing := [n for n in files if n not in shards[files[n]].content()]:
+            raise UserError(f"{self.path}: {missing[0]} is not in its file")
+        return {name: shards[file] for name, file in files.items()}
 
 
 def _unsafe_globals(path, is_zip, message):
@@ -258,7 +262,7 @@ def _unsafe_globals(path, is_zip, message):
         return re.findall(r"GLOBAL ([\w.]+)", message)
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # the pickle inside is damaged
+    except Exception:  # as above: the same bytes, walked over once more
         return []
 
 

@@ -186,6 +186,10 @@ def test_read_torch_file_reads_a_file_in_parts(tmp_path, ending):
     index.write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(UserError, match="c is not in its file"):
         read_torch_file(index)
-    index.write_text("[1]")
-    with pytest.raises(UserError, match="index.json is damaged"):
+    for content in ("[1]", "[" * 10**5, json.dumps({"weight_map": {"c": 1}})):
+        index.write_text(content)
+        with pytest.raises(UserError, match="index.json is damaged"):
+            read_torch_file(index)
+    index.write_text(json.dumps({"weight_map": {"c": index.name}}))
+    with pytest.raises(UserError, match=f"names {index.name}, a list like itself"):
         read_torch_file(index)
