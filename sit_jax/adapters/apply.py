@@ -27,9 +27,7 @@ from sit_jax.models.layers import Dense
 
 def apply_model(model: nn.Module, params: dict, *inputs: Any, **options: Any) -> Array:
     """Returns model.apply on params; inputs and options are the model's."""
-    if not any(
-        is_weight_leaf(node) for node in jax.tree.leaves(params, is_leaf=is_weight_leaf)
-    ):
+    if not any(map(is_weight_leaf, jax.tree.leaves(params, is_leaf=is_weight_leaf))):
         return model.apply({"params": params}, *inputs, **options)
     params = jax.tree.map(_read_extra_rows, params, is_leaf=is_weight_leaf)
     with nn.intercept_methods(_intercept_weight_leaf):

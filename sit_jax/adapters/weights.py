@@ -7,6 +7,7 @@ optimizer, EMA and checkpoint never see the rest. Weights stacked over layers ne
 nothing special: `@` and the axes -1 and -2 ignore leading ones.
 """
 
+import abc
 import dataclasses
 import difflib
 import time
@@ -27,7 +28,7 @@ LABEL_TABLE = "cond/label/embedding"
 PATTERN_SECONDS = 2.0  # for all matches of one pattern; a sane one takes microseconds
 
 
-class WeightLeaf:
+class WeightLeaf(abc.ABC):
     """What may stand in the place of a weight [..., in, out].
 
     TRAINABLE: fields that are trained. STATIC: fields that are no arrays. STORED_NAMES:
@@ -39,17 +40,17 @@ class WeightLeaf:
     STORED_NAMES: ClassVar[dict[str, str]] = {}
 
     @property
+    @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
         """Shape of the array that the leaf stands for."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def read(self) -> Float[Array, "..."]:
         """Returns the plain array."""
-        raise NotImplementedError
 
     def product(self, x: Float[Array, "... i"], dtype: Any) -> Float[Array, "... o"]:
         """Returns x times the weight of one layer, computed in dtype."""
-        raise NotImplementedError
+        return x.astype(dtype) @ self.read().astype(dtype)
 
     def rows(self, index: Int[Array, " b"]) -> Float[Array, "b o"]:
         """Returns rows of a table that is not stacked."""
@@ -92,8 +93,7 @@ class Int8Weight(WeightLeaf):
     @classmethod
     def from_float(cls, weight: Float[Array, "... i o"]) -> Self:
         """Rounds to the nearest code; the largest of a channel becomes 127."""
-        largest = jnp.max(jnp.abs(weight), axis=-2, keepdims=True)
-        scale = jnp.where(largest > 0, largest, 1) / 127
+        scale = _rounding_scale(weight, axis=-2, largest_code=127)
         return cls(jnp.round(weight / scale).astype(jnp.int8), scale)
 
     @property
@@ -118,8 +118,7 @@ class Int8ActivationWeight(Int8Weight):
 
     def product(self, x, dtype):
         x = x.astype(jnp.float32)
-        largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-        scale = jnp.where(largest > 0, largest, 1) / 127
+        scale = _rounding_scale(x, axis=-1, largest_code=127)
         codes = jnp.round(x / scale).astype(jnp.int8)
         contract = (((x.ndim - 1,), (0,)), ((), ()))
         out = jax.lax.dot_general(
@@ -154,8 +153,7 @@ class Int4Weight(WeightLeaf):
                 f"{group_size}; take w4gN with an even N that divides {inputs}"
             )
         groups = weight.reshape(*lead, inputs // group_size, group_size, out)
-        largest = jnp.max(jnp.abs(groups), axis=-2, keepdims=True)
-        scale = jnp.where(largest > 0, largest, 1) / 7
+        scale = _rounding_scale(groups, axis=-2, largest_code=7)
         codes = (jnp.round(groups / scale) + 8).astype(jnp.uint8)
         return cls(codes[..., ::2, :] | codes[..., 1::2, :] << 4, scale)
 
@@ -170,9 +168,6 @@ class Int4Weight(WeightLeaf):
         *lead, groups, half, _, out = pairs.shape
         codes = pairs.reshape(*lead, groups, 2 * half, out)
         return (codes * self.scale).reshape(self.shape)
-
-    def product(self, x, dtype):
-        return x.astype(dtype) @ self.read().astype(dtype)
 
 
 @_pytree
@@ -239,9 +234,9 @@ class LoRAWeight(WeightLeaf):
     def _drop(self, x):
         if self.dropout_keys is None:
             return x
-        keep = 1 - self.dropout
-        kept = jax.vmap(lambda key, row: jax.random.bernoulli(key, keep, row.shape))
-        return jnp.where(kept(self.dropout_keys, x), x / keep, 0)
+        share = 1 - self.dropout
+        draw = jax.vmap(lambda key, row: jax.random.bernoulli(key, share, row.shape))
+        return jnp.where(draw(self.dropout_keys, x), x / share, 0)
 
 
 @_pytree
@@ -260,6 +255,12 @@ class ExtraRows(WeightLeaf):
     def read(self):
         base = materialize(self.base)
         return jnp.concatenate([base[:-1], self.new_rows, base[-1:]])
+
+
+def _rounding_scale(values, axis, largest_code):
+    """Returns the scales that bring the largest values along axis to largest_code."""
+    largest = jnp.max(jnp.abs(values), axis=axis, keepdims=True)
+    return jnp.where(largest > 0, largest, 1) / largest_code
 
 
 def align_channels(vector: Float[Array, "..."], x: Array) -> Float[Array, "..."]:
@@ -366,9 +367,8 @@ def replace_weights(
       UserError: the pattern matches no matrix; the nearest paths are named.
     """
     flat = flatten_dict(tree, sep="/")
-    chosen = match_matrices(pattern, flat)
-    new = {path: make(path, w) if path in chosen else w for path, w in flat.items()}
-    return unflatten_dict(new, sep="/")
+    flat |= {path: make(path, flat[path]) for path in match_matrices(pattern, flat)}
+    return unflatten_dict(flat, sep="/")
 
 
 def match_matrices(pattern: str, paths: Iterable[str]) -> list[str]:
