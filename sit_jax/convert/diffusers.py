@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sit_jax.convert.rules import join_names
+from sit_jax.convert.rules import shape_faults
 from sit_jax.convert.state_dict import TorchFile, read_torch_file
 from sit_jax.errors import UserError
 from sit_jax.files import as_path, local_path, parse_json
@@ -80,8 +80,8 @@ def is_diffusers_folder(path: Any) -> bool:
     """Tells whether a path is diffusers' folder of a model or a pipeline."""
     folder = as_path(path)
     return any(
-        "_class_name" in _read_config(place / "config.json", {})
-        for place in (folder, folder / TRANSFORMER)
+        "_class_name" in _read_config(parent / "config.json")
+        for parent in (folder, folder / TRANSFORMER)
     )
 
 
@@ -123,13 +123,10 @@ class OriginalNames(Mapping):
         self._sources = _sources(depth)
         expected = {name for names in self._sources.values() for name in names}
         expected |= {name for _, names in _copies(depth) for name in names}
-        faults = {
-            "missing": sorted(expected - set(state)),
-            "spare": sorted(set(state) - expected - {"pos_embed.pos_embed"}),
-        }
-        lists = [f"{fault}: {join_names(n)}" for fault, n in faults.items() if n]
-        if lists:
-            raise UserError(f"{path} holds another architecture; {'; '.join(lists)}")
+        names = set(state) - {"pos_embed.pos_embed"}
+        shapes = (dict.fromkeys(sorted(names)) for names in (expected, names))
+        if faults := shape_faults(*shapes):
+            raise UserError(f"{path} holds another architecture; {faults}")
         for first, names in _copies(depth):
             for name in names:
                 if not np.array_equal(state[first], state[name]):
@@ -239,23 +236,24 @@ def _copies(depth) -> Iterator[tuple[str, list[str]]]:
             yield first, others
 
 
-def _read_config(path, default):
+def _read_config(path):
     try:
         config = parse_json(path.read_text())
     except (OSError, ValueError):
-        return default
-    return config if isinstance(config, dict) else default
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _network_config(path):
-    config = _read_config(path, {})
+    config = _read_config(path)
     name = config.get("_class_name")
     if name not in CLASSES:
         raise UserError(f"{path} is of a {name}; {CLASSES[0]} can be read")
     for field, value in FIXED.items():
         if config.get(field, value) != value:
-            found = config[field]
-            raise UserError(f"{path}: {field} is {found!r}, a DiT has {value!r}")
+            raise UserError(
+                f"{path}: {field} is {config[field]!r}, a DiT has {value!r}"
+            )
     config = {**SIZES, **config}
     for field in SIZES:
         value = config[field]

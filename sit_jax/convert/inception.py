@@ -17,17 +17,16 @@ from flax.traverse_util import unflatten_dict
 from jax import ShapeDtypeStruct
 
 from sit_jax.convert import tensor_files
-from sit_jax.convert.pretrained import cache_dir, fetch
+from sit_jax.convert.pretrained import PRETRAINED, cache_dir, fetch
 from sit_jax.convert.rules import join_names, require_match, to_flax, to_torch
 from sit_jax.errors import UserError
 from sit_jax.files import atomic_write, read_json, sha256, write_json
 from sit_jax.manifest import weights_hash
 from sit_jax.models.inception import RULES, SHAPES, TF_RULES
 
-FILE = "pt_inception-2015-12-05-6726825d.pth"
-SIZE = 95_628_359  # bytes
-SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
+PUBLISHED = PRETRAINED["inception"]
+SIZE, SHA256, URL = PUBLISHED.size, PUBLISHED.sha256, PUBLISHED.url
+FILE = URL.rpartition("/")[2]
 NAMES = (FILE, "weights-inception-2015-12-05-6726825d.pth")  # the same bytes
 GRAPH = "classify_image_graph_def.pb"  # what ADM's evaluator downloads
 CONVERTED = "inception-2015-12-05.safetensors"
@@ -79,9 +78,9 @@ def find_inception(path: str | Path | None = None) -> Path:
         if not path.is_file():
             raise UserError(f"no file at {path}; {_remedy()}")
         return path
-    for place in places():
-        if place.is_file():
-            return place
+    for candidate in places():
+        if candidate.is_file():
+            return candidate
     raise UserError(f"no Inception weights; {_remedy()}")
 
 
@@ -152,8 +151,9 @@ def _read_torch(path):
 
 def _read_graph(path):
     constants = read_graph_constants(path)
-    names = {name for name, _, _ in TF_RULES} & set(constants)
-    return _to_params(path, TF_RULES, {name: constants[name] for name in names})
+    names = {name for name, _, _ in TF_RULES}
+    state = {name: array for name, array in constants.items() if name in names}
+    return _to_params(path, TF_RULES, state)
 
 
 def _to_params(path, rules, state):

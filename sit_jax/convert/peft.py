@@ -27,7 +27,7 @@ from sit_jax.adapters.weights import (
     full_matches,
     is_matrix,
 )
-from sit_jax.convert.diffusers import BLOCK_NAMES, QKV_NAMES
+from sit_jax.convert.diffusers import BLOCK_NAMES, END_NAMES, QKV_NAMES
 from sit_jax.convert.rules import Rules, join_names
 from sit_jax.convert.tensor_files import Tensors, open_file
 from sit_jax.errors import UserError
@@ -69,10 +69,7 @@ UNSUPPORTED = {
 }
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 NUMBER_LIMIT = 1e6
-DIFFUSERS_MODULES = BLOCK_NAMES | {
-    "final_layer.adaLN_modulation.1": "proj_out_1",
-    "final_layer.linear": "proj_out_2",
-}
+DIFFUSERS_MODULES = BLOCK_NAMES | END_NAMES
 QKV = "blocks.*.attn.qkv"
 
 

@@ -359,15 +359,13 @@ def vae_rules(model: AutoencoderKL) -> Rules:
     """Returns the rules of an AutoencoderKL, in diffusers' names of today."""
     rules = []
     for path, leaf in flatten_dict(vae_param_shapes(model), sep="/").items():
-        name = path
-        for pattern, new in _VAE_NAMES:
-            name = re.sub(pattern, new, name)
+        name = _rename(path, _VAE_NAMES)
         # The upsampler of a level stands with the level below in diffusers.
         double = lambda match: f"up_blocks/{int(match[1]) - 1}/upsamplers/0/conv"
         name = re.sub(r"double_(\d+)", double, name)
         rules.append(WeightRule(name.replace("/", "."), path, _LAYOUTS[leaf.ndim]))
-    place = lambda word: int(word) if word.isdigit() else _VAE_ORDER.index(word)
-    return sorted(rules, key=lambda rule: [*map(place, rule.torch_name.split("."))])
+    rank = lambda word: int(word) if word.isdigit() else _VAE_ORDER.index(word)
+    return sorted(rules, key=lambda rule: [*map(rank, rule.torch_name.split("."))])
 
 
 def to_diffusers_names(names: Iterable[str], levels: int) -> dict[str, str]:
@@ -378,15 +376,19 @@ def to_diffusers_names(names: Iterable[str], levels: int) -> dict[str, str]:
         levels: number of resolutions.
     """
     translation = {}
-    for given in names:
-        name = given
-        for pattern, new in _OLD_NAMES:
-            name = re.sub(pattern, new, name)
+    for old in names:
+        name = _rename(old, _OLD_NAMES)
         name = re.sub(r"\{(\d+)\}", lambda level: str(levels - 1 - int(level[1])), name)
         if name in translation:
-            raise UserError(f"the weights name {name} twice, also as {given}")
-        translation[name] = given
+            raise UserError(f"the weights name {name} twice, also as {old}")
+        translation[name] = old
     return translation
+
+
+def _rename(name, patterns):
+    for pattern, new in patterns:
+        name = re.sub(pattern, new, name)
+    return name
 
 
 def squeeze_attention(name: str, array: np.ndarray) -> np.ndarray:
