@@ -23,7 +23,7 @@ import numpy as np
 
 from sit_jax.adapters.quantize import SKIP, quantize_params, tree_bytes
 from sit_jax.config import spec
-from sit_jax.convert.open import open_weights
+from sit_jax.convert.open import WeightsRef
 from sit_jax.evaluation.digits import DigitFeatures, digit_figures
 from sit_jax.evaluation.fid import Gaussian, frechet_distance
 from sit_jax.experiment import build_experiment
@@ -60,7 +60,7 @@ def main():
 
 def likeness(args, words):
     """-> {word: {figure: value}} on the digits."""
-    opened = open_weights(args.weights, None)
+    opened = WeightsRef(args.weights).open()
     sampler = FixedStepODE(method=heun, steps=STEPS, trajectory_length=6)
     parts = dataclasses.replace(build_experiment(opened.config), sampler=sampler)
     mesh = make_mesh(data=-1, fsdp=1)

@@ -8,7 +8,9 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no accelerator is needed, so none held
 
+import argparse
 import time
+from types import ModuleType
 
 import jax
 
@@ -23,15 +25,16 @@ from sit_jax.convert import (
     tensor_files,
 )
 from sit_jax.convert.adapters import port_adapter
-from sit_jax.convert.checkpoint import (
+from sit_jax.convert.checkpoint import open_torch_file
+from sit_jax.convert.export import (
     CheckpointExport,
     compare_tensors,
+    flatten_parts,
     format_columns,
-    open_torch_file,
 )
 from sit_jax.convert.model_card import LAYOUTS, model_card, write_model_folder
 from sit_jax.convert.open import add_torch_flags, family_of
-from sit_jax.convert.state_dict import mdt_file_name, mdt_number, read_torch_file
+from sit_jax.convert.state_dict import read_torch_file
 from sit_jax.errors import UserError
 from sit_jax.files import (
     as_path,
@@ -43,7 +46,6 @@ from sit_jax.files import (
     sha256,
 )
 from sit_jax.manifest import weights_hash
-from sit_jax.models.mdt import MDT
 from sit_jax.parallel import hardware, multihost
 from sit_jax.ranges import AtLeast
 from sit_jax.recipes import published
@@ -151,7 +153,9 @@ def _refuse_meaningless(args, overrides, is_adapter, is_torch):
             raise UserError(f"--{name} {value}{reason}")
 
 
-def to_checkpoint(args, overrides, original=None):
+def to_checkpoint(
+    args: argparse.Namespace, overrides: list[str], original: ModuleType | None = None
+) -> None:
     """Converts a torch file or diffusers folder into a checkpoint directory."""
     target = require_free(args.target, args.overwrite)
     children = target.iterdir() if target.is_dir() else ()
@@ -162,8 +166,10 @@ def to_checkpoint(args, overrides, original=None):
     config = args.config and configs.load(args.config)
     if config:
         configs.override(config, overrides)
-    known = {"family": args.family, "heads": args.heads, "config": config}
-    weights = open_torch_file(pretrained.fetch(args.source), published, **known)
+    source = pretrained.fetch(args.source)
+    weights = open_torch_file(
+        source, published, family=args.family, heads=args.heads, config=config
+    )
     print(f"converting {args.source}", flush=True)
     items, meta = weights.items()
     require_space(target, sum(leaf.nbytes for leaf in jax.tree.leaves(items)))
@@ -189,11 +195,11 @@ def to_checkpoint(args, overrides, original=None):
     print(f"{target}/{meta['step']}")
 
 
-def to_torch_file(args, original=None):
+def to_torch_file(args: argparse.Namespace, original: ModuleType | None = None) -> None:
     """Converts a step of a checkpoint into a torch file, or the files of MDT's run."""
     target = require_free(args.target, args.overwrite)
     export = _open_checkpoint(args)
-    files, parts, left_out = _contents(export, target)
+    files, parts, left_out = export.torch_files(target)
     names = [*files, f"{target.name}.md"]
     paths = [require_free(target.with_name(n), args.overwrite) for n in names]
     arrays = [array for part in parts.values() for array in part.values()]
@@ -206,7 +212,7 @@ def to_torch_file(args, original=None):
         written = read_torch_file(folder / target.name)
         written_parts = written.parts()
         theirs = {part: written_parts[part] for part in parts}
-        compared = compare_tensors(_each(parts), theirs)
+        compared = compare_tensors(flatten_parts(parts), theirs)
         _print_parity(original, export, written.ema)
         shas = {name: sha256(folder / name) for name in files}
         text = model_card(
@@ -220,12 +226,12 @@ def to_torch_file(args, original=None):
     _print_network(export, ["float32"])
     if left_out:
         print(f"written: {left_out}")
-    _print_comparison(compared, f"{export.directory}/{export.step}", target)
+    _print_comparison(compared, export, target)
     for name, sha in shas.items():
         print(f"{sha}  {target.with_name(name)}")
 
 
-def to_folder(args):
+def to_folder(args: argparse.Namespace) -> None:
     """Converts a step of a checkpoint into a folder for the Hugging Face Hub."""
     target = require_free(args.target, args.overwrite)
     export = _open_checkpoint(args)
@@ -241,7 +247,7 @@ def to_folder(args):
             figures=_figure_paths(args),
         )
     _print_network(export, ["float32"])
-    _print_comparison(compared, f"{export.directory}/{export.step}", target)
+    _print_comparison(compared, export, target)
     print(*lines, target, sep="\n")
 
 
@@ -252,23 +258,6 @@ def _open_checkpoint(args):
     return CheckpointExport(directory, step)
 
 
-def _contents(export, target):
-    """Returns contents by file name, their parts, and what is left out and why."""
-    why = export.no_optimizer
-    if target.suffix == ".safetensors":
-        why = "a .safetensors holds one state dict"
-    elif export.step and isinstance(export.spec.model, MDT):
-        name = mdt_file_name(export.step)
-        if mdt_number(target) is not None:
-            if target.name != name:
-                raise UserError(f"{target}: MDT's file of this step is called {name}")
-            files, parts = export.mdt_contents()
-            return files, parts, why and f"all but the optimizer, for {why}"
-        why = f"only a {name} has the run's other files beside it"
-    content, parts = export.content(bare=why is not None)
-    return {target.name: content}, parts, why and f"the EMA alone, for {why}"
-
-
 def _figure_paths(args):
     """Returns the paths of evaluate.py's JSON files, which can be read."""
     paths = [as_path(path) for path in args.figures or ()]
@@ -277,10 +266,6 @@ def _figure_paths(args):
             raise UserError(f"--figures: no file at {path}")
         read_json(path)
     return paths
-
-
-def _each(parts):
-    return ((p, name, array) for p in parts for name, array in parts[p].items())
 
 
 def _print_network(export, dtypes):

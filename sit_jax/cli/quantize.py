@@ -14,7 +14,7 @@ from sit_jax import checkpoint
 from sit_jax.adapters.quantize import FORMS, SKIP, make_quantizer, quantize_stream
 from sit_jax.cli.main import entry_point, make_parser, parse_args
 from sit_jax.config import to_json
-from sit_jax.convert.checkpoint import format_columns
+from sit_jax.convert.export import format_columns
 from sit_jax.convert.open import WeightsRef, add_torch_flags
 from sit_jax.errors import UserError
 from sit_jax.files import atomic_write, require_free, require_space
@@ -45,18 +45,19 @@ def main() -> int:
 def quantize(args: Any) -> None:
     """Writes the quantized checkpoint that the arguments of main ask for."""
     target = require_free(args.target, args.overwrite)
-    how = {"family": args.family, "heads": args.heads, "base": published}
-    opened = WeightsRef(args.source, **how).open()
+    weights = WeightsRef(
+        args.source, family=args.family, heads=args.heads, base=published
+    ).open()
     item = "params" if args.no_ema else "ema"
-    if "quantized" in opened.meta:
-        form = opened.meta["quantized"]["form"]
+    if "quantized" in weights.meta:
+        form = weights.meta["quantized"]["form"]
         raise UserError(f"{args.source} is {form} already; start from its floats")
-    shapes = opened.shapes()
+    shapes = weights.shapes()
     require_space(target, sum(4 * leaf.size for leaf in shapes.values()))  # at most
     params, rows = quantize_stream(
-        opened.leaves(item), args.form, args.skip, total=len(shapes)
+        weights.leaves(item), args.form, args.skip, total=len(shapes)
     )
-    meta = {"config": to_json(opened.config), "step": 0, "from": str(args.source)}
+    meta = {"config": to_json(weights.config), "step": 0, "from": str(args.source)}
     meta["from_item"] = item
     with atomic_write(target) as name:
         save_quantized(name, 0, params, meta, form=args.form, skip=args.skip)

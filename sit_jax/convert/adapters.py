@@ -90,7 +90,7 @@ def open_adapter(
       UserError: they are no adapters, or of another network.
     """
     if not peft.is_adapter_file(path):
-        return _open_checkpoint(path, item)
+        return _read_checkpoint(_open_checkpoint(path), str(path), item)
     files, flat = peft.read_adapter_files(path), {}
     shapes = flatten_dict(shapes, sep="/")
     if files.pairs:
@@ -135,7 +135,11 @@ def apply_adapter(
 
 
 def apply_adapters(
-    params: dict, words: Sequence[str], model: Any, sha256: str | None, item="ema"
+    params: dict,
+    words: Sequence[str],
+    model: Any,
+    sha256: str | None,
+    item: str = "ema",
 ) -> tuple[dict, list[dict[str, Any]]]:
     """Returns the parameters with the adapters of PATH or PATH:WEIGHT merged in.
 
@@ -152,7 +156,9 @@ def apply_adapters(
     return merge_adapters(params), records
 
 
-def count_new_classes(words: Sequence[str], weights: LoadedWeights, item="ema") -> int:
+def count_new_classes(
+    words: Sequence[str], weights: LoadedWeights, item: str = "ema"
+) -> int:
     """Counts the classes that adapters of PATH or PATH:WEIGHT add to opened weights."""
     if not words:
         return 0
@@ -196,17 +202,18 @@ def port_adapter(
     """
     target = require_free(target, overwrite)
     ours = {peft.CONFIG, peft.WEIGHTS, peft.DIFFUSERS}
-    held = {path.name for path in target.iterdir()} if target.is_dir() else set()
-    if foreign := [name for name in held - ours if not name.isdecimal()]:
+    names = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    if foreign := [name for name in names - ours if not name.isdecimal()]:
         raise UserError(
             f"{target} is not overwritten: it holds {foreign[0]}, no adapter"
         )
     if kind in ("peft", "diffusers"):
         with atomic_write(target) as folder:
             folder.mkdir()
-            return [_write_files(_find(source, step), folder, kind), str(target)]
+            weights = _open_checkpoint(source, step)
+            return [_write_files(weights, folder, kind), str(target)]
     if kind == "merged":
-        items, meta = _merge(_find(source, step))
+        items, meta = _merge(_open_checkpoint(source, step))
     elif base is None:
         raise UserError(f"{source} holds adapters: add --base, the network they are of")
     else:
@@ -219,8 +226,7 @@ def port_adapter(
 def _write_files(weights, folder, kind):
     """Writes a checkpoint's EMA of adapters as files; returns a line that says so."""
     experiment = build_experiment(weights.config)
-    where = f"{weights.path}/{weights.step}"
-    adapter = open_adapter(where, experiment.model, base_shapes(experiment))
+    adapter = _read_checkpoint(weights, str(weights))
     pairs = peft.to_pairs(rules_for(experiment.model), adapter.flat)
     if kind == "diffusers":
         if LABEL_TABLE in adapter.flat:
@@ -243,15 +249,14 @@ def _write_files(weights, folder, kind):
         peft.write_peft(
             folder, pairs, record["path"], dropout=adapter.dropout, table=table
         )
-    return f"{len(pairs)} modules adapted, of {where}, for {kind}"
+    return f"{len(pairs)} modules adapted, of {weights}, for {kind}"
 
 
 def _merge(weights):
-    """-> items and meta of a checkpoint of the network with the adapters in it."""
+    """Returns items and meta of a checkpoint of the network with adapters merged in."""
     config = weights.config
+    adapter = _read_checkpoint(weights, str(weights))
     experiment = build_experiment(config)
-    where = f"{weights.path}/{weights.step}"
-    adapter = open_adapter(where, experiment.model, base_shapes(experiment))
     params, record = load_adapted(experiment, make_mesh(), weights, "ema")
     params = materialize(params)
     del config["adapter"]
@@ -265,7 +270,7 @@ def _merge(weights):
 
 
 def _read_files(source, base):
-    """-> items and meta of a checkpoint of the adapters in files, over their base."""
+    """Returns items and meta of a checkpoint of the adapters in files."""
     config = CheckpointWeights(*checkpoint.find_step(base)).config
     below = build_experiment(config)
     adapter = open_adapter(source, below.model, base_shapes(below))
@@ -281,7 +286,7 @@ def _read_files(source, base):
 
 
 def _settings(source, adapter):
-    """The spec of a LoRA that trains what was read."""
+    """Returns the spec of a LoRA that trains what was read."""
     nodes = {p: n for p, n in adapter.flat.items() if isinstance(n, LoRAWeight)}
     if not nodes:
         raise UserError(f"{source} holds new rows alone, no adapters")
@@ -298,21 +303,20 @@ def _settings(source, adapter):
     )
 
 
-def _find(source, step):
-    directory, newest = checkpoint.find_step(source)
+def _open_checkpoint(path, step=None):
+    directory, newest = checkpoint.find_step(path)
     weights = CheckpointWeights(directory, newest if step is None else step)
     if "base" not in weights.meta:
         raise UserError(
-            f"{directory}/{weights.step} holds a network of its own, no adapters"
+            f"{weights} holds a network of its own, no adapters: use --weights"
         )
     return weights
 
 
 def _open_words(words, model, shapes, item):
-    """-> [(Adapter, weight)]; new classes may come with at most one."""
-    adapters = []
-    for path, weight in map(parse_adapter, words):
-        adapters.append((open_adapter(path, model, shapes, item), weight))
+    """Returns [(Adapter, weight)]; new classes may come with at most one."""
+    pairs = map(parse_adapter, words)
+    adapters = [(open_adapter(path, model, shapes, item), w) for path, w in pairs]
     growing = [adapter.path for adapter, _ in adapters if adapter.new_classes]
     if len(growing) > 1:
         raise UserError(
@@ -322,12 +326,8 @@ def _open_words(words, model, shapes, item):
     return adapters
 
 
-def _open_checkpoint(path, item):
-    weights = CheckpointWeights(*checkpoint.find_step(path))
-    if "base" not in weights.meta:
-        raise UserError(
-            f"{path} holds a network of its own, no adapters: use --weights"
-        )
+def _read_checkpoint(weights, path, item="ema"):
+    """Returns the Adapter in a checkpoint; path names it in errors and records."""
     experiment = build_experiment(weights.config, roles=("model", "adapter"))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
@@ -335,7 +335,7 @@ def _open_checkpoint(path, item):
     tree = checkpoint.load(weights.path, weights.step, **{item: like})[item]
     tree = jax.tree.map(np.asarray, tree)  # to go where the base is
     dropout = experiment.adapter.dropout
-    return Adapter(str(path), flatten(tree), weights.meta["base"], dropout)
+    return Adapter(path, flatten(tree), weights.meta["base"], dropout)
 
 
 def _add_rows(adapter, table):
@@ -355,9 +355,9 @@ def _over(source, path, node, base, weight):
     *lead, fan_in, _ = node.lora_a.shape
     size = (*lead, fan_in, node.lora_b.shape[-1])
     if base is None or tuple(base.shape) != size:
-        found = "nothing" if base is None else tuple(base.shape)
+        here = "nothing" if base is None else tuple(base.shape)
         raise UserError(
-            f"{source} is for another network: its {path} is {size}, here it is {found}"
+            f"{source} is for another network: its {path} is {size}, here it is {here}"
         )
     is_adapted = isinstance(base, LoRAWeight)
     if is_adapted and not (node.magnitude is None and base.magnitude is None):
@@ -371,10 +371,13 @@ def _over(source, path, node, base, weight):
 
 def _put_beside(node, base):
     """Puts an adapter where its base is: there the same product gives the same bits."""
-    where = getattr(jax.tree.leaves(base)[0], "sharding", None)
-    if isinstance(where, jax.sharding.NamedSharding):
-        where = replicated(where.mesh)
-    return node if where is None else jax.device_put(node, where)
+    leaf = jax.tree.leaves(base)[0]
+    if not isinstance(leaf, jax.Array):
+        return node
+    sharding = leaf.sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        sharding = replicated(sharding.mesh)
+    return jax.device_put(node, sharding)
 
 
 def _require_same_rows(adapter, table):

@@ -259,9 +259,9 @@ def _process(args):
     The originals ignored both for velocities on paths without a steep end, and
     sample_eps wherever train_eps was not given too.
     """
-    ignored = args["path_type"] != "VP" and args["prediction"] == "velocity"
+    is_ignored = args["path_type"] != "VP" and args["prediction"] == "velocity"
     train, sample = args["train_eps"], args["sample_eps"]
-    if ignored or train is None:
+    if is_ignored or train is None:
         train = sample = None
     fields = {ours: table[args[arg]] for arg, (ours, table) in PROCESS.items()}
     return spec(Interpolant, train_eps=train, sample_eps=sample, **fields)
@@ -291,7 +291,7 @@ def _set_run(config, args, file):
         config.clip = float(group["max_grad_norm"]) or None
 
 
-def _name_of(part, table):
-    """Returns part's name in the table; its own name if the originals lack it."""
-    own = getattr(part, "__name__", type(part).__name__)
-    return next((name for name, known in table.items() if known == part), own)
+def _name_of(value, table):
+    """Returns a value's name in the table; its own name if the originals lack it."""
+    own = getattr(value, "__name__", type(value).__name__)
+    return next((name for name, entry in table.items() if entry == value), own)

@@ -14,12 +14,17 @@ import jax
 import numpy as np
 
 from sit_jax.convert import tensor_files
-from sit_jax.convert.checkpoint import CheckpointExport, Comparison, compare_tensors
 from sit_jax.convert.diffusers import (
     WEIGHTS,
     diffusers_config,
     read_diffusers_folder,
     to_diffusers_state,
+)
+from sit_jax.convert.export import (
+    CheckpointExport,
+    Comparison,
+    compare_tensors,
+    flatten_parts,
 )
 from sit_jax.convert.pretrained import PRETRAINED
 from sit_jax.convert.state_dict import read_torch_file
@@ -62,20 +67,23 @@ def write_model_folder(
     """
     model, shape = export.spec.model, export.spec.shape
     is_diffusers = layout == "diffusers"
-    config = diffusers_config(model, shape) if is_diffusers else export.meta["config"]
+    config = (
+        diffusers_config(model, shape)
+        if is_diffusers
+        else export.weights.meta["config"]
+    )
     gap = (
         describe_gap(numeric_gap(model, shape, export.ema())) if is_diffusers else None
     )
     folder.mkdir(parents=True)
-    content, parts = export.content(bare=True)
-    tensors = to_diffusers_state(content) if is_diffusers else content
+    parts = export.state_dicts("ema")
+    tensors = to_diffusers_state(parts["ema"]) if is_diffusers else parts["ema"]
     file = folder / (WEIGHTS if is_diffusers else "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensor_files.write(file, tensors)
     del tensors
     written = read_diffusers_folder(folder) if is_diffusers else read_torch_file(file)
-    ours = ((p, n, array) for p in parts for n, array in parts[p].items())
-    comparisons = compare_tensors(ours, {part: written.ema for part in parts})
+    comparisons = compare_tensors(flatten_parts(parts), {"ema": written.ema})
     text = model_card(
         export,
         name=name if is_diffusers else f"{name}/{file.name}",
@@ -141,7 +149,7 @@ def model_card(
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    model, meta, shape = export.spec.model, export.meta, export.spec.shape
+    model, meta, shape = export.spec.model, export.weights.meta, export.spec.shape
     family = type(model).__name__
     flags = ""
     if diffusers_gap is not None:
@@ -201,8 +209,8 @@ def _architecture(model, spec):
 
 
 def _origin(export, shas):
-    meta = export.meta
-    rows = {"step": export.step, "item": "the EMA"}
+    meta = export.weights.meta
+    rows = {"step": export.weights.step, "item": "the EMA"}
     if "from" in meta:
         rows["converted from"] = meta["from"]
     if "sha256" in meta:

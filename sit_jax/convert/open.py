@@ -26,7 +26,7 @@ from sit_jax.adapters.quantize import quantized_shapes
 from sit_jax.adapters.weights import join, merge_adapters, split_trainable
 from sit_jax.config import difference, from_json, to_json
 from sit_jax.convert import pretrained
-from sit_jax.convert.checkpoint import TorchWeights, open_torch_file
+from sit_jax.convert.checkpoint import open_torch_file
 from sit_jax.convert.diffusers import is_diffusers_folder
 from sit_jax.convert.infer_config import FAMILIES
 from sit_jax.convert.tensor_files import SHARDED, SUFFIXES
@@ -70,6 +70,9 @@ class CheckpointWeights:
     path: Path
     step: int
 
+    def __str__(self) -> str:
+        return f"{self.path}/{self.step}"
+
     @cached_property
     def meta(self) -> dict[str, Any]:
         """The step's meta."""
@@ -79,7 +82,7 @@ class CheckpointWeights:
     def config(self) -> ConfigDict:
         """The config in the meta."""
         if "config" not in self.meta:
-            raise UserError(f"{self.path}/{self.step} has no config in its meta")
+            raise UserError(f"{self} has no config in its meta")
         return read_config(self.meta["config"])
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -102,8 +105,8 @@ class CheckpointWeights:
             return merge_adapters(jax.device_put(params, replicated(mesh)))
         shapes = _param_shapes(experiment.model, experiment.shape)
         shapes = quantized_shapes(shapes, self.meta)
-        where = jax.tree.map(lambda _: replicated(mesh), shapes)
-        target = with_shardings(shapes, where)
+        shardings = jax.tree.map(lambda _: replicated(mesh), shapes)
+        target = with_shardings(shapes, shardings)
         return checkpoint.load(self.path, self.step, **{item: target})[item]
 
 
@@ -112,7 +115,8 @@ class WeightsRef:
     """Weights that a flag names, with what a bare file of them does not tell.
 
     Args:
-      path: a workdir, checkpoint, .pt ... or a published name; None: no weights.
+      path: a workdir, checkpoint, .pt, .safetensors or folder of diffusers; also a name
+        of pretrained.PRETRAINED, or hf:owner/repo/file. None: no weights.
       weights_only: of a training run: without its optimizer.
       family: of a bare torch file.
       heads: of a bare torch file whose width is not a published one.
@@ -127,18 +131,37 @@ class WeightsRef:
     base: Callable[[str], ConfigDict] | None = None
 
     def open(self) -> LoadedWeights:
-        """Opens the weights; refuses family and heads beside a folder with both."""
+        """Opens the weights.
+
+        Raises:
+          UserError: there is nothing at the path, or nothing that can be read; family
+            or heads are given beside a folder, which has both.
+        """
         for flag, value in (("--family", self.family), ("--heads", self.heads)):
             if value is not None and as_path(self.path).is_dir():
                 raise UserError(
                     f"{flag} {value}: {self.path} is no torch file; leave it out"
                 )
-        return open_weights(self.path, self.open_torch)
-
-    def open_torch(self, path: Path) -> TorchWeights:
-        """Opens a .pt, .safetensors or diffusers folder."""
-        family = family_of(self.path, self.family)
-        return open_torch_file(path, self.base, family=family, heads=self.heads)
+        path = pretrained.fetch(self.path)
+        if not path.exists():
+            releases = pretrained.PRETRAINED.items()
+            names = (n for n, r in releases if r.family not in ("vae", "inception"))
+            raise UserError(
+                f"no weights at {path}: no such file or folder, and no release, which "
+                f"is downloaded by its name: {', '.join(names)}"
+            )
+        if path.name.endswith((*SUFFIXES, SHARDED)) or is_diffusers_folder(path):
+            family = family_of(self.path, self.family)
+            return open_torch_file(path, self.base, family=family, heads=self.heads)
+        weights = CheckpointWeights(*checkpoint.find_step(path))
+        step = weights.path / str(weights.step)
+        digest = checkpoint.step_digest(step)
+        remedy = "all processes need the same step"
+        multihost.assert_equal(f"sums of {step}", digest, remedy)
+        if digest is None:
+            line = f"{step} has no sums: damage would not be noticed"
+            print(line, file=sys.stderr)
+        return weights
 
 
 def add_init_flags(parser: argparse.ArgumentParser) -> None:
@@ -154,40 +177,6 @@ def add_torch_flags(add: Callable[..., Any]) -> None:
     add("--family", choices=FAMILIES, help="of a bare .pt or .safetensors")
     line = "of a bare file whose width is not a published one"
     add("--heads", type=COUNT, metavar="N", help=line)
-
-
-def open_weights(
-    path: str | Path, open_torch: Callable[[Path], TorchWeights] | None = None
-) -> LoadedWeights:
-    """Opens whatever a user may name.
-
-    Args:
-      path: a workdir, checkpoint, .pt, .safetensors or folder of diffusers; also a name
-        of pretrained.PRETRAINED, or hf:owner/repo/file.
-      open_torch: opens what torch wrote.
-
-    Raises:
-      UserError: there is nothing at the path, or nothing that can be read.
-    """
-    path = pretrained.fetch(path)
-    if not path.exists():
-        releases = pretrained.PRETRAINED.items()
-        names = (n for n, r in releases if r.family not in ("vae", "inception"))
-        raise UserError(
-            f"no weights at {path}: no such file or folder, and no release, which is "
-            f"downloaded by its name: {', '.join(names)}"
-        )
-    if path.name.endswith((*SUFFIXES, SHARDED)) or is_diffusers_folder(path):
-        return open_torch(path)
-    opened = CheckpointWeights(*checkpoint.find_step(path))
-    step = opened.path / str(opened.step)
-    digest = checkpoint.step_digest(step)
-    remedy = "all processes need the same step"
-    multihost.assert_equal(f"sums of {step}", digest, remedy)
-    if digest is None:
-        line = f"{step} has no sums: damage would not be noticed"
-        print(line, file=sys.stderr)
-    return opened
 
 
 def family_of(path: str | Path, family: str | None = None) -> str | None:
@@ -236,9 +225,8 @@ def load_base(
     if "config" in meta:
         _require_same_network(path, from_json(meta["config"]).model, experiment)
     shapes = quantized_shapes(shapes, meta)
-    where = weight_shardings(mesh, shapes)
-    readable = where
-    if not all(s.is_fully_addressable for s in jax.tree.leaves(where)):
+    shardings = readable = weight_shardings(mesh, shapes)
+    if not all(s.is_fully_addressable for s in jax.tree.leaves(shardings)):
         # each process needs all of it for the hash
         cpu = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         readable = jax.tree.map(lambda _: cpu, shapes)
@@ -250,7 +238,7 @@ def load_base(
             f"{directory}/{step} is not the base of these adapters: its weights are "
             f"{sha256[:12]}, theirs were {record['sha256'][:12]} in {record['path']}"
         )
-    params = device_put_global(params, where)
+    params = device_put_global(params, shardings)
     return params, {"path": str(directory), "step": step, "sha256": sha256}
 
 

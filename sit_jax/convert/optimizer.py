@@ -119,7 +119,7 @@ def torch_content(adam: AdamState, names: Sequence[str]) -> dict:
     return {"state": state, "param_groups": [group]}
 
 
-def param_group(config, step: int) -> dict[str, Any]:
+def param_group(config: Any, step: int) -> dict[str, Any]:
     """Returns the hyperparameters that torch's AdamW or Adan would have at this step.
 
     Raises:

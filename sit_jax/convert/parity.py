@@ -62,7 +62,12 @@ def compare_stages(
     return [(stage, _relative(ours[stage], theirs[stage])) for stage in theirs]
 
 
-def build_original(module: ModuleType, model: DiT | MDT, shape, state) -> Any:
+def build_original(
+    module: ModuleType,
+    model: DiT | MDT,
+    shape: tuple[int, int, int],
+    state: Mapping[str, np.ndarray],
+) -> Any:
     """Returns the original's torch network with these weights, for evaluation."""
     import torch
 
@@ -107,15 +112,15 @@ def _run_original(network, x, t, y):
     import torch
 
     stages = {}
-    keep = lambda name: lambda _, inputs, out: stages.__setitem__(name, out.numpy())
-    network.x_embedder.register_forward_hook(keep("patches"))
+    record = lambda name: lambda _, inputs, out: stages.__setitem__(name, out.numpy())
+    network.x_embedder.register_forward_hook(record("patches"))
     network.final_layer.register_forward_hook(
         lambda _, inputs, out: stages.update(
             {"time and label": inputs[1].numpy(), "final layer": out.numpy()}
         )
     )
     for i, block in enumerate(network.blocks):
-        block.register_forward_hook(keep(f"block {i}"))
+        block.register_forward_hook(record(f"block {i}"))
     with torch.no_grad():
         x = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
         out = network(x, torch.from_numpy(t), torch.from_numpy(y)).numpy()
@@ -127,7 +132,7 @@ def _run_original(network, x, t, y):
 
 def _run_ours(model, params, x, t, y):
     with jax.default_matmul_precision("highest"):
-        out, seen = model.apply(
+        out, state = model.apply(
             {"params": params},
             x,
             t,
@@ -136,7 +141,7 @@ def _run_ours(model, params, x, t, y):
             mutable="intermediates",
         )
     patches, cond, blocks, head = (
-        seen["intermediates"][stage]["__call__"][0] for stage in _STAGES
+        state["intermediates"][stage]["__call__"][0] for stage in _STAGES
     )
     stages = {"patches": patches.reshape(len(x), -1, model.width)}  # (b, t, d)
     stages |= {f"block {i}": tokens for i, tokens in enumerate(blocks[0])}

@@ -156,8 +156,8 @@ def read_adapter_files(path: Any) -> AdapterFiles:
     ranks = _by_pattern(config.get("rank_pattern"), modules, config.get("r"))
     alphas = _by_pattern(config.get("alpha_pattern"), modules, config.get("lora_alpha"))
     pairs = {}
-    for name, parts in modules.items():
-        pair = _pair(f"{file}: {name}", parts, ranks[name], alphas[name])
+    for name, module in modules.items():
+        pair = _pair(f"{file}: {name}", module, ranks[name], alphas[name])
         if config.get("use_rslora"):
             pair = dataclasses.replace(pair, scale=pair.scale * pair.rank**0.5)
         pairs[name] = pair
@@ -319,7 +319,7 @@ def from_diffusers(pairs: Mapping[str, LoRAPair]) -> dict[str, LoRAPair]:
 
 
 def _pattern(name):
-    """-> a module's name with * for the layer, and the layer."""
+    """Returns a module's name with * for the layer, and the layer."""
     match = re.match(r"(\w*blocks)\.(\d+)\.", name)
     if not match:
         return name, ""
@@ -438,7 +438,7 @@ def _checked_config(source, config):
 
 
 def _group_by_module(file, tensors):
-    """-> {module: {"lora_a" | "lora_b" | ...: array}}, and the label table or None."""
+    """Returns {module: {"lora_a": array, ...}}, and the label table or None."""
     modules, foreign, table = {}, [], None
     for key in tensors:
         name = key.removeprefix(PREFIX).removeprefix(DIFFUSERS_PREFIX)
@@ -459,27 +459,28 @@ def _group_by_module(file, tensors):
     return modules, table
 
 
-def _pair(where, parts, expected_rank, alpha):
-    if missing := {"lora_a", "lora_b"} - parts.keys():
-        raise UserError(f"{where} has no {missing.pop().replace('_', ' ')} matrix")
-    lora_a, lora_b = parts["lora_a"], parts["lora_b"]
+def _pair(source, tensors, expected_rank, alpha):
+    """Returns the LoRAPair of one module's tensors; source names it in errors."""
+    if missing := {"lora_a", "lora_b"} - tensors.keys():
+        raise UserError(f"{source} has no {missing.pop().replace('_', ' ')} matrix")
+    lora_a, lora_b = tensors["lora_a"], tensors["lora_b"]
     if lora_a.ndim != 2 or lora_b.ndim != 2 or len(lora_a) != lora_b.shape[1]:
-        raise UserError(f"{where} is {lora_b.shape} by {lora_a.shape}, no adapter")
+        raise UserError(f"{source} is {lora_b.shape} by {lora_a.shape}, no adapter")
     rank = len(lora_a)
     if rank < 1:
-        raise UserError(f"{where} has rank 0")
+        raise UserError(f"{source} has rank 0")
     if expected_rank not in (None, rank):
-        raise UserError(f"{where} has rank {rank}, the config says {expected_rank}")
-    if "alpha" in parts:
-        if parts["alpha"].size != 1:
-            raise UserError(f"{where} has {parts['alpha'].size} alphas")
-        alpha = float(parts["alpha"].reshape(()))
+        raise UserError(f"{source} has rank {rank}, the config says {expected_rank}")
+    if "alpha" in tensors:
+        if tensors["alpha"].size != 1:
+            raise UserError(f"{source} has {tensors['alpha'].size} alphas")
+        alpha = tensors["alpha"].item()
     scale = 1.0 if alpha is None else alpha / rank
-    return LoRAPair(lora_a, lora_b, float(scale), parts.get("magnitude"))
+    return LoRAPair(lora_a, lora_b, float(scale), tensors.get("magnitude"))
 
 
 def _by_pattern(patterns, names, default):
-    """-> {name: value of the first pattern that ends it}, as PEFT looks them up."""
+    """Returns {name: value of the first pattern that ends it}, as in PEFT."""
     values, deadline = dict.fromkeys(names, default), time.monotonic() + PATTERN_SECONDS
     for pattern, value in reversed((patterns or {}).items()):
         left = deadline - time.monotonic()

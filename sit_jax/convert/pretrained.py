@@ -139,9 +139,7 @@ def cache_dir() -> Path:
 def fetch(name: str | Path) -> Path:
     """Returns the path of a published file, downloaded if it is not there.
 
-    A path stays a path.
-
-    A bucket's files are copied here, its folders are read where they are.
+    A path stays a path; a bucket's files are copied here, its folders are not.
 
     Raises:
         UserError: the download failed, or its size or sha256 is another than published.
@@ -175,8 +173,13 @@ def _download(release, path):
     try:
         if release.on_hub is None:
             require_space(path, size or 0)
-            how = {"known_hash": sha256, "fname": path.name, "path": path.parent}
-            pooch.retrieve(release.url, progressbar=sys.stderr.isatty(), **how)
+            pooch.retrieve(
+                release.url,
+                known_hash=sha256,
+                fname=path.name,
+                path=path.parent,
+                progressbar=sys.stderr.isatty(),
+            )
             return
         size, sha256 = _download_from_hub(release, path)
     except UserError:

@@ -8,7 +8,7 @@ number is that of the step after which they were written, counted from 0.
 import argparse
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sit_jax.convert.optimizer import AdamState, read_adam, torch_content
+from sit_jax.convert.optimizer import AdamState, read_adam
 from sit_jax.convert.rules import (
     Rules,
     mdt_family,
@@ -123,51 +123,15 @@ def mdt_number(path: Path) -> str | None:
     return match and match[1]
 
 
-def mdt_file_name(step: int) -> str:
-    """Returns the name of the model's file after so many updates."""
-    return f"model{step - 1:06d}.pt"
-
-
-def train_content(
-    model: Mapping, ema: Mapping, adam: AdamState, args: Mapping[str, Any]
-) -> dict:
-    """Returns what the originals' train.py saves, for tensor_files.write."""
-    opt = torch_content(adam, list(model))
-    return {"model": model, "ema": ema, "opt": opt, "args": argparse.Namespace(**args)}
-
-
-def mdt_contents(
-    step: int,
-    rates: Sequence[float],
-    parts: Mapping[str, Mapping],
-    adam: AdamState | None,
-) -> dict[str, Mapping]:
-    """Returns what MDT's train script saves, by file name.
-
-    Args:
-        step: number of updates.
-        rates: of the parts ema, ema_0.999, ...
-        parts: model and EMAs, state dicts.
-        adam: the optimizer's state, if it can be told.
-    """
-    number = f"{step - 1:06d}"
-    files = {f"model{number}.pt": parts["model"]}
-    for i, rate in enumerate(rates):
-        files[f"ema_{rate}_{number}.pt"] = parts[f"ema_{rate}" if i else "ema"]
-    if adam is not None:
-        files[f"opt{number}.pt"] = torch_content(adam, list(adam.moments["exp_avg"]))
-    return files
-
-
 def _read_one(file):
     content = file.content()
     if file.is_state_dict(content):
-        state = Tensors(file, _places(file, content))
+        state = Tensors(file, _tensor_keys(file, content))
         return TorchFile(file.path, "bare state dict", state, state)
     if not isinstance(content, Mapping):
         raise UserError(f"{file.path} holds a {type(content).__name__}, no state dict")
     states = {
-        key: _places(file, content[key], key)
+        key: _tensor_keys(file, content[key], key)
         for key in (*MODEL_KEYS, *EMA_KEYS)
         if file.is_state_dict(content.get(key))
     }
@@ -175,12 +139,12 @@ def _read_one(file):
     ema_key = next((key for key in EMA_KEYS if key in states), None)
     if model_key and not ema_key and isinstance(content.get("ema"), Mapping):
         ema_key = "ema"
-        states[ema_key] = _shadow_places(file, content["ema"], states[model_key])
+        states[ema_key] = _shadow_keys(file, content["ema"], states[model_key])
     model = Tensors(file, states[model_key]) if model_key else None
     ema = Tensors(file, states[ema_key]) if ema_key else None
     if not model and not ema:
-        held = ", ".join(str(key)[:50] for key in islice(content, 20)) or "nothing"
-        raise UserError(f"{file.path} holds no weights, only {held}")
+        keys = ", ".join(str(key)[:50] for key in islice(content, 20)) or "nothing"
+        raise UserError(f"{file.path} holds no weights, only {keys}")
     adam = None
     if model and "opt" in content:
         adam = read_adam(file, content["opt"], list(model), "opt")
@@ -201,19 +165,19 @@ def _read_one(file):
     )
 
 
-def _places(file, state, *keys):
+def _tensor_keys(file, state, *keys):
     """Returns names without those of wrappers, and the keys to each tensor."""
-    places = {}
+    keys_by_name = {}
     for key in state:
         name = WRAPPERS.sub(r"\1", str(key)).removeprefix(PEFT_PREFIX)
-        if name in places:
+        if name in keys_by_name:
             raise UserError(f"{file.path} has two tensors for {name}")
-        places[name] = (*keys, key)
-    return places
+        keys_by_name[name] = (*keys, key)
+    return keys_by_name
 
 
-def _shadow_places(file, ema, model):
-    """Returns the same of torch_ema's and diffusers' EMA, a list without names."""
+def _shadow_keys(file, ema, model):
+    """Returns the same of the EMA of torch_ema and diffusers, a list without names."""
     shadows = ema.get("shadow_params", ())
     parameters = [name for name in model if not name.endswith(INDEX)]
     trained = [name for name in parameters if name != "pos_embed"]
@@ -222,8 +186,7 @@ def _shadow_places(file, ema, model):
         raise UserError(
             f"{file.path}: ema has {len(shadows)} tensors, model {len(parameters)}"
         )
-    places = {name: ("ema", "shadow_params", i) for i, name in enumerate(names)}
-    return {**model, **places}
+    return model | {name: ("ema", "shadow_params", i) for i, name in enumerate(names)}
 
 
 def _plain_args(path, args):

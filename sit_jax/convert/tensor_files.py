@@ -91,8 +91,8 @@ class Tensors(Mapping):
         self._file, self._keys = file, dict(keys)
         self.shapes, dtypes = {}, set()
         size = sum(path.stat().st_size for path in file.paths)
-        for name, place in self._keys.items():
-            shape, dtype = file.shape_and_dtype(place)
+        for name, path in self._keys.items():
+            shape, dtype = file.shape_and_dtype(path)
             if dtype not in FLOATS and not (dtype == "int64" and name.endswith(INDEX)):
                 raise UserError(f"{file.path}: {name} is {dtype}, not {FLOATS[0]}")
             if math.prod(shape) > size:  # a view that repeats one number

@@ -67,11 +67,11 @@ def load_vae(
     model, scale = read_vae_config(config) if config else (AutoencoderKL(), SCALE)
     params = _read_params(path, model, config)
     multihost.assert_equal_files(path, *filter(None, [config]))
-    chosen = policy.get_precision(precision)
+    rule = policy.get_precision(precision)
     return Vae(
         params=device_put_global(params, device),
-        model=policy.with_compute_dtype(chosen, model),
-        precision=chosen,
+        model=policy.with_compute_dtype(rule, model),
+        precision=rule,
         **{"scale": scale, **fields},
     )
 
@@ -149,16 +149,16 @@ def read_vae_config(path: Path) -> tuple[AutoencoderKL, float]:
 
 
 def _find_files(source):
-    """-> Path of the weights, and of their config.json or None."""
+    """Returns the paths of the weights and of their config.json, or None."""
     release, path = pretrained.find(source), pretrained.fetch(source)
     if path.is_dir():
-        found = find_weights(path) or find_weights(path / "vae")
-        if found is None:
+        weights = find_weights(path) or find_weights(path / "vae")
+        if weights is None:
             raise UserError(
                 f"{path} has no {STEM}.safetensors or {STEM}.bin, nor has a folder vae "
                 "in it"
             )
-        path = found
+        path = weights
     elif not path.is_file():
         releases = pretrained.PRETRAINED.items()
         names = ", ".join(name for name, r in releases if r.family == "vae")

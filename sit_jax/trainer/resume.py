@@ -26,7 +26,6 @@ from sit_jax.convert.open import (
     WeightsRef,
     base_shapes,
     load_base,
-    open_weights,
     require_checkpoint,
 )
 from sit_jax.convert.rules import rules_for
@@ -262,7 +261,7 @@ def _init_from_weights(
     experiment: Experiment, target: TrainState, key: jax.Array, init: WeightsRef
 ) -> Beginning:
     """Goes on with a checkpoint of the same network, or begins with other weights."""
-    opened = open_weights(init.path, init.open_torch)
+    opened = init.open()
     other = build_experiment(opened.config)
     require_same_family(init.path, type(other.model), experiment.model)
     network = lambda e: (type(e.model), e.model.classes, e.model.null_label, e.shape)

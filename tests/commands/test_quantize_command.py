@@ -12,7 +12,7 @@ from sit_jax.adapters.quantize import SKIP, quantize_params
 from sit_jax.adapters.weights import Int4Weight
 from sit_jax.checkpoint import find_step, read_meta
 from sit_jax.cli import port_weights, quantize, sample
-from sit_jax.convert.open import open_weights
+from sit_jax.convert.open import WeightsRef
 from sit_jax.experiment import build_experiment
 from sit_jax.files import read_json
 
@@ -31,7 +31,7 @@ def test_a_checkpoint_is_made_and_read_back(floats, tmp_path, run, monkeypatch, 
     code, out, err = run(floats, tmp_path / "q", "--form", "w4g8")
     assert (code, err) == (0, ""), err
     assert re.search(r"blocks/mlp/fc1/kernel +8,192 +\d,\d+ +\d.\d+e-0[12]", out)
-    opened = open_weights(tmp_path / "q", None)
+    opened = WeightsRef(tmp_path / "q").open()
     parts = build_experiment(opened.config)
     from sit_jax.parallel.mesh import make_mesh
 

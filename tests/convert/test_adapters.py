@@ -12,7 +12,7 @@ from sit_jax.adapters.weights import LABEL_TABLE, materialize, merge_adapters
 from sit_jax.cli import port_weights, sample
 from sit_jax.config import to_json
 from sit_jax.convert.adapters import apply_adapters, count_new_classes
-from sit_jax.convert.open import CheckpointWeights, load_adapted, open_weights
+from sit_jax.convert.open import CheckpointWeights, WeightsRef, load_adapted
 from sit_jax.errors import UserError
 from sit_jax.experiment import build_experiment
 from sit_jax.parallel.mesh import make_mesh
@@ -45,7 +45,7 @@ def called(monkeypatch, capsys):
 
 def params(base):
     directory, step = checkpoint.find_step(base)
-    return open_weights(base, None).load("ema", PARTS, make_mesh(data=-1, fsdp=1))
+    return WeightsRef(base).open().load("ema", PARTS, make_mesh(data=-1, fsdp=1))
 
 
 def worn(base, *words):
@@ -61,7 +61,7 @@ def equal(one, other):
 def own(run):
     """The weights of a run of adapters by itself."""
     directory, step = checkpoint.find_step(run)
-    parts = build_experiment(open_weights(run, None).config)
+    parts = build_experiment(WeightsRef(run).open().config)
     weights = CheckpointWeights(directory, step)
     return merge_adapters(load_adapted(parts, make_mesh(), weights, "ema")[0])
 
@@ -77,7 +77,7 @@ def test_new_rows_come_with_their_adapters(base, tmp_path, targets):
     equal(found, own(run))
     assert found["cond"]["label"]["embedding"].shape == (8, 16)
     assert [each["new_classes"] for each in records] == [2]
-    assert count_new_classes([f"{run}:0.5"], open_weights(base, None)) == 2
+    assert count_new_classes([f"{run}:0.5"], WeightsRef(base).open()) == 2
 
 
 def test_rows_are_whole_at_any_weight(base, more):

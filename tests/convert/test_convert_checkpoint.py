@@ -21,11 +21,8 @@ from plain_torch import models as plain
 
 from sit_jax.config import spec, to_json
 from sit_jax.convert import tensor_files
-from sit_jax.convert.checkpoint import (
-    CheckpointExport,
-    compare_tensors,
-    open_torch_file,
-)
+from sit_jax.convert.checkpoint import open_torch_file
+from sit_jax.convert.export import CheckpointExport, compare_tensors, flatten_parts
 from sit_jax.convert.open import WeightsRef
 from sit_jax.convert.optimizer import to_optax
 from sit_jax.convert.rules import DIT_RULES, to_torch
@@ -41,7 +38,7 @@ from sit_jax.trainer import resume
 def test_export_gives_released_files_back_bit_by_bit(tmp_path, name):
     there = stored(opened(name), tmp_path / "ck")
     assert there.no_optimizer == "the checkpoint has no opt_state"
-    content, _ = there.content(bare=True)
+    content = there.state_dicts("ema")["ema"]
     tensor_files.write(tmp_path / "x.pt", content)
     assert_same_state(loaded(tmp_path / "x.pt"), loaded(golden(name)))
 
@@ -49,10 +46,10 @@ def test_export_gives_released_files_back_bit_by_bit(tmp_path, name):
 @pytest.mark.parametrize("family", ["sit", "dit"])
 def test_export_gives_files_of_train_py_back_bit_by_bit(tmp_path, family):
     there = stored(opened(f"train_{family}_full"), tmp_path / "ck")
-    assert there.step == 20
+    assert there.weights.step == 20
     assert there.no_optimizer is None
-    content, _ = there.content(bare=False)
-    tensor_files.write(tmp_path / "x.pt", content)
+    files, _, _ = there.torch_files(tmp_path / "x.pt")
+    tensor_files.write(tmp_path / "x.pt", files["x.pt"])
     ours, theirs = loaded(tmp_path / "x.pt"), loaded(golden(f"train_{family}_full"))
     assert list(ours) == list(theirs)
     assert_same_state(ours["model"], theirs["model"])
@@ -122,10 +119,11 @@ def test_export_of_an_own_run_goes_on_in_torch_as_here(tmp_path):
     meta = {"config": to_json(c), "step": 5}  # one more was skipped
     small.save(tmp_path / "ck", 5, meta, params=params, ema=params, opt_state=state)
 
-    steps = [each for each in CheckpointExport(tmp_path / "ck", 5).tensors("step")]
-    assert len(steps) == 1  # of Adam and of the schedule, which are one in torch
-    content, _ = CheckpointExport(tmp_path / "ck", 5).content(bare=False)
-    tensor_files.write(tmp_path / "x.pt", content)
+    export = CheckpointExport(tmp_path / "ck", 5)
+    # of Adam and of the schedule, which are one in torch
+    assert len(list(export.tensors("step"))) == 1
+    files, _, _ = export.torch_files(tmp_path / "x.pt")
+    tensor_files.write(tmp_path / "x.pt", files["x.pt"])
     file = loaded(tmp_path / "x.pt")
     group = file["opt"]["param_groups"][0]
     assert group["lr"] == pytest.approx(6e-3)  # of step 4
@@ -211,9 +209,9 @@ def test_open_torch_file_lists_faults_of_another_architecture(tmp_path, change, 
 def test_export_carries_a_drifted_table(tmp_path):
     drift = np.float32(2e-4)
     open_ = broken(tmp_path, lambda s: s.update(pos_embed=s["pos_embed"] + drift))
-    content, _ = stored(open_(), tmp_path / "ck").content(bare=True)
+    ema = stored(open_(), tmp_path / "ck").state_dicts("ema")["ema"]
     read = read_torch_file(tmp_path / "x.pt")
-    np.testing.assert_array_equal(content["pos_embed"], read.ema["pos_embed"])
+    np.testing.assert_array_equal(ema["pos_embed"], read.ema["pos_embed"])
 
 
 def test_open_torch_file_refuses_an_optimizer_of_fewer_tensors(tmp_path):
@@ -233,16 +231,13 @@ def test_state_dict_spec_of_xl_has_the_published_tensors():
 def test_compare_tensors_sees_one_bit():
     a = {"x": np.ones(3, np.float32), "y": np.zeros((2, 2), np.float32)}
     b = a | {"x": np.nextafter(a["x"], 2, dtype=np.float32)}
-    each = lambda state: (("ema", name, array) for name, array in state.items())
-    same = compare_tensors(each(a), {"ema": dict(reversed(a.items()))})["ema"]
-    assert (same.num_tensors, same.max_difference, same.left == same.right) == (
-        2,
-        0,
-        True,
-    )
+    ours = lambda state: flatten_parts({"ema": state})
+    same = compare_tensors(ours(a), {"ema": dict(reversed(a.items()))})["ema"]
+    assert (same.num_tensors, same.max_difference) == (2, 0)
+    assert same.left == same.right
     with pytest.raises(UserError, match=r"ema came back different by up to 1\.19"):
-        compare_tensors(each(a), {"ema": b})
+        compare_tensors(ours(a), {"ema": b})
     with pytest.raises(UserError, match=r"ema came back different by up to 0\.0"):
-        compare_tensors(each(a), {"ema": a | {"y": -a["y"]}})
+        compare_tensors(ours(a), {"ema": a | {"y": -a["y"]}})
     with pytest.raises(UserError, match="1 tensors came back of 2"):
-        compare_tensors(each({"x": a["x"]}), {"ema": a})
+        compare_tensors(ours({"x": a["x"]}), {"ema": a})

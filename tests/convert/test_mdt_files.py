@@ -39,7 +39,7 @@ def test_a_released_file_is_known_by_its_names_and_comes_back(name, tmp_path):
     assert tuple(found.config.shape) == (8, 8, 4) and model.classes == 9
     assert model.decoder == 2  # of v1 nothing tells: the published value
     there = stored(found, tmp_path / "ck")
-    content, _ = there.content(bare=True)
+    content = there.state_dicts("ema")["ema"]
     for ending in ("pt", "safetensors"):
         path = tmp_path / f"x.{ending}"
         tensor_files.write(path, content)
@@ -98,26 +98,26 @@ def there(run, tmp_path_factory):
 
 def test_a_run_becomes_a_checkpoint_of_its_step_with_its_optimizer(run, there):
     name, _ = run
-    assert there.step == 20 and there.config.ema_decay == RATES
-    group, optimizer = GROUPS[name], there.config.optimizer
+    assert there.weights.step == 20 and there.weights.config.ema_decay == RATES
+    group, optimizer = GROUPS[name], there.weights.config.optimizer
     assert optimizer.learning_rate == group["lr"]
     assert (
         tuple(optimizer[f"b{i + 1}"] for i in range(len(group["betas"])))
         == (group["betas"])
     )
-    assert there.config.clip == group.get("max_grad_norm")
+    assert there.weights.config.clip == group.get("max_grad_norm")
     names = {"params", "ema", "ema_0.99", "opt_state", "meta"}
-    assert names <= checkpoint.items(there.directory, 20)
+    assert names <= checkpoint.items(there.weights.path, 20)
 
 
 def test_the_moments_are_where_the_optimizer_looks_for_them(run, there):
     """Under our names, in our layout, and torch's count, which is the true one."""
     name, folder = run
     opt = loaded(folder / "opt000019.pt")
-    tx = build_experiment(there.config, TRAINING).optimizer
+    tx = build_experiment(there.weights.config, TRAINING).optimizer
     params = there.ema()
     shapes = jax.eval_shape(tx.init, params)
-    state = checkpoint.load(there.directory, 20, opt_state=shapes)["opt_state"]
+    state = checkpoint.load(there.weights.path, 20, opt_state=shapes)["opt_state"]
     (ours,) = [x for x in jax.tree.leaves(state, is_leaf=_moments) if _moments(x)]
     assert isinstance(ours, AdanState) == (name == "mdt2_a")
     assert int(ours.count) == (21 if name == "mdt2_a" else 20)
@@ -146,7 +146,7 @@ def port(monkeypatch, capsys):
 
 def test_a_run_goes_out_as_the_files_it_came_in(run, there, tmp_path, port):
     name, folder = run
-    code, out, err = port(there.directory, tmp_path / "model000019.pt")
+    code, out, err = port(there.weights.path, tmp_path / "model000019.pt")
     assert (code, err) == (0, "")
     assert re.search(r"^ema_0\.99 +\d+ +0 ", out, re.M)
     names = sorted(path.name for path in folder.iterdir())
@@ -169,7 +169,7 @@ def test_the_files_of_a_run_are_written_together_or_not_at_all(
     there, tmp_path, port, monkeypatch
 ):
     (tmp_path / "opt000019.pt").write_text("mine")
-    code, _, err = port(there.directory, tmp_path / "model000019.pt")
+    code, _, err = port(there.weights.path, tmp_path / "model000019.pt")
     assert code == 2 and "opt000019.pt exists; --overwrite replaces it" in err
     real = tensor_files.write
 
@@ -180,16 +180,16 @@ def test_the_files_of_a_run_are_written_together_or_not_at_all(
 
     monkeypatch.setattr(tensor_files, "write", fails)
     target = tmp_path / "model000019.pt"
-    code, _, err = port(there.directory, target, "--overwrite")
+    code, _, err = port(there.weights.path, target, "--overwrite")
     assert code == 2 and "no space left" in err
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_other_names_get_the_average_alone_or_are_refused(there, tmp_path, port):
-    code, out, _ = port(there.directory, tmp_path / "x.pt")
+    code, out, _ = port(there.weights.path, tmp_path / "x.pt")
     assert code == 0
     assert "the EMA alone, for only a model000019.pt has the run's other files" in out
-    code, _, err = port(there.directory, tmp_path / "model000020.pt")
+    code, _, err = port(there.weights.path, tmp_path / "model000020.pt")
     assert code == 2 and "MDT's file of this step is called model000019.pt" in err
 
 

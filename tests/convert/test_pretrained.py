@@ -11,7 +11,7 @@ import pytest
 from helpers import ROOT
 
 from sit_jax.convert import pretrained
-from sit_jax.convert.open import open_weights
+from sit_jax.convert.open import WeightsRef
 from sit_jax.convert.pretrained import PRETRAINED, PretrainedFile, fetch, find
 from sit_jax.errors import UserError
 
@@ -203,13 +203,13 @@ def test_fetch_tells_what_the_server_refuses(server, cache, monkeypatch):
         fetch("mdtv2-xl2")
 
 
-def test_open_weights_takes_published_names(server, cache):
-    opened = open_weights("mdtv2-xl2", lambda path: path.name)
-    assert opened == "mdt_xl2_v2_ckpt.pt"
+def test_weights_ref_opens_published_names(server, cache):
+    with pytest.raises(UserError, match="mdt_xl2_v2_ckpt.pt is damaged"):
+        WeightsRef("mdtv2-xl2").open()  # the server's bytes are no weights
     with pytest.raises(
         UserError, match="no weights at sit-xl2: .* by its name: sit-xl2-256,"
     ):
-        open_weights("sit-xl2", None)
+        WeightsRef("sit-xl2").open()
 
 
 def test_import_of_pretrained_asks_nothing_of_the_network():

@@ -14,7 +14,8 @@ from helpers.recorded import FOLDER, case, weights
 
 from sit_jax import checkpoint
 from sit_jax.convert import tensor_files
-from sit_jax.convert.checkpoint import CheckpointExport, open_torch_file
+from sit_jax.convert.checkpoint import open_torch_file
+from sit_jax.convert.export import CheckpointExport
 from sit_jax.recipes import published as base
 
 

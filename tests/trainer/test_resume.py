@@ -181,7 +181,7 @@ def flat(tree):
 
 
 def given(directory, item):
-    opened = resume.open_weights(directory, None)
+    opened = WeightsRef(directory).open()
     return flat(
         opened.load(item, build_experiment(opened.config, TRAINING), make_mesh(-1, 1))
     )

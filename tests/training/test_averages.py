@@ -12,7 +12,7 @@ from helpers.networks import quick_jit
 
 from sit_jax import checkpoint
 from sit_jax.config import spec, to_json
-from sit_jax.convert.open import WeightsRef, open_weights
+from sit_jax.convert.open import WeightsRef
 from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.diffusion.timesteps import LossSecondMoment
 from sit_jax.errors import UserError
@@ -95,7 +95,7 @@ def test_every_average_and_what_chose_the_times_come_back(saved):
 def test_what_is_sampled_is_the_first_average(saved):
     folder, state = saved
     parts = build_experiment(config(0.9, 0.5), TRAINING)
-    ours = open_weights(folder, None).load("ema", parts, make_mesh(-1, 1))
+    ours = WeightsRef(folder).open().load("ema", parts, make_mesh(-1, 1))
     assert equal(ours, state.ema["ema"]) and not equal(ours, state.ema["ema_0.5"])
 
 
