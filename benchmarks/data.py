@@ -83,7 +83,7 @@ def time_caches(path, dtype, count=1024, batch=256):
 
 def time_decoding(folder, size=256, count=50):
     """ImageFolder's records beside a loop that does the least with Pillow."""
-    source = ImageFolder(folder, size)
+    source = ImageFolder(folder, size=size)
     ids = np.random.default_rng(0).permutation(len(source))[:count].tolist()
     ours = lambda: read_records(source, ids, np.zeros(len(ids), bool))
     plain = partial(plain_loop, [source.name(i) for i in ids], size)
@@ -96,7 +96,7 @@ def time_decoding(folder, size=256, count=50):
 
 def time_sharing(folder, size=256, batch=16, count=20):
     """Threads beside processes, by the clock: an idle machine is needed."""
-    source, rates = ImageFolder(folder, size), []
+    source, rates = ImageFolder(folder, size=size), []
     steps = local_batches(source, batch, 0, 0, range(batch))
     for n in (1, 2):
         for settings in ({"threads": n}, {"threads": 1, "workers": n}):
@@ -145,7 +145,7 @@ def time_extraction(folder, vae, out, size, batch=8):
     from sit_jax.models.vae import AutoencoderKL
 
     codec = random(AutoencoderKL(), "exact") if vae == "random" else load_vae(vae)
-    source = ImageFolder(folder, size)
+    source = ImageFolder(folder, size=size)
     metadata = describe(source, codec)
     encoder = Encoder(codec, metadata, batch)
     images = np.stack([source[i]["image"] for i in range(batch)])
@@ -167,8 +167,6 @@ def time_extraction(folder, vae, out, size, batch=8):
 
 
 def make_cache(path, dtype, count):
-    unknown = dict.fromkeys(("encoder_sha256", "precision", "scale", "crop"))
-    unknown |= dict.fromkeys(("size", "listing_sha256"))
     metadata = CacheMetadata(
         kind="moments",
         shape=(32, 32, 8),
@@ -177,7 +175,6 @@ def make_cache(path, dtype, count):
         records=count,
         classes=1000,
         shards=4,
-        **unknown,
     )
     path, rng = begin_cache(path, metadata), np.random.default_rng(0)
     for number in missing_shards(path, metadata):

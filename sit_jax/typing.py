@@ -162,15 +162,16 @@ class MaskedModel(Protocol):
 class Codec(Protocol):
     """Between images and what the network sees; a pytree, so it may hold weights."""
 
+    @property
+    def scale(self) -> float | None: ...  # that latents of variance about 1 need
+
+    @property
+    def encoder_sha256(self) -> str | None: ...  # None where there is no encoder
+
     def encode(self, images: Any) -> Any: ...
+
+    def sample(self, key: Array, moments: Any) -> Any: ...
 
     def decode(self, data: Any) -> Any: ...
 
-
-@runtime_checkable
-class DataSource(Protocol):
-    """Numbered records of images or latents; picklable, without JAX."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+    def record(self) -> dict[str, Any]: ...  # what a manifest says of it

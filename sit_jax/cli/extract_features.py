@@ -12,9 +12,9 @@ from tqdm import tqdm
 from sit_jax.cli.main import entry_point, make_parser, parse_args
 from sit_jax.convert.vae import load_vae
 from sit_jax.data.archives import ImageNetTar, Tfds, WebdatasetTars
-from sit_jax.data.extract import DTYPES, ExtractOptions, describe, extract
+from sit_jax.data.extract import ExtractOptions, describe, extract
 from sit_jax.data.folders import AdmFolder, CifarBinary, CifarFolder, ImageFolder
-from sit_jax.data.latent_cache import import_fast_dit
+from sit_jax.data.latent_cache import DTYPES, import_fast_dit
 from sit_jax.data.sources import LatentFolder
 from sit_jax.errors import UserError, one_line
 from sit_jax.files import local_path, require_writable, write_json

@@ -26,10 +26,12 @@ from sit_jax.data.sources import DataSource
 from sit_jax.errors import UserError
 from sit_jax.files import local_path
 from sit_jax.parallel import multihost
-from sit_jax.parallel.mesh import BATCH, batch_sharding, make_mesh, replicated
-
-MOST_SHARDS = 1024
-DTYPES = ("float32", "float16")
+from sit_jax.parallel.mesh import (
+    batch_sharding,
+    make_mesh,
+    num_batch_shards,
+    replicated,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,30 +68,23 @@ def describe(
     flip: bool = True,
     shards: int | None = None,
 ) -> CacheMetadata:
-    """Returns the metadata of the cache that a source of images and a codec give."""
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    """Returns the metadata of the cache that a source of images and a VAE give."""
     shards = latent_cache.default_shards(len(source)) if shards is None else shards
-    if not 1 <= shards <= min(MOST_SHARDS, len(source)):
-        raise UserError(
-            f"{shards} shards for {len(source)} images: each needs one, and more than "
-            f"{MOST_SHARDS} are too many files"
-        )
     one = jax.ShapeDtypeStruct((1, *source.shape), np.uint8)
     return CacheMetadata(
         kind="moments",
         shape=jax.eval_shape(lambda codec, x: codec.encode(x), codec, one).shape[1:],
         dtype=dtype,
         views=1 + bool(flip),
-        encoder_sha256=getattr(codec, "encoder_sha256", None),
-        precision=getattr(getattr(codec, "precision", None), "word", None),
-        scale=getattr(codec, "scale", None),
+        encoder_sha256=codec.encoder_sha256,
+        precision=codec.precision.name,
+        scale=codec.scale,
         size=source.shape[0],
         crop=CROP,
         listing_sha256=source.listing_sha256(),
         records=len(source),
         classes=source.classes,
-        shards=shards,
+        shards=min(shards, len(source)),
     )
 
 
@@ -115,21 +110,18 @@ def extract(
     """
     options = options or ExtractOptions()
     # processes that never meet have a lock each: only none may be there twice
-    name = f"lock.{options.process}-of-{options.count}"
-    if options.count == multihost.process_count():
-        name = "lock"
+    apart = options.count != multihost.process_count()
+    name = f"lock.{options.process}-of-{options.count}" if apart else "lock"
     with multihost.lock(local_path(out), name):
-        path = _begin(out, metadata)
+        if multihost.is_primary():
+            latent_cache.begin_cache(out, metadata)
+        multihost.assert_shared(local_path(out) / latent_cache.PLAN)
+        path = latent_cache.begin_cache(out, metadata)
         images = _write_shards(path, source, codec, metadata, options)
         multihost.barrier()
         about = None
         if multihost.is_primary():
             about = latent_cache.finish_cache(path, metadata, source.class_names)
-            if about is None and multihost.process_count() > 1:
-                raise UserError(
-                    f"{path} lacks shards that other processes have written; it must "
-                    "be on a file system that all hosts share"
-                )
         return images, multihost.broadcast(about)
 
 
@@ -138,8 +130,8 @@ class Encoder:
 
     def __init__(self, codec: Any, metadata: CacheMetadata, batch_size: int):
         mesh = make_mesh(data=-1, fsdp=1, devices=jax.local_devices())
-        parts = int(np.prod([mesh.shape[axis] for axis in BATCH]))
-        if batch_size < 1 or batch_size % parts:
+        parts = num_batch_shards(mesh)
+        if batch_size % parts:
             raise UserError(
                 f"batch size {batch_size} cannot be split over {parts} devices; "
                 f"use a multiple of {parts}"
@@ -169,14 +161,6 @@ def encode(
     """Returns the moments of images, as they are or mirrored left to right."""
     images = jnp.where(mirror, images[:, :, ::-1], images)
     return codec.encode(images).astype(dtype)
-
-
-def _begin(out, metadata):
-    """Returns the folder of the cache, which process 0 makes and the others see."""
-    if multihost.is_primary():
-        latent_cache.begin_cache(out, metadata)
-    multihost.assert_shared(local_path(out) / latent_cache.PLAN)
-    return latent_cache.begin_cache(out, metadata)
 
 
 def _write_shards(path: Path, source, codec, metadata, options) -> int:
@@ -226,14 +210,13 @@ def _encoded_batches(source, encoder, metadata, shards, options) -> Iterator[Bat
         for ids in [metadata.shard_ids(number)]
         for start in range(0, len(ids), encoder.batch_size)
     ]
-    read = partial(_read_chunk, source)
-    steps = grain.MapDataset.source(chunks).map(read)
+    steps = grain.MapDataset.source(chunks).map(partial(_read_chunk, source))
     begun = collections.deque()
-    with contextlib.closing(prefetch(steps, options.threads, options.workers)) as rows:
+    with contextlib.closing(prefetch(steps, options.threads, options.workers)) as reads:
         for number, ids in chunks:
-            arrays, corrupt = read_next(rows)
-            views = encoder(arrays["image"])  # JAX returns before it is computed
-            begun.append(Batch(number, ids, arrays["label"], corrupt, views))
+            rows, corrupt = read_next(reads)
+            views = encoder(rows["image"])  # JAX returns before it is computed
+            begun.append(Batch(number, ids, rows["label"], corrupt, views))
             if len(begun) > 2:
                 yield begun.popleft()
         yield from begun

@@ -1,11 +1,12 @@
 """Folders of image files: a folder a class, the class in the file's name, CIFAR."""
 
+import dataclasses
 import os
 from pathlib import Path
 
 import numpy as np
 
-from sit_jax.data.images import CorruptImage, Fraction, Images, Size, pack_names
+from sit_jax.data.images import Images
 from sit_jax.data.sources import Arrays
 from sit_jax.errors import UserError
 from sit_jax.files import local_path
@@ -17,25 +18,20 @@ CIFAR_BATCHES = {True: "data_batch_*.bin", False: "test_batch.bin"}
 CIFAR_ROW = 1 + 3 * 32 * 32  # label, then the red, green and blue planes
 
 
-class FolderFiles:
-    """The bytes of files below a folder."""
+class FolderImages(Images):
+    """Images whose names are paths below the folder `root`."""
 
-    def __init__(self, root, names):
-        self.root, self.names = str(root), pack_names(names)
+    root: Path
 
-    def __getitem__(self, i):
-        try:
-            with open(self.name(i), "rb") as file:
-                return file.read()
-        except OSError as error:
-            raise CorruptImage(error.strerror or str(error)) from error
+    def read(self, i):
+        return Path(self.name(i)).read_bytes(), self.labels[i]
 
     def name(self, i):
-        """Returns the path of file i."""
         return os.path.join(self.root, os.fsdecode(self.names[i]))
 
 
-class ImageFolder(Images):
+@dataclasses.dataclass(eq=False)
+class ImageFolder(FolderImages):
     """path/<class>/**/<image>: classes and images in torchvision's order.
 
     Class c is the c-th of the sorted names of folders. Hidden entries, files that do
@@ -43,14 +39,10 @@ class ImageFolder(Images):
     sentence on each kind of what its owner may not have meant.
     """
 
-    def __init__(
-        self,
-        path: str,
-        size: Size = 256,
-        flip: bool = True,
-        max_corrupt_fraction: Fraction = 0.001,
-    ):
-        root = require_folder(path)
+    path: str
+
+    def __post_init__(self):
+        root = self.root = self.find_root()
         entries = _visible(root)
         classes = [entry.name for entry in entries if entry.is_dir()]
         beside = [entry.path for entry in entries if not entry.is_dir()]
@@ -68,15 +60,14 @@ class ImageFolder(Images):
                 raise UserError(f"no images in {root / name}; remove it or fill it")
             names += [os.path.relpath(image, root) for image in images]
             labels += [label] * len(images)
-        files = FolderFiles(root, names)
-        super().__init__(files, labels, classes, size, flip, max_corrupt_fraction)
-        reasons = {
+        self.set_images(names, labels, classes)
+        left_out = {
             "lie beside the folders of the classes": beside,
             f"do not end in {', '.join(ENDINGS)}": others,
         }
         self.remarks = [
             f"{len(files)} files are left out, as they {reason}: {files[0]} .."
-            for reason, files in reasons.items()
+            for reason, files in left_out.items()
             if files
         ]
         if len(classes) == 1 and any(e.is_dir() for e in _visible(root / classes[0])):
@@ -85,53 +76,50 @@ class ImageFolder(Images):
                 f"classes, name {root / classes[0]} instead"
             )
 
+    def find_root(self) -> Path:
+        """Returns the folder that holds the folders of the classes."""
+        return require_folder(self.path)
 
-class AdmFolder(Images):
+
+@dataclasses.dataclass(eq=False)
+class AdmFolder(FolderImages):
     """Files named ClassID_ImgID.jpg, in one folder or in folders below it.
 
     Class c is the c-th of the ids as words, so 10 comes before 2: as ADM and MDT
     number them. Files of a folder and its subfolders are sorted together.
     """
 
-    def __init__(
-        self,
-        path: str,
-        size: Size = 256,
-        flip: bool = True,
-        max_corrupt_fraction: Fraction = 0.001,
-    ):
-        root = require_folder(path)
+    path: str
+
+    def __post_init__(self):
+        self.root = require_folder(self.path)
         endings = tuple(ADM_ENDINGS)
-        files = (f for f in _files_below(root) if f.lower().endswith(endings))
-        names = [os.path.relpath(file, root) for file in files]
-        if not names:
-            raise UserError(f"no images ({', '.join(ADM_ENDINGS)}) below {root}")
-        for name in names:
-            if "_" not in os.path.basename(name):
+        files = [f for f in _files_below(self.root) if f.lower().endswith(endings)]
+        if not files:
+            raise UserError(f"no images ({', '.join(ADM_ENDINGS)}) below {self.root}")
+        for file in files:
+            if "_" not in os.path.basename(file):
                 raise UserError(
-                    f"{root / name} has no class before a first underscore; name it "
+                    f"{file} has no class before a first underscore; name it "
                     "ClassID_ImgID.jpg"
                 )
-        ids = [os.path.basename(name).split("_")[0] for name in names]
+        ids = [os.path.basename(file).split("_")[0] for file in files]
         classes, labels = np.unique(ids, return_inverse=True)
-        files, classes = FolderFiles(root, names), classes.tolist()
-        super().__init__(files, labels, classes, size, flip, max_corrupt_fraction)
+        names = [os.path.relpath(file, self.root) for file in files]
+        self.set_images(names, labels, classes.tolist())
 
 
+@dataclasses.dataclass(eq=False, kw_only=True)
 class CifarFolder(ImageFolder):
     """path/train/<class>/*.png or .jpg, and path/test/ alike; images [32, 32, 3]."""
 
-    def __init__(
-        self,
-        path: str,
-        train: bool = True,
-        flip: bool = True,
-        max_corrupt_fraction: Fraction = 0.001,
-    ):
-        root = require_folder(path)
+    train: bool = True
+    size: int = dataclasses.field(default=32, init=False)
+
+    def find_root(self):
+        root = require_folder(self.path)
         _refuse_pickles(root)
-        folder = root / ("train" if train else "test")
-        super().__init__(folder, 32, flip, max_corrupt_fraction)
+        return require_folder(root / ("train" if self.train else "test"))
 
 
 class CifarBinary(Arrays):

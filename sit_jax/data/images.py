@@ -6,12 +6,14 @@ profile, 16 bits of a colour cut to 8, 16 bits of grey cut off at 255. EXIF is n
 looked at there, so a photograph that says "turn me" stays as it lies; so it does here.
 """
 
+import dataclasses
 import functools
 import hashlib
 import io
 import os
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Protocol
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import UInt8
@@ -22,8 +24,6 @@ from sit_jax.errors import UserError, hush
 from sit_jax.ranges import COUNT, Between
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
-Size = Annotated[int, COUNT]
-Fraction = Annotated[float, Between(0.0, 1.0)]
 CROP = "ADM centre crop"  # the rule's name in the metadata of caches
 
 
@@ -31,75 +31,53 @@ class CorruptImage(UserError):
     """An image that cannot be decoded; its message begins with the image's name."""
 
 
-class ImageFiles(Protocol):
-    """The bytes of image files, by number."""
-
-    names: np.ndarray  # bytes [n], see pack_names
-
-    def __getitem__(self, i: int) -> bytes:
-        """Reads file i; raises CorruptImage where it cannot be read."""
-        ...
-
-    def name(self, i: int) -> str:
-        """Returns the name of file i in messages."""
-        ...
-
-
+@dataclasses.dataclass(eq=False, kw_only=True)
 class Images(DataSource):
     """Image files with labels as records, uint8 [size, size, 3].
 
-    Args:
-      files: where the images are.
-      labels: the class of each image.
-      class_names: names of the classes, in their order.
+    A subclass finds its images in __post_init__, calls set_images(), and reads them.
+
+    Attributes:
       size: pixels of a side after the centre crop.
       flip: whether batches mirror half of the images.
       max_corrupt_fraction: if a larger part of the images cannot be decoded, it ends.
     """
 
-    def __init__(
-        self,
-        files: ImageFiles,
-        labels: Sequence[int],
-        class_names: Sequence[str],
-        size: int,
-        flip: bool,
-        max_corrupt_fraction: float,
-    ):
-        self.files, self.labels = files, np.asarray(labels, np.int32)
+    size: Annotated[int, COUNT] = 256
+    flip: bool = True
+    max_corrupt_fraction: Annotated[float, Between(0.0, 1.0)] = 0.001
+
+    @abstractmethod
+    def read(self, i: int) -> tuple[bytes | np.ndarray, int]:
+        """Returns the bytes (or decoded pixels) of image i, and its label."""
+
+    def set_images(
+        self, names: Iterable[str], labels: Sequence[int], class_names: Sequence[str]
+    ) -> None:
+        """Sets the name and the class of each image, and the names of the classes."""
+        self.names, self.labels = pack_names(names), np.asarray(labels, np.int32)
         self.class_names, self.classes = list(class_names), len(class_names)
-        self.shape, self.flip = (size, size, 3), flip
-        self.max_corrupt_fraction = max_corrupt_fraction
+        self.shape = (self.size, self.size, 3)
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(i)
         try:
             data, label = self.read(i)
-            image = center_crop(to_rgb(data), self.shape[0])
-        except CorruptImage as error:
-            raise CorruptImage(f"{self.name(i)}: {error}") from error
-        return {"image": image, "label": label}
-
-    def flipped(self, i):
-        record = self[i]
-        return record | {"image": record["image"][:, ::-1]}
-
-    def read(self, i: int) -> tuple[bytes | np.ndarray, np.int32]:
-        """Returns the bytes (or decoded pixels) of image i, and its label."""
-        label = self.labels[i]  # first: it raises IndexError at the end
-        return self.files[i], label
-
-    def name(self, i: int) -> str:
-        """Returns what messages call image i."""
-        return self.files.name(i)
+            image = center_crop(to_rgb(data), self.size)
+        except (CorruptImage, OSError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise CorruptImage(f"{self.name(i)}: {reason}") from error
+        return {"image": image, "label": np.int32(label)}
 
     def listing_sha256(self) -> str:
         """Returns the sha256 of the classes and of each image's name and label."""
         names = "\0".join(self.class_names)
         digest = hashlib.sha256(os.fsencode(names))  # they need not be UTF-8
-        digest.update(names_sha256(self.files.names).encode())
+        digest.update(names_sha256(self.names).encode())
         digest.update(self.labels.astype("<i4").tobytes())
         return digest.hexdigest()
 

@@ -20,12 +20,13 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
 
 from sit_jax.data.images import names_sha256, pack_names
+from sit_jax.data.loader import read_record
 from sit_jax.data.sources import DataSource, LatentFolder
 from sit_jax.errors import UserError
 from sit_jax.files import (
@@ -37,19 +38,17 @@ from sit_jax.files import (
     require_space,
 )
 
+if TYPE_CHECKING:  # it imports JAX
+    from sit_jax.typing import Codec
+
 PLAN, DONE = "plan.json", "cache.json"
+DTYPES = {"float32": "<f4", "float16": "<f2"}  # of what is stored: as numpy writes it
 RECORD_HEAD = struct.Struct("<qii")
 WRITING = "group_size:1,uncompressed"  # floats hardly shrink, and zstd doubles the time
 READING = {"max_parallelism": "0"}  # for single records
-DESCRIPTIONS = {  # of metadata, where it contradicts
-    "encoder_sha256": "the VAE's encoder (sha256)",
-    "listing_sha256": "the list of images (sha256)",
-    "size": "the resolution",
-    "views": "the number of views (2: both flips)",
-}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheMetadata:
     """How a cache was made. None: not known, as of latents from elsewhere."""
 
@@ -57,12 +56,12 @@ class CacheMetadata:
     shape: tuple[int, int, int]  # of a record
     dtype: str
     views: int  # records an image: 2 with a mirrored one
-    encoder_sha256: str | None
-    precision: str | None  # of the VAE: exact, fast or bf16
-    scale: float | None  # that latents of variance about 1 need
-    size: int | None  # of the images, in pixels
-    crop: str | None
-    listing_sha256: str | None
+    encoder_sha256: str | None = None
+    precision: str | None = None  # of the VAE: exact, fast or bf16
+    scale: float | None = None  # that latents of variance about 1 need
+    size: int | None = None  # of the images, in pixels
+    crop: str | None = None
+    listing_sha256: str | None = None
     records: int  # that the source had
     classes: int
     shards: int
@@ -88,7 +87,12 @@ class LatentCache(DataSource):
 
     def __init__(self, path: str, flip: bool = True):
         self.path = local_path(path)
-        about = _read_finished(self.path)
+        if not (self.path / DONE).exists():
+            reason = (
+                "is not finished" if (self.path / PLAN).exists() else f"has no {DONE}"
+            )
+            raise UserError(f"{self.path} {reason}; run extract_features.py")
+        about = read_json(self.path / DONE)
         self.metadata = metadata = parse_metadata(about["tags"], self.path)
         if flip and metadata.views < 2 and metadata.kind == "moments":
             raise UserError(
@@ -99,34 +103,31 @@ class LatentCache(DataSource):
         self.shape, self.classes = metadata.shape, metadata.classes
         self.class_names, self._counts = about["class_names"], about["images"]
         self._ends = list(itertools.accumulate(self._counts))  # of the shards
-        self._dtype = np.dtype(metadata.dtype).newbyteorder("<")
 
     def __len__(self):
         return self._ends[-1]
 
     def __getitem__(self, i):
-        return self._read(i, view=0)[1]
+        return self._read(i, view=0)
 
     def flipped(self, i):
-        return self._read(i, view=1)[1]
-
-    def id(self, i: int) -> int:
-        """Returns the number of image i in the source: i, if none before is corrupt."""
-        return self._read(i, view=0)[0]
+        return self._read(i, view=1)
 
     def _read(self, i, view):
-        """Returns the image's number in the source, and one view of it as a record."""
         if not 0 <= i < len(self):
             raise IndexError(i)
+        metadata = self.metadata
         try:
-            data = self._files[i * self.metadata.views + view]
-            image_id, label, _ = RECORD_HEAD.unpack_from(data)
-            array = np.frombuffer(data, self._dtype, offset=RECORD_HEAD.size)
-            array = _to_float32(array.reshape(self.shape))
-            return image_id, {self.metadata.kind: array, "label": np.int32(label)}
+            data = self._files[i * metadata.views + view]
+            _, label, _ = RECORD_HEAD.unpack_from(data)
+            values = np.frombuffer(
+                data, DTYPES[metadata.dtype], offset=RECORD_HEAD.size
+            )
+            array = values.reshape(self.shape).astype(np.float32, copy=False)
         except (ValueError, IndexError, RuntimeError, struct.error) as error:
-            name = self.metadata.shard_name(bisect.bisect_right(self._ends, i))
+            name = metadata.shard_name(bisect.bisect_right(self._ends, i))
             raise _damaged(self.path / name, error) from error
+        return {metadata.kind: array, "label": np.int32(label)}
 
     @functools.cached_property
     def _files(self):
@@ -141,14 +142,14 @@ class LatentCache(DataSource):
         return ArrayRecordDataSource(paths, READING)
 
 
-def check_cache(source: DataSource, codec: Any, shape: tuple[int, int, int]):
+def check_cache(source: DataSource, codec: "Codec", shape: tuple[int, int, int]):
     """Refuses a cache that was made otherwise than a config wants.
 
     A source without metadata passes, and so does what cache or codec does not know.
 
     Args:
       source: any data source.
-      codec: the config's codec, with its scale and encoder_sha256 if it has one.
+      codec: the config's codec.
       shape: the config's shape of data, [h, w, c].
     """
     metadata = source.metadata
@@ -157,25 +158,22 @@ def check_cache(source: DataSource, codec: Any, shape: tuple[int, int, int]):
     if metadata.latent_shape != tuple(shape):
         size = f", from images of {metadata.size} pixels" if metadata.size else ""
         raise UserError(
-            f"{source.path} holds latents {metadata.latent_shape}{size}, the config's "
+            f"the cache holds latents {metadata.latent_shape}{size}, the config's "
             f"shape is {tuple(shape)}; extract with another --size, or set the shape"
         )
-    wanted = {name: getattr(codec, name, None) for name in ("scale", "encoder_sha256")}
+    wanted = {"scale": codec.scale, "encoder_sha256": codec.encoder_sha256}
     wanted = {name: value for name, value in wanted.items() if value is not None}
     remedy = "name the VAE that it was made with (--config.vae), or extract it again"
-    require_same(source.path, metadata, wanted, remedy)
+    require_same("the cache", metadata, wanted, remedy)
 
 
-def describe_data(source: DataSource, codec: Any) -> dict[str, Any]:
+def describe_data(source: DataSource, codec: "Codec") -> dict[str, Any]:
     """Returns what a checkpoint says of its data, as far as it is known.
 
     These are the encoder of the latents and the names of the classes.
     """
-    made_with = codec if source.metadata is None else source.metadata
-    about = {
-        "encoder_sha256": getattr(made_with, "encoder_sha256", None),
-        "class_names": source.class_names and list(source.class_names),
-    }
+    about = {"encoder_sha256": (source.metadata or codec).encoder_sha256}
+    about["class_names"] = source.class_names and list(source.class_names)
     return {name: value for name, value in about.items() if value is not None}
 
 
@@ -188,38 +186,34 @@ def parse_metadata(values: dict, path: Path) -> CacheMetadata:
     """Returns CacheMetadata from the JSON of a cache at path, or refuses it."""
     try:
         metadata = CacheMetadata(**values)
+        metadata = dataclasses.replace(metadata, shape=tuple(metadata.shape))
     except TypeError as error:
         raise UserError(
             f"{path} is of another version ({error}); extract it again"
         ) from error
     counts = (metadata.records, metadata.classes, metadata.shards, metadata.views)
     if not (
-        isinstance(metadata.shape, list | tuple)
-        and len(metadata.shape) == 3
+        len(metadata.shape) == 3
         and all(isinstance(n, int) and n > 0 for n in (*metadata.shape, *counts))
-        and metadata.dtype in ("float32", "float16")
+        and metadata.dtype in DTYPES
         and metadata.kind in ("moments", "latent")
     ):
         raise UserError(f"{path} is damaged: {values}; extract it again")
-    return dataclasses.replace(metadata, shape=tuple(metadata.shape))
+    return metadata
 
 
 def require_same(
-    path: Path,
+    cache: str | Path,
     metadata: CacheMetadata,
     wanted: dict[str, Any],
     remedy: str = "extract into another folder",
 ):
-    """Refuses metadata unlike the wanted values, and says which one differs.
-
-    One that has a description goes first: the resolution rather than the shape.
-    """
-    for name in sorted(wanted, key=lambda name: name not in DESCRIPTIONS):
-        value = getattr(metadata, name)
-        if value is not None and value != wanted[name]:
+    """Refuses metadata unlike the wanted values, and says which one differs."""
+    for name, value in wanted.items():
+        if getattr(metadata, name) not in (None, value):
             raise UserError(
-                f"{path} was made with another value of "
-                f"{DESCRIPTIONS.get(name, name)}: {value}, not {wanted[name]}; {remedy}"
+                f"{cache} was made with {name} {getattr(metadata, name)}, not {value}; "
+                f"{remedy}"
             )
 
 
@@ -380,11 +374,7 @@ def import_fast_dit(
         shape=tuple(source.shape),
         dtype="float32",
         views=1,
-        encoder_sha256=None,
-        precision=None,
         scale=scale,
-        size=None,
-        crop=None,
         listing_sha256=names_sha256(pack_names(source.names)),
         records=len(source),
         classes=source.classes,
@@ -394,7 +384,7 @@ def import_fast_dit(
     for number in missing_shards(path, metadata):
         with write_shard(path, metadata, number) as writer:
             for i in metadata.shard_ids(number):
-                record = source[i]
+                record = read_record(source, i)
                 writer.add([i], [record["label"]], [record["latent"][None]])
                 show(1, len(source))
     return finish_cache(path, metadata, [str(label) for label in range(source.classes)])
@@ -421,26 +411,6 @@ def _latent_statistics(sums, scale):
     mean = first / max(count, 1)
     std = np.sqrt(np.maximum(second / max(count, 1) - mean**2, 0))
     return {"mean": (scale * mean).tolist(), "std": (scale * std).tolist()}
-
-
-def _to_float32(array):
-    """float32 of float32, or of float16: exact, by a table, in half of numpy's time."""
-    if array.dtype.itemsize == 4:
-        return array.astype(np.float32, copy=False)
-    return _float16_table().take(array.view("<u2"))
-
-
-@functools.cache
-def _float16_table():
-    return np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
-
-
-def _read_finished(path):
-    """Returns what cache.json says of a finished cache."""
-    if not (path / DONE).exists():
-        reason = "is not finished" if (path / PLAN).exists() else f"has no {DONE}"
-        raise UserError(f"{path} {reason}; run extract_features.py")
-    return read_json(path / DONE)
 
 
 def _damaged(shard, error):

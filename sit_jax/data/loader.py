@@ -10,7 +10,6 @@ batch, in threads or processes that grain runs ahead. JAX is imported inside fun
 so that code which only reads records starts without it.
 """
 
-import math
 import multiprocessing
 import os
 import signal
@@ -39,51 +38,40 @@ def batches(
     source: DataSource,
     batch_size: int,
     seed: int,
-    first_step: int,
     mesh: "jax.sharding.Mesh",
     *,
+    first: int = 0,
     threads: int = 4,
     workers: int = 0,
     say: Callable[[str], None] | None = None,
-    skip: int = 0,
 ) -> "Loader":
-    """Returns an endless iterator of a source's batches, from a step on.
+    """Returns an endless iterator of a source's batches.
 
     Args:
       source: the records.
       batch_size: of all processes together; a multiple of the mesh's batch shards.
       seed: of the order and the flips.
-      first_step: the step whose batch is the first one.
       mesh: whose batch axes the arrays are split over.
+      first: position in the order at which the first batch begins. A run that goes on
+        after n steps begins at n * batch_size.
       threads: batches that are read ahead, each in a thread.
       workers: processes that read instead of the threads, which helps where images are
         decoded on many cores.
       say: hears of corrupt images; by default they are printed to stderr.
-      skip: records taken beyond first_step * batch_size, by steps of another size.
 
     Raises:
-      UserError: an empty source, or a batch that cannot be split over the mesh.
+      UserError: the source is empty.
     """
-    from sit_jax.parallel.mesh import BATCH, batch_sharding
+    from sit_jax.parallel.mesh import batch_sharding
 
     if len(source) == 0:
         raise UserError("the data source is empty; give it at least one record")
-    shards = math.prod(mesh.shape[axis] for axis in BATCH)
-    if batch_size < 1 or batch_size % shards:
-        raise UserError(
-            f"batch_size={batch_size} cannot be split over {shards} devices; "
-            f"use a multiple of {shards}"
-        )
-    if threads < 1 or workers < 0:
-        raise UserError(f"threads={threads}, workers={workers}: at least 1 and 0")
     sharding = batch_sharding(mesh)
     slices = sharding.addressable_devices_indices_map((batch_size,)).values()
     rows = held_rows(slices, batch_size)
-    steps = local_batches(
-        source, batch_size, seed, first_step * batch_size + skip, rows
-    )
-    corrupt = CorruptImages(source, say or partial(print, file=sys.stderr, flush=True))
+    steps = local_batches(source, batch_size, seed, first, rows)
     put = partial(_device_put, sharding, batch_size, rows)
+    corrupt = CorruptImages(source, say or partial(print, file=sys.stderr, flush=True))
     return Loader(prefetch(steps, threads, workers), corrupt, put)
 
 
@@ -153,8 +141,6 @@ def shuffled_indices(length: int, seed: int):
     """
     import grain
 
-    if seed < 0:
-        raise UserError(f"seed={seed} must not be negative")
     # grain shuffles epoch e by seed + e: hashed, or seed 1 would repeat seed 0 shifted
     hashed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     return grain.MapDataset.range(length).shuffle(seed=hashed).repeat()
@@ -271,20 +257,20 @@ def read_record(source: DataSource, i: int, flip: bool = False) -> Record:
     kinds = [kind for kind in RECORD_DTYPES if kind in record]
     if len(kinds) != 1 or "label" not in record:
         raise UserError(
-            f"record {i} of the data source has {sorted(record)}; "
-            f"it needs label and one of {', '.join(RECORD_DTYPES)}"
+            f"{source.name(i)} has {sorted(record)}; it needs label and one of "
+            f"{', '.join(RECORD_DTYPES)}"
         )
-    kind = kinds[0]
+    kind, dtype = kinds[0], np.dtype(RECORD_DTYPES[kinds[0]])
     array, label = np.asarray(record[kind]), int(record["label"])
-    if array.shape != tuple(source.shape) or array.dtype != RECORD_DTYPES[kind]:
+    if array.shape != tuple(source.shape) or array.dtype != dtype:
         raise UserError(
-            f"{kind} {i} of the data source is {array.dtype} {list(array.shape)} "
-            f"instead of {np.dtype(RECORD_DTYPES[kind])} {list(source.shape)}"
+            f"{source.name(i)} is {array.dtype} {list(array.shape)} instead of "
+            f"{dtype} {list(source.shape)}"
         )
     if not 0 <= label < source.classes:
         raise UserError(
-            f"record {i} of the data source has label {label}, but there are "
-            f"{source.classes} classes (0..{source.classes - 1})"
+            f"{source.name(i)} has label {label}, but there are {source.classes} "
+            f"classes (0..{source.classes - 1})"
         )
     return {kind: array, "label": np.int32(label)}
 

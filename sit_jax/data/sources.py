@@ -11,9 +11,9 @@ import dataclasses
 import hashlib
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -23,10 +23,9 @@ from sit_jax.files import local_path
 from sit_jax.ranges import COUNT, AtLeast, Between
 
 RECORD_DTYPES = {"image": np.uint8, "moments": np.float32, "latent": np.float32}
-NPY_HEADER = (  # {'descr': '<f4', 'fortran_order': False, 'shape': (1,), }
-    re.compile(rb"'descr': *'([<>|=][fiu][1248])'"),
-    re.compile(rb"'fortran_order': *(True|False)"),
-    re.compile(rb"'shape': *\(([\d, ]*)\)"),
+NPY_HEADER = re.compile(
+    rb"'descr': *'([<>|=][fiu][1248])', *'fortran_order': *(True|False), *"
+    rb"'shape': *\(([\d, ]*)\)"
 )
 OTHER_SOURCES = (
     "--config.source.path=DIR names another, configs/sit_xl2_cached.py is for what "
@@ -36,32 +35,43 @@ OTHER_SOURCES = (
 Record = dict[str, Any]
 
 
-class DataSource(Protocol):
-    """A sequence of records. Subclass it, to have the defaults of what is optional.
+class DataSource(ABC):
+    """A sequence of records; a subclass gives __len__, __getitem__, shape, classes.
 
-    It stands here and not in sit_jax/typing.py, which imports JAX.
+    Attributes:
+      shape: of a record's image, moments or latent.
+      classes: number of classes.
+      class_names: in their order, where known.
+      flip: whether batches take flipped(i) for half of the positions.
+      max_corrupt_fraction: more CorruptImages than that end a run.
+      metadata: CacheMetadata, where the records are latents from a cache.
+      remarks: sentences on what the data's owner may not have meant.
     """
 
-    shape: tuple[int, ...]  # of a record's image, moments or latent
+    shape: tuple[int, ...]
     classes: int
     class_names: Sequence[str] | None = None
-    flip: bool = False  # batches take flipped(i) for half of the positions
-    max_corrupt_fraction: float = 0.0  # more CorruptImages than that end a run
-    metadata: Any = None  # CacheMetadata, where the records are latents of a known VAE
-    path: Path | None = None  # of the cache that metadata describes
-    remarks: Sequence[str] = ()  # sentences on what its owner may not have meant
+    flip: bool = False
+    max_corrupt_fraction: float = 0.0
+    metadata: Any = None
+    remarks: Sequence[str] = ()
 
+    @abstractmethod
     def __len__(self) -> int:
         """Returns the number of records."""
-        ...
 
+    @abstractmethod
     def __getitem__(self, i: int) -> Record:
         """Returns record i; raises IndexError beyond the last one."""
-        ...
 
     def flipped(self, i: int) -> Record:
-        """Returns record i, mirrored left to right."""
-        raise NotImplementedError
+        """Returns record i, its image mirrored left to right."""
+        record = self[i]
+        return record | {"image": record["image"][:, ::-1]}
+
+    def name(self, i: int) -> str:
+        """Returns what messages call record i."""
+        return f"record {i}"
 
 
 class Digits(DataSource):
@@ -115,7 +125,7 @@ class Synthetic(DataSource):
 
 
 class Arrays(DataSource):
-    """Images in memory.
+    """Images in memory; read_record() checks their values.
 
     Args:
       images: the pixels of all images.
@@ -131,15 +141,14 @@ class Arrays(DataSource):
         classes: int | None = None,
         flip: bool = False,
     ):
-        images, labels = np.asarray(images), np.asarray(labels, np.int32)
-        if images.ndim != 4 or labels.shape != images.shape[:1]:
+        self.images, self.labels = np.asarray(images), np.asarray(labels, np.int32)
+        if self.images.ndim != 4 or self.labels.shape != self.images.shape[:1]:
             raise UserError(
-                f"images are {list(images.shape)}, labels {list(labels.shape)}; give "
-                "[N, H, W, C] and [N]"
+                f"images are {list(self.images.shape)}, labels "
+                f"{list(self.labels.shape)}; give [N, H, W, C] and [N]"
             )
-        self.classes = int(labels.max()) + 1 if classes is None else classes
-        self.images, self.labels = images, labels  # read_record() checks their values
-        self.shape, self.flip = images.shape[1:], flip
+        self.classes = int(self.labels.max()) + 1 if classes is None else classes
+        self.shape, self.flip = self.images.shape[1:], flip
         self.class_names = [str(label) for label in range(self.classes)]
 
     def __len__(self):
@@ -147,13 +156,6 @@ class Arrays(DataSource):
 
     def __getitem__(self, i):
         return {"image": self.images[i], "label": self.labels[i]}
-
-    def flipped(self, i):
-        return {"image": self.images[i][:, ::-1], "label": self.labels[i]}
-
-    def name(self, i: int) -> str:
-        """Returns what messages call image i."""
-        return f"image {i}"
 
     def listing_sha256(self) -> str:
         """Returns the sha256 of the images and their labels."""
@@ -177,40 +179,34 @@ class LatentFolder(DataSource):
         self.features = folder / "imagenet256_features"
         self.targets = folder / "imagenet256_labels"
         self.classes = classes
-        self.names = _npy_names(self.features)
-        unpaired = sorted(set(self.names) ^ set(targets := _npy_names(self.targets)))
-        if unpaired:
+        self.names, targets = _npy_names(self.features), _npy_names(self.targets)
+        if unpaired := sorted(set(self.names) ^ set(targets)):
             raise UserError(
                 f"{folder} has {len(self.names)} latents and {len(targets)} labels; "
                 f"{unpaired[0]} is in one folder only; extract it again or remove it"
             )
-        self.shape = None  # any, for the first record
         self.shape = self[0]["latent"].shape
 
     def __len__(self):
         return len(self.names)
 
     def __getitem__(self, i):
-        name = self.names[i]
-        latent, label = _read_npy(self.features / name), _read_npy(self.targets / name)
+        latent = _read_npy(self.features / self.names[i])
+        label = _read_npy(self.targets / self.names[i])
         if latent.ndim == 4 and len(latent) == 1:
             latent = latent[0]
-        latent = np.moveaxis(latent, 0, -1) if latent.ndim == 3 else latent
-        is_alike = latent.ndim == 3 and self.shape in (None, latent.shape)
-        if latent.dtype.kind != "f" or not is_alike:
+        is_label = label.dtype.kind in "iu" and label.size == 1
+        if latent.dtype.kind != "f" or latent.ndim != 3 or not is_label:
             raise UserError(
-                f"{self.features / name} holds {latent.dtype} of another shape "
-                f"or kind than floats [1, C, H, W] as in {self.names[0]}; extract this "
-                "latent again"
+                f"{self.name(i)} and its label are {latent.dtype} {latent.shape} and "
+                f"{label.dtype} {label.shape}, not floats [1, C, H, W] and an integer "
+                "[1]; extract them again"
             )
-        is_integer = label.size == 1 and label.dtype.kind in "iu"
-        if not is_integer or not 0 <= label.item() < self.classes:
-            raise UserError(
-                f"{self.targets / name} holds no label of {self.classes} classes "
-                f"(0..{self.classes - 1}); set classes, or extract this label again"
-            )
-        latent = np.ascontiguousarray(latent, np.float32)
+        latent = np.ascontiguousarray(np.moveaxis(latent, 0, -1), np.float32)
         return {"latent": latent, "label": np.int32(label.item())}
+
+    def name(self, i):
+        return str(self.features / self.names[i])
 
 
 class WrappedSource(DataSource):
@@ -220,11 +216,13 @@ class WrappedSource(DataSource):
         self.source, self.shape, self.classes = source, source.shape, source.classes
         self.class_names, self.flip = source.class_names, source.flip
         self.max_corrupt_fraction = source.max_corrupt_fraction
-        self.metadata, self.path = source.metadata, source.path
-        self.remarks = source.remarks
+        self.metadata, self.remarks = source.metadata, source.remarks
 
     def __len__(self):
         return len(self.source)
+
+    def name(self, i):
+        return self.source.name(i)
 
 
 class LabelOffset(WrappedSource):
@@ -245,7 +243,7 @@ class LabelOffset(WrappedSource):
         return self._with_offset(self.source.flipped(i))
 
     def _with_offset(self, record):
-        return {**record, "label": np.int32(record["label"] + self.after)}
+        return record | {"label": np.int32(record["label"] + self.after)}
 
 
 def invert(image: UInt8[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "h w c"]:
@@ -282,7 +280,7 @@ class ImageTransform(WrappedSource):
 
     def __getitem__(self, i):
         record = self.source[i]
-        return {**record, "image": self.transform(record["image"])}
+        return record | {"image": self.transform(record["image"])}
 
 
 def _stratified_split(labels, held_out, seed):
@@ -314,11 +312,11 @@ def _read_npy(path) -> Float[np.ndarray, "..."] | Int[np.ndarray, "..."]:
         data = path.read_bytes()
         start = 10 if data[6:7] == b"\1" else 12  # of the header, after its length
         end = start + int.from_bytes(data[8:start], "little")
-        fields = [field.search(data[start:end]) for field in NPY_HEADER]
-        if data[:6] != b"\x93NUMPY" or None in fields:
+        match = NPY_HEADER.search(data[start:end])
+        if data[:6] != b"\x93NUMPY" or match is None:
             raise ValueError("no .npy file of numbers")
-        dtype, fortran, shape = (match[1].decode() for match in fields)
-        shape = [int(size) for size in shape.replace(",", " ").split()]
+        dtype, fortran, sizes = (group.decode() for group in match.groups())
+        shape = [int(size) for size in sizes.replace(",", " ").split()]
         array = np.frombuffer(data, dtype, math.prod(shape), end)
         return array.reshape(shape, order="F" if fortran == "True" else "C")
     except (OSError, ValueError) as error:

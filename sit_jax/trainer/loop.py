@@ -112,10 +112,9 @@ def train(
             source,
             config.batch_size,
             config.seed,
-            first,
             mesh,
+            first=first * config.batch_size + history.skip,
             say=log.say,
-            skip=history.skip,
             workers=config.get("workers", 0),
         )
         stack.callback(feed.close)

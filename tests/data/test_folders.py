@@ -23,11 +23,11 @@ def write(root, names):
 
 def listed(source):
     """-> names below the source's folder, in its order."""
-    return [os.fsdecode(name) for name in source.files.names]
+    return [os.fsdecode(name) for name in source.names]
 
 
 def test_image_folder_numbers_classes_and_images_by_name(tmp_path):
-    source = ImageFolder(pictures.folder(tmp_path), 12, flip=False)
+    source = ImageFolder(pictures.folder(tmp_path), size=12, flip=False)
     assert (len(source), source.shape, source.classes) == (9, (12, 12, 3), 3)
     assert source.class_names == ["ant", "bee", "cat"] and not source.flip
     assert [int(r["label"]) for r in source] == [0] * 3 + [1] * 3 + [2] * 3
@@ -42,14 +42,14 @@ def test_image_folder_sorts_as_torchvision(tmp_path):
     """Class folders by code points, in them folder paths as words, then names."""
     wanted = ["B/1.webp", "b/10.jpg", "b/2.PNG", "b/x/1.jpg", "b/x-y/1.jpg"]
     wanted += ["b/x/y/1.jpg", "é/0.jpeg"]  # for "-" comes before "/"
-    source = ImageFolder(write(tmp_path, reversed(wanted)), 8)
+    source = ImageFolder(write(tmp_path, reversed(wanted)), size=8)
     assert source.class_names == ["B", "b", "é"]
     assert listed(source) == wanted
 
 
 def test_names_that_are_not_utf8_are_names(tmp_path):
     name = os.fsdecode(b"caf\xe9")
-    source = ImageFolder(write(tmp_path, [f"{name}/0.jpg", "tea/0.jpg"]), 8)
+    source = ImageFolder(write(tmp_path, [f"{name}/0.jpg", "tea/0.jpg"]), size=8)
     assert source.class_names == [name, "tea"] and len(source.listing_sha256()) == 64
 
 
@@ -58,7 +58,7 @@ def test_image_folder_leaves_out_what_is_no_image(tmp_path):
         tmp_path, ["a/0.jpg", "a/notes.txt", "a/.hidden.jpg", ".git/0.jpg", "b/1.bmp"]
     )
     (tmp_path / "readme.jpg").write_bytes(png(0))  # beside the classes
-    source = ImageFolder(tmp_path, 8)
+    source = ImageFolder(tmp_path, size=8)
     assert listed(source) == ["a/0.jpg", "b/1.bmp"]
     beside, other = source.remarks
     assert beside.startswith("1 files are left out, as they lie beside the folders")
@@ -67,28 +67,30 @@ def test_image_folder_leaves_out_what_is_no_image(tmp_path):
     text = write(tmp_path / "other", ["a/0.jpg"])
     (text / "a/1.jpg").write_text("this is no image")
     with pytest.raises(CorruptImage, match=r"a/1\.jpg: not an image"):
-        ImageFolder(text, 8)[1]
+        ImageFolder(text, size=8)[1]
 
 
 def test_a_folder_around_the_classes_is_told(tmp_path):
     """As unpacking a zip leaves it: one class, unless its folders are named."""
     write(tmp_path, ["photos/a/0.jpg", "photos/b/1.jpg"])
-    (remark,) = ImageFolder(tmp_path, 8).remarks
+    (remark,) = ImageFolder(tmp_path, size=8).remarks
     assert remark.endswith(f"name {tmp_path}/photos instead")
-    assert not ImageFolder(tmp_path / "photos", 8).remarks
+    assert not ImageFolder(tmp_path / "photos", size=8).remarks
     (tmp_path / "photos.zip").write_bytes(b"PK")
     with pytest.raises(UserError, match=r"photos\.zip is a file; unpack it"):
-        ImageFolder(tmp_path / "photos.zip", 8)
+        ImageFolder(tmp_path / "photos.zip", size=8)
 
 
 def test_links_that_lead_back_up_end(tmp_path):
     write(tmp_path, ["a/x/0.jpg"])
     os.symlink(tmp_path / "a", tmp_path / "a" / "x" / "up")
     os.symlink(tmp_path / "a" / "x", tmp_path / "b")  # a class may be a link
-    names = listed(ImageFolder(tmp_path, 8))
+    names = listed(ImageFolder(tmp_path, size=8))
     assert [name for name in names if name.startswith("a")] == ["a/x/0.jpg"]
     assert "b/0.jpg" in names
-    assert listed(AdmFolder(write(tmp_path / "adm", ["c_0.jpg"]), 8)) == ["c_0.jpg"]
+    assert listed(AdmFolder(write(tmp_path / "adm", ["c_0.jpg"]), size=8)) == [
+        "c_0.jpg"
+    ]
 
 
 @pytest.mark.parametrize("kind", [ImageFolder, AdmFolder, CifarFolder, CifarBinary])
@@ -109,7 +111,7 @@ def test_folders_without_classes_or_images_are_named(tmp_path):
 
 def test_adm_folder_takes_classes_from_names(tmp_path):
     names = ["10_0.jpg", "2_1.gif", "sub/2_0.jpeg", "sub/n01_a_b.PNG", "z_.png"]
-    source = AdmFolder(write(tmp_path, [*names, "skipped_0.webp"]), 8)
+    source = AdmFolder(write(tmp_path, [*names, "skipped_0.webp"]), size=8)
     assert source.class_names == ["10", "2", "n01", "z"]  # as words: 10 before 2
     assert listed(source) == names
     assert [int(label) for label in source.labels] == [0, 1, 1, 2, 3]
@@ -120,7 +122,7 @@ def test_adm_folder_takes_classes_from_names(tmp_path):
 
 def test_adm_folder_sorts_files_and_folders_together(tmp_path):
     names = ["a_0.jpg", "b/a_0.jpg", "b/c/a_0.jpg", "b/d_0.jpg", "c_0.jpg"]
-    assert listed(AdmFolder(write(tmp_path, names), 8)) == names
+    assert listed(AdmFolder(write(tmp_path, names), size=8)) == names
 
 
 def test_cifar_as_folders(tmp_path):

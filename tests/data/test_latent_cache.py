@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import shutil
+import types
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from sit_jax.data.latent_cache import (
     missing_shards,
     write_shard,
 )
-from sit_jax.data.sources import DataSource, LatentFolder
+from sit_jax.data.sources import LatentFolder, Synthetic
 from sit_jax.errors import UserError
 from sit_jax.models.codec import Latents
 
@@ -70,18 +71,24 @@ def write(path, metadata=METADATA, corrupt=()):
     return finish_cache(path, metadata, names)
 
 
+def assert_holds(cache, ids):
+    """Asserts that a cache has the records of these numbers, in both views."""
+    assert len(cache) == len(ids)
+    for i, image_id in enumerate(ids):
+        for view, record in enumerate((cache[i], cache.flipped(i))):
+            wanted = moments(image_id, view, cache.metadata)
+            np.testing.assert_array_equal(record["moments"], wanted)
+            assert record["moments"].dtype == np.float32
+            assert record["label"] == image_id % 5
+
+
 def test_a_cache_of_version_0_1_is_read_and_written_the_same(tmp_path):
     """Seven records of float16 in two shards, the sixth of them corrupt."""
     shutil.unpack_archive(OLD, tmp_path / "old")
     cache = LatentCache(tmp_path / "old")
     metadata = changed(records=7, shards=2, dtype="float16")
     assert cache.metadata == metadata
-    assert [cache.id(i) for i in range(len(cache))] == [0, 1, 2, 3, 4, 6]
-    for i, image_id in enumerate([0, 1, 2, 3, 4, 6]):
-        for view, record in enumerate((cache[i], cache.flipped(i))):
-            wanted = moments(image_id, view, metadata)
-            np.testing.assert_array_equal(record["moments"], wanted)
-            assert record["label"] == image_id % 5
+    assert_holds(cache, [0, 1, 2, 3, 4, 6])
     write(tmp_path / "new", metadata, corrupt={5})
     for file in (tmp_path / "old").iterdir():
         assert file.read_bytes() == (tmp_path / "new" / file.name).read_bytes()
@@ -89,30 +96,22 @@ def test_a_cache_of_version_0_1_is_read_and_written_the_same(tmp_path):
 
 
 def test_records_come_back_with_their_mirror_images(tmp_path):
-    write(tmp_path / "c")
-    cache = LatentCache(tmp_path / "c")
-    assert (len(cache), cache.shape, cache.classes) == (11, (3, 2, 4), 5)
+    write(tmp_path)
+    cache = LatentCache(tmp_path)
+    assert (cache.shape, cache.classes) == ((3, 2, 4), 5)
     assert cache.flip and cache.class_names[4] == "class 4"
-    for i in (0, 10, 3, 4, 7):
-        record, flipped = cache[i], cache.flipped(i)
-        np.testing.assert_array_equal(record["moments"], moments(i))
-        np.testing.assert_array_equal(flipped["moments"], moments(i, 1))
-        assert record["label"] == flipped["label"] == i % 5
-        assert record["moments"].dtype == np.float32 and cache.id(i) == i
+    assert_holds(cache, range(11))
     with pytest.raises(IndexError):
         cache[11]
-    files = sorted(file.name for file in (tmp_path / "c").iterdir())
+    files = sorted(file.name for file in tmp_path.iterdir())
     assert files[:2] == ["cache.json", "moments-00000-of-00003.array_record"]
     assert len(files) == 5  # three shards, cache.json and plan.json
 
 
 def test_corrupt_images_are_left_out(tmp_path):
     about = write(tmp_path, corrupt={0, 4, 5, 6})  # 3..6 are the second shard
-    cache = LatentCache(tmp_path)
-    assert len(cache) == 7 and about["images"] == [2, 1, 4]
-    ids = [1, 2, 3, 7, 8, 9, 10]
-    assert [cache.id(i) for i in range(7)] == ids
-    assert [int(record["label"]) for record in cache] == [i % 5 for i in ids]
+    assert about["images"] == [2, 1, 4]
+    assert_holds(LatentCache(tmp_path), [1, 2, 3, 7, 8, 9, 10])
     about = json.loads((tmp_path / "cache.json").read_text())
     assert about["broken"]["4"] == "4.jpg: torn"
     write(tmp_path / "none", corrupt=set(range(11)))
@@ -123,8 +122,7 @@ def test_copies_open_their_own_files(tmp_path):
     write(tmp_path)
     cache = LatentCache(tmp_path)
     cache[0]  # opens a file, which cannot be copied
-    for i, record in enumerate(copy.deepcopy(cache)):
-        np.testing.assert_array_equal(record["moments"], moments(i))
+    assert_holds(copy.deepcopy(cache), range(11))
 
 
 def test_statistics_are_those_of_scaled_draws(tmp_path):
@@ -140,16 +138,12 @@ def test_statistics_are_those_of_scaled_draws(tmp_path):
 
 
 def test_describe_data_names_encoder_and_classes():
-    class Source(DataSource):
-        metadata, class_names = METADATA, ("ant", "bee")
-
-    class Plain(DataSource):
-        pass
-
+    source = Synthetic()
+    assert describe_data(source, Latents()) == {}
+    assert describe_data(source, toy()) == {"encoder_sha256": "e" * 64}
+    cache = types.SimpleNamespace(metadata=METADATA, class_names=("ant", "bee"))
     about = {"encoder_sha256": "e" * 64, "class_names": ["ant", "bee"]}
-    assert describe_data(Source(), Latents()) == about  # the cache's, not the codec's
-    assert describe_data(Plain(), Latents()) == {}
-    assert describe_data(Plain(), METADATA) == {"encoder_sha256": "e" * 64}
+    assert describe_data(cache, Latents()) == about  # the cache's, not the codec's
 
 
 def test_shards_divide_the_records():
@@ -198,23 +192,6 @@ def test_fast_dits_folder_becomes_a_cache(tmp_path):
         assert ours["label"] == theirs["label"]
 
 
-def test_every_float16_becomes_its_float32(tmp_path):
-    """All 65,536 bit patterns, also those that are not finite."""
-    halves = np.arange(2**16, dtype="<u2").view("<f2").reshape(1, 2**6, -1, 4)
-    metadata = changed(
-        kind="latent", shape=halves.shape[1:], dtype="float16", views=1, records=1
-    )
-    metadata = dataclasses.replace(metadata, shards=1, scale=None)
-    begin_cache(tmp_path, metadata)
-    with np.errstate(all="ignore"), write_shard(tmp_path, metadata, 0) as writer:
-        writer.add([0], [0], [halves])
-    with np.errstate(all="ignore"):
-        finish_cache(tmp_path, metadata, "abcde")
-    latent = LatentCache(tmp_path)[0]["latent"]
-    assert latent.dtype == np.float32
-    np.testing.assert_array_equal(latent, halves[0].astype(np.float32))
-
-
 def test_a_shard_that_cannot_be_written_is_named(tmp_path):
     writer = ShardWriter(tmp_path / "none" / "x", METADATA)
     with pytest.raises(UserError, match=r"none/x \(open\(\) failed: No such file"):
@@ -222,27 +199,24 @@ def test_a_shard_that_cannot_be_written_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "metadata, codec, shape, says",
+    "metadata, codec, shape, message",
     [
         (METADATA, Latents(scale=0.5), (3, 2, 2), None),
-        (METADATA, None, (3, 2, 2), None),
-        (changed(scale=None, encoder_sha256=None), Latents(), (3, 2, 2), None),
-        (METADATA, Latents(), (3, 2, 2), "another value of scale: 0.5, not 0.18215"),
-        (METADATA, Latents(scale=0.5), (3, 2, 4), r"\(3, 2, 2\), from images of 16"),
+        (changed(scale=None, encoder_sha256=None), toy(), (3, 2, 2), None),
+        (METADATA, Latents(), (3, 2, 2), "was made with scale 0.5, not 0.18215; name"),
+        (METADATA, Latents(scale=0.5), (3, 2, 4), r"\(3, 2, 2\), from images of 16 pi"),
         (changed(kind="latent"), Latents(scale=0.5), (3, 2, 4), None),
-        (changed(encoder_sha256="f" * 64), "other", (3, 2, 2), "encoder .*: ffff"),
+        (changed(encoder_sha256="f" * 64), toy(), (3, 2, 2), "encoder_sha256 ffff"),
     ],
-    ids="same no-codec unknown scale shape latent encoder".split(),
+    ids="same unknown scale shape latent encoder".split(),
 )
-def test_a_cache_unlike_a_config_is_refused(tmp_path, metadata, codec, shape, says):
-    write(tmp_path, metadata)
-    cache = LatentCache(tmp_path)
-    codec = toy() if codec == "other" else codec
-    if says is None:
+def test_a_cache_unlike_a_config_is_refused(metadata, codec, shape, message):
+    cache = types.SimpleNamespace(metadata=metadata)
+    if message is None:
         return check_cache(cache, codec, shape)
-    with pytest.raises(UserError, match=says) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         check_cache(cache, codec, shape)
-    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_cache_without_flips_is_refused_where_flips_are_wanted(tmp_path):
@@ -255,24 +229,12 @@ def test_a_cache_without_flips_is_refused_where_flips_are_wanted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "field, value",
-    [
-        ("encoder_sha256", "f" * 64),
-        ("scale", 0.25),
-        ("precision", "bf16"),
-        ("views", 1),
-        ("size", 32),
-        ("crop", "another"),
-        ("listing_sha256", "m" * 64),
-        ("dtype", "float16"),
-        ("shards", 4),
-    ],
+    "field, value", [("encoder_sha256", "f"), ("precision", "bf16"), ("shards", 4)]
 )
 def test_going_on_otherwise_is_refused(tmp_path, field, value):
     begin_cache(tmp_path, METADATA)
-    assert begin_cache(tmp_path, METADATA) == tmp_path
-    says = f"another value of .*: {getattr(METADATA, field)}, not {value}; extract into"
-    with pytest.raises(UserError, match=says):
+    message = f"made with {field} {getattr(METADATA, field)}, not {value}; extract into"
+    with pytest.raises(UserError, match=message):
         begin_cache(tmp_path, changed(**{field: value}))
 
 

@@ -22,7 +22,7 @@ from sit_jax.convert import peft
 from sit_jax.convert.inception import read_graph_constants
 from sit_jax.convert.state_dict import read_torch_file
 from sit_jax.convert.vae import read_vae_config
-from sit_jax.data.archives import TarFiles, read_members
+from sit_jax.data.archives import read_members
 from sit_jax.data.images import to_rgb
 from sit_jax.data.latent_cache import (
     CacheMetadata,
@@ -95,10 +95,8 @@ def bundled(path):
 
 
 def tar(path):
-    members = list(read_members(path, largest=2**20))
-    each = TarFiles([path], [0] * len(members), members)
-    for i in range(min(len(members), 8)):
-        each[i]
+    for member in read_members(path)[:8]:
+        member.read()
 
 
 def image(path):
@@ -198,7 +196,15 @@ def graphs():
 
 
 METADATA = CacheMetadata(
-    "moments", (2, 2, 8), "float32", 2, "ab", "exact", 0.18, 16, "c", "d", 9, 3, 2
+    kind="moments",
+    shape=(2, 2, 8),
+    dtype="float32",
+    views=2,
+    precision="exact",
+    scale=0.18,
+    records=9,
+    classes=3,
+    shards=2,
 )
 ADAPTER = {
     "peft_type": "LORA",

@@ -14,6 +14,7 @@ from sit_jax.convert import tensor_files
 from sit_jax.convert.diffusers import STEM
 from sit_jax.convert.rules import to_flax, vae_rules
 from sit_jax.models.vae import AutoencoderKL
+from sit_jax.precision.policy import EXACT, Precision
 
 
 class ToyCodec(struct.PyTreeNode):
@@ -21,6 +22,7 @@ class ToyCodec(struct.PyTreeNode):
 
     kernel: jnp.ndarray  # [48, 4]: mean and log variance of two channels
     scale: float = struct.field(pytree_node=False, default=0.5)
+    precision: Precision = struct.field(pytree_node=False, default=EXACT)
     encoder_sha256: str = struct.field(pytree_node=False, default="e" * 64)
 
     def encode(self, images):

@@ -32,10 +32,11 @@ def steps_on(setting, directory, devices, many):
     mesh = make_mesh(devices=jax.devices()[:devices])
     state, *_ = restore_or_init(parts, mesh, config.seed, directory)
     first, at_first = int(state.step), jax.device_get(state.params)
+    size = config.batch_size
     where = jax.tree.map(lambda x: x.sharding, state)
     step = jit_train_step(config, parts, mesh, where)
     losses, seen = [], []
-    with batches(source, config.batch_size, config.seed, first, mesh) as feed:
+    with batches(source, size, config.seed, mesh, first=first * size) as feed:
         for _ in range(many):
             batch = next(feed)
             seen.append(jax.device_get(batch))
