@@ -4,6 +4,7 @@ Its hidden layer gives features for a Fréchet distance without a download, and 
 answers tell how many samples show the digit that was asked for.
 """
 
+import functools
 import warnings
 from collections.abc import Iterable, Iterator
 
@@ -20,20 +21,15 @@ WIDTH = 64  # features
 class DigitFeatures:
     """Takes the place of a FeatureExtractor; trained on the real training digits.
 
-    Making it takes some seconds. Of images uint8 [n, 8, 8, C] the first channel counts.
+    The first one takes some seconds to make. Of images uint8 [n, 8, 8, C] the first
+    channel counts.
     """
 
     batch_size, is_inception = 500, False
     pipeline = {"network": f"{WIDTH} units on scikit-learn's digits, seed 0"}
 
     def __init__(self):
-        from sklearn.neural_network import MLPClassifier
-
-        digits = Digits(train=True)
-        classifier = MLPClassifier((WIDTH,), alpha=0.1, max_iter=200, random_state=0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # 200 rounds are not all it could have
-            self._classifier = classifier.fit(_rows(digits.images), digits.labels)
+        self._classifier = _train_classifier()
 
     def __call__(
         self, batches: Iterable[UInt8[np.ndarray, "n 8 8 c"]]
@@ -85,6 +81,20 @@ def digit_figures(
         "frechet_samples": distance(images),
         "frechet_real": distance(train.images[rows]),
     }
+
+
+@functools.cache
+def _train_classifier():
+    from sklearn.neural_network import MLPClassifier
+    from threadpoolctl import threadpool_limits
+
+    digits = Digits(train=True)
+    classifier = MLPClassifier((WIDTH,), alpha=0.1, max_iter=200, random_state=0)
+    # products so small only wait for each other's threads: 60 s on busy cores, with one
+    # thread 4 s and the same bits
+    with warnings.catch_warnings(), threadpool_limits(1):
+        warnings.simplefilter("ignore")  # 200 rounds are not all it could have
+        return classifier.fit(_rows(digits.images), digits.labels)
 
 
 def _rows(images):
