@@ -6,6 +6,7 @@ side's, both compute the same images.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 from sit_jax.cli.main import entry_point, make_parser, parse_args
@@ -14,10 +15,10 @@ from sit_jax.diagnosis import bundle as bundles
 from sit_jax.diagnosis import paired
 from sit_jax.diagnosis import report as reports
 from sit_jax.diagnosis.stages import collect
-from sit_jax.diagnosis.swaps import decode_latents, swap_inputs
+from sit_jax.diagnosis.swaps import DecodedLatents, swap_components
 from sit_jax.errors import UserError
-from sit_jax.evaluation.evaluate import Evaluator
-from sit_jax.evaluation.features import WIDTHS, StoredFeatures
+from sit_jax.evaluation.evaluate import load_features, load_gaussian
+from sit_jax.evaluation.features import NETWORKS, StoredFeatures, get_extractor
 from sit_jax.evaluation.image_sets import input_of_images, open_input
 from sit_jax.files import as_path, local_path, read_json, require_free
 from sit_jax.parallel import multihost
@@ -63,7 +64,7 @@ def make_bundle(args: Any) -> int:
         images=args.images,
         steps=args.steps,
         inputs_of=inputs_of,
-        extractor=_extractor(args),
+        extractor=_try_extractor(args),
     )
     multihost.barrier()  # until all have seen that this place is free
     if multihost.is_primary():
@@ -96,31 +97,26 @@ def make_report(args: Any) -> int:
     if len(args.sides) != 2:
         raise UserError(USAGE)
     out = require_free(args.out, args.overwrite)
-    evaluator = Evaluator(args.network, args.inception, args.batch_size)
-    a, b = (
-        _with_decoded_latents(args, reports.open_evidence(side, evaluator.width))
-        for side in args.sides
-    )
-    are_pairs = args.paired or reports.are_pairs(a, b)
-    images = [_images_of(side) for side in (a, b)]
-    has_worst_pairs = are_pairs and None not in images
-    has_evidence = None not in (a.bundle, b.bundle) or None not in (
-        a.manifest,
-        b.manifest,
-    )
+    decode = args.reference is not None
+    a, b = (reports.open_evidence(side, decode) for side in args.sides)
+    is_paired = args.paired or reports.are_pairs(a, b)
+    images = [side.samples and side.samples.images for side in (a, b)]
+    has_worst_pairs = is_paired and None not in images
+    has_evidence = (a.bundle and b.bundle) or (a.manifest and b.manifest)
     if not (has_evidence or args.reference or has_worst_pairs):
         raise UserError("A and B have no bundles or manifests: give --reference")
-    has_samples = a.samples or b.samples or None in (a.bundle, b.bundle)
+    has_samples = a.samples or b.samples or not (a.bundle and b.bundle)
     flags = [name for name in OF_FIGURES if getattr(args, name)]
     if flags and not (has_samples and args.reference):
         raise UserError(
             f"--{flags[0].replace('_', '-')} is for figures of pictures or features: "
             "give --reference, and sides that have them"
         )
-    reference = evaluator.gaussian(args.reference) if args.reference else None
-    gap, swaps = None, []
-    if has_samples and reference is not None:
-        gap, swaps = _compare_samples(args, evaluator, (a, b), are_pairs, reference)
+    gap, swaps, reference = None, [], None
+    if args.reference:
+        reference = load_gaussian(args.reference, _make_extractor(args))
+        if has_samples:
+            gap, swaps = _compare_samples(args, (a, b), is_paired, reference)
     worst, tiles = paired.worst_pairs(*images) if has_worst_pairs else ((), None)
     report = reports.diagnose(
         a, b, gap=gap, swaps=swaps, worst=worst, reference=reference
@@ -148,7 +144,7 @@ def _parser():
     add("--resamples", **resamples, help="of pairs: their interval by bootstrap")
     add("--inception", metavar="FILE", help="weights of the 2015 network, for images")
     add("--inception-b", metavar="FILE", help="B's, if it was another")
-    add("--network", choices=list(WIDTHS), default="inception", help="of the features")
+    add("--network", choices=NETWORKS, default="inception", help="of the features")
     add("--batch-size", type=COUNT, default=64, metavar="N")
     add("--overwrite", action="store_true")
     add = parser.add_argument_group("to make a bundle").add_argument
@@ -164,26 +160,28 @@ def _parser():
     return parser
 
 
-def _compare_samples(args, evaluator, sides, are_pairs, reference):
+def _compare_samples(args, sides, is_paired, reference):
     """Returns the gap of the FIDs, and the steps from A's to B's."""
     for side in sides:
         if side.samples is None:
             raise UserError(f"{side.path} has no images or features for --reference")
-    inputs = _swap_chain(args, evaluator, [side.samples for side in sides], are_pairs)
-    # what is in the chain twice is evaluated once
-    distinct = {id(side): side for _, side in inputs}
-    features = {key: evaluator.features(side) for key, side in distinct.items()}
-    chain = [(name, features[id(side)]) for name, side in inputs]
+    inputs = _swap_chain(args, *(side.samples for side in sides), is_paired)
+    make_extractor, loaded = _make_extractor(args), {}
+    for _, side in inputs:  # what is in the chain twice is evaluated once
+        key = id(side.images or side.stored)
+        if key not in loaded:
+            loaded[key] = load_features(side, make_extractor)
+    chain = [(name, loaded[id(side.images or side.stored)]) for name, side in inputs]
     theirs = chain[-1][1]
+    fid_of = lambda side: paired.fid_of_features(
+        load_features(side, make_extractor), reference
+    )
     gap = paired.compare(
         chain[0][1],
         theirs,
         reference,
-        are_pairs,
-        seeds=[
-            paired.fid_of_features(evaluator.features(evaluator.open(path)), reference)
-            for path in args.seeds
-        ],
+        is_paired,
+        seeds=[fid_of(open_input(path)) for path in args.seeds],
         labels=reports.labels_of(*sides),
         resamples=args.resamples,
     )
@@ -191,7 +189,7 @@ def _compare_samples(args, evaluator, sides, are_pairs, reference):
     if args.inception_b is not None:
         last = _evaluate_by_other_network(args, inputs[-1][1])
     elif args.reference_b:
-        last = "reference", theirs, evaluator.gaussian(args.reference_b)
+        last = "reference", theirs, load_gaussian(args.reference_b, make_extractor)
     return gap, paired.swap_steps(chain, reference, last)
 
 
@@ -199,58 +197,54 @@ def _evaluate_by_other_network(args, side):
     """Returns what B's network makes of B's pictures and of the reference."""
     if args.network != "inception":
         raise UserError(f"--inception-b has no use beside --network {args.network}")
-    evaluator = Evaluator(args.network, args.inception_b, args.batch_size)
-    inputs = [side] if args.reference_b else [side, evaluator.open(args.reference)]
-    for one in inputs:
-        if one.statistics is not None or not one.source.needs_network:
+    inputs = [side] if args.reference_b else [side, open_input(args.reference)]
+    for each in inputs:
+        if each.statistics is not None or each.images is None:
             raise UserError(
-                f"--inception-b {args.inception_b} judges pictures, and {one.path} "
+                f"--inception-b {args.inception_b} judges pictures, and {each.path} "
                 "has other things; give --reference-b or --features-b, made by it"
             )
-    reference = evaluator.gaussian(args.reference_b or args.reference)
-    return "feature network", evaluator.features(side), reference
+    make_extractor = _make_extractor(args, args.inception_b)
+    reference = load_gaussian(args.reference_b or args.reference, make_extractor)
+    return "feature network", load_features(side, make_extractor), reference
 
 
-def _swap_chain(args, evaluator, samples, are_pairs):
+def _swap_chain(args, a, b, is_paired):
     """Returns what was exchanged, and the input, from A to B."""
-    a, b = samples
-    chain = swap_inputs(
-        a, b, same_start=are_pairs, width=evaluator.width, swapped=args.swapped
-    )
+    chain = [("A", a)]
+    has_latents = all(isinstance(side.images, DecodedLatents) for side in (a, b))
+    if has_latents:
+        swaps = swap_components(a.images, b.images, args.swapped, is_paired)
+        chain = [(name, input_of_images(images)) for name, images in swaps]
+    elif args.swapped:
+        raise UserError(f"--swapped {args.swapped} goes with latents (.npy) as A and B")
     for text in args.swap:
         name, separator, path = text.partition("=")
         if not separator:
             raise UserError(f"--swap {text}: NAME=FEATURES.npz")
-        chain.append((name, evaluator.open(path)))
+        chain.append((name, open_input(path)))
     if args.features_b:
-        return [*chain, ("features", open_input(args.features_b, only_features=True))]
-    return chain if chain[-1][1] is b else [*chain, ("the rest: B", b)]
+        chain.append(("features", open_input(args.features_b, only_features=True)))
+    elif args.swap or not has_latents:
+        chain.append(("the rest: B", b))
+    return chain
 
 
-def _with_decoded_latents(args, evidence):
-    """Returns evidence whose latents are pictures, if it has any, and a VAE."""
-    has_latents = evidence.path.suffix == ".npy" and evidence.manifest is not None
-    if not (has_latents and args.reference):
-        return evidence
-    images = decode_latents(evidence.path, evidence.manifest)
-    samples = images and input_of_images(images, WIDTHS[args.network])
-    return dataclasses.replace(evidence, samples=samples)
+def _make_extractor(args, weights=None):
+    """Returns a function that makes the extractor, which is done once."""
+    weights = weights or args.inception
+    return partial(get_extractor, args.network, weights, args.batch_size)
 
 
-def _extractor(args):
+def _try_extractor(args):
     """Returns the extractor of a bundle, or None without Inception's weights."""
     try:
-        return Evaluator(args.network, args.inception, args.batch_size).extractor()
+        return _make_extractor(args)()
     except UserError as error:
         if args.inception:
             raise
         print(f"no features among the stages: {error}")
         return None
-
-
-def _images_of(evidence):
-    source = evidence.samples and evidence.samples.source
-    return source.images if source and source.needs_network else None
 
 
 def _open_weights(path, family=None, heads=None):

@@ -17,9 +17,9 @@ from sit_jax.cli.main import entry_point, make_parser, parse_args
 from sit_jax.errors import UserError
 from sit_jax.evaluation import evaluate as evaluation
 from sit_jax.evaluation.digits import digit_figures
-from sit_jax.evaluation.evaluate import Evaluation, open_evaluation
-from sit_jax.evaluation.features import WIDTHS, get_extractor
-from sit_jax.evaluation.image_sets import EvaluationInput, open_input
+from sit_jax.evaluation.evaluate import compute_statistics, open_output
+from sit_jax.evaluation.features import NETWORKS, get_extractor
+from sit_jax.evaluation.image_sets import open_input
 from sit_jax.evaluation.statistics import save_statistics
 from sit_jax.files import as_path, read_json, require_free, write_json
 from sit_jax.manifest import environment
@@ -51,95 +51,97 @@ def evaluate(args: Any) -> int:
     if args.reference is None:
         raise UserError("--reference REF names what the samples are compared with")
     metrics = evaluation.select_metrics(args.metrics, args.kid)
-    width = WIDTHS[args.network]
-    samples = open_input(args.samples or args.features, bool(args.features), width)
-    reference = open_input(args.reference, width=width)
+    needs_features = args.bootstrap or {"precision", "recall", "kid"} & set(metrics)
+    samples = open_input(args.samples or args.features, bool(args.features))
+    samples = samples.without_images(needs_features, "inception_score" in metrics)
+    reference = open_input(args.reference).without_images(needs_features, score=False)
     out = args.out or _default_out(samples.path)
-    with open_evaluation(out, args.overwrite, args.save_features) as work:
-        _evaluate_into(work, args, samples, reference, metrics)
+    with open_output(out, args.overwrite, args.save_features) as output:
+        extractor = _extractor(args, samples, reference)
+        evaluation.require_comparable(samples, reference, extractor, args.force)
+        if not args.force:
+            for side in (samples, reference):
+                contents = side.contents(extractor)
+                evaluation.require_enough_images(metrics, side.path, contents)
+        print("samples", samples.describe())
+        print("reference", reference.describe(), flush=True)
+        ours = compute_statistics(samples, extractor, output, "samples")
+        theirs = compute_statistics(reference, extractor, output, "reference")
+        overlap = evaluation.compute_precision_recall(
+            ours, theirs, metrics, _bar("block")
+        )
+        if multihost.is_primary():
+            figures = evaluation.compute_figures(
+                ours, theirs, metrics, overlap, _bar("subset")
+            )
+            if args.bootstrap and ours.features is not None:
+                figures |= _interval(args, samples.path, ours, theirs)
+            notes = evaluation.figure_notes(ours.count, metrics, figures)
+            print(*evaluation.figure_lines(figures), *notes, sep="\n")
+            record = {
+                "figures": figures,
+                "notes": notes,
+                "samples": _side_record(samples, ours, extractor),
+                "reference": _side_record(reference, theirs, extractor),
+                "environment": environment(),
+            }
+            if manifest_path(samples.path).is_file():
+                manifest = read_json(manifest_path(samples.path))
+                record["samples"]["manifest"] = _shorten(manifest)
+            write_json(output.path, record)
+            print(output.path)
     return 0
 
 
-def _evaluate_into(
-    work: Evaluation,
-    args: Any,
-    samples: EvaluationInput,
-    reference: EvaluationInput,
-    metrics: list[str],
-) -> None:
-    needs = evaluation.needs_features(metrics) or args.bootstrap is not None
-    missing = (
-        samples.missing(needs, "inception_score" in metrics),
-        reference.missing(needs, False),
+def _interval(args, path, ours, theirs):
+    """Returns the interval of FID, and how it was drawn."""
+    labels = evaluation.fixed_labels(path, ours.count)
+    bar = partial(_bar("resample"), total=args.bootstrap)
+    interval = evaluation.frechet_interval(
+        ours.features, theirs.pool, args.bootstrap, labels, bar
     )
-    if not args.force:
-        evaluation.require_enough_images(metrics, samples, reference)
-    extractor = _extractor(args, (samples, reference), missing)
-    evaluation.require_comparable(samples, reference, extractor, args.force)
-    print("samples", samples.describe())
-    print("reference", reference.describe(), flush=True)
-    ours = work.complete(samples, missing[0], extractor, "samples")
-    theirs = work.complete(reference, missing[1], extractor, "reference")
-    overlap = evaluation.compute_precision_recall(ours, theirs, metrics, _bar("block"))
-    if not multihost.is_primary():
-        return
-    figures = evaluation.compute_figures(ours, theirs, metrics, overlap, _bar("subset"))
-    if args.bootstrap and ours.features is not None:
-        labels = evaluation.fixed_labels(samples.path, ours.count)
-        figures["interval"] = evaluation.frechet_interval(
-            ours.features,
-            theirs.pool,
-            args.bootstrap,
-            labels,
-            partial(_bar("resample"), total=args.bootstrap),
-        )
-        figures["interval_by_class"] = labels is not None
-        figures["resamples"] = args.bootstrap
-    notes = evaluation.figure_notes(ours.count, metrics, figures)
-    print(*evaluation.figure_lines(figures), *notes, sep="\n")
-    record = {"figures": figures, "notes": notes}
-    for name, side, full in (
-        ("samples", samples, ours),
-        ("reference", reference, theirs),
-    ):
-        record[name] = {
-            "path": str(side.path),
-            "used": side.keys,
-            "images": full.count,
-            "features": None if full.features is None else len(full.features),
-            "pipeline": side.pipeline(extractor),
-        }
-    if manifest_path(samples.path).is_file():
-        manifest = read_json(manifest_path(samples.path))
-        record["samples"]["manifest"] = _shorten(manifest)
-    write_json(work.out, record | {"environment": environment()})
-    work.finish()
-    print(work.out)
+    return {
+        "interval": interval,
+        "interval_by_class": labels is not None,
+        "resamples": args.bootstrap,
+    }
+
+
+def _side_record(side, statistics, extractor):
+    """Returns what the JSON says of samples or a reference."""
+    features = statistics.features
+    return {
+        "path": str(side.path),
+        "used": side.keys,
+        "images": statistics.count,
+        "features": None if features is None else len(features),
+        "pipeline": side.contents(extractor).pipeline,
+    }
 
 
 def make_reference(args: Any) -> int:
     """Writes the statistics of --stats to --out."""
     if not args.out or Path(args.out).suffix != ".npz":
         raise UserError("--stats needs --out FILE.npz to write to")
-    for name in ("samples", "features", "reference", "bootstrap", "save_features"):
-        if getattr(args, name) is not None:
-            raise UserError(f"--stats makes a reference, and takes no {name}")
-    side = open_input(args.stats, width=WIDTHS[args.network])
-    with open_evaluation(args.out, args.overwrite) as work:
-        if side.statistics is not None:
-            raise UserError(f"{side.path} holds statistics already: it is a reference")
+    others = (args.samples, args.features, args.reference, args.bootstrap)
+    if any(others) or args.save_features:
+        raise UserError("--stats takes no samples, features, reference or bootstrap")
+    side = open_input(args.stats)
+    if side.statistics is not None:
+        raise UserError(f"{side.path} holds statistics already: it is a reference")
+    with open_output(args.out, args.overwrite) as output:
+        extractor = _extractor(args, side)
         if not args.force:
-            evaluation.require_enough_images(["fid"], side)
-        extractor = _extractor(args, [side], [side.source])
-        statistics = work.collect(
-            side.source, extractor, "statistics", keep=KEPT_FEATURES
+            contents = side.contents(extractor)
+            evaluation.require_enough_images(["fid"], side.path, contents)
+        statistics = compute_statistics(
+            side, extractor, output, "statistics", keep=KEPT_FEATURES
         )
         if multihost.is_primary():
             record = {"data": str(side.path), "environment": environment()}
-            save_statistics(work.out, statistics, record)
-            work.finish()
+            save_statistics(output.path, statistics, record)
             kept = f"{len(statistics.features)} features of them"
-            print(f"statistics of {statistics.count} images, {kept}", work.out)
+            print(f"statistics of {statistics.count} images, {kept}", output.path)
     return 0
 
 
@@ -186,7 +188,7 @@ def _parser():
     add("--bootstrap", **resamples, help="resamples for an interval of FID")
     add("--batch-size", type=COUNT, default=64, metavar="N")
     add("--inception", metavar="FILE", help="weights of the 2015 network")
-    add("--network", choices=list(WIDTHS), default="inception", help="of the features")
+    add("--network", choices=NETWORKS, default="inception", help="of the features")
     add("--force", action="store_true", help="compare what is not comparable")
     add("--overwrite", action="store_true")
     multihost.add_flags(parser)
@@ -200,23 +202,19 @@ def _default_out(path):
     return path.with_name(f"{path.name}.evaluation.json")
 
 
-def _extractor(args, sides, missing):
+def _extractor(args, *sides):
     """Returns what makes features of images, the same on all hosts, or None.
 
     Without Inception's weights, images that stand beside statistics are left out.
     """
-    needs = [
-        (side, source)
-        for side, source in zip(sides, missing, strict=True)
-        if source is not None and source.needs_network
-    ]
+    sides = [side for side in sides if side.images is not None]
     extractor = None
-    if needs:
-        batch_size = min(args.batch_size, max(source.count for _, source in needs))
+    if sides:
+        batch_size = min(args.batch_size, max(len(side.images) for side in sides))
         try:
             extractor = get_extractor(args.network, args.inception, batch_size)
         except UserError:
-            if args.inception or any(side.statistics is None for side, _ in needs):
+            if args.inception or any(side.statistics is None for side in sides):
                 raise
     # what only some hosts compute would hang the others
     weights = extractor and extractor.pipeline.get("weights", args.network)

@@ -20,11 +20,15 @@ from sit_jax.diagnosis.causes import (
     manifest_differences,
 )
 from sit_jax.diagnosis.paired import Gap, Labels, SwapStep
+from sit_jax.diagnosis.swaps import decode_latents
 from sit_jax.errors import UserError
 from sit_jax.evaluation.fid import Gaussian
-from sit_jax.evaluation.image_sets import EvaluationInput, open_input
+from sit_jax.evaluation.image_sets import (
+    EvaluationInput,
+    input_of_images,
+    open_input,
+)
 from sit_jax.files import PathLike, atomic_write, local_path, read_json, write_json
-from sit_jax.models.inception import POOL
 from sit_jax.sampling import outputs
 from sit_jax.sampling.grid import image_grid, save_png
 
@@ -54,12 +58,12 @@ class Evidence:
         return (self.manifest or {}).get("job", {})
 
 
-def open_evidence(path: PathLike, width: int = POOL) -> Evidence:
+def open_evidence(path: PathLike, decode: bool = False) -> Evidence:
     """Opens a bundle, or samples with a manifest or a bundle beside them.
 
     Args:
       path: of the bundle or the samples.
-      width: of the features, see image_sets.open_input.
+      decode: whether latents become pictures, if their manifest names a VAE.
 
     Raises:
       UserError: There is nothing, or nothing that says anything.
@@ -74,18 +78,19 @@ def open_evidence(path: PathLike, width: int = POOL) -> Evidence:
             f"nothing at {path}; name samples, or a bundle, which diagnose.py "
             "--collect makes"
         )
+    beside = path / "bundle" if path.is_dir() else path.with_name(f"{path.name}.bundle")
+    bundle = bundles.read(beside) if beside.is_dir() else None
     record = outputs.manifest_path(path)
-    inside = path / "bundle" if path.is_dir() else path.with_name(f"{path.name}.bundle")
-    bundle = bundles.read(inside) if inside.is_dir() else None
-    manifest = read_json(record) if record.is_file() else None
-    only_bundle = manifest is None and bundle is not None and path.is_dir()
-    if manifest is None and bundle is not None:
-        manifest = bundle.record["manifest"]
-    if path.suffix in ONLY_MANIFEST or only_bundle:
-        if manifest is None:
-            raise UserError(f"{path} has no manifest {record.name} beside it")
-        return Evidence(path, bundle, manifest, None)
-    return Evidence(path, bundle, manifest, open_input(path, width=width))
+    manifest = bundle and bundle.record["manifest"]
+    if record.is_file():
+        manifest = read_json(record)
+    if path.suffix not in ONLY_MANIFEST:
+        return Evidence(path, bundle, manifest, open_input(path))
+    if manifest is None:
+        raise UserError(f"{path} has no manifest {record.name} beside it")
+    is_decoded = decode and path.suffix == ".npy"
+    images = decode_latents(path, manifest) if is_decoded else None
+    return Evidence(path, bundle, manifest, images and input_of_images(images))
 
 
 def are_pairs(a: Evidence, b: Evidence) -> bool:
@@ -130,21 +135,24 @@ def diagnose(
     Returns:
       The report, as it is written to report.json.
     """
-    both, differences, weights = None, [], None
-    if a.bundle and b.bundle:
-        both = a.bundle, b.bundle
+    differences, weights, causes, settings = [], None, [], []
+    both = (a.bundle, b.bundle) if a.bundle and b.bundle else None
+    if both:
         bundles.require_same_network(*both)
         differences = ladder.compare_stages(*both)
         differences += ladder.compare_feature_figures(*both, differences, reference)
         total, names = different_weights(*both)
         weights = {"tensors": total, "differ": names}
-    causes, settings = [], []
     has_manifests = a.manifest is not None and b.manifest is not None
     if has_manifests:
         manifests = _manifests_with_evaluation(a, b)
         causes = find_causes(manifests, both, differences)
         settings = manifest_differences(*manifests)
-    swap_rows = _swap_rows(swaps)
+    total = sum(abs(swap.step) for swap in swaps) or 1.0
+    swap_rows = [  # a share is of all steps, there and back
+        {"after": name, "fid": fid, "step": step, "share": abs(step) / total}
+        for name, fid, step in swaps
+    ]
     return {
         "a": str(a.path),
         "b": str(b.path),
@@ -211,7 +219,7 @@ def save(
         folder.mkdir()
         if tiles is not None:
             save_png(folder / PICTURE, image_grid(tiles, 3))
-        (folder / "report.md").write_text(markdown(report, tiles is not None))
+        (folder / "report.md").write_text(markdown(report))
         write_json(folder / "report.json", report)
 
 
@@ -227,20 +235,9 @@ def _manifests_with_evaluation(a, b):
     ]
 
 
-def _swap_rows(swaps):
-    """Returns rows of the report; a share is of all steps, there and back."""
-    total = sum(abs(swap.step) for swap in swaps) or 1.0
-    return [
-        {"after": name, "fid": fid, "step": step, "share": abs(step) / total}
-        for name, fid, step in swaps
-    ]
-
-
 def _probe(side):
-    if side.bundle is not None:
-        precision = side.bundle.record["precision"]
-    else:
-        precision = (side.manifest or {}).get("precision")
+    record = side.bundle.record if side.bundle else side.manifest or {}
+    precision = record.get("precision")
     if not isinstance(precision, dict):
         return None
     names = ("default dot", "model dot", "convolution", "line")
@@ -258,95 +255,87 @@ def _solver(side):
 
 # ---- Markdown, for readers who were not there ----
 
-HEADS = {
+TABLES = {  # title: heads, and what the table means, in a sentence or two
     "Causes, the likeliest first": (
-        *("cause", "FID it may move, near 2", "evidence", "known from"),
+        ("cause", "FID it may move, near 2", "evidence", "known from"),
+        "What differs and is known to move FID. The numbers order the list, they "
+        "predict nothing. One that the stages contradict comes last.",
     ),
-    "Statistics": ("", "value"),
-    "Swaps, from A to B": ("after taking B's", "FID", "step", "share of the way"),
-    "Stages": ("stage", "relative L2", "max-abs / rms", "cosine", "band", ""),
+    "Statistics": (("", "value"), ""),
+    "Swaps, from A to B": (
+        ("after taking B's", "FID", "step", "share of the way"),
+        "A's pictures with one component after the other taken from B. The steps add "
+        "up to B's FID less A's, and say what comes from where.",
+    ),
+    "Stages": (
+        ("stage", "relative L2", "max-abs / rms", "cosine", "band", ""),
+        "The same inputs through both sides, from noise to figures. Band: what the "
+        "declared precisions allow. **outside**: more than that, look there first; "
+        "inexact: allowed, but float32 on both sides would not differ so much. Of "
+        "bytes the first column is the share that differ, the second the most levels.",
+    ),
     "Precision measured": (
-        *("side", "default dot", "model's dot", "convolution", "said at the start"),
+        ("side", "default dot", "model's dot", "convolution", "said at the start"),
+        "Bits of mantissa that each device kept of what it multiplied: 24 is float32, "
+        "11 TF32, 8 bfloat16.",
     ),
-    "Settings that differ": ("setting", "A", "B", "belongs to"),
-    "Their numbers": ("image", "rms of the difference, levels"),
-}
-LEGEND = {  # what a table means, in a sentence or two
-    "Causes, the likeliest first": "What differs and is known to move FID. The numbers "
-    "order the list, they predict nothing. One that the stages contradict comes last.",
-    "Precision measured": "Bits of mantissa that each device kept of what it "
-    "multiplied: 24 is float32, 11 TF32, 8 bfloat16.",
-    "Stages": "The same inputs through both sides, from noise to figures. Band: what "
-    "the declared precisions allow. **outside**: more than that, look there first; "
-    "inexact: allowed, but float32 on both sides would not differ so much. Of bytes "
-    "the first column is the share that differ, the second the most levels.",
-    "Swaps, from A to B": "A's pictures with one component after the other taken from "
-    "B. The steps add up to B's FID less A's, and say what comes from where.",
+    "Settings that differ": (("setting", "A", "B", "belongs to"), ""),
+    "Worst pairs": (
+        ("image", "rms of the difference, levels"),
+        "A, B and their difference, stretched to be seen.\n\n"
+        f"![A, B and the difference]({PICTURE})",
+    ),
 }
 
 
-def markdown(report: dict[str, Any], has_picture: bool = False) -> str:
+def markdown(report: dict[str, Any]) -> str:
     """Returns a report as one page."""
     a, b = (Path(report[side]).name for side in "ab")
-    probes = [
-        (name, *probe.values())
-        for name, probe in zip("AB", report["probes"], strict=True)
-        if probe
-    ]
-    swaps = [
-        (
-            row["after"],
-            f"{row['fid']:.6g}",
-            f"{row['step']:+.4g}",
-            f"{row['share']:.0%}",
-        )
-        for row in report["swaps"]
-    ]
-    settings = [(r["field"], r["a"], r["b"], r["cause"]) for r in report["manifest"]]
-    parts = [
+    probes = zip("AB", report["probes"], strict=True)
+    sections = [
         f"# Why {a} (A) and {b} (B) differ",
         f"**{report['verdict']}**",
         f"**{report['first']}**" if report["first"] else "",
         _table("Causes, the likeliest first", map(_cause_row, report["causes"])),
         _table("Statistics", _statistics_rows(report["paired"])),
-        _table("Swaps, from A to B", swaps),
+        _table("Swaps, from A to B", map(_swap_row, report["swaps"])),
         _table("Stages", map(_stage_row, report["ladder"])),
         _weights_text(report["weights"]),
-        _table("Precision measured", probes),
+        _table("Precision measured", [(n, *p.values()) for n, p in probes if p]),
         _solver_text(report["solver"]),
-        _table("Settings that differ", settings),
+        _table(
+            "Settings that differ",
+            [(r["field"], r["a"], r["b"], r["cause"]) for r in report["manifest"]],
+        ),
+        _table(
+            "Worst pairs", [(r["image"], f"{r['rms']:.6g}") for r in report["worst"]]
+        ),
+        f"A is {report['a']}, B is {report['b']}.",
     ]
-    if has_picture:
-        parts.append(
-            "## Worst pairs\n\nA, B and their difference, stretched to be seen.\n\n"
-            f"![A, B and the difference]({PICTURE})"
-        )
-        worst = [(row["image"], f"{row['rms']:.6g}") for row in report["worst"]]
-        parts.append(_table("Their numbers", worst))
-    parts.append(f"A is {report['a']}, B is {report['b']}.")
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(filter(None, sections)) + "\n"
 
 
 def _table(title, rows):
     lines = [" | ".join(str(x).replace("|", "/") for x in row) for row in rows]
     if not lines:
         return ""
-    heads = HEADS[title]
+    heads, legend = TABLES[title]
     lines = [" | ".join(heads), "|".join("-" for _ in heads), *lines]
-    legend = f"{LEGEND[title]}\n\n" if title in LEGEND else ""
-    return f"## {title}\n\n{legend}" + "\n".join(f"| {line} |" for line in lines)
+    table = "\n".join(f"| {line} |" for line in lines)
+    return "\n\n".join(filter(None, (f"## {title}", legend, table)))
 
 
 def _cause_row(cause):
-    evidence = cause["measurements"] or [
-        f"{n}: {x}, {y}" for n, x, y in cause["facts"][:4]
-    ]
-    name = cause["name"]
-    if cause["contradicted"]:
-        name += " (the stages contradict it)"
-    effect = BY_NAME.get(cause["name"])
-    size = f"{effect.fid:g}" if effect else "unknown"
-    return name, size, "; ".join(evidence), effect.source if effect else ""
+    facts = [f"{field}: {ours}, {theirs}" for field, ours, theirs in cause["facts"][:4]]
+    name, effect = cause["name"], BY_NAME.get(cause["name"])
+    mark = " (the stages contradict it)" if cause["contradicted"] else ""
+    size, source = (f"{effect.fid:g}", effect.source) if effect else ("unknown", "")
+    return name + mark, size, "; ".join(cause["measurements"] or facts), source
+
+
+def _swap_row(row):
+    name, share = row["after"], f"{row['share']:.0%}"
+    return name, f"{row['fid']:.6g}", f"{row['step']:+.4g}", share
 
 
 def _stage_row(row):
@@ -359,34 +348,39 @@ def _statistics_rows(paired):
     """Returns what is known of the gap of the two FIDs."""
     if not paired:
         return []
-    a, b = paired["fids"]
+    gap, net, interval = (paired[name] for name in ("gap", "net", "interval"))
+    classes = "classes as they are" if paired["classes"] else "classes drawn too"
+    limits = None if interval is None else "{:+.4g}, {:+.4g}".format(*interval)
     rows = [
-        ("FID of A to the reference", f"{a:.6g}"),
-        ("FID of B to the reference", f"{b:.6g}"),
-        ("gap, A less B", f"{paired['gap']:+.4g}"),
+        ("FID of A to the reference", paired["fids"][0], ".6g"),
+        ("FID of B to the reference", paired["fids"][1], ".6g"),
+        ("gap, A less B", gap, "+.4g"),
+        ("the same at equal numbers of images", None if net == gap else net, "+.4g"),
+        (
+            f"noise: its standard deviation over seeds ({classes})",
+            paired["noise"],
+            ".3g",
+        ),
+        (
+            "noise band: exceeded by one in 10,000 pairs of seeds",
+            paired["band"],
+            ".3g",
+        ),
+        ("chance of such a gap by seeds alone", paired["chance"], ".2g"),
+        (
+            f"standard deviation of {paired['seeds']} other seeds' FIDs",
+            paired["scatter"],
+            ".3g",
+        ),
+        ("95 % of the gap over pairs", limits, ""),
+        ("FID between A and B", paired["between"], ".4g"),
+        (
+            "distance of a pair's features, mean over their rms",
+            paired["feature_gap"],
+            ".3g",
+        ),
     ]
-    if paired["net"] != paired["gap"]:
-        rows.append(("the same at equal numbers of images", f"{paired['net']:+.4g}"))
-    if paired["band"] is not None:
-        classes = "classes as they are" if paired["classes"] else "classes drawn too"
-        noise = f"noise: its standard deviation over seeds ({classes})"
-        band = "noise band: exceeded by one in 10,000 pairs of seeds"
-        rows += [
-            (noise, f"{paired['noise']:.3g}"),
-            (band, f"{paired['band']:.3g}"),
-            ("chance of such a gap by seeds alone", f"{paired['chance']:.2g}"),
-        ]
-    if paired["scatter"] is not None:
-        name = f"standard deviation of {paired['seeds']} other seeds' FIDs"
-        rows.append((name, f"{paired['scatter']:.3g}"))
-    if paired["interval"]:
-        low, high = paired["interval"]
-        rows.append(("95 % of the gap over pairs", f"{low:+.4g}, {high:+.4g}"))
-    rows.append(("FID between A and B", f"{paired['between']:.4g}"))
-    if paired["feature_gap"] is not None:
-        name = "distance of a pair's features, mean over their rms"
-        rows.append((name, f"{paired['feature_gap']:.3g}"))
-    return rows
+    return [(name, format(x, spec)) for name, x, spec in rows if x is not None]
 
 
 def _weights_text(weights):

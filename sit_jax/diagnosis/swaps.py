@@ -14,12 +14,7 @@ from jaxtyping import Float, UInt8
 
 from sit_jax import config as configs
 from sit_jax.errors import UserError
-from sit_jax.evaluation.image_sets import (
-    EvaluationInput,
-    ImageFeatures,
-    batch_starts,
-    input_of_images,
-)
+from sit_jax.evaluation.image_sets import batch_starts
 from sit_jax.experiment import build_experiment
 from sit_jax.files import PathLike
 from sit_jax.models.codec import Latents
@@ -35,38 +30,30 @@ class DecodedLatents:
     Attributes:
       path: of the latents.
       codec: what decodes them.
+      latents: float32 [n, h, w, c].
       shape: (h, w, 3) of an image.
     """
 
     def __init__(
         self, path: PathLike, codec: Any, latents: Float[np.ndarray, "n h w c"]
     ):
-        self.path, self.codec, self._latents = path, codec, latents
+        self.path, self.codec, self.latents = path, codec, latents
         image = jax.eval_shape(codec.decode, jnp.zeros((1, *latents.shape[1:])))
         if image.shape[-1] not in (1, 3):
             raise UserError(f"{path}: {image.shape[-1]} channels do not make a picture")
         self.shape = (*image.shape[1:3], 3)
 
     def __len__(self) -> int:
-        return len(self._latents)
+        return len(self.latents)
 
     def batches(
         self, size: int, numbers: Any = None
     ) -> Iterator[UInt8[np.ndarray, "b h w 3"]]:
         """Gives images in batches, see image_sets.batch_starts."""
         for start in batch_starts(len(self), size, numbers):
-            latents = jnp.asarray(self._latents[start : start + size])
+            latents = jnp.asarray(self.latents[start : start + size])
             images = _decode(self.codec, latents)
             yield np.broadcast_to(images, (*images.shape[:3], 3))
-
-    def with_latents(self, path: PathLike, flag: str) -> "DecodedLatents":
-        """Returns other latents of the same network; `flag` is what named them."""
-        latents = read_noise(path, self._latents.shape[1:], flag)
-        return DecodedLatents(path, self.codec, latents)
-
-    def with_codec(self, codec: Any) -> "DecodedLatents":
-        """Returns the same latents with another codec."""
-        return DecodedLatents(self.path, codec, self._latents)
 
 
 def decode_latents(path: PathLike, manifest: dict[str, Any]) -> DecodedLatents | None:
@@ -85,7 +72,7 @@ def decode_latents(path: PathLike, manifest: dict[str, Any]) -> DecodedLatents |
 def swap_components(
     a: DecodedLatents,
     b: DecodedLatents,
-    between: DecodedLatents | None = None,
+    swapped: PathLike | None = None,
     same_start: bool = False,
 ) -> list[tuple[str, DecodedLatents]]:
     """Exchanges A's components for B's, one after the other.
@@ -93,72 +80,31 @@ def swap_components(
     Args:
       a: images of A.
       b: images of B.
-      between: what A's network makes of B's noise and labels, with A's codec.
+      swapped: a path of latents that A's network makes of B's noise and labels.
       same_start: whether A and B began from the same noise and labels.
 
     Returns:
       What was exchanged, and the images; A first and B last.
     """
+    chain, name = [("A", a)], "noise, labels and latents"
+    if swapped is not None:
+        latents = read_noise(swapped, a.latents.shape[1:], "--swapped")
+        if len(latents) != len(b):
+            raise UserError(
+                f"--swapped {swapped} has {len(latents)} latents, B {len(b)}: it is "
+                "what A's network makes of B's noise and labels"
+            )
+        chain.append(("noise and labels", DecodedLatents(swapped, a.codec, latents)))
+    elif same_start:
+        chain.append(("noise and labels", a))
+    if len(chain) > 1:
+        name = "latents"
+    chain.append((name, DecodedLatents(b.path, a.codec, b.latents)))
     decoded = b
     if a.codec.rounding is not b.codec.rounding:
-        decoded = b.with_codec(b.codec.replace(rounding=a.codec.rounding))
-    chain, name = [("A", a)], "noise, labels and latents"
-    if same_start or between is not None:
-        chain.append(("noise and labels", a if between is None else between))
-        name = "latents"
-    return [
-        *chain,
-        (name, b.with_codec(a.codec)),
-        ("decode", decoded),
-        ("rounding", b),
-    ]
-
-
-def swap_inputs(
-    a: EvaluationInput,
-    b: EvaluationInput,
-    *,
-    same_start: bool,
-    width: int,
-    swapped: PathLike | None = None,
-) -> list[tuple[str, EvaluationInput]]:
-    """Exchanges A's components for B's where both are latents; else returns only A.
-
-    Args:
-      a: the input of A.
-      b: the input of B.
-      same_start: whether A and B began from the same noise and labels.
-      width: of the features, see image_sets.open_input.
-      swapped: a path of latents that A's network makes of B's noise and labels.
-
-    Returns:
-      What was exchanged, and the input.
-    """
-    images = [_latents_of(side) for side in (a, b)]
-    if None in images:
-        if swapped:
-            raise UserError(f"--swapped {swapped} goes with latents (.npy) as A and B")
-        return [("A", a)]
-    between = None
-    if swapped:
-        between = images[0].with_latents(swapped, "--swapped")
-        if len(between) != len(images[1]):
-            raise UserError(
-                f"--swapped {swapped} has {len(between)} latents, B {len(images[1])}: "
-                "it is what A's network makes of B's noise and labels"
-            )
-    sides = {id(images[0]): a, id(images[1]): b}
-    chain = swap_components(*images, between, same_start)
-    return [
-        (name, sides.get(id(decoded)) or input_of_images(decoded, width))
-        for name, decoded in chain
-    ]
-
-
-def _latents_of(side):
-    is_images = isinstance(side.source, ImageFeatures)
-    images = side.source.images if is_images else None
-    return images if isinstance(images, DecodedLatents) else None
+        codec = b.codec.replace(rounding=a.codec.rounding)
+        decoded = DecodedLatents(b.path, codec, b.latents)
+    return [*chain, ("decode", decoded), ("rounding", b)]
 
 
 @jax.jit

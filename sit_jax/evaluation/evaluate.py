@@ -18,11 +18,11 @@ from jaxtyping import Float, Int, UInt8
 
 from sit_jax.errors import UserError
 from sit_jax.evaluation.features import (
-    WIDTHS,
     Batch,
+    ExtractedFeatures,
     FeatureExtractor,
     Pipeline,
-    get_extractor,
+    StoredFeatures,
     keep_features,
     pipeline_differences,
     write_features,
@@ -35,7 +35,7 @@ from sit_jax.evaluation.fid import (
     class_rows,
     frechet_distance,
 )
-from sit_jax.evaluation.image_sets import EvaluationInput, ImageFeatures, open_input
+from sit_jax.evaluation.image_sets import EvaluationInput, open_input
 from sit_jax.evaluation.metrics import (
     KID_SUBSET_SIZE,
     KID_SUBSETS,
@@ -43,12 +43,15 @@ from sit_jax.evaluation.metrics import (
     kernel_distance,
     precision_recall,
 )
-from sit_jax.evaluation.statistics import (
-    FeatureStatistics,
-    collect_statistics,
-    count_images,
+from sit_jax.evaluation.statistics import FeatureStatistics, collect_statistics
+from sit_jax.files import (
+    AnyPath,
+    PathLike,
+    absolute_path,
+    read_json,
+    require_free,
+    require_space,
 )
-from sit_jax.files import absolute_path, read_json, require_free, require_space
 from sit_jax.manifest import environment
 from sit_jax.parallel import multihost
 from sit_jax.sampling.outputs import ArrayFile, manifest_path
@@ -66,13 +69,10 @@ METRICS = (*TITLES, "kid")  # what can be asked for
 PUBLISHED_COUNT = 50_000  # images behind a published figure
 MIN_IMAGES = 2048  # for a covariance of as many features
 FLOAT_BYTES = 4
-RUN_FIELDS = (
-    "packages",
-    "platform",
-    "device",
-    "devices",
-)  # may change a feature's bits
+RUN_FIELDS = ("packages", "platform", "device", "devices")  # may change features' bits
 SIDES = ("samples", "reference", "statistics")
+
+Contents = FeatureStatistics | ExtractedFeatures | StoredFeatures
 
 
 def select_metrics(listed: str | None, kid: bool) -> list[str]:
@@ -82,11 +82,6 @@ def select_metrics(listed: str | None, kid: bool) -> list[str]:
         if name not in METRICS:
             raise UserError(f"--metrics: no {name!r}; there are {', '.join(METRICS)}")
     return [*names, "kid"] if kid and "kid" not in names else names
-
-
-def needs_features(metrics: Iterable[str]) -> bool:
-    """Returns whether metrics need features themselves, not only their moments."""
-    return bool({"precision", "recall", "kid"} & set(metrics))
 
 
 def fid_of_images(
@@ -100,9 +95,9 @@ def fid_of_images(
     compared (FID-k).
     """
     require_same_pipeline(extractor.pipeline, reference.pipeline)
-    moments = RunningMoments(reference.width)
+    moments = RunningMoments(reference.widths["pool"])
     for features in extractor(batches):
-        _require_same_widths({"pool": features["pool"].shape[1]}, reference.widths())
+        _require_same_widths({"pool": features["pool"].shape[1]}, reference.widths)
         moments.add(features["pool"])
     if moments.count < 2:
         raise UserError(f"FID of {moments.count} images; draw at least 2")
@@ -122,15 +117,13 @@ def compute_precision_recall(
     names = [name for name in ("precision", "recall") if name in metrics]
     if not names:
         return {}
-    if multihost.is_primary():
-        _require_same_widths(samples.widths(), reference.widths())
-    sides = [
+    ours, theirs = (
         multihost.broadcast_array(side and side.features)
         for side in (samples, reference)
-    ]
-    if sides[0] is None or sides[1] is None:
+    )
+    if ours is None or theirs is None:
         return {}
-    precision, recall = precision_recall(*sides, progress)
+    precision, recall = precision_recall(ours, theirs, progress)
     figures = {"precision": precision, "recall": recall}
     return {name: figures[name] for name in names}
 
@@ -151,7 +144,6 @@ def compute_figures(
       overlap: what compute_precision_recall returned.
       progress: wraps an iterable, to draw a bar.
     """
-    _require_same_widths(samples.widths(), reference.widths())
     figures: dict[str, Any] = {}
     if "inception_score" in metrics and samples.score is not None:
         figures["inception_score"] = samples.score
@@ -223,40 +215,36 @@ def figure_notes(
     return notes
 
 
-def require_enough_images(metrics: Iterable[str], *sides: EvaluationInput) -> None:
+def require_enough_images(
+    metrics: Iterable[str], path: Path, contents: Contents
+) -> None:
     """Refuses covariances of too few images, where their number is known."""
-    for side in sides if {"fid", "sfid"} & set(metrics) else ():
-        count = side.contents.count
-        least = (
-            side.contents.width if side.contents.is_inception is False else MIN_IMAGES
+    least, count = MIN_IMAGES, contents.count
+    if contents.is_inception is False:
+        least = contents.widths["pool"]
+    if {"fid", "sfid"} & set(metrics) and count is not None and count < least:
+        raise UserError(
+            f"{path} has {count} images; FID and sFID need {least} for their "
+            "covariances; --force computes them nevertheless, --metrics without them"
         )
-        if count is not None and count < least:
-            raise UserError(
-                f"{side.path} has {count} images; FID and sFID need {least} "
-                "for their covariances; --force computes them nevertheless, --metrics "
-                "without them"
-            )
 
 
 def require_comparable(
     samples: EvaluationInput,
     reference: EvaluationInput,
-    extractor: FeatureExtractor,
+    extractor: FeatureExtractor | None,
     force: bool = False,
 ) -> None:
     """Refuses sides whose features come from other networks, sizes or pipelines."""
-    if {True, False} <= {
-        samples.contents.is_inception,
-        reference.contents.is_inception,
-    }:
+    ours, theirs = (side.contents(extractor) for side in (samples, reference))
+    if {True, False} <= {ours.is_inception, theirs.is_inception}:
         raise UserError(
             f"only one of {samples.path} and {reference.path} has features of the "
             "Inception network"
         )
-    _require_same_widths(*(s.contents.widths(extractor) for s in (samples, reference)))
+    _require_same_widths(ours.widths, theirs.widths)
     if not force:
-        pipelines = (side.pipeline(extractor) for side in (samples, reference))
-        require_same_pipeline(*pipelines)
+        require_same_pipeline(ours.pipeline, theirs.pipeline)
 
 
 def require_same_pipeline(pipeline: Pipeline | None, other: Pipeline | None) -> None:
@@ -323,198 +311,174 @@ def manifest_classes(manifest: dict[str, Any]) -> int:
 # ---- an evaluation that may be killed and goes on ----
 
 
-@contextlib.contextmanager
-def open_evaluation(
-    out: Path | str, overwrite: bool, features_out: str | None = None
-) -> Iterator["Evaluation"]:
-    """Gives an Evaluation whose output no other run makes meanwhile."""
-    with multihost.lock_output(out):
-        evaluation = Evaluation(out, overwrite, features_out)
-        multihost.barrier()  # until all have seen that these places are free
-        yield evaluation
+@dataclasses.dataclass(frozen=True)
+class EvaluationOutput:
+    """Where an evaluation writes; features lie beside it until it is whole.
 
-
-class Evaluation:
-    """Collects statistics, and keeps features beside the output until it is written.
-
-    A killed evaluation goes on behind the last batch of features.
-
-    Args:
-      out: path of the figures or statistics.
-      overwrite: whether it, and features_out, may be replaced. What was written by the
-        run that goes on may always be.
-      features_out: where the samples' features are kept, or None.
+    Attributes:
+      path: of the figures or statistics.
+      features: where the samples' features are kept, or None.
     """
 
-    def __init__(self, out, overwrite: bool, features_out: str | None = None):
-        out = absolute_path(out)
-        self._parts = {side: f"{out}.{side}" for side in SIDES}
+    path: AnyPath
+    features: AnyPath | None
 
-        def free(path):
-            is_ours = any(is_begun(parts, path) for parts in self._parts.values())
-            return require_free(path, overwrite or is_ours)
-
-        self.out, self.features_out = free(out), features_out and free(features_out)
-
-    def complete(
-        self,
-        side: EvaluationInput,
-        source,
-        extractor: FeatureExtractor | None,
-        name: str,
-    ) -> FeatureStatistics | None:
-        """Returns a side's statistics, from its file and from what it still lacks.
-
-        Args:
-          side: samples or reference.
-          source: what side.missing() returned.
-          extractor: makes features of images; None if there is none.
-          name: one of SIDES.
-
-        Returns:
-          Statistics, in process 0; None in the others.
-        """
-        if source is None or (source.needs_network and extractor is None):
-            return side.statistics
-        features_out = self.features_out if name == "samples" else None
-        made = self.collect(source, extractor, name, features_out=features_out)
-        if side.statistics is None or made is None:
-            return made
-        return dataclasses.replace(
-            side.statistics, features=made.features, score=made.score
-        )
-
-    def collect(
-        self, source, extractor, name: str, *, keep=None, features_out=None
-    ) -> FeatureStatistics | None:
-        """Returns the statistics of a source, as complete() does.
-
-        Args:
-          source: where features come from.
-          extractor: makes features of images.
-          name: one of SIDES.
-          keep: how many features the statistics hold; None means all.
-          features_out: where to keep all features.
-        """
-        from tqdm import tqdm
-
-        pipeline, features = source.pipeline, None
-        if source.needs_network:
-            pipeline = extractor.pipeline
-            writes = [path for path in (self.out, self.features_out) if path]
-            features = _PartialFeatures(source, extractor, self._parts[name], writes)
-            features.report(name)
-        if not multihost.is_primary():
-            return features.compute() if features else None
-        with tqdm(total=source.count, unit="image", disable=None) as bar:
-            store: Batch = {}
-            batches = count_images(features or source.features(), bar.update)
-            if features_out:
-                batches = keep_features(batches, source.count, store)
-            statistics = collect_statistics(
-                batches,
-                source.count,
-                keep=keep,
-                pipeline=pipeline,
-                is_inception=source.is_inception,
-            )
-        if features_out:
-            record = {"pipeline": pipeline, "data": str(source.path)}
-            write_features(features_out, store, record)
-            print(f"features of {source.count} images", features_out)
-        return statistics
-
-    def finish(self) -> None:
-        """Removes what lies beside the output, once that is written."""
-        for parts in self._parts.values():
-            remove_parts(parts)
+    def parts(self, name: str) -> str:
+        """Returns the output whose parts are the features of one of SIDES."""
+        return f"{self.path}.{name}"
 
 
-class _PartialFeatures:
-    """Features of images, kept on disk batch by batch; only process 0 has them."""
+@contextlib.contextmanager
+def open_output(
+    path: PathLike, overwrite: bool, features: PathLike | None = None
+) -> Iterator[EvaluationOutput]:
+    """Gives an output that no other run makes meanwhile.
 
-    def __init__(self, source: ImageFeatures, extractor, out, writes):
-        self._source, self._extractor, self._out = source, extractor, out
-        self._count = -(-source.count // extractor.batch_size)
-        self._parts, todo = None, None
+    Args:
+      path: of the figures or statistics.
+      overwrite: whether what is there may be replaced. What a killed run of the same
+        output has written always may.
+      features: where the samples' features are kept, or None.
+    """
+    with multihost.lock_output(path):
+        output = EvaluationOutput(absolute_path(path), features)
+        parts = [output.parts(name) for name in SIDES]
+        for target in filter(None, (path, features)):
+            is_ours = any(is_begun(out, target) for out in parts)
+            require_free(target, overwrite or is_ours)
+        multihost.barrier()  # until all have seen that these places are free
+        yield output
         if multihost.is_primary():
-            digest = _features_digest(source, extractor)
-            self._parts = PartialResults(out, digest, overwrite=True, writes=writes)
-            todo = self._parts.check(self._count)
-            width = sum(source.widths(extractor).values())
-            size = source.count * width * FLOAT_BYTES
-            require_space(absolute_path(out), max(0, size - parts_size(out)))
-        self._todo = multihost.broadcast(todo)
+            for out in parts:
+                remove_parts(out)
 
-    def __iter__(self):
-        computed = self._source.features(self._extractor, self._todo)
-        missing = set(self._todo)
-        for batch in range(self._count):
-            if batch in missing:
-                features = next(computed)
-                self._parts.save(batch, features)
-                yield features
-            else:
-                yield self._parts.read(batch)
 
-    def report(self, name):
-        """Prints how many batches are there already."""
-        if there := self._count - len(self._todo):
-            print(f"{there} of {self._count} batches of {name} are there", flush=True)
+def compute_statistics(
+    side: EvaluationInput,
+    extractor: FeatureExtractor | None,
+    output: EvaluationOutput,
+    name: str,
+    keep: int | None = None,
+) -> FeatureStatistics | None:
+    """Returns a side's statistics, from its file and from what that lacks.
 
-    def compute(self):
-        """Does the share of a process that is not the first in every batch."""
-        for _ in self._source.features(self._extractor, self._todo):
+    Args:
+      side: samples or reference.
+      extractor: makes features of images; None if there is none.
+      output: of the evaluation.
+      name: one of SIDES.
+      keep: how many features the statistics hold; None means all.
+
+    Returns:
+      Statistics, in process 0; those made of images are None in the others.
+    """
+    if side.statistics is not None and (side.images is None or extractor is None):
+        return side.statistics
+    source, store = side.source(extractor), {}
+    batches = source.batches()
+    if side.images is not None:
+        batches = resume_features(source, output, name)
+    if not multihost.is_primary():
+        for _ in batches:  # its share of every batch
             pass
+        return None
+    features_out = output.features if name == "samples" else None
+    if features_out:
+        batches = keep_features(batches, source.count, store)
+    statistics = collect_statistics(
+        _show_progress(batches, source.count),
+        source.count,
+        keep=keep,
+        pipeline=source.pipeline,
+        is_inception=source.is_inception,
+    )
+    if features_out:
+        record = {"pipeline": source.pipeline, "data": str(side.path)}
+        write_features(features_out, store, record)
+        print(f"features of {source.count} images", features_out)
+    if side.statistics is None:
+        return statistics
+    features, score = statistics.features, statistics.score
+    return dataclasses.replace(side.statistics, features=features, score=score)
 
 
-def _features_digest(source, extractor):
+def resume_features(
+    source: ExtractedFeatures, output: EvaluationOutput, name: str
+) -> Iterator[Batch]:
+    """Returns batches of features of images, kept on disk as they are made.
+
+    Those on disk already, of a killed run, are not made again. In processes other than
+    0 only those come that are made.
+    """
+    count = -(-source.count // source.extractor.batch_size)
+    partial = missing = None
+    if multihost.is_primary():
+        out = output.parts(name)
+        writes = [path for path in (output.path, output.features) if path]
+        digest = _features_digest(source)
+        partial = PartialResults(out, digest, overwrite=True, writes=writes)
+        missing = partial.check(count)
+        size = source.count * sum(source.widths.values()) * FLOAT_BYTES
+        require_space(output.path, max(0, size - parts_size(out)))
+    missing = multihost.broadcast(missing)
+    there = set(range(count)).difference(missing)
+    if there:
+        print(f"{len(there)} of {count} batches of {name} are there", flush=True)
+    computed = source.batches(missing)
+    if partial is None:
+        return computed
+
+    def read_or_save():
+        for batch in range(count):
+            if batch in there:
+                yield partial.read(batch)
+            else:
+                features = next(computed)
+                partial.save(batch, features)
+                yield features
+
+    return read_or_save()
+
+
+def _features_digest(source):
     """Hashes everything that decides the features and their batches."""
     run = environment()
     fields = {
         "images": [source.count, source.images.identity],
-        "pipeline": extractor.pipeline,
-        "batch_size": extractor.batch_size,
+        "pipeline": source.pipeline,
+        "batch_size": source.extractor.batch_size,
         **{name: run[name] for name in RUN_FIELDS},
     }
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluator:
-    """Makes features and Gaussians of what a user names, for a comparison.
+def _show_progress(batches, count):
+    from tqdm import tqdm
 
-    Attributes:
-      name: of the network, a key of WIDTHS.
-      weights: path of Inception's weights, or None.
-      batch_size: images that go through the network together.
-    """
+    with tqdm(total=count, unit="image", disable=None) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch["pool"]))
 
-    name: str
-    weights: str | None = None
-    batch_size: int = 64
 
-    @property
-    def width(self) -> int:
-        return WIDTHS[self.name]
+# ---- what diagnose.py compares ----
 
-    def extractor(self) -> Callable:
-        return get_extractor(self.name, self.weights, self.batch_size)
 
-    def open(self, path) -> EvaluationInput:
-        return open_input(path, width=self.width)
+def load_features(
+    side: EvaluationInput, make_extractor: Callable[[], FeatureExtractor]
+) -> Float[np.ndarray, "n d"]:
+    """Returns all features of a side, by the network where they are not stored."""
+    if side.images is None and side.stored is None:
+        raise UserError(f"{side.path} holds statistics; samples need all features")
+    source = side.source(None if side.images is None else make_extractor())
+    return np.concatenate([batch["pool"] for batch in source.batches()])
 
-    def features(self, side: EvaluationInput) -> Float[np.ndarray, "n d"]:
-        """Returns all features, by the network where they are not stored."""
-        if side.source is None:
-            raise UserError(f"{side.path} holds statistics; samples need all features")
-        extractor = self.extractor() if side.source.needs_network else None
-        batches = side.source.features(extractor)
-        return np.concatenate([batch["pool"] for batch in batches])
 
-    def gaussian(self, path) -> Gaussian:
-        """Returns the Gaussian of statistics, or of all features."""
-        side = self.open(path)
-        if side.statistics is not None:
-            return side.statistics.pool
-        return Gaussian.of(self.features(side))
+def load_gaussian(
+    path: PathLike, make_extractor: Callable[[], FeatureExtractor]
+) -> Gaussian:
+    """Returns the Gaussian of statistics, or of all features."""
+    side = open_input(path)
+    if side.statistics is not None:
+        return side.statistics.pool
+    return Gaussian.of(load_features(side, make_extractor))

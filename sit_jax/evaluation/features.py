@@ -19,7 +19,7 @@ from sit_jax.convert import inception
 from sit_jax.errors import UserError
 from sit_jax.evaluation import digits
 from sit_jax.files import atomic_write, parse_json
-from sit_jax.models.inception import NAME, POOL, RESIZE, Inception, preprocess
+from sit_jax.models.inception import NAME, RESIZE, Inception, preprocess
 from sit_jax.parallel.mesh import (
     batch_sharding,
     device_put_global,
@@ -27,10 +27,11 @@ from sit_jax.parallel.mesh import (
     replicated,
 )
 from sit_jax.precision import policy
+from sit_jax.sampling.outputs import ArrayFile
 
 PARTS = ("pool", "spatial", "logits")
 ROWS = 4096  # of stored features that are read together
-WIDTHS = {"inception": POOL, "digits": digits.WIDTH}  # names for the command line
+NETWORKS = ("inception", "digits")  # for the command line
 INCEPTION = {
     "network": NAME,
     "resize": RESIZE,
@@ -109,15 +110,12 @@ def inception_extractor(
     weights: inception.InceptionWeights, mesh: jax.sharding.Mesh, batch_size: int = 64
 ) -> FeatureExtractor:
     """Returns the extractor of the 2015 Inception network."""
-    return FeatureExtractor(
-        lambda params, images: Inception().apply(
-            {"params": params}, preprocess(images)
-        ),
-        weights.params,
-        mesh,
-        batch_size,
-        inception_pipeline(weights),
-    )
+
+    def network(params, images):
+        return Inception().apply({"params": params}, preprocess(images))
+
+    pipeline = inception_pipeline(weights)
+    return FeatureExtractor(network, weights.params, mesh, batch_size, pipeline)
 
 
 @functools.cache  # it compiles
@@ -127,7 +125,7 @@ def get_extractor(
     """Returns an extractor by its name on the command line.
 
     Args:
-      name: a key of WIDTHS.
+      name: one of NETWORKS.
       weights: path of Inception's weights; None looks where they are kept.
       batch_size: images that go through the network together.
     """
@@ -152,6 +150,28 @@ def pipeline_differences(one: Pipeline | None, other: Pipeline | None) -> list[s
     return [name for name in names if one.get(name) != other.get(name)]
 
 
+class ExtractedFeatures:
+    """Features that a network makes of an image set.
+
+    Args:
+      images: see image_sets.ImageSet.
+      extractor: the network.
+    """
+
+    def __init__(self, images: Any, extractor: FeatureExtractor):
+        self.images, self.extractor, self.count = images, extractor, len(images)
+        self.is_inception, self.pipeline = extractor.is_inception, extractor.pipeline
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """How many numbers the features have, by name."""
+        return self.extractor.widths(self.images.shape)
+
+    def batches(self, numbers: Iterable[int] | None = None) -> Iterator[Batch]:
+        """Yields batches of features: all, or those with the given numbers."""
+        return self.extractor(self.images.batches(self.extractor.batch_size, numbers))
+
+
 class StoredFeatures:
     """Features in an .npz: "pool" [N, D], and "spatial", "logits" if they are there.
 
@@ -159,53 +179,41 @@ class StoredFeatures:
 
     Args:
       file: an opened .npz.
+
+    Attributes:
+      widths: how many numbers the features have, by name.
     """
 
-    needs_network = False
-
-    def __init__(self, file):
+    def __init__(self, file: ArrayFile):
         self.path, self.is_inception = file.path, "pool" in file
-        if not self.is_inception and "features" not in file:
-            listed = ", ".join(file.names) or "nothing"
-            raise UserError(f"{file.path} has neither pool nor features, only {listed}")
-        names = PARTS if self.is_inception else ("features",)
-        self._members = {
-            "pool" if name == "features" else name: file.member(name)
-            for name in names
-            if name in file
-        }
-        for name, member in self._members.items():
+        self.names = [name for name in PARTS if name in file]
+        if not self.is_inception:
+            self.names = ["features"]
+        self._members = [file.member(name) for name in self.names]
+        for member in self._members:
             if len(member.shape) != 2 or member.dtype.kind != "f":
                 raise UserError(
-                    f"{self.path}: {name} is {member.dtype} {list(member.shape)}; "
-                    "features are floats [N, D]"
+                    f"{self.path}: {member.name} is {member.dtype} "
+                    f"{list(member.shape)}; features are floats [N, D]"
                 )
-        counts = {name: len(member) for name, member in self._members.items()}
-        if len(set(counts.values())) > 1:
-            listed = ", ".join(f"{n} of {name}" for name, n in counts.items())
+        parts = ["pool", *self.names[1:]]
+        counts, widths = zip(*(member.shape for member in self._members), strict=True)
+        self.count, self.widths = counts[0], dict(zip(parts, widths, strict=True))
+        if len(set(counts)) > 1:
+            listed = ", ".join(map("{} of {}".format, counts, self.names))
             raise UserError(f"{self.path} has {listed}; they belong to other images")
         self.pipeline = read_record(file).get("pipeline")
-        self.count, self.width = counts["pool"], self.widths()["pool"]
 
-    @property
-    def names(self) -> list[str]:
-        """Names of the arrays in the file."""
-        return [member.name for member in self._members.values()]
-
-    def widths(self, extractor: FeatureExtractor | None = None) -> dict[str, int]:
-        """Returns how many numbers the features have, by name."""
-        return {name: member.shape[1] for name, member in self._members.items()}
-
-    def features(self, extractor: FeatureExtractor | None = None) -> Iterator[Batch]:
+    def batches(self) -> Iterator[Batch]:
         """Yields batches of features."""
-        parts = [member.batches(ROWS) for member in self._members.values()]
-        for arrays in zip(*parts, strict=True):
-            for name, array in zip(self._members, arrays, strict=True):
+        readers = [member.batches(ROWS) for member in self._members]
+        for arrays in zip(*readers, strict=True):
+            for name, array in zip(self.names, arrays, strict=True):
                 if not np.isfinite(array).all():
                     raise UserError(
                         f"{self.path}: {name} has values that are no number"
                     )
-            yield dict(zip(self._members, arrays, strict=True))
+            yield dict(zip(self.widths, arrays, strict=True))
 
 
 def keep_features(

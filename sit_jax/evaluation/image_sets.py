@@ -1,10 +1,4 @@
-"""What can be evaluated: an .npz of images, a folder, stored features, statistics.
-
-An image set has a length, a shape [H, W, 3] and `batches(size)`, which yields uint8
-[n, H, W, 3] in order, or only the batches of the given numbers. Never all images are in
-memory. Its `identity` tells whether it is still the same set. Grey images count as
-coloured ones, as in PIL.
-"""
+"""What can be evaluated: an .npz of images, a folder, stored features, statistics."""
 
 import dataclasses
 import hashlib
@@ -19,10 +13,13 @@ from PIL import Image
 
 from sit_jax.data.images import to_rgb
 from sit_jax.errors import UserError
-from sit_jax.evaluation.features import Batch, FeatureExtractor, StoredFeatures
+from sit_jax.evaluation.features import (
+    ExtractedFeatures,
+    FeatureExtractor,
+    StoredFeatures,
+)
 from sit_jax.evaluation.statistics import FeatureStatistics, load_statistics
-from sit_jax.files import PathLike, as_path, is_remote, local_path
-from sit_jax.models.inception import POOL
+from sit_jax.files import PathLike, as_path, local_path
 from sit_jax.sampling.outputs import ArrayFile
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
@@ -30,7 +27,11 @@ THREADS = 8
 
 
 class ImageSet(Protocol):
-    """Images uint8 [H, W, 3] in order, of which a batch is in memory."""
+    """Images uint8 [H, W, 3] in order, of which a batch is in memory.
+
+    Its batches are all, or those with the given numbers. Grey images count as coloured
+    ones, as in PIL.
+    """
 
     path: Path
     shape: tuple[int, int, int]
@@ -53,7 +54,8 @@ class NpzImages:
         return len(self._member)
 
     @property
-    def identity(self):
+    def identity(self) -> list:
+        """Tells whether it is still the same set."""
         return self._member.identity
 
     def batches(
@@ -88,7 +90,7 @@ class FolderImages:
         return len(self._files)
 
     @property
-    def identity(self):
+    def identity(self) -> str:
         """A digest of names, sizes and times of change."""
         digest = hashlib.sha256()
         for file in self._files:
@@ -115,65 +117,52 @@ def batch_starts(
     return [number * size for number in numbers]
 
 
-class ImageFeatures:
-    """Features that a network has to make of images.
-
-    Args:
-      images: an image set.
-      width: numbers in the network's features.
-    """
-
-    needs_network, pipeline = True, None
-
-    def __init__(self, images: ImageSet, width: int = POOL):
-        self.images, self.path, self.count = images, images.path, len(images)
-        self.width, self.is_inception = width, width == POOL
-
-    def widths(self, extractor: FeatureExtractor) -> dict[str, int]:
-        """Returns how many numbers the features have, by name."""
-        return extractor.widths(self.images.shape)
-
-    def features(
-        self, extractor: FeatureExtractor, numbers: Iterable[int] | None = None
-    ) -> Iterator[Batch]:
-        """Yields batches of features: all, or those with the given numbers."""
-        return extractor(self.images.batches(extractor.batch_size, numbers))
-
-
 @dataclasses.dataclass(frozen=True)
 class EvaluationInput:
-    """Samples or a reference: statistics, what features come from, or both.
+    """Samples or a reference: statistics, images, or stored features.
 
     Attributes:
       path: the file or folder.
-      statistics: those that the file holds.
-      source: what features come from.
       keys: what is taken from which arrays of the file.
+      statistics: those that the file holds.
+      images: alone, or for what the statistics beside them lack.
+      stored: features that the file holds.
     """
 
     path: Path
-    statistics: FeatureStatistics | None
-    source: ImageFeatures | StoredFeatures | None
     keys: dict[str, str]
+    statistics: FeatureStatistics | None = None
+    images: ImageSet | None = None
+    stored: StoredFeatures | None = None
 
-    @property
-    def contents(self) -> FeatureStatistics | ImageFeatures | StoredFeatures:
-        """The statistics or the source, which have count, is_inception and widths."""
-        return self.source if self.statistics is None else self.statistics
+    def source(
+        self, extractor: FeatureExtractor | None
+    ) -> ExtractedFeatures | StoredFeatures:
+        """Returns what features come from."""
+        if self.images is None:
+            return self.stored
+        return ExtractedFeatures(self.images, extractor)
 
-    def pipeline(self, extractor: FeatureExtractor):
-        """Returns what made its features; those of images, the extractor makes."""
-        is_extracted = self.statistics is None and self.source.needs_network
-        return extractor.pipeline if is_extracted else self.contents.pipeline
+    def contents(
+        self, extractor: FeatureExtractor | None
+    ) -> FeatureStatistics | ExtractedFeatures | StoredFeatures:
+        """Returns the statistics or else the source: both say what made them."""
+        return self.source(extractor) if self.statistics is None else self.statistics
 
-    def missing(self, features: bool, score: bool):
-        """Returns its source if that is needed for features or a score, else None."""
-        if self.statistics is None:
-            return self.source
-        lacks = (features and self.statistics.features is None) or (
-            score and self.statistics.score is None
+    def without_images(self, features: bool, score: bool) -> "EvaluationInput":
+        """Returns it without images if its statistics have what is needed.
+
+        Args:
+          features: whether features are needed.
+          score: whether the Inception Score is.
+        """
+        statistics = self.statistics
+        lacks_features = statistics is None or (
+            features and statistics.features is None
         )
-        return self.source if lacks else None
+        if lacks_features or (score and statistics.score is None):
+            return self
+        return dataclasses.replace(self, images=None)
 
     def describe(self) -> str:
         """Returns a line that says what is taken from where."""
@@ -181,28 +170,21 @@ class EvaluationInput:
         return f"{self.path}: {used}"
 
 
-def input_of_images(images: ImageSet, width: int = POOL) -> EvaluationInput:
-    """Returns the input of an image set; width: see open_input."""
-    return EvaluationInput(
-        images.path, None, ImageFeatures(images, width), {"all": "its images"}
-    )
+def input_of_images(images: ImageSet) -> EvaluationInput:
+    """Returns the input of an image set."""
+    return EvaluationInput(images.path, {"all": "its images"}, images=images)
 
 
-def open_input(
-    path: PathLike, only_features: bool = False, width: int = POOL
-) -> EvaluationInput:
+def open_input(path: PathLike, only_features: bool = False) -> EvaluationInput:
     """Opens a folder, images, features, ADM's statistics or ours.
 
     Args:
       path: the file or folder.
       only_features: whether only features are taken, as of --features.
-      width: numbers in the features that a network will make of images.
     """
     path = as_path(path)
-    if is_remote(path) and path.is_dir():
-        local_path(path)  # refuses it, with what to do: pictures are read from a disk
     if path.is_dir() and not only_features:
-        return input_of_images(FolderImages(path), width)
+        return input_of_images(FolderImages(path))
     if not path.exists():
         raise UserError(
             f"nothing at {path}; name images, features or statistics, which "
@@ -210,26 +192,24 @@ def open_input(
         )
     file = ArrayFile(path)
     if "mu" in file and not only_features:
-        return _statistics(file)
+        return _open_statistics(file)
     if only_features or "pool" in file or "features" in file:
         stored = StoredFeatures(file)
-        return EvaluationInput(path, None, stored, {"all": ", ".join(stored.names)})
-    return EvaluationInput(
-        path, None, ImageFeatures(NpzImages(file), width), {"all": "arr_0"}
-    )
+        return EvaluationInput(path, {"all": ", ".join(stored.names)}, stored=stored)
+    return EvaluationInput(path, {"all": "arr_0"}, images=NpzImages(file))
 
 
-def _statistics(file):
-    statistics, source = load_statistics(file.path), None
+def _open_statistics(file):
+    statistics, images = load_statistics(file.path), None
     keys = {"FID": "mu, sigma"}
     if statistics.spatial is not None:
         keys["sFID"] = "mu_s, sigma_s"
     if statistics.features is not None:
         keys["precision and recall"] = f"pool ({len(statistics.features)} features)"
     elif "arr_0" in file:
-        source = ImageFeatures(NpzImages(file))
-        keys["precision and recall"] = f"arr_0 ({source.count} images)"
-    return EvaluationInput(file.path, statistics, source, keys)
+        images = NpzImages(file)
+        keys["precision and recall"] = f"arr_0 ({len(images)} images)"
+    return EvaluationInput(file.path, keys, statistics, images)
 
 
 def _image_member(file):

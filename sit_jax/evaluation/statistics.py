@@ -7,7 +7,7 @@ the spatial features. Ours add `pool`, features for precision, recall and KID, a
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from sit_jax.errors import UserError
 from sit_jax.evaluation.features import INCEPTION, Batch, Pipeline, read_record
 from sit_jax.evaluation.fid import Gaussian, RunningMoments
 from sit_jax.evaluation.metrics import InceptionScore
-from sit_jax.files import atomic_write
+from sit_jax.files import PathLike, atomic_write
 from sit_jax.sampling.outputs import ArrayFile
 
 ADM = INCEPTION | {
@@ -51,11 +51,8 @@ class FeatureStatistics:
     is_inception: bool | None = True
 
     @property
-    def width(self) -> int:
-        return len(self.pool.mean)
-
-    def widths(self, extractor=None) -> dict[str, int]:
-        """Returns how many numbers the features have, by name."""
+    def widths(self) -> dict[str, int]:
+        """How many numbers the features have, by name."""
         parts = {"pool": self.pool, "spatial": self.spatial}
         return {name: len(part.mean) for name, part in parts.items() if part}
 
@@ -77,57 +74,38 @@ def collect_statistics(
       pipeline: what made the features.
       is_inception: whether they are Inception's.
     """
-    running = None
+    moments: dict[str, RunningMoments] = {}
     for batch in batches:
-        if running is None:
-            running = _Running(batch, count if keep is None else min(keep, count))
-        running.add(batch)
-    total = running.pool.count if running else 0
+        if not moments:
+            widths = {name: part.shape[1] for name, part in batch.items()}
+            names = [name for name in ("pool", "spatial") if name in widths]
+            moments = {name: RunningMoments(widths[name]) for name in names}
+            score = InceptionScore() if "logits" in widths else None
+            kept = count if keep is None else min(keep, count)
+            features = np.empty((kept, widths["pool"]), np.float32)
+        start = moments["pool"].count
+        rows = features[start : start + len(batch["pool"])]
+        rows[:] = batch["pool"][: len(rows)]
+        for name, running in moments.items():
+            running.add(batch[name])
+        if score is not None:
+            score.add(batch["logits"])
+    total = moments["pool"].count if moments else 0
     if total != count or count < 2:
         raise UserError(f"{total} features of {count} images; at least 2 are needed")
     return FeatureStatistics(
         count=count,
-        pool=running.pool.gaussian(),
-        spatial=running.spatial and running.spatial.gaussian(),
-        score=running.score and running.score.value(),
-        features=running.first,
+        pool=moments["pool"].gaussian(),
+        spatial=moments["spatial"].gaussian() if "spatial" in moments else None,
+        score=score and score.value(),
+        features=features,
         pipeline=pipeline,
         is_inception=is_inception,
     )
 
 
-class _Running:
-    """Sums over batches like the given one, and the first features."""
-
-    def __init__(self, like, keep):
-        widths = {name: part.shape[1] for name, part in like.items()}
-        self.pool = RunningMoments(widths["pool"])
-        self.spatial = (
-            RunningMoments(widths["spatial"]) if "spatial" in widths else None
-        )
-        self.score = InceptionScore() if "logits" in widths else None
-        self.first = np.empty((keep, widths["pool"]), np.float32)
-
-    def add(self, batch):
-        count = self.pool.count
-        rows = self.first[count : count + len(batch["pool"])]
-        rows[:] = batch["pool"][: len(rows)]
-        self.pool.add(batch["pool"])
-        if self.spatial:
-            self.spatial.add(batch["spatial"])
-        if self.score:
-            self.score.add(batch["logits"])
-
-
-def count_images(batches: Iterable[Batch], update) -> Iterator[Batch]:
-    """Yields batches of features, and calls update with the images in each."""
-    for batch in batches:
-        yield batch
-        update(len(batch["pool"]))
-
-
 def save_statistics(
-    path, statistics: FeatureStatistics, record: dict[str, Any]
+    path: PathLike, statistics: FeatureStatistics, record: dict[str, Any]
 ) -> None:
     """Writes a statistics file; record: more that is known, besides the pipeline."""
     arrays = {"mu": statistics.pool.mean, "sigma": statistics.pool.cov}
@@ -145,7 +123,7 @@ def save_statistics(
         np.savez(name, **arrays, record=np.array(json.dumps(own | record)))
 
 
-def load_statistics(path) -> FeatureStatistics:
+def load_statistics(path: PathLike) -> FeatureStatistics:
     """Reads a statistics file, ours or ADM's."""
     file = ArrayFile(path)
     record = read_record(file)

@@ -226,12 +226,9 @@ def _load_reference(
         side = open_input(reference)
         if side.statistics is not None:
             return side.statistics
-        source, count = side.source, side.source.count
-        if source.needs_network:
-            features = extractor(source.images.batches(extractor.batch_size))
-        else:
-            features, pipeline = source.features(), source.pipeline
-            is_inception = source.is_inception
+        source = side.source(extractor)
+        features, count, pipeline = source.batches(), source.count, source.pipeline
+        is_inception = source.is_inception
     return collect_statistics(
         features, count, keep=0, pipeline=pipeline, is_inception=is_inception
     )

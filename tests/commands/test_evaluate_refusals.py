@@ -7,7 +7,8 @@ from helpers.toy_inception import ENOUGH, images, npz, refused, weights
 
 from sit_jax.errors import UserError
 from sit_jax.evaluation import evaluate as evaluation
-from sit_jax.evaluation.image_sets import open_input
+from sit_jax.evaluation.fid import Gaussian
+from sit_jax.evaluation.statistics import FeatureStatistics
 
 network, run, sides = toy_inception.network, toy_inception.run, toy_inception.sides
 
@@ -25,13 +26,16 @@ def test_few_images_need_force(tmp_path, sides, run):
     assert run(few, "--reference", sides[1], "--force", "--overwrite")[0] == 0
 
 
-def test_a_covariance_of_2048_features_needs_2048_images(tmp_path, monkeypatch):
+def test_a_covariance_of_2048_features_needs_2048_images(monkeypatch):
     monkeypatch.undo()
-    few, enough = (npz(tmp_path / f"{n}.npz", images(n)) for n in (2047, 2048))
-    with pytest.raises(UserError, match="2047 images; FID and sFID need 2048"):
-        evaluation.require_enough_images(["sfid"], open_input(enough), open_input(few))
-    evaluation.require_enough_images(["fid"], open_input(enough))
-    evaluation.require_enough_images(["precision"], open_input(few))
+    identity = Gaussian(np.zeros(2048), np.eye(2048))
+    few, enough = (FeatureStatistics(count, identity) for count in (2047, 2048))
+    with pytest.raises(
+        UserError, match="x.npz has 2047 images; FID and sFID need 2048"
+    ):
+        evaluation.require_enough_images(["sfid"], "x.npz", few)
+    evaluation.require_enough_images(["fid"], "x.npz", enough)
+    evaluation.require_enough_images(["precision"], "x.npz", few)
 
 
 def test_another_pipeline_needs_force(tmp_path, sides, run, network):
@@ -168,7 +172,7 @@ def test_missing_weights(tmp_path, sides, run, network):
         (("--stats", "s.npz", "--out", "x.json"), "--stats needs --out FILE.npz"),
         (
             ("--stats", "s.npz", "--out", "x.npz", "--reference", "r.npz"),
-            "takes no reference",
+            "--stats takes no samples",
         ),
         (("none.npz", "--reference", "r.npz"), "nothing at none.npz; name images"),
     ],

@@ -28,7 +28,7 @@ def pictures(images):
     return np.concatenate(list(images.batches(2)))
 
 
-def test_swap_components_exchanges_one_at_a_time():
+def test_swap_components_exchanges_one_at_a_time(tmp_path):
     rng = np.random.default_rng(0)
     x, y, z = rng.uniform(-1, 1, (3, 5, 2, 2, 1)).astype(np.float32)
     a, b = (
@@ -43,7 +43,8 @@ def test_swap_components_exchanges_one_at_a_time():
         "decode": by(y, 0.7, to_uint8),
         "rounding": by(y, 0.7, to_uint8_mdt),
     }
-    found = swap_components(a, b, DecodedLatents("z", a.codec, z))
+    np.save(tmp_path / "z.npy", z)
+    found = swap_components(a, b, tmp_path / "z.npy")
     assert [name for name, _ in found] == list(want) and found[-1][1] is b
     for name, images in found:
         np.testing.assert_array_equal(pictures(images), want[name])

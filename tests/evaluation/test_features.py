@@ -106,15 +106,15 @@ def test_features_are_kept_and_read_again(tmp_path):
     stored = StoredFeatures(ArrayFile(tmp_path / "f.npz"))
     assert stored.count == 21 and stored.is_inception
     assert stored.pipeline == {"network": "toy"}
-    assert stored.widths() == {"pool": 5, "spatial": 2, "logits": 3}
-    for name, array in joined(stored.features()).items():
+    assert stored.widths == {"pool": 5, "spatial": 2, "logits": 3}
+    for name, array in joined(stored.batches()).items():
         np.testing.assert_array_equal(array, found[name])
 
 
 def test_features_of_other_networks_have_their_own_name(tmp_path):
     np.savez(tmp_path / "f.npz", features=np.ones((4, 3), np.float64))
     stored = StoredFeatures(ArrayFile(tmp_path / "f.npz"))
-    assert not stored.is_inception and stored.widths() == {"pool": 3}
+    assert not stored.is_inception and stored.widths == {"pool": 3}
     assert stored.names == ["features"] and stored.pipeline is None
 
 
@@ -124,7 +124,7 @@ ONES = np.ones((4, 3), np.float32)
 @pytest.mark.parametrize(
     "arrays, message",
     [
-        ({"mu": ONES}, "neither pool nor features, only mu"),
+        ({"mu": ONES}, "has no array features, only mu"),
         (
             {"pool": ONES.astype(np.int32)},
             r"pool is int32 \[4, 3\]; .* floats \[N, D\]",
@@ -146,7 +146,7 @@ def test_files_that_are_no_features_are_refused(tmp_path, arrays, message):
 def test_features_that_are_no_numbers_are_refused(tmp_path):
     np.savez(tmp_path / "f.npz", pool=np.where(np.eye(4) > 0, np.nan, 1.0))
     with pytest.raises(UserError, match="pool has values that are no number"):
-        list(StoredFeatures(ArrayFile(tmp_path / "f.npz")).features())
+        list(StoredFeatures(ArrayFile(tmp_path / "f.npz")).batches())
 
 
 def test_pipelines_are_told_apart():
