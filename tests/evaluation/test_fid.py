@@ -37,9 +37,9 @@ def law():
 
 def test_frechet_interval_by_class_is_as_wide_as_the_exact_law():
     mean, variance = law()
-    found = [frechet_interval(drawn(seed), POINT, 60, LABELS) for seed in range(200)]
+    found = [frechet_interval(drawn(seed), POINT, 100, LABELS) for seed in range(200)]
     low, high = np.transpose(found)
-    # 200 intervals of 60 resamples each: 2 % of their mean width; percentiles of so
+    # 200 intervals of 100 resamples each: 2 % of their mean width; percentiles of so
     # few resamples are 2 % narrow
     width = 2 * 1.96 * variance**0.5
     assert np.mean(high - low) == pytest.approx(width, rel=0.06)
