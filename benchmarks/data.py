@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from sit_jax.data.folders import ImageFolder
 from sit_jax.data.latent_cache import (
     CacheMetadata,
+    EncodedImages,
     LatentCache,
     begin_cache,
     finish_cache,
@@ -178,11 +179,11 @@ def make_cache(path, dtype, count):
     )
     path, rng = begin_cache(path, metadata), np.random.default_rng(0)
     for number in missing_shards(path, metadata):
-        with write_shard(path, metadata, number) as writer:
-            ids = metadata.shard_ids(number)
-            shape = (2, len(ids), *metadata.shape)
-            views = rng.standard_normal(shape, np.float32).astype(dtype)
-            writer.add(ids, [i % 1000 for i in ids], views)
+        ids = metadata.shard_ids(number)
+        shape = (2, len(ids), *metadata.shape)
+        views = rng.standard_normal(shape, np.float32).astype(dtype)
+        images = EncodedImages(ids, [i % 1000 for i in ids], views)
+        write_shard(path, metadata, number, [images])
     finish_cache(path, metadata, map(str, range(1000)))
     return Repeated(LatentCache(path))
 

@@ -10,6 +10,7 @@ import optax
 
 from sit_jax.config import build, difference, from_json, leaves, to_json
 from sit_jax.data.latent_cache import check_cache
+from sit_jax.data.loader import read_records
 from sit_jax.errors import UserError
 from sit_jax.files import as_path
 from sit_jax.models.codec import codec_sample
@@ -212,7 +213,7 @@ def check_batch(config, num_shards):
 
 def check_data(experiment, source):
     """Refuses data of another shape than the network's; reads one record."""
-    batch = {name: np.asarray(value)[None] for name, value in source[0].items()}
+    batch, _ = read_records(source, [0], [False])  # the next one if it is corrupt
     data = jax.eval_shape(codec_sample, experiment.codec, jax.random.key(0), batch)
     if data.shape[1:] != experiment.shape:
         raise UserError(

@@ -11,16 +11,16 @@ import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from sit_jax.data import latent_cache
 from sit_jax.data.images import CROP
-from sit_jax.data.latent_cache import CacheMetadata
+from sit_jax.data.latent_cache import CacheMetadata, EncodedImages
 from sit_jax.data.loader import CorruptImages, prefetch, read_next, read_records
 from sit_jax.data.sources import DataSource
 from sit_jax.errors import UserError
@@ -49,16 +49,6 @@ class ExtractOptions:
     workers: int = 0  # processes that decode instead of the threads
     say: Callable[[str], None] = print
     show: Callable[[int, int], None] = lambda images, total: None
-
-
-class Batch(NamedTuple):
-    """Some images of one shard, on their way through the encoder."""
-
-    shard: int
-    ids: range
-    labels: Int[np.ndarray, " b"]  # -1 for a corrupt image
-    corrupt: dict[int, str]  # reasons by id
-    views: list[Float[Array, "b h w c"]]  # as it is, and mirrored
 
 
 def describe(
@@ -169,39 +159,44 @@ def _write_shards(path: Path, source, codec, metadata, options) -> int:
         path, metadata, options.process, options.count
     )
     total = sum(len(metadata.shard_ids(number)) for number in numbers)
-    corrupt = CorruptImages(source, options.say, treatment="it is left out")
     encoder = Encoder(codec, metadata, options.batch_size)
     if not total:
         return 0
     options.show(0, total)  # a bar that begins with the first batch would think it fast
+    corrupt = CorruptImages(source, options.say, treatment="it is left out")
+
+    def intact(encoded):
+        for _, batch in encoded:
+            corrupt.add(batch.corrupt)
+            yield _without_corrupt(batch, source)
+            options.show(len(batch.ids), total)
+
     batches = _encoded_batches(source, encoder, metadata, numbers, options)
     with contextlib.closing(batches):
-        for number, group in itertools.groupby(batches, lambda batch: batch.shard):
-            with latent_cache.write_shard(path, metadata, number) as writer:
-                for batch in group:
-                    corrupt.add(batch.corrupt)
-                    writer.add(*_intact_images(batch, source), batch.corrupt)
-                    options.show(len(batch.ids), total)
+        for number, encoded in itertools.groupby(batches, lambda pair: pair[0]):
+            latent_cache.write_shard(path, metadata, number, intact(encoded))
     return total
 
 
-def _intact_images(batch, source):
-    """Returns ids, labels, views of the images of a batch that are not corrupt."""
+def _without_corrupt(batch, source):
+    """Returns the images of a batch that could be read, when they are computed."""
     rows = np.flatnonzero(batch.labels >= 0)
     ids = np.array(batch.ids)[rows]
     views = [np.asarray(view)[rows] for view in batch.views]
-    for view in views:
-        is_finite = np.isfinite(view).all((1, 2, 3))
-        if not is_finite.all():
-            name = source.name(int(ids[~is_finite][0]))
-            raise UserError(
-                f"the moments of {name} are not finite; is it the right VAE?"
-            )
-    return ids, batch.labels[rows], views
+    is_finite = np.isfinite(views).all((0, 2, 3, 4))
+    if not is_finite.all():
+        name = source.name(int(ids[~is_finite][0]))
+        raise UserError(f"the moments of {name} are not finite; is it the right VAE?")
+    return EncodedImages(ids, batch.labels[rows], views, batch.corrupt)
 
 
-def _encoded_batches(source, encoder, metadata, shards, options) -> Iterator[Batch]:
-    """Yields batches in order; reading and encoding go on ahead of what is taken."""
+def _encoded_batches(
+    source, encoder, metadata, shards, options
+) -> Iterator[tuple[int, EncodedImages]]:
+    """Yields (shard, batch) in order; reading and encoding run ahead of what is taken.
+
+    A corrupt image has the label -1.
+    """
     import grain
 
     chunks = [
@@ -216,7 +211,7 @@ def _encoded_batches(source, encoder, metadata, shards, options) -> Iterator[Bat
         for number, ids in chunks:
             rows, corrupt = read_next(reads)
             views = encoder(rows["image"])  # JAX returns before it is computed
-            begun.append(Batch(number, ids, rows["label"], corrupt, views))
+            begun.append((number, EncodedImages(ids, rows["label"], views, corrupt)))
             if len(begun) > 2:
                 yield begun.popleft()
         yield from begun

@@ -118,7 +118,6 @@ class CifarFolder(ImageFolder):
 
     def find_root(self):
         root = require_folder(self.path)
-        _refuse_pickles(root)
         return require_folder(root / ("train" if self.train else "test"))
 
 
@@ -127,13 +126,19 @@ class CifarBinary(Arrays):
 
     def __init__(self, path: str, train: bool = True, flip: bool = True):
         root = require_folder(path)
-        _refuse_pickles(root)
         files = sorted(root.glob(CIFAR_BATCHES[train]))
         if not files:
             raise UserError(
-                f"no {CIFAR_BATCHES[train]} in {root}; unpack the binary version"
+                f"no {CIFAR_BATCHES[train]} in {root}; unpack cifar-10-binary.tar.gz "
+                "(the python version holds pickles, which could run code)"
             )
-        rows = np.concatenate([_read_cifar_rows(file) for file in files])
+        data = np.frombuffer(b"".join(file.read_bytes() for file in files), np.uint8)
+        if len(data) % CIFAR_ROW:
+            raise UserError(
+                f"the {CIFAR_BATCHES[train]} in {root} are no rows of {CIFAR_ROW} "
+                "bytes; unpack them again"
+            )
+        rows = data.reshape(-1, CIFAR_ROW)
         images = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         super().__init__(np.ascontiguousarray(images), rows[:, 0], 10, flip)
         names = root / "batches.meta.txt"
@@ -176,20 +181,3 @@ def _files_below(folder, above=()):
             yield from _files_below(entry.path, (*above, real))
         else:
             yield entry.path
-
-
-def _read_cifar_rows(file):
-    data = file.read_bytes()
-    if not data or len(data) % CIFAR_ROW:
-        raise UserError(
-            f"{file} has {len(data)} bytes, no multiple of {CIFAR_ROW}; unpack it again"
-        )
-    return np.frombuffer(data, np.uint8).reshape(-1, CIFAR_ROW)
-
-
-def _refuse_pickles(root):
-    if any((root / name).exists() for name in ("data_batch_1", "test_batch")):
-        raise UserError(
-            f"{root} holds CIFAR's python batches, which are pickles and could run "
-            "code; unpack cifar-10-binary.tar.gz for CifarBinary (--kind cifar-binary)"
-        )

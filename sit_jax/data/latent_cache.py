@@ -11,16 +11,15 @@ corrupt ones, and the sums of which the statistics in cache.json are made.
 """
 
 import bisect
-import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -82,16 +81,29 @@ class CacheMetadata:
         return (*size, channels // (2 if self.kind == "moments" else 1))
 
 
+class EncodedImages(NamedTuple):
+    """Images of one shard.
+
+    Attributes:
+      ids: their numbers in the source.
+      labels: their classes.
+      views: one array, or two: as it is, and mirrored.
+      corrupt: reasons by id, of the images that are left out.
+    """
+
+    ids: Sequence[int]
+    labels: Sequence[int]
+    views: Sequence[Float[np.ndarray, "n h w c"]]
+    corrupt: dict[int, str] = {}
+
+
 class LatentCache(DataSource):
     """Moments (or latents) from a cache; where it has both flips, batches take both."""
 
     def __init__(self, path: str, flip: bool = True):
         self.path = local_path(path)
         if not (self.path / DONE).exists():
-            reason = (
-                "is not finished" if (self.path / PLAN).exists() else f"has no {DONE}"
-            )
-            raise UserError(f"{self.path} {reason}; run extract_features.py")
+            raise UserError(f"{self.path} has no {DONE}; run extract_features.py")
         about = read_json(self.path / DONE)
         self.metadata = metadata = parse_metadata(about["tags"], self.path)
         if flip and metadata.views < 2 and metadata.kind == "moments":
@@ -252,72 +264,29 @@ def missing_shards(
     return numbers
 
 
-@contextlib.contextmanager
 def write_shard(
-    path: Path, metadata: CacheMetadata, number: int
-) -> Iterator["ShardWriter"]:
-    """Gives a ShardWriter, whose file appears when it is whole."""
+    path: Path, metadata: CacheMetadata, number: int, batches: Iterable[EncodedImages]
+) -> None:
+    """Writes a shard of a cache; its file appears when it is whole."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    about = {"images": 0, "broken": {}}
+    sums = [_latent_sums(np.zeros((0, *metadata.shape)), metadata.kind)]
     with atomic_write(path / metadata.shard_name(number)) as name:
-        writer = ShardWriter(name, metadata)
-        yield writer
-        writer.close()
-
-
-class ShardWriter:
-    """Writes one shard of a cache, and what its last record says."""
-
-    def __init__(self, path: Path, metadata: CacheMetadata):
-        from array_record.python.array_record_module import ArrayRecordWriter
-
-        self._path, self._metadata = path, metadata
-        self._file = ArrayRecordWriter(str(path), WRITING)
-        self._images, self._corrupt = 0, {}
-        self._sums = [_latent_sums(np.zeros((0, *metadata.shape)), metadata.kind)]
-
-    def add(
-        self,
-        ids: Sequence[int],
-        labels: Sequence[int],
-        views: Sequence[Float[np.ndarray, "n h w c"]],
-        corrupt: dict[int, str] | None = None,
-    ):
-        """Writes images.
-
-        Args:
-          ids: their numbers in the source.
-          labels: their classes.
-          views: one array, or two: as it is, and mirrored.
-          corrupt: reasons by id, of the images that are left out.
-        """
-        views = np.stack(views, 1)  # [n, views, h, w, c]
-        with self._naming_file():
-            for i, label, pair in zip(ids, labels, views, strict=True):
+        file = ArrayRecordWriter(str(name), WRITING)
+        for batch in batches:
+            views = np.stack(batch.views, 1)  # [n, views, h, w, c]
+            for i, label, pair in zip(batch.ids, batch.labels, views, strict=True):
                 for mirrored, view in enumerate(pair):
                     head = RECORD_HEAD.pack(int(i), int(label), mirrored)
-                    self._file.write(head + view.tobytes())
-        self._images += len(views)
-        self._corrupt |= corrupt or {}
-        records = views.reshape(-1, *self._metadata.shape)
-        self._sums.append(_latent_sums(records, self._metadata.kind))
-
-    def close(self):
-        """Writes the last record and ends the file; a full disk may show only here."""
-        count, first, second = (sum(part) for part in zip(*self._sums, strict=True))
-        about = {"images": self._images, "broken": self._corrupt}
+                    _write(path, file.write, head + view.tobytes())
+            about["images"] += len(views)
+            about["broken"] |= batch.corrupt
+            sums.append(_latent_sums(views.reshape(-1, *metadata.shape), metadata.kind))
+        count, first, second = (sum(part) for part in zip(*sums, strict=True))
         about["sums"] = [count, first.tolist(), second.tolist()]
-        with self._naming_file():
-            self._file.write(json.dumps(about).encode())
-            self._file.close()
-
-    @contextlib.contextmanager
-    def _naming_file(self):
-        try:
-            yield
-        except RuntimeError as error:
-            reason = str(error).split(";")[0]
-            raise UserError(
-                f"cannot write {self._path} ({reason}); free space, or write elsewhere"
-            ) from error
+        _write(path, file.write, json.dumps(about).encode())
+        _write(path, file.close)  # a full disk may show only here
 
 
 def finish_cache(
@@ -382,12 +351,16 @@ def import_fast_dit(
     )
     path = begin_cache(out, metadata)
     for number in missing_shards(path, metadata):
-        with write_shard(path, metadata, number) as writer:
-            for i in metadata.shard_ids(number):
-                record = read_record(source, i)
-                writer.add([i], [record["label"]], [record["latent"][None]])
-                show(1, len(source))
+        ids = metadata.shard_ids(number)
+        write_shard(path, metadata, number, _fast_dit_batches(source, ids, show))
     return finish_cache(path, metadata, [str(label) for label in range(source.classes)])
+
+
+def _fast_dit_batches(source, ids, show):
+    for i in ids:
+        record = read_record(source, i)
+        yield EncodedImages([i], [record["label"]], [record["latent"][None]])
+        show(1, len(source))
 
 
 def _latent_sums(records, kind):
@@ -411,6 +384,17 @@ def _latent_statistics(sums, scale):
     mean = first / max(count, 1)
     std = np.sqrt(np.maximum(second / max(count, 1) - mean**2, 0))
     return {"mean": (scale * mean).tolist(), "std": (scale * std).tolist()}
+
+
+def _write(path, write, *data):
+    """Calls write(*data); ArrayRecord's error becomes the user's."""
+    try:
+        write(*data)
+    except RuntimeError as error:
+        reason = str(error).split(";")[0]
+        raise UserError(
+            f"cannot write below {path} ({reason}); free space, or write elsewhere"
+        ) from error
 
 
 def _damaged(shard, error):

@@ -18,6 +18,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,7 @@ def batches(
     return Loader(prefetch(steps, threads, workers), corrupt, put)
 
 
-class Loader:
+class Loader(Iterator, AbstractContextManager):
     """An endless iterator of batches {"image" | "moments" | "latent", "label"}.
 
     The arrays are global, [batch_size, ...], and split over the mesh.
@@ -84,9 +85,6 @@ class Loader:
     def __init__(self, steps, corrupt: "CorruptImages", put: Callable):
         self._steps, self._corrupt, self._put = steps, corrupt, put
         self._waited = 0.0
-
-    def __iter__(self):
-        return self
 
     def __next__(self) -> "dict[str, jax.Array]":
         if self._steps is None:
@@ -112,9 +110,6 @@ class Loader:
             self._steps.close()
         self._steps = None
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *error):
         self.close()
 
@@ -127,11 +122,10 @@ def abstract_batch(
 
     from sit_jax.parallel.mesh import batch_sharding
 
-    def abstract(value):
-        shape, dtype = (batch_size, *np.shape(value)), np.asarray(value).dtype
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
-
-    return {name: abstract(value) for name, value in source[0].items()}
+    rows, _ = read_records(source, [0], [False])
+    shapes = {name: (batch_size, *value.shape[1:]) for name, value in rows.items()}
+    make = partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
+    return {name: make(shape, rows[name].dtype) for name, shape in shapes.items()}
 
 
 def shuffled_indices(length: int, seed: int):

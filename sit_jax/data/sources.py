@@ -74,36 +74,6 @@ class DataSource(ABC):
         return f"record {i}"
 
 
-class Digits(DataSource):
-    """The 1,797 handwritten digits of scikit-learn, images [8, 8, 1].
-
-    The split into training and held-out records is the same for everybody; each class
-    gives its share of the held-out ones.
-    """
-
-    shape, classes = (8, 8, 1), 10
-
-    def __init__(
-        self,
-        train: bool = True,
-        held_out: Annotated[int, Between(1, 1796)] = 500,
-        seed: int = 0,
-    ):
-        from sklearn.datasets import load_digits
-
-        scans = load_digits()
-        ids = _stratified_split(scans.target, held_out, seed)[0 if train else 1]
-        grey = np.round(scans.images[ids] * (255 / 16))  # 16 is full ink
-        self.images = grey.astype(np.uint8)[..., None]  # [N, 8, 8, 1]
-        self.labels = scans.target[ids].astype(np.int32)  # [N]
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        return {"image": self.images[i], "label": self.labels[i]}
-
-
 @dataclasses.dataclass(frozen=True)
 class Synthetic(DataSource):
     """Normal noise as latents, to try things out. Record i follows from (seed, i)."""
@@ -162,6 +132,28 @@ class Arrays(DataSource):
         digest = hashlib.sha256(np.ascontiguousarray(self.images).data)
         digest.update(self.labels.astype("<i4").tobytes())
         return digest.hexdigest()
+
+
+class Digits(Arrays):
+    """The 1,797 handwritten digits of scikit-learn, images [8, 8, 1].
+
+    The split into training and held-out records is the same for everybody; each class
+    gives its share of the held-out ones.
+    """
+
+    def __init__(
+        self,
+        train: bool = True,
+        held_out: Annotated[int, Between(1, 1796)] = 500,
+        seed: int = 0,
+    ):
+        from sklearn.datasets import load_digits
+
+        scans = load_digits()
+        ids = _stratified_split(scans.target, held_out, seed)[0 if train else 1]
+        grey = np.round(scans.images[ids] * (255 / 16))  # 16 is full ink
+        super().__init__(grey.astype(np.uint8)[..., None], scans.target[ids], 10)
+        self.class_names = None  # they are the numbers
 
 
 class LatentFolder(DataSource):

@@ -110,7 +110,7 @@ def test_a_stopped_extraction_goes_on(made, tmp_path):
         make(tmp_path, Stopping(whole.images, whole.labels, 5))
     begun = {name: (tmp_path / name).stat().st_mtime_ns for name in contents(tmp_path)}
     assert 1 < len(begun) < 9 and begun.keys() < contents(made).keys()
-    with pytest.raises(UserError, match="is not finished"):
+    with pytest.raises(UserError, match="has no cache.json"):
         LatentCache(tmp_path)
     seen = []
     done, _ = make(tmp_path, show=lambda images, of: seen.append((images, of)))

@@ -147,15 +147,10 @@ def test_cifar_as_binary_batches(tmp_path):
     assert [int(r["label"]) for r in source] == [7, 0, 7, 1]
     np.testing.assert_array_equal(source[2]["image"], images[2])
     assert source.class_names == list("abcdefghij")
-    with pytest.raises(UserError, match=r"no test_batch\.bin in"):
+    with pytest.raises(
+        UserError, match=r"no test_batch\.bin in .*pickles, which could"
+    ):
         CifarBinary(tmp_path, train=False)
     (tmp_path / "data_batch_1.bin").write_bytes(b"\0" * 3000)
-    with pytest.raises(UserError, match=r"_1\.bin has 3000 bytes, no multiple of 3073"):
+    with pytest.raises(UserError, match="no rows of 3073 bytes"):
         CifarBinary(tmp_path)
-
-
-@pytest.mark.parametrize("kind", [CifarFolder, CifarBinary])
-def test_cifar_pickles_are_not_read(tmp_path, kind):
-    (tmp_path / "data_batch_1").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
-    with pytest.raises(UserError, match="pickles .* cifar-10-binary.tar.gz"):
-        kind(tmp_path)

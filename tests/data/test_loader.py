@@ -16,6 +16,7 @@ import pytest
 from helpers.pictures import Deadly, Marked, Numbered, Single
 
 from sit_jax.data.loader import (
+    abstract_batch,
     batches,
     held_rows,
     random_flip,
@@ -249,6 +250,15 @@ def test_too_many_corrupt_images_end_it(capfd):
         marked_rows(Marked(20, {3, 4, 19}, fraction=0.1), 5)
     with pytest.raises(UserError, match="all 5 images are corrupt; the last: .*torn"):
         marked_rows(Marked(5, range(5)))
+
+
+def test_abstract_batch_is_that_of_batches_even_if_the_first_image_is_corrupt():
+    shapes = abstract_batch(Marked(9, {0}), 8, mesh())
+    with batches(Marked(9, {0}), 8, 0, mesh(), say=[].append) as loader:
+        for name, array in next(loader).items():
+            like = shapes[name]
+            assert (array.shape, array.dtype) == (like.shape, like.dtype)
+            assert array.sharding == like.sharding
 
 
 def test_corrupt_images_can_keep_their_row():

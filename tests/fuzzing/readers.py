@@ -26,10 +26,11 @@ from sit_jax.data.archives import read_members
 from sit_jax.data.images import to_rgb
 from sit_jax.data.latent_cache import (
     CacheMetadata,
+    EncodedImages,
     LatentCache,
-    ShardWriter,
     parse_metadata,
     read_last_record,
+    write_shard,
 )
 from sit_jax.diagnosis import bundle
 from sit_jax.errors import UserError, one_line
@@ -172,9 +173,9 @@ def tars():
 
 def shards():
     def write(path):
-        writer = ShardWriter(path, METADATA)
-        writer.add([3], [1], np.ones((2, 1, 2, 2, 8), np.float32))
-        writer.close()
+        images = EncodedImages([3], [1], np.ones((2, 1, 2, 2, 8), np.float32))
+        write_shard(path.parent, METADATA, 0, [images])
+        (path.parent / METADATA.shard_name(0)).rename(path)
 
     yield written(write)
 
