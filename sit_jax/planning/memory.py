@@ -11,8 +11,9 @@ from typing import Any
 
 import jax
 
+from sit_jax.experiment import Experiment
 from sit_jax.models.flops import step_macs
-from sit_jax.parallel import sharding_rules
+from sit_jax.parallel import hardware, sharding_rules
 from sit_jax.parallel.mesh import num_batch_shards
 from sit_jax.planning import programs
 
@@ -24,8 +25,8 @@ class MemoryPlan:
     """Sizes of a training run.
 
     Attributes:
-      mesh: the devices, which need not exist.
-      model: the network.
+      title: the network and the devices, which need not exist.
+      mesh: the devices.
       batch_size: images of a step.
       num_parameters: of what is trained.
       items: {name: (bytes in all, bytes on a device)}.
@@ -34,8 +35,8 @@ class MemoryPlan:
       ragged: lines about weights that a TPU cannot gather.
     """
 
+    title: str
     mesh: Any
-    model: Any
     batch_size: int
     num_parameters: int
     items: dict[str, tuple[int, int]]
@@ -48,40 +49,79 @@ class MemoryPlan:
         """Bytes on one device, without what layers need."""
         return sum(device for _, device in self.items.values())
 
+    def describe(self, mfu: float, kind: str, available: float | None) -> Iterator[str]:
+        """Yields the plan in lines.
 
-def plan_memory(config: Any, experiment: Any, mesh: Any) -> MemoryPlan:
+        Args:
+          mfu: the share of a device's peak that a step's time is reckoned with.
+          kind: the device_kind of the devices.
+          available: bytes of a device, where known.
+        """
+        yield self.title
+        yield f"{'GB':24} {'in all':>9} {'a device':>9}"
+        total = (sum(whole for whole, _ in self.items.values()), self.device_bytes)
+        for name, sizes in (self.items | {"total": total}).items():
+            yield f"{name:24} {sizes[0] / 1e9:9.2f} {sizes[1] / 1e9:9.3f}"
+        if available:
+            free = available - self.device_bytes
+            words = f"{free / 1e9:.1f} GB free" if free > 0 else "DOES NOT FIT"
+            yield (
+                f"a device has {available / 1e9:.1f} GB: {words}, before activations "
+                "and what else layers need"
+            )
+        yield from self.unsplit
+        yield from self.ragged if "TPU" in kind else ()
+        yield (
+            f"{self.flops / 1e12:.4g} TFLOP a step, "
+            f"{self.flops / self.batch_size / 1e9:.4g} GFLOP an image"
+        )
+        if peak := hardware.chip_of(kind).peak_flops:
+            seconds = self.flops / (self.mesh.size * peak * mfu)
+            yield (
+                f"at {mfu:.0%} of {peak / 1e12:g} TFLOP/s: {seconds:.4g} s a step, "
+                f"{self.batch_size / seconds:,.0f} images/s"
+            )
+
+
+def plan_memory(config: Any, experiment: Experiment, mesh: Any) -> MemoryPlan:
     """Returns the plan of a training run.
 
     Args:
       config, experiment: of programs.build_training_experiment().
-      mesh: of devices, or mesh_lib.abstract_mesh's of devices that need not exist.
+      mesh: of devices, or mesh.abstract_mesh's of devices that need not exist.
     """
     shapes, shardings = programs.eval_state_shapes(experiment, mesh)
-    sizes = lambda x, s: (
-        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(x)),
-        count_device_bytes(x, s),
-    )
-    batch = config.batch_size * 4 * (math.prod(experiment.shape) + 1)  # of latents
-    items = {
-        "frozen base": sizes(shapes.frozen_params, shardings.frozen_params),
-        "parameters": sizes(shapes.params, shardings.params),
-        "gradients": sizes(
-            shapes.params, sharding_rules.zero1_shardings(mesh, shapes.params)
-        ),
-        "optimizer": sizes(shapes.opt_state, shardings.opt_state),
-        "EMA": sizes(shapes.ema, shardings.ema),
-        "batch": (batch, batch // num_batch_shards(mesh)),
+    gradients = sharding_rules.zero1_shardings(mesh, shapes.params)
+    trees = {
+        "frozen base": (shapes.frozen_params, shardings.frozen_params),
+        "parameters": (shapes.params, shardings.params),
+        "gradients": (shapes.params, gradients),
+        "optimizer": (shapes.opt_state, shardings.opt_state),
+        "EMA": (shapes.ema, shardings.ema),
     }
-    if not experiment.adapter:
-        del items["frozen base"]
-    macs = step_macs(experiment.model, experiment.shape)
+    items = {
+        name: (
+            sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)),
+            count_device_bytes(tree, where),
+        )
+        for name, (tree, where) in trees.items()
+        if name != "frozen base" or experiment.adapter
+    }
+    batch = config.batch_size * 4 * (math.prod(experiment.shape) + 1)  # of latents
+    items["batch"] = (batch, batch // num_batch_shards(mesh))
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    title = (
+        f"{type(experiment.model).__name__}, {count:,} parameters, on {mesh.size} "
+        f"devices ({axes}), batch {config.batch_size}"
+    )
     return MemoryPlan(
+        title=title,
         mesh=mesh,
-        model=experiment.model,
         batch_size=config.batch_size,
-        num_parameters=sum(leaf.size for leaf in jax.tree.leaves(shapes.params)),
+        num_parameters=count,
         items=items,
-        flops=6.0 * macs * config.batch_size,
+        flops=6.0 * step_macs(experiment.model, experiment.shape) * config.batch_size,
         unsplit=tuple(describe_unsplit(mesh, shapes.params)),
         ragged=tuple(describe_ragged(mesh, shapes.params)),
     )
@@ -102,29 +142,28 @@ def find_better_mesh(
     """
     for data in (n for n in range(1, count + 1) if count % n == 0):
         sizes = {"data": data, "fsdp": count // data, "tensor": 1}
-        places = [
-            sharding_rules.choose_spec(*w, sizes, ("fsdp", "data")) for w in weights
-        ]
-        is_ragged = any(sharding_rules.partial_tile_rows(*w, sizes) for w in weights)
-        if not is_ragged and not any(place.missing for place in places):
+        axes = ("fsdp", "data")
+        if not any(
+            sharding_rules.partial_tile_rows(*weight, sizes)
+            or sharding_rules.choose_spec(*weight, sizes, axes).missing
+            for weight in weights
+        ):
             return data, count // data
     return None
 
 
 def describe_unsplit(mesh: Any, params: Any) -> Iterator[str]:
     """Yields lines about large weights that a mesh does not split, and the remedy."""
-    large = [
-        w for w in sharding_rules.unsharded_arrays(mesh, params) if _is_large(w[1])
-    ]
-    if not large:
+    unsplit = sharding_rules.unsharded_arrays(mesh, params)
+    weights = [(name, shape) for name, shape, _ in unsplit if _is_large(shape)]
+    if not weights:
         return
-    axes = " and ".join(sorted({axis for *_, missing in large for axis in missing}))
-    weights = [(name, shape) for name, shape, _ in large]
+    axes = {axis for _, shape, axes in unsplit if _is_large(shape) for axis in axes}
     size = 4 * sum(math.prod(shape) for _, shape in weights)
     yield (
-        f"NOT SPLIT over {axes}, whose size divides none of their dimensions: "
-        f"{_join_names(weights)} ({size / 1e9:.2f} GB of weights, and as much of each "
-        "moment and average)"
+        f"NOT SPLIT over {' and '.join(sorted(axes))}, whose size divides none of "
+        f"their dimensions: {_join_names(weights)} ({size / 1e9:.2f} GB of weights, "
+        "and as much of each moment and average)"
     )
     if better := find_better_mesh(weights, mesh.size):
         yield f"  {_mesh_flags(*better)} splits all of it"
@@ -146,13 +185,13 @@ def describe_ragged(mesh: Any, params: Any) -> Iterator[str]:
     )
 
 
-def _is_large(shape):
+def _is_large(shape: tuple[int, ...]) -> bool:
     return 4 * math.prod(shape) >= NOTABLE
 
 
-def _join_names(weights):
+def _join_names(weights: list[tuple[str, tuple[int, ...]]]) -> str:
     return ", ".join(name for name, _ in weights[:6])
 
 
-def _mesh_flags(data, fsdp):
+def _mesh_flags(data: int, fsdp: int) -> str:
     return f"--config.mesh.data={data} --config.mesh.fsdp={fsdp}"

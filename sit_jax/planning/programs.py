@@ -51,7 +51,7 @@ def get_training_precision(config: Any) -> policy.Precision:
     return policy.get_precision(words.training if words else "fast")
 
 
-def build_training_experiment(config: Any) -> Any:
+def build_training_experiment(config: Any) -> Experiment:
     """Returns the experiment, with a model that computes as training shall."""
     experiment = build_experiment(config, TRAINING)
     precision = get_training_precision(config)
@@ -61,20 +61,9 @@ def build_training_experiment(config: Any) -> Any:
     return dataclasses.replace(experiment, model=model)
 
 
-def build_sampling_experiment(config: Any, platform: str) -> tuple[Any, Callable]:
-    """Returns what with_sampling_precision() does, for a platform that may be absent.
-
-    Its attention is the one of that platform.
-    """
-    experiment = build_experiment(config, TRAINING)
-    experiment, around = with_sampling_precision(config, experiment, platform)
-    model = attention.resolve_attention(experiment.model, platform)
-    return dataclasses.replace(experiment, model=model), around
-
-
 def with_sampling_precision(
-    config: Any, experiment: Any, platform: str | None = None
-) -> tuple[Any, Callable]:
+    config: Any, experiment: Experiment, platform: str | None = None
+) -> tuple[Experiment, Callable]:
     """Returns the experiment with a model that computes as sample.py's will.
 
     Beside it stands a function to wrap around the network, which sets the precision.
@@ -82,6 +71,8 @@ def with_sampling_precision(
     words = config.get("precision")
     precision = policy.get_precision(words.model if words else "exact")
     model = policy.with_compute_dtype(precision, experiment.model)
+    if platform:  # which may be absent here
+        model = attention.resolve_attention(model, platform)
     around = partial(policy.with_precision, precision, platform=platform)
     return dataclasses.replace(experiment, model=model), around
 

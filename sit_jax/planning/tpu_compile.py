@@ -8,6 +8,7 @@ the compiler's own estimate of each operation.
 import collections
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -118,13 +119,14 @@ def get_host_devices(name: str) -> tuple[list[Any], int]:
     return get_tpu_devices(f"{kind}:{SLICES[kind][0]}"), len(devices) // len(first)
 
 
+@functools.cache
 def get_available_memory(device: Any) -> int:
     """Returns the bytes that the compiler gives to programs on such a device.
 
     It says so where a program needs more, so it is asked for one that always does.
     """
-    place = jax.sharding.SingleDeviceSharding(device)
-    huge = jax.ShapeDtypeStruct((2**42,), "float32", sharding=place)
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    huge = jax.ShapeDtypeStruct((2**42,), "float32", sharding=sharding)
     with without_compilation_cache():
         try:
             jax.jit(lambda x: x + 1).lower(huge).compile()
@@ -175,22 +177,20 @@ def find_largest_batch(
       step: what batches are multiples of.
       attempts: how many more are tried.
     """
-    fitting, failing = ({batch: program}, []) if program else ({}, [batch])
+    largest, too_large = (batch, math.inf) if program else (0, batch)
     for _ in range(attempts):
-        largest = max(fitting, default=0)
-        guess = min(failing, default=math.inf)
-        guess = (largest + guess) / 2
-        if best := fitting.get(largest):
-            grown = largest * (1 + best.free / max(best.temporaries, 1))
-            guess = min(guess, grown)
+        guess = (largest + too_large) / 2
+        if program:
+            growth = 1 + program.free / max(program.temporaries, 1)
+            guess = min(guess, largest * growth)
         guess = int(guess) // step * step
         if guess <= largest:
             break
-        if made := compile_batch(guess):
-            fitting[guess] = made
+        if fitting := compile_batch(guess):
+            largest, program = guess, fitting
         else:
-            failing.append(guess)
-    return max(fitting, default=0)
+            too_large = guess
+    return largest
 
 
 @contextlib.contextmanager
@@ -224,10 +224,8 @@ def describe_program(
         f"{gb(program.free)} of {gb(program.available)}"
     )
     yield f"{'collectives':20} {'written':>7} {'run':>8} {'GB a chip':>10}"
-    for kind_, (written, run, size) in sum_by_kind(
-        read_collectives(program.text)
-    ).items():
-        yield f"{kind_:20} {written:7} {run:8} {gb(size):>10}"
+    for name, row in sum_by_kind(read_collectives(program.text)).items():
+        yield f"{name:20} {row[0]:7} {row[1]:8} {gb(row[2]):>10}"
     cycles, chip = count_cycles(program.text), hardware.chip_of(kind)
     if flops and cycles and chip.clock and chip.peak_flops:
         seconds = cycles / chip.clock
@@ -241,14 +239,7 @@ def describe_program(
 
 # --- reading HLO, XLA's text of a program ---
 
-KINDS = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-)
-_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
+KINDS = "all-gather all-reduce reduce-scatter all-to-all collective-permute".split()
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e\d+m\d+\w*)?)\[([0-9,]*)\]")
 _LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -285,16 +276,15 @@ def read_collectives(text: str) -> list[Collective]:
     return list(by_channel.values())
 
 
-def sum_by_kind(found: list[Collective]) -> dict[str, tuple[int, int, int]]:
+def sum_by_kind(
+    collectives: list[Collective],
+) -> dict[str, tuple[int, int, int]]:
     """Returns {kind: (collectives written down, times run, bytes in all)}."""
     table = {}
     for kind in KINDS:
-        if same := [c for c in found if c.kind == kind]:
-            runs, size = (
-                sum(c.times for c in same),
-                sum(c.times * c.bytes for c in same),
-            )
-            table[kind] = (len(same), runs, size)
+        if same := [c for c in collectives if c.kind == kind]:
+            size = sum(c.times * c.bytes for c in same)
+            table[kind] = (len(same), sum(c.times for c in same), size)
     return table
 
 
@@ -343,7 +333,7 @@ def parse_computations(text: str) -> dict[str, list[Instruction]]:
     return program
 
 
-def _trip_count(program, loop):
+def _trip_count(program: dict[str, list[Instruction]], loop: Instruction) -> int:
     """Returns how often a loop runs; 1 where nothing tells it.
 
     The compiler notes it, or it is the only constant of the loop's condition.
@@ -357,11 +347,10 @@ def _trip_count(program, loop):
     return counts[0] if len(counts) == 1 else 1
 
 
-def _result_bytes(line):
+def _result_bytes(line: Instruction) -> int:
     """Returns bytes of the results; a -start may hold operands and numbers too."""
-    holds_operands = line.op.endswith("-start") and not line.op.startswith("all-reduce")
     arrays = _ARRAY.findall(line.type)
-    if holds_operands:
+    if line.op.endswith("-start") and not line.op.startswith("all-reduce"):
         arrays = [array for array in arrays if array[1]]
         arrays = arrays[len(arrays) // 2 :]
     return sum(array_bytes(*array) for array in arrays)
@@ -369,6 +358,5 @@ def _result_bytes(line):
 
 def array_bytes(dtype: str, dims: str) -> int:
     """Returns the bytes of an array that HLO writes as dtype[dims]."""
-    bits = int(re.search(r"\d+|$", dtype)[0] or 32)
-    width = _BYTES.get(dtype) or max(1, bits // 8)
-    return width * math.prod(int(n) for n in dims.split(",") if n)
+    bits = int(re.search(r"\d+|$", dtype)[0] or 8)  # pred has none
+    return max(1, bits // 8) * math.prod(int(n) for n in dims.split(",") if n)

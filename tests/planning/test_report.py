@@ -9,7 +9,6 @@ from test_tpu_compile import TEXT
 from sit_jax.parallel import mesh as mesh_lib
 from sit_jax.planning import programs
 from sit_jax.planning.memory import plan_memory
-from sit_jax.planning.report import describe_plan
 from sit_jax.planning.tpu_compile import TPUProgram, describe_program
 from sit_jax.recipes import dit, sit
 
@@ -31,24 +30,22 @@ def test_xl_on_256_chips_is_planned_here():
     assert weights / 128 <= here < 1.03 * weights / 128
     assert found.flops / c.batch_size == pytest.approx(711.7e9, rel=1e-3)
     assert not found.unsplit
-    said = list(describe_plan(found, 0.5, "TPU v5p", None))
+    said = list(found.describe(0.5, "TPU v5p", None))
     assert said[-1].startswith("at 50% of 459 TFLOP/s: 0.003101 s a step")
 
 
 def test_what_stays_whole_is_said_with_a_mesh_that_splits_it():
-    said = " ".join(describe_plan(made(sit(), 256), 0.5, "H100", None))
+    said = " ".join(made(sit(), 256).describe(0.5, "H100", None))
     assert "NOT SPLIT over fsdp" in said and "blocks/attn/qkv/kernel" in said
     assert "--config.mesh.data=16 --config.mesh.fsdp=16 splits all of it" in said
 
 
 def test_pieces_that_a_tpu_cannot_gather_are_said_with_the_remedy():
     found = made(sit(), 128)
-    (line,) = (s for s in describe_plan(found, 0.5, "TPU v5p", None) if "ADDED UP" in s)
+    (line,) = (s for s in found.describe(0.5, "TPU v5p", None) if "ADDED UP" in s)
     assert "fsdp 128 leaves 9 rows" in line and "blocks/attn/qkv/kernel" in line
     assert "--config.mesh.data=8 --config.mesh.fsdp=16 leaves whole tiles" in line
-    assert not any(
-        "ADDED UP" in line for line in describe_plan(found, 0.5, "H100", None)
-    )
+    assert not any("ADDED UP" in line for line in found.describe(0.5, "H100", None))
 
 
 def test_the_usual_mesh_splits_xl_into_pieces_that_a_tpu_gathers():
@@ -67,11 +64,11 @@ def test_replicas_hold_the_weights_but_not_the_optimizer():
 def test_a_plan_in_words():
     c = small.config()
     found = made(c, 4)
-    said = list(describe_plan(found, 0.5, "A100", 16e9))
+    said = list(found.describe(0.5, "A100", 16e9))
     total = float(next(line for line in said if line.startswith("total")).split()[-1])
     assert total == pytest.approx(found.device_bytes / 1e9, abs=1e-3)
     assert any("16.0 GB: 16.0 GB free" in line for line in said)
-    assert any("DOES NOT FIT" in line for line in describe_plan(found, 0.5, "A100", 9))
+    assert any("DOES NOT FIT" in line for line in found.describe(0.5, "A100", 9))
     assert any("at 50% of 312 TFLOP/s" in line for line in said)
 
 
