@@ -83,14 +83,9 @@ class ReplicaCheck:
         self._groups = {n: _replicas(x) for n, x in leaves_by_name(state).items()}
         is_replicated = any(len(g) > 1 for gs in self._groups.values() for g in gs)
         self._every = every if is_replicated else 0
-        if self._every:
+        if self._every:  # compiled now, and not at a save that is waited for
             self._mesh = jax.tree.leaves(state)[0].sharding.mesh
-            self._sums = device_sums(self._mesh, state)
-
-    def compile(self, state: Any) -> None:
-        """Compiles the sums now, and not at a save that is waited for."""
-        if self._every:
-            self._sums = self._sums.lower(state).compile()
+            self._sums = device_sums(self._mesh, state).lower(state).compile()
 
     def is_due(self, step: int) -> bool:
         """Returns whether `step` is one at which the copies are compared."""
@@ -106,12 +101,14 @@ class ReplicaCheck:
             for group in groups:
                 values = collections.Counter(by_device[device] for device in group)
                 usual, count = values.most_common(1)[0]
-                odd = [device for device in group if by_device[device] != usual]
+                others = [device for device in group if by_device[device] != usual]
                 if 2 * count <= len(group):
                     problems.append(f"{_names(group)} hold different copies of {name}")
-                elif odd:
-                    others = f"{count} other devices of {name}"
-                    problems.append(f"{_names(odd)} holds another copy than {others}")
+                elif others:
+                    problems.append(
+                        f"{_names(others)} holds another copy than {count} other "
+                        f"devices of {name}"
+                    )
         if problems:
             more = f", and {len(problems) - 1} more arrays" * (len(problems) > 1)
             raise UserError(f"step {step}: {problems[0]}{more}")

@@ -1,7 +1,8 @@
 """Trains what a config describes: `train()` reads from top to bottom."""
 
 import contextlib
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from sit_jax.data.latent_cache import describe_data
 from sit_jax.data.loader import abstract_batch, batches
 from sit_jax.data.sources import Synthetic
 from sit_jax.errors import UserError
-from sit_jax.experiment import validate
+from sit_jax.experiment import Experiment, validate
 from sit_jax.files import PathLike, write_json
 from sit_jax.manifest import environment
 from sit_jax.models import attention
@@ -35,7 +36,7 @@ from sit_jax.trainer.resume import (
     require_checkpoint_space,
     restore_or_init,
 )
-from sit_jax.trainer.run_log import MetricsMeter, RunLog
+from sit_jax.trainer.run_log import ArrivedStep, MetricsMeter, RunLog
 from sit_jax.trainer.workdir import locked_workdir, open_workdir
 from sit_jax.training.state import TrainState
 from sit_jax.training.step import tensor_names
@@ -51,6 +52,29 @@ class NeverStop(contextlib.nullcontext):
     """The StopFlag of a run that nobody asks to stop."""
 
     is_set = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run whose folder is open.
+
+    Attributes:
+        config: A ConfigDict.
+        experiment: What is built from it.
+        mesh: The devices.
+        source: The data.
+        log: The record of the run.
+        writer: Saves states.
+        first: The step that the run goes on from.
+    """
+
+    config: Any
+    experiment: Experiment
+    mesh: Mesh
+    source: Any
+    log: RunLog
+    writer: CheckpointWriter
+    first: int
 
 
 def train(
@@ -73,15 +97,15 @@ def train(
     Raises:
         UserError: The config cannot be trained, or the folder is another run's.
     """
-    stop = stop or NeverStop()
     # build and validate
     mesh = make_mesh(**config.mesh)
     source, experiment = _build(config, mesh)
     stored = to_json(config)
     with contextlib.ExitStack() as stack:
         # begin or resume
-        directory = stack.enter_context(locked_workdir(workdir, stored)) / "checkpoints"
-        state, origin, base = restore_or_init(
+        workdir = stack.enter_context(locked_workdir(workdir, stored))
+        directory = workdir / "checkpoints"
+        state, origin, meta = restore_or_init(
             experiment, mesh, config.seed, directory, init
         )
         first = int(state.step)
@@ -92,12 +116,12 @@ def train(
             )
         require_checkpoint_space(directory, state)
         history = read_history(directory, first, stored, mesh)
-        replicas = ReplicaCheck(config.get("check_replicas", 0), state)
-        workdir = open_workdir(workdir, stored)  # from here on it is this run's
+
+        # open the run's folder, which is this run's from here on
+        open_workdir(workdir, stored)
         checkpoints = Checkpoints(directory, config.keep_last, config.keep_every)
         stack.callback(checkpoints.close)
-        project = {"project": wandb} if wandb else None
-        log = stack.enter_context(RunLog(workdir, config.steps, first, project))
+        log = stack.enter_context(RunLog(workdir, config.steps, first, wandb))
         for line in (f"{workdir} {origin}", *history.changes):
             log.say(line)
         if multihost.is_primary():
@@ -105,41 +129,36 @@ def train(
         if first >= config.steps:
             log.say(f"nothing to do: config.steps is {config.steps}")
             return
-        log_summary(log.say, config, experiment, mesh, state, source)
-
-        # batches, which are read from here on
-        feed = batches(
-            source,
-            config.batch_size,
-            config.seed,
-            mesh,
-            first=first * config.batch_size + history.skip,
-            say=log.say,
-            workers=config.get("workers", 0),
-        )
-        stack.callback(feed.close)
-
-        # compile
-        names = source.class_names
-        previews = Previews(log, config, experiment, mesh, names)
-        meta = {"config": stored, **describe_data(source, experiment.codec), **base}
+        replicas = ReplicaCheck(config.get("check_replicas", 0), state)
+        meta = {"config": stored, **describe_data(source, experiment.codec), **meta}
         writer = CheckpointWriter(checkpoints, replicas, meta, history)
-        stack.enter_context(stop)
-        key = jax.random.key(config.seed)
-        batch_shapes = abstract_batch(source, config.batch_size, mesh)
-        shardings = jax.tree.map(lambda x: x.sharding, state)
-        step = programs.jit_train_step(config, experiment, mesh, shardings)
-        codec = experiment.codec
-        lower = partial(step.lower, state, codec, batch_shapes, key)
-        step, words = compile_timed(lower)
-        log.say(f"compiled the training step {words}")
-        limit_kept_memory(step)
-        replicas.compile(state)
-        sampled = lambda state: join(state.ema["ema"], state.frozen_params)
-        previews.draw_missing(first, sampled(state))
+        run = Run(config, experiment, mesh, source, log, writer, first)
+        _train_steps(run, state, stop or NeverStop())
+
+
+def _train_steps(run: Run, state: TrainState, stop: StopFlag) -> None:
+    """Takes the steps of a run from a state on, and logs, saves and draws."""
+    config, log, writer, first = run.config, run.log, run.writer, run.first
+    log_summary(run, state)
+    feed = batches(  # which are read from here on
+        run.source,
+        config.batch_size,
+        config.seed,
+        run.mesh,
+        first=first * config.batch_size + writer.history.skip,
+        say=log.say,
+        workers=config.get("workers", 0),
+    )
+    with feed, stop:
+        # compile
+        names = run.source.class_names
+        previews = Previews(log, config, run.experiment, run.mesh, names)
+        key, codec = jax.random.key(config.seed), run.experiment.codec
+        step = _compile_step(run, state, key)
+        ema = lambda state: join(state.ema["ema"], state.frozen_params)
         batch = next(feed)  # was read meanwhile
-        meter = _make_meter(config, experiment)
-        report = partial(_report, log, config, checkpoints, tensor_names(state))
+        meter = _make_meter(config, run.experiment)
+        report = partial(_report, run, tensor_names(state))
         feed.waited()
 
         # the loop
@@ -156,40 +175,44 @@ def train(
                 report(meter.flush())
                 log.flush()
                 meter.pause(writer.save(number, state))
-            meter.pause(previews.draw(number, sampled(state), is_last=stopped))
+            meter.pause(previews.draw(number, ema(state), is_last=stopped))
             if stopped:
-                resume = "the same command goes on from there"
-                log.say(f"stopped at step {number}; {resume}")
+                log.say(
+                    f"stopped at step {number}; the same command goes on from there"
+                )
                 break
-        checkpoints.wait()
+        writer.checkpoints.wait()
+        directory = writer.checkpoints.directory
         log.say(f"saved step {steps(directory)[-1]} in {directory}")
 
 
-def log_summary(
-    say: Callable[[str], None],
-    config: Any,
-    experiment: Any,
-    mesh: Mesh,
-    state: TrainState,
-    source: Any,
-) -> None:
+def _compile_step(run: Run, state: TrainState, key: jax.Array) -> Any:
+    batch = abstract_batch(run.source, run.config.batch_size, run.mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    step = programs.jit_train_step(run.config, run.experiment, run.mesh, shardings)
+    lower = partial(step.lower, state, run.experiment.codec, batch, key)
+    program, words = compile_timed(lower)
+    run.log.say(f"compiled the training step {words}")
+    limit_kept_memory(program)
+    return program
+
+
+def log_summary(run: Run, state: TrainState) -> None:
     """Tells the network, its data and its devices, before the first step."""
-    count, frozen = (
-        sum(leaf.size for leaf in jax.tree.leaves(tree))
-        for tree in (state.params, state.frozen_params)
-    )
-    model = experiment.model
-    kept = f", {frozen:,} more are frozen" if frozen else ""
-    macs = forward_macs(model, experiment.shape)
-    say(
-        f"{type(model).__name__} with {count:,} parameters{kept}, "
-        f"{macs / 1e9:.3g} GMAC an image; {len(source):,} "
-        f"records; batch {config.batch_size} on {jax.device_count()} x "
-        f"{jax.devices()[0].device_kind}; EMA decay {config.ema_decay}; "
+    model, source = run.experiment.model, run.source
+    trees = state.params, state.frozen_params
+    count, frozen = (sum(x.size for x in jax.tree.leaves(tree)) for tree in trees)
+    also_frozen = f", {frozen:,} more are frozen" if frozen else ""
+    macs = forward_macs(model, run.experiment.shape)
+    run.log.say(
+        f"{type(model).__name__} with {count:,} parameters{also_frozen}, "
+        f"{macs / 1e9:.3g} GMAC an image; {len(source):,} records; batch "
+        f"{run.config.batch_size} on {jax.device_count()} x "
+        f"{jax.devices()[0].device_kind}; EMA decay {run.config.ema_decay}; "
         f"attention {attention.attention_name(model)}"
     )
-    for line in (*source.remarks, *describe_unsplit(mesh, state.params)):
-        say(line)
+    for line in (*source.remarks, *describe_unsplit(run.mesh, state.params)):
+        run.log.say(line)
 
 
 def _build(config: Any, mesh: Mesh) -> tuple[Any, Any]:
@@ -218,20 +241,15 @@ def _make_meter(config: Any, experiment: Any) -> MetricsMeter:
     return MetricsMeter(config.log_every, config.batch_size, flops, peak)
 
 
-def _report(
-    log: RunLog,
-    config: Any,
-    checkpoints: Checkpoints,
-    names: list[str],
-    arrived: list[tuple[int, dict[str, Any], dict[str, float] | None]],
-) -> None:
+def _report(run: Run, names: list[str], arrived: Iterable[ArrivedStep]) -> None:
     """Logs the steps that have arrived; too many without effect end the run."""
     for step, metrics, line in arrived:
         total, streak = (int(n) for n in metrics["skipped"])
         if streak:
             tensor = names[int(metrics["bad"])]
-            log.say(f"step {step} skipped: {tensor} is not finite ({total} so far)")
-        if streak >= config.max_skipped:
+            run.log.say(f"step {step} skipped: {tensor} is not finite ({total} so far)")
+        if streak >= run.config.max_skipped:
+            checkpoints = run.writer.checkpoints
             checkpoints.wait()
             saved = steps(checkpoints.directory)
             last = (
@@ -245,4 +263,4 @@ def _report(
             line["skipped"] = total
             if (memory := hardware.peak_memory()) is not None:
                 line["peak_memory_gb"] = memory / 1e9
-            log.scalars(step, line)
+            run.log.scalars(step, line)

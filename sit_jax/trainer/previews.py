@@ -7,6 +7,7 @@ stay what they are.
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,8 +21,9 @@ from sit_jax.convert import inception
 from sit_jax.errors import UserError
 from sit_jax.evaluation.evaluate import fid_of_images, require_same_pipeline
 from sit_jax.evaluation.features import inception_extractor
-from sit_jax.evaluation.image_sets import open_input
+from sit_jax.evaluation.image_sets import input_of_images, open_input
 from sit_jax.evaluation.statistics import FeatureStatistics, collect_statistics
+from sit_jax.experiment import Experiment
 from sit_jax.parallel import multihost
 from sit_jax.planning.programs import with_sampling_precision
 from sit_jax.sampling.batch_sampler import BatchSampler
@@ -47,26 +49,29 @@ class Previews:
         self,
         log: RunLog,
         config: Any,
-        experiment: Any,
+        experiment: Experiment,
         mesh: Mesh,
         class_names: Sequence[str] | None = None,
     ):
         self._log, self._steps = log, config.steps
-        self._grid: SampleGrid | None = None
-        self._curve: FidCurve | None = None
-        self._grid_every = config.sample_every if config.preview else 0
-        self._curve_every = config.get("evaluate_every", 0)
-        try:
-            if self._grid_every:
-                self._grid = SampleGrid(config, experiment, mesh, class_names)
-        except UserError as reason:
-            log.say(f"no sheets of samples: {reason}")
-        try:
-            if self._curve_every:
-                self._curve = FidCurve(config, experiment, mesh)
-        except UserError as reason:
-            log.say(f"no curve of FIDs: {reason}")
-        possible = [self._grid is not None, self._curve is not None]
+        self._drawers: list[tuple[int, SampleGrid | FidCurve]] = []  # steps between
+        sheets_every = config.sample_every if config.preview else 0
+        curve_every = config.get("evaluate_every", 0)
+        common = config, experiment, mesh
+        for what, every, make in (
+            (
+                "sheets of samples",
+                sheets_every,
+                partial(SampleGrid, *common, class_names),
+            ),
+            ("curve of FIDs", curve_every, partial(FidCurve, *common)),
+        ):
+            try:
+                if every:
+                    self._drawers.append((every, make()))
+            except UserError as reason:
+                log.say(f"no {what}: {reason}")
+        possible = [type(drawer).__name__ for _, drawer in self._drawers]
         remedy = "give all hosts the Inception weights"
         multihost.assert_equal("able to draw sheets and FIDs", possible, remedy)
 
@@ -81,34 +86,21 @@ class Previews:
         Returns:
             Seconds that it took.
         """
-        is_due = lambda every: every and (step % every == 0 or step == self._steps)
-        grid = self._grid if is_due(self._grid_every) else None
-        curve = self._curve if is_due(self._curve_every) else None
-        if is_last and (grid or curve):
-            later = "a run that goes on does"
-            later = "sample.py makes them of it" if step == self._steps else later
-            self._log.say(f"no samples of step {step} were drawn; {later}")
+        is_due = lambda every: step % every == 0 or step == self._steps
+        due = [drawer for every, drawer in self._drawers if is_due(every)]
+        if not due:
             return 0.0
-        times = [time.perf_counter()]
-        if grid:
-            self._log.image(step, "samples", grid(ema))
-            times.append(time.perf_counter())
-            seconds = times[-1] - times[-2]
-            self._log.say(f"drew the samples of step {step} in {seconds:.1f} s")
-        if curve:
-            self._log.scalars(step, {curve.name: curve(ema)})
-            times.append(time.perf_counter())
-            self._log.say(f"judged step {step} in {times[-1] - times[-2]:.1f} s")
-        return times[-1] - times[0]
-
-    def draw_missing(self, step: int, ema: Any) -> None:
-        """Draws what the step that a run resumes from was due for, if it has no sheet.
-
-        A stop leaves it out, and a kill may have come before it.
-        """
-        if self._grid and step and step % self._grid_every == 0:
-            if not multihost.broadcast(self._log.has_image(step, "samples")):
-                self.draw(step, ema)
+        if is_last:
+            remedy = "sample.py makes them of it"
+            self._log.say(f"no samples of step {step} were drawn; {remedy}")
+            return 0.0
+        first = time.perf_counter()
+        for drawer in due:
+            start = time.perf_counter()
+            drawer.record(self._log, step, ema)
+            seconds = time.perf_counter() - start
+            self._log.say(f"{drawer.did} step {step} in {seconds:.1f} s")
+        return time.perf_counter() - first
 
 
 class ImageDrawer:
@@ -128,36 +120,40 @@ class ImageDrawer:
     def __init__(
         self,
         config: Any,
-        experiment: Any,
+        experiment: Experiment,
         mesh: Mesh,
         labels: Int[np.ndarray, " n"],
         batch_size: int,
     ):
-        self._experiment, wrap = with_sampling_precision(config, experiment)
+        experiment, wrap = with_sampling_precision(config, experiment)
+        self._decode = experiment.codec.decode
         one = jnp.zeros((1, *experiment.shape))
-        channels = jax.eval_shape(experiment.codec.decode, one).shape[-1]
+        channels = jax.eval_shape(self._decode, one).shape[-1]
         if channels not in (1, 3):
             raise UserError(f"{channels} channels do not make a picture")
-        size, self._generator = min(len(labels), batch_size), None
         self._labels, self._seed = labels, config.seed
+        self._sampler: BatchSampler | None = None
+        size = min(len(labels), batch_size)
         self._compile = lambda params: BatchSampler(
-            self._experiment, params, mesh, size, with_precision=wrap
+            experiment, params, mesh, size, with_precision=wrap
         )
 
     def __call__(self, params: Any) -> Iterator[UInt8[np.ndarray, "n h w c"]]:
         """Yields batches of images; the first call compiles."""
-        self._generator = self._generator or self._compile(params)
-        for data, _ in self._generator(self._seed, self._labels, params=params):
-            yield np.asarray(self._experiment.codec.decode(data))
+        self._sampler = self._sampler or self._compile(params)
+        for data, _ in self._sampler(self._seed, self._labels, params=params):
+            yield np.asarray(self._decode(data))
 
 
 class SampleGrid:
     """Draws a sheet of config.preview images, one row a class."""
 
+    did = "drew the samples of"
+
     def __init__(
         self,
         config: Any,
-        experiment: Any,
+        experiment: Experiment,
         mesh: Mesh,
         class_names: Sequence[str] | None = None,
     ):
@@ -171,6 +167,10 @@ class SampleGrid:
         """Returns the picture."""
         images = np.concatenate(list(self.draw(params)))
         return image_grid(images, self._columns, captions=self._captions)
+
+    def record(self, log: RunLog, step: int, params: Any) -> None:
+        """Logs the picture."""
+        log.image(step, "samples", self(params))
 
 
 def grid_labels(num_classes: int, count: int) -> tuple[int, Int[np.ndarray, " n"]]:
@@ -193,51 +193,61 @@ class FidCurve:
             there, or the reference has other features.
     """
 
-    def __init__(self, config: Any, experiment: Any, mesh: Mesh):
+    did = "judged"
+
+    def __init__(self, config: Any, experiment: Experiment, mesh: Mesh):
         count, classes = config.evaluate_images, experiment.model.classes
         labels = make_labels("balanced", count, classes, config.seed)
         self._draw = ImageDrawer(config, experiment, mesh, labels, FID_BATCH)
         self._extractor = build(config.features)
-        is_inception = self._extractor is None
-        if is_inception:
+        if self._extractor is None:
             weights = inception.load_inception()
             self._extractor = inception_extractor(weights, mesh, FID_BATCH)
-        reference = build(config.reference)
-        reference = _load_reference(reference, self._extractor, is_inception)
-        require_same_pipeline(self._extractor.pipeline, reference.pipeline)
-        self._reference = reference
-        self.name = f"{'fid' if reference.is_inception else 'frechet'}_{count}"
+        self._reference = _load_reference(build(config.reference), self._extractor)
+        require_same_pipeline(self._extractor.pipeline, self._reference.pipeline)
+        self._name = f"{'fid' if self._reference.is_inception else 'frechet'}_{count}"
 
-    def __call__(self, params: Any) -> float:
-        """Returns the distance."""
+    def record(self, log: RunLog, step: int, params: Any) -> None:
+        """Logs the distance."""
         images = map(_to_rgb, self._draw(params))
-        return fid_of_images(images, self._extractor, self._reference)
+        distance = fid_of_images(images, self._extractor, self._reference)
+        log.scalars(step, {self._name: distance})
 
 
-def _load_reference(
-    reference: Any, extractor: Any, is_inception: bool
-) -> FeatureStatistics:
+class SourceImages:
+    """The images of a data source, as a set of image_sets.py."""
+
+    def __init__(self, source: Any):
+        self.path, self._source = type(source).__name__, source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def batches(
+        self, size: int, numbers: None = None
+    ) -> Iterator[UInt8[np.ndarray, "n h w 3"]]:
+        """Yields all images, in order."""
+        for start in range(0, len(self), size):
+            rows = range(start, min(start + size, len(self)))
+            yield _to_rgb(np.stack([self._source[i]["image"] for i in rows]))
+
+
+def _load_reference(reference: Any, extractor: Any) -> FeatureStatistics:
     """Returns the statistics of a file, of images in a file, or of a data source."""
-    pipeline = extractor.pipeline
-    if not isinstance(reference, str):
-        count = len(reference)
-        features = extractor(_read_images(reference, extractor.batch_size))
-    else:
-        side = open_input(reference)
-        if side.statistics is not None:
-            return side.statistics
-        source = side.source(extractor)
-        features, count, pipeline = source.batches(), source.count, source.pipeline
-        is_inception = source.is_inception
-    return collect_statistics(
-        features, count, keep=0, pipeline=pipeline, is_inception=is_inception
+    is_file = isinstance(reference, str)
+    side = (
+        open_input(reference) if is_file else input_of_images(SourceImages(reference))
     )
-
-
-def _read_images(source: Any, batch_size: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(source), batch_size):
-        rows = range(start, min(start + batch_size, len(source)))
-        yield _to_rgb(np.stack([source[i]["image"] for i in rows]))
+    if side.statistics is not None:
+        return side.statistics
+    source = side.source(extractor)
+    return collect_statistics(
+        source.batches(),
+        source.count,
+        keep=0,
+        pipeline=source.pipeline,
+        is_inception=source.is_inception,
+    )
 
 
 def _to_rgb(images: np.ndarray) -> UInt8[np.ndarray, "n h w 3"]:

@@ -17,11 +17,12 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO, TypeAlias
 
 import jax
 import numpy as np
 from jaxtyping import UInt8
+from tqdm import tqdm
 
 from sit_jax.errors import UserError, one_line
 from sit_jax.files import (
@@ -40,6 +41,8 @@ CONTINUED = ("metrics.jsonl", "log.txt", "wandb_id.txt")  # by a run that resume
 LAG = 2  # steps whose metrics may still be on their way, so that logging never blocks
 
 Image = UInt8[np.ndarray, "h w c"]
+# step, its metrics, and a line of means and rates since the last one or None
+ArrivedStep: TypeAlias = tuple[int, dict[str, Any], dict[str, float] | None]
 
 
 class RunLog:
@@ -49,7 +52,7 @@ class RunLog:
         workdir: The run's folder.
         total_steps: Steps at which the run ends, for the progress bar.
         first_step: The step that the run resumes from.
-        wandb: Arguments of wandb.init, for example {"project": "sit"}; None is without.
+        wandb: A project of Weights & Biases; None is without.
         stream: Where the console is.
     """
 
@@ -58,44 +61,47 @@ class RunLog:
         workdir: PathLike,
         total_steps: int,
         first_step: int = 0,
-        wandb: Mapping[str, Any] | None = None,
+        wandb: str | None = None,
         stream: TextIO | None = None,
     ):
         self._workdir, self._total = as_path(workdir), total_steps
         self._stream = stream or sys.stdout
         self._uploaded: dict[str, int] = {}
-        self._is_open, self._resources = False, contextlib.ExitStack()
-        if multihost.is_primary():
-            with contextlib.ExitStack() as stack:  # closed again if one of them fails
+        self._is_primary = multihost.is_primary()
+        with contextlib.ExitStack() as stack:  # closed again if something fails
+            if self._is_primary:
                 self._open(stack, first_step, wandb)
-                self._resources = stack.pop_all()
-            self._is_open = True
+            self._resources = stack.pop_all()
 
-    def _open(self, stack: contextlib.ExitStack, first_step: int, wandb: Any) -> None:
-        from tqdm import tqdm
-
-        self._folder = folder = self._workdir
+    def _open(
+        self, stack: contextlib.ExitStack, first_step: int, wandb: str | None
+    ) -> None:
+        self._folder = self._workdir
         if is_remote(self._workdir):  # files of a bucket cannot be appended to
             temporary = tempfile.TemporaryDirectory(
                 prefix="sit_jax.", ignore_cleanup_errors=True
             )
-            self._folder = folder = Path(stack.enter_context(temporary))
+            self._folder = Path(stack.enter_context(temporary))
             for name in CONTINUED:
                 if (self._workdir / name).exists():
-                    download(self._workdir / name, folder / name)
-            stack.callback(self._upload)
+                    download(self._workdir / name, self._folder / name)
+            stack.callback(self.flush)
+        self._folder.mkdir(parents=True, exist_ok=True)
         last_step = first_step if first_step > 0 else -1  # the newest one that stays
-        with _naming(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            _drop_later_steps(folder / "metrics.jsonl", last_step)
-            open_file = lambda name: stack.enter_context(
-                open(folder / name, "ab", buffering=0)  # a kill loses no line
+        _drop_later_steps(self._folder / "metrics.jsonl", last_step)
+        self._metrics, self._text = (
+            stack.enter_context(
+                open(self._folder / name, "ab", buffering=0)  # a kill loses no line
             )
-            self._metrics, self._text = map(open_file, ("metrics.jsonl", "log.txt"))
-        keep = lambda sink: stack.enter_context(contextlib.closing(sink))
-        self._sinks = [keep(TensorBoard(folder / "tensorboard", last_step))]
+            for name in ("metrics.jsonl", "log.txt")
+        )
+        self._sinks: list[TensorBoard | Wandb] = []
+        keep = lambda sink: self._sinks.append(
+            stack.enter_context(contextlib.closing(sink))
+        )
+        keep(TensorBoard(self._folder / "tensorboard", last_step))
         if wandb is not None:
-            self._sinks.append(keep(Wandb(folder, wandb)))
+            keep(Wandb(self._folder, wandb))
         self._bar = stack.enter_context(
             tqdm(
                 total=self._total,
@@ -109,80 +115,63 @@ class RunLog:
 
     def say(self, message: str) -> None:
         """Writes one line to the console and log.txt."""
-        if self._is_open:
+        if self._is_primary:
             line = _stamped(one_line(message))
             self._print(line)
-            self._write(self._text, line)
+            _write(self._text, line)
 
     def progress(self, step: int) -> None:
         """Moves the progress bar: cheap, for every step."""
-        if self._is_open:
+        if self._is_primary:
             self._bar.update(step - self._bar.n)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Records numbers by name; "loss" and "steps_per_second" make DiT's line."""
-        if not self._is_open:
+        if not self._is_primary:
             return
         values = {name: np.asarray(value).item() for name, value in values.items()}
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         record = {"step": step, "time": round(time.time(), 3), **finite}
-        self._write(self._metrics, json.dumps(record, allow_nan=False))
+        _write(self._metrics, json.dumps(record, allow_nan=False))
         for sink in self._sinks:
             sink.scalars(step, values)
         line = _stamped(step_line(step, values))
-        self._write(self._text, line)
+        _write(self._text, line)
         if "loss" in values and not self._bar.disable:
             rate = values.get("images_per_second", math.nan)
             shown = {"loss": f"{values['loss']:.4f}", "images/s": f"{rate:.4g}"}
             self._bar.set_postfix(shown)
         else:
             self._print(line + _rates(step, self._total, values))
-        if odd := [f"{k} is {values[k]}" for k, v in finite.items() if v is None]:
+        if infinite := [f"{k} is {values[k]}" for k, v in finite.items() if v is None]:
             words = "stands as null in metrics.jsonl"
-            self.say(f"step {step}: {', '.join(odd)}; {words}")
+            self.say(f"step {step}: {', '.join(infinite)}; {words}")
 
     def image(self, step: int, name: str, array: Image) -> None:
         """Records a picture with 1 or 3 channels; it is also workdir/name/step.png."""
-        if self._is_open:
+        if self._is_primary:
             save_png(self._folder / name / f"{step:07d}.png", np.asarray(array))
             for sink in self._sinks:
                 sink.image(step, name, np.asarray(array))
 
-    def has_image(self, step: int, name: str) -> bool:
-        """Returns whether the record has an image of that name and step."""
-        return (self._workdir / name / f"{step:07d}.png").exists()
-
     def flush(self) -> None:
         """Uploads a bucket's record, before a step is saved there."""
-        if self._is_open:
-            self._upload()
-
-    def close(self) -> None:
-        """Ends files and bar; safe to call twice."""
-        self._is_open = False
-        self._resources.close()
-
-    def __enter__(self) -> "RunLog":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def _print(self, line: str) -> None:
-        self._bar.write(line, file=self._stream)
-        self._stream.flush()
-
-    def _write(self, file: BinaryIO, line: str) -> None:
-        with _naming(file.name):
-            file.write(f"{line}\n".encode())
-
-    def _upload(self) -> None:
-        if not is_remote(self._workdir):
+        if not (self._is_primary and is_remote(self._workdir)):
             return
         for name, size in list_files(self._folder).items():
             if not name.startswith("wandb/") and self._uploaded.get(name) != size:
                 upload(self._folder / name, self._workdir / name)
                 self._uploaded[name] = size
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._resources.close()
+
+    def _print(self, line: str) -> None:
+        self._bar.write(line, file=self._stream)
+        self._stream.flush()
 
 
 def step_line(step: int, values: Mapping[str, float]) -> str:
@@ -196,8 +185,6 @@ def step_line(step: int, values: Mapping[str, float]) -> str:
 
 def _rates(step: int, total: int, values: Mapping[str, float]) -> str:
     """Returns images per second and the time to go, where they are known."""
-    from tqdm import tqdm
-
     text = ""
     if "images_per_second" in values:
         text += f", Images/Sec: {values['images_per_second']:.4g}"
@@ -226,14 +213,20 @@ def _step_of(line: bytes) -> float:
         return math.inf
 
 
+def _write(file: BinaryIO, line: str) -> None:
+    with _naming(file.name):
+        file.write(f"{line}\n".encode())
+
+
 @contextlib.contextmanager
 def _naming(path: PathLike) -> Iterator[None]:
+    """Names the file that cannot be written: a write's own error does not."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write {error.filename or path}: {error.strerror or error}; free "
-            "space, change the permissions or choose another --workdir"
+            f"cannot write {path}: {error.strerror or error}; free space, change the "
+            "permissions or choose another --workdir"
         ) from error
 
 
@@ -249,13 +242,12 @@ class TensorBoard:
 
     def __init__(self, folder: Path, last_step: int):
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.event_pb2 import SessionLog
 
-        self._folder, self._event = folder, Event
-        with _naming(folder):
-            folder.mkdir(exist_ok=True)
-            # a second writer in the same second must not overwrite the first
-            self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        self._folder = folder
+        folder.mkdir(exist_ok=True)
+        # a second writer in the same second must not overwrite the first
+        self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
         start = SessionLog(status=SessionLog.START)  # hides this step and all later
         self._write(step=last_step + 1, session_log=start)
 
@@ -278,27 +270,28 @@ class TensorBoard:
             self._writer.close()
 
     def _write(self, **fields: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
         with _naming(self._folder):
-            self._writer.write_event(self._event(wall_time=time.time(), **fields))
+            self._writer.write_event(Event(wall_time=time.time(), **fields))
             self._writer.flush()
 
 
 class Wandb:
     """Logs to Weights & Biases. A resumed run goes on under the id in the workdir."""
 
-    def __init__(self, workdir: Path, arguments: Mapping[str, Any]):
+    def __init__(self, workdir: Path, project: str):
         try:
             import wandb
         except ImportError as error:
             raise UserError("wandb is not installed: pip install wandb") from error
         self._image, path = wandb.Image, workdir / "wandb_id.txt"
-        with _naming(path):
-            if not path.exists():
-                path.write_text(secrets.token_hex(8))
-            run_id = path.read_text().strip()
+        if not path.exists():
+            path.write_text(secrets.token_hex(8))
+        run_id = path.read_text().strip()
         try:
             self._run = wandb.init(
-                **{"dir": str(workdir), "id": run_id, "resume": "allow", **arguments}
+                project=project, dir=str(workdir), id=run_id, resume="allow"
             )
         except wandb.Error as error:
             reason = str(error).strip().splitlines()[0]
@@ -350,27 +343,17 @@ class MetricsMeter:
 
     def add(
         self, step: int, metrics: Mapping[str, jax.Array], waited: float
-    ) -> list[tuple[int, dict[str, Any], dict[str, float] | None]]:
+    ) -> Iterator[ArrivedStep]:
         """Queues a step's metrics, and the seconds it has waited for data.
 
-        Returns:
-            The steps that have arrived meanwhile, as (step, metrics, line). The line
-            holds means and rates since the last one, or is None between lines.
+        Yields the steps that have arrived meanwhile.
         """
         self._pending.append((step, metrics))
         self._waited += waited
-        return self._fetch(LAG)
+        return self.flush(leave=LAG)
 
-    def flush(self) -> list[tuple[int, dict[str, Any], dict[str, float] | None]]:
-        """Waits for all steps still queued, and returns them as add() does."""
-        return self._fetch(0)
-
-    def pause(self, seconds: float) -> None:
-        """Leaves out time that went into a save or a picture."""
-        self._start += seconds
-
-    def _fetch(self, leave: int) -> list[Any]:
-        arrived = []
+    def flush(self, leave: int = 0) -> Iterator[ArrivedStep]:
+        """Waits for all steps still queued but the last few, and yields them."""
         while len(self._pending) > leave:
             step, metrics = self._pending.popleft()
             metrics = jax.device_get(metrics)
@@ -378,9 +361,11 @@ class MetricsMeter:
             for name, value in metrics.items():
                 if value.ndim == 0 and name != "bad" and math.isfinite(value):
                     self._values[name].append(float(value))
-            line = self._line() if step % self.every == 0 else None
-            arrived.append((step, metrics, line))
-        return arrived
+            yield step, metrics, self._line() if step % self.every == 0 else None
+
+    def pause(self, seconds: float) -> None:
+        """Leaves out time that went into a save or a picture."""
+        self._start += seconds
 
     def _line(self) -> dict[str, float]:
         rate = self._steps / max(time.perf_counter() - self._start, 1e-9)

@@ -22,7 +22,12 @@ def locked_workdir(path: PathLike, config: Mapping[str, Any]) -> Iterator[AnyPat
     """
     with multihost.lock(path):
         path = check_workdir(path, config)
-        require_agreement(config, path / "checkpoints")
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+        remedy = "their config files differ: bring them to the same version"
+        multihost.assert_equal("the config's sha256", digest[:12], remedy)
+        remedy = "the workdir must be on a file system that all hosts share"
+        newest = steps(path / "checkpoints")[-1:]
+        multihost.assert_equal(f"newest step in {path}", newest, remedy)
         yield path
 
 
@@ -37,16 +42,24 @@ def check_workdir(path: PathLike, config: Mapping[str, Any]) -> AnyPath:
             f"--init {path} and a --workdir of its own"
         )
     if (path / "config.json").exists():
-        require_same_config(path, read_json(path / "config.json"), config)
+        before = read_json(path / "config.json")
+        fixed = [
+            f"{name} was {old}, is {new}"
+            for name, old, new in fixed_differences(before, config)
+        ]
+        if fixed:
+            raise UserError(
+                f"{path} belongs to another config ({'; '.join(fixed)}); "
+                "take a new --workdir"
+            )
     return path
 
 
-def open_workdir(path: PathLike, config: Mapping[str, Any]) -> AnyPath:
-    """Makes the folder for a JSON config, or checks that it is this config's.
+def open_workdir(path: AnyPath, config: Mapping[str, Any]) -> None:
+    """Makes the folder and writes a JSON config into it, which check_workdir() took.
 
     Process 0 makes it; the others have to see it.
     """
-    path = check_workdir(path, config)
     try:
         if multihost.is_primary():
             path.mkdir(parents=True, exist_ok=True)
@@ -55,29 +68,3 @@ def open_workdir(path: PathLike, config: Mapping[str, Any]) -> AnyPath:
         reason = f"{error.filename or path}: {error.strerror or error}"
         raise UserError(f"{reason}; take another --workdir") from error
     multihost.assert_shared(path / "config.json")
-    return path
-
-
-def require_agreement(config: Mapping[str, Any], directory: AnyPath) -> None:
-    """Refuses hosts that have another JSON config or see other checkpoints."""
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-    remedy = "their config files differ: bring them to the same version"
-    multihost.assert_equal("the config's sha256", digest[:12], remedy)
-    remedy = "the workdir must be on a file system that all hosts share"
-    newest = steps(directory)[-1:]
-    multihost.assert_equal(f"newest step in {directory}", newest, remedy)
-
-
-def require_same_config(
-    path: PathLike, before: Mapping[str, Any], now: Mapping[str, Any]
-) -> None:
-    """Refuses a config that differs where a run must not change, naming the fields."""
-    fixed = [
-        f"{name} was {old}, is {new}"
-        for name, old, new in fixed_differences(before, now)
-    ]
-    if fixed:
-        raise UserError(
-            f"{path} belongs to another config ({'; '.join(fixed)}); "
-            "take a new --workdir"
-        )

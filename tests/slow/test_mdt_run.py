@@ -55,7 +55,7 @@ def test_a_run_goes_on_as_if_never_stopped_and_logs_both_passes(tmp_path):
     ]
     for one, two in zip(*map(jax.tree.leaves, ends), strict=True):
         np.testing.assert_array_equal(one, two)
-    assert int(ends[0].losses.counts.sum()) == 32
+    assert int(ends[0].timestep_sampler_state.counts.sum()) == 32
     assert small.losses(run) == small.losses(other)
     for line in small.lines(run):
         for name in ("loss", "mse", "vb", "m_loss", "m_mse", "m_vb"):

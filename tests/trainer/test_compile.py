@@ -54,10 +54,6 @@ def sound():
     return state()
 
 
-def test_equal_copies_pass(watch, sound):
-    watch.check(8, sound)
-
-
 @pytest.mark.parametrize("device", [0, 5])
 @pytest.mark.parametrize("name", ["bias", "low", "count", "flag", "split"])
 def test_the_device_that_differs_is_named(watch, sound, name, device):
@@ -82,6 +78,7 @@ def test_where_no_majority_is_all_are_named(sound):
 
 def test_it_is_due_every_so_many_steps_where_there_are_copies(watch, sound):
     assert [step for step in range(1, 10) if watch.is_due(step)] == [4, 8]
+    watch.check(8, sound)
     assert not ReplicaCheck(0, sound).is_due(4)
     alone = state(make_mesh(devices=jax.devices()[:1]))
     assert not ReplicaCheck(4, alone).is_due(4)
@@ -102,19 +99,14 @@ for n in (2, 3, 2):
 
 
 def test_a_second_process_finds_what_the_first_one_compiled(tmp_path):
-    def told(folder):
-        env = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)}
-        env |= {} if folder is None else {"SIT_JAX_CACHE": str(folder)}
+    env = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)}
+    folder, printed = tmp_path / ".cache" / "sit_jax", []
+    for _ in range(2):
         run = [sys.executable, "-c", SCRIPT]
-        found = subprocess.run(run, env=env, capture_output=True, text=True, check=True)
-        return found.stdout.split("\n")[:-1]
-
-    usual, other = tmp_path / ".cache" / "sit_jax", tmp_path / "other"
-    miss, hit = f"not found in {usual})", f"found in {usual})"
-    assert told(None) == [miss, miss, hit]
-    assert told(None) == [hit, hit, hit]
-    assert told(other)[0] == f"not found in {other})"
-    assert told("") == ["no compilation cache)"] * 3
+        done = subprocess.run(run, env=env, capture_output=True, text=True, check=True)
+        printed += done.stdout.split("\n")[:-1]
+    miss, hit = f"not found in {folder})", f"found in {folder})"
+    assert printed == [miss, miss, hit, hit, hit, hit]
 
 
 @pytest.fixture
@@ -125,10 +117,13 @@ def unset():
     jax.config.update("jax_compilation_cache_dir", before)
 
 
-def test_without_a_place_for_it_there_is_no_cache(unset, tmp_path):
+def test_a_variable_names_the_cache_or_none(unset, tmp_path):
     (tmp_path / "file").touch()
-    use_compilation_cache({"SIT_JAX_CACHE": str(tmp_path / "file" / "cache")})
-    assert jax.config.jax_compilation_cache_dir is None
+    for folder in ("", str(tmp_path / "file" / "cache")):  # none, and no place for it
+        use_compilation_cache({"SIT_JAX_CACHE": folder})
+        assert jax.config.jax_compilation_cache_dir is None
+    use_compilation_cache({"SIT_JAX_CACHE": str(tmp_path / "cache")})
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "cache")
 
 
 def test_nor_without_a_home(unset, monkeypatch):

@@ -53,26 +53,48 @@ def test_a_run_connects_to_nothing(run, tmp_path, monkeypatch):
     assert run("--config", FILE, "--workdir", tmp_path, "--config.steps=1")[0] == 0
 
 
-def test_the_same_command_again_has_nothing_to_do(run, tmp_path):
-    arguments = ("--config", FILE, "--workdir", tmp_path, "--config.steps=2")
-    assert run(*arguments)[0] == 0
-    before = (tmp_path / "metrics.jsonl").read_text()
-    code, out, _ = run(*arguments)
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A run of one step."""
+    workdir = tmp_path_factory.mktemp("done")
+    train(small.config(steps=1, preview=0), workdir)
+    return workdir
+
+
+ONE = ("--config", FILE, "--config.steps=1", "--config.preview=0")
+
+
+def test_the_same_command_again_has_nothing_to_do(run, done):
+    before = (done / "metrics.jsonl").read_text()
+    code, out, _ = run(*ONE, "--workdir", done)
     assert code == 0 and "nothing to do" in out
-    assert (tmp_path / "metrics.jsonl").read_text() == before
+    assert (done / "metrics.jsonl").read_text() == before
 
 
-def test_another_config_is_refused_with_the_fields(run, tmp_path):
-    assert run("--config", FILE, "--workdir", tmp_path, "--config.steps=1")[0] == 0
-    stored = (tmp_path / "config.json").read_text()
-    code, _, err = run(
-        "--config", FILE, "--workdir", tmp_path, "--config.optimizer.b2=0.95"
-    )
-    assert code == 2 and err.count("\n") == 1
-    assert "optimizer.b2 was 0.999, is 0.95" in err and "--workdir" in err
-    assert (tmp_path / "config.json").read_text() == stored
-    longer = ("--config", FILE, "--workdir", tmp_path, "--config.steps=2")
-    assert run(*longer)[0] == 0  # a longer run is the same run
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--workdir {done} --config.optimizer.b2=0.9", "b2 was 0.999, is 0.9)"),
+        (
+            "--workdir {done}/checkpoints",
+            "it with --init {done}/checkpoints",
+        ),
+        ("--workdir {new} --init {done}", "is at step 1 and config.steps is 1"),
+        (
+            "--workdir {new} --init {done} --config.model.width=32",
+            "architecture: ",
+        ),
+    ],
+)
+def test_what_does_not_fit_another_run_is_refused(
+    run, done, tmp_path, arguments, message
+):
+    folders = {"done": done, "new": tmp_path / "new"}
+    before = {path: path.stat() for path in done.rglob("*")}
+    code, _, err = run(*ONE, *arguments.format(**folders).split())
+    assert code == 2 and message.format(**folders) in err and err.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+    assert before.keys() == set(done.rglob("*"))
 
 
 @pytest.mark.slow
@@ -134,29 +156,6 @@ def test_bad_input_is_one_line(run, tmp_path, name):
     assert not (tmp_path / "work").exists()  # so that the mended command may have it
 
 
-def test_checkpoint_of_another_architecture_is_listed(run, tmp_path):
-    small_steps = ("--config", FILE, "--config.steps=1")
-    assert run(*small_steps, "--workdir", tmp_path / "a")[0] == 0
-    wider = ("--config.model.width=32", "--init", tmp_path / "a")
-    code, _, err = run(*small_steps, "--workdir", tmp_path / "b", *wider)
-    assert code == 2 and "another architecture" in err and "blocks/" in err
-
-
-def test_a_checkpoint_directory_is_no_workdir(run, tmp_path):
-    small.checkpoint(tmp_path, small.config())
-    before = sorted(tmp_path.iterdir())
-    code, _, err = run("--config", FILE, "--workdir", tmp_path)
-    assert code == 2 and f"--init {tmp_path}" in err
-    assert sorted(tmp_path.iterdir()) == before
-
-
-def test_init_that_is_already_there_says_so(run, tmp_path):
-    assert run("--config", FILE, "--workdir", tmp_path / "a")[0] == 0
-    again = ("--workdir", tmp_path / "b", "--init", tmp_path / "a")
-    code, _, err = run("--config", FILE, *again)
-    assert code == 2 and "is at step 8 and config.steps is 8" in err
-
-
 def test_a_disk_without_room_for_a_step_is_refused_first(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=9))
@@ -201,39 +200,42 @@ def interrupted(monkeypatch, owner, name, at):
     monkeypatch.setattr(owner, name, calling)
 
 
-@pytest.mark.parametrize("name, at, last", [("check", 5, 5), ("save", 4, 5)])
-def test_signal_saves_the_step_in_progress(
-    tmp_path, monkeypatch, capfd, name, at, last
+FIELDS = {"steps": 40, "save_every": 7, "sample_every": 99}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """The losses of a run that nothing befalls."""
+    workdir = tmp_path_factory.mktemp("unbroken")
+    train(small.config(**FIELDS, preview=0), workdir)
+    losses = small.losses(workdir)
+    assert len(losses) == FIELDS["steps"] == len(set(losses.values()))
+    return losses
+
+
+@pytest.mark.parametrize("name, at, last", [("check", 5, 5), ("save", 7, 8)])
+def test_signal_saves_the_step_in_progress_and_the_run_goes_on(
+    unbroken, tmp_path, monkeypatch, capfd, name, at, last
 ):
     """During a step it is the last one; during a save the next one is."""
-    interrupted(monkeypatch, CheckpointWriter, name, at)
-    config = small.config(save_every=4, sample_every=99)
-    train(config, tmp_path, stop=StopSignal())
-    assert checkpoint.steps(tmp_path / "checkpoints") == [4, last]
+    config = lambda: small.config(**FIELDS, preview=0)
+    with monkeypatch.context() as patch:
+        interrupted(patch, CheckpointWriter, name, at)
+        train(config(), tmp_path, stop=StopSignal())
+    assert checkpoint.steps(tmp_path / "checkpoints")[-1] == last
     assert list(small.losses(tmp_path)) == list(range(1, last + 1))
     out, err = capfd.readouterr()
     assert "stops after this step and saves it; Ctrl-C again" in err
     assert f"stopped at step {last}; the same command goes on" in out
+    train(config(), tmp_path)
+    assert small.losses(tmp_path) == unbroken
 
 
-def test_signal_leaves_out_a_sheet_that_the_resumed_run_draws(
-    tmp_path, monkeypatch, capfd
-):
-    config = lambda: small.config(save_every=4, sample_every=4)
-    sheet = lambda work: (work / "samples" / "0000004.png").read_bytes()
-    with monkeypatch.context() as patch:
-        interrupted(patch, CheckpointWriter, "check", 4)
-        train(config(), tmp_path / "broken", stop=StopSignal())
-    assert "step 4 were drawn; a run that goes on does" in capfd.readouterr().out
-    assert not (tmp_path / "broken" / "samples").exists()
-    for work in ("broken", "unbroken"):
-        train(config(), tmp_path / work)
-    assert sheet(tmp_path / "broken") == sheet(tmp_path / "unbroken")
-    said = capfd.readouterr().out
-    assert said.count("drew the samples of step 4") == 2
-    config = lambda: small.config(save_every=4, sample_every=8, steps=9)
-    train(config(), tmp_path / "broken")
-    assert "drew the samples of step 8" not in capfd.readouterr().out  # it has one
+def test_stop_draws_no_sheet(tmp_path, monkeypatch, capsys):
+    interrupted(monkeypatch, CheckpointWriter, "check", 2)
+    train(small.config(sample_every=2), tmp_path, stop=StopSignal())
+    assert "no samples of step 2 were drawn; sample.py" in capsys.readouterr().out
+    assert not (tmp_path / "samples").exists()
 
 
 def test_save_compiles_nothing(tmp_path, monkeypatch):
@@ -264,19 +266,12 @@ def test_save_compiles_nothing(tmp_path, monkeypatch):
     assert checkpoint.steps(tmp_path / "checkpoints") == [1, 2] and not built
 
 
-FIELDS = {"steps": 40, "save_every": 7}
+# ---- killed processes, with make test-slow ----
 
 
 def finish(workdir):
-    commands.ended(commands.start(workdir, **FIELDS))
+    commands.ended(commands.start(workdir, **FIELDS, devices=8))
     return small.losses(workdir)
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    found = finish(tmp_path_factory.mktemp("unbroken"))
-    assert len(found) == FIELDS["steps"] == len(set(found.values()))
-    return found
 
 
 MOMENTS = {
@@ -286,18 +281,12 @@ MOMENTS = {
 }
 
 
-OFTEN = ("inside a save",)  # the others with make test-slow
-
-
-@pytest.mark.parametrize(
-    "moment",
-    [
-        pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow)
-        for name in MOMENTS
-    ],
-)
-def test_losses_are_those_of_an_unbroken_run(unbroken, tmp_path, moment):
-    process = commands.start(tmp_path, **FIELDS)
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_losses_of_a_killed_run_are_those_of_an_unbroken_one(
+    unbroken, tmp_path, moment
+):
+    process = commands.start(tmp_path, **FIELDS, devices=8)
     commands.until(process, lambda: MOMENTS[moment](tmp_path))
     commands.kill(process)
     assert len(small.losses(tmp_path)) < FIELDS["steps"]
@@ -307,7 +296,7 @@ def test_losses_are_those_of_an_unbroken_run(unbroken, tmp_path, moment):
 
 @pytest.mark.slow
 def test_sigterm_saves_and_ends_well(unbroken, tmp_path):
-    process = commands.start(tmp_path, **FIELDS)
+    process = commands.start(tmp_path, **FIELDS, devices=8)
     commands.until(process, lambda: commands.logged(tmp_path, 10))
     process.send_signal(signal.SIGTERM)
     commands.ended(process)

@@ -7,10 +7,7 @@ from helpers.curve_config import Pictures, Toy, config
 
 from sit_jax.config import spec
 from sit_jax.convert import inception
-from sit_jax.data.sources import Digits
 from sit_jax.errors import UserError
-from sit_jax.evaluation.digits import DigitFeatures
-from sit_jax.evaluation.features import pipeline_differences
 from sit_jax.evaluation.fid import Gaussian, frechet_distance
 from sit_jax.experiment import build_experiment, check_reference
 from sit_jax.parallel.mesh import make_mesh
@@ -30,11 +27,13 @@ class Log:
         self.values[step] = values
 
 
-def test_points_of_a_curve(monkeypatch):
+def test_points_of_a_curve_are_of_images_as_sample_py_draws_them():
+    """Also where the network is trained in bfloat16, by the word precision.model."""
     c, log, mesh = config(), Log(), make_mesh(data=-1, fsdp=1)
+    c.precision.training = "bf16"
     parts = build_experiment(c)
     params = small.random_params(parts, 0)
-    look = Previews(log, c, parts, mesh)
+    look = Previews(log, c, build_training_experiment(c), mesh)
     seconds = [look.draw(step, params) for step in range(1, 9)]
     assert [s > 0 for s in seconds] == [s in (3, 6, 8) for s in range(1, 9)]
     assert set(log.values) == {3, 6, 8} and log.values[3] == log.values[8]
@@ -46,19 +45,6 @@ def test_points_of_a_curve(monkeypatch):
     assert log.values[3] == {
         "frechet_20": pytest.approx(frechet_distance(ours, theirs), 1e-6)
     }
-
-
-def test_a_point_is_of_images_as_sample_py_draws_them():
-    """Also where the network is trained in bfloat16, by the word precision.model."""
-    found, mesh = [], make_mesh(data=-1, fsdp=1)
-    for word in ("fast", "bf16"):
-        c, log = config(), Log()
-        c.precision.training = word
-        parts = build_training_experiment(c)
-        look = Previews(log, c, parts, mesh)
-        look.draw(3, small.random_params(parts, 0))
-        found.append(log.values[3])
-    assert found[0] == found[1]
 
 
 def test_without_weights_there_is_one_line_and_no_curve(monkeypatch, tmp_path):
@@ -88,20 +74,3 @@ def test_latents_have_no_curve():
 def test_what_makes_no_curve_is_refused(fields, message):
     with pytest.raises(UserError, match=message):
         check_reference(config(**fields))
-
-
-def test_digits_have_features_of_their_own():
-    """The classifier knows digits, and real ones are nearer to real ones than noise."""
-    judge, digits = DigitFeatures(), Digits(train=False)
-    assert (judge.predict(digits.images) == digits.labels).mean() > 0.95
-    noise = np.random.default_rng(0).integers(0, 256, digits.images.shape, np.uint8)
-    halves = digits.images[::2], digits.images[1::2], noise
-    real, other, odd = (Gaussian.of(judge.hidden(x)) for x in halves)
-    assert frechet_distance(real, other) < frechet_distance(real, odd) / 10
-    grey = digits.images.repeat(3, -1)
-    (batch,) = judge([grey])
-    np.testing.assert_allclose(batch["pool"], judge.hidden(digits.images), rtol=1e-6)
-    assert judge.widths((8, 8, 3)) == {"pool": batch["pool"].shape[1]}
-    with pytest.raises(UserError, match="digits are .8, 8, 1."):
-        judge.widths((4, 4, 3))
-    assert pipeline_differences(judge.pipeline, {"network": "x"}) == ["network"]
