@@ -7,19 +7,16 @@ if one is, and 2 if there is no step.
 from sit_jax.checkpoint.checksums import damages, has_checksums
 from sit_jax.checkpoint.store import find_step, steps
 from sit_jax.cli.main import entry_point, make_parser, parse_args
-from sit_jax.errors import UserError
 from sit_jax.files import absolute_path
 
 
 @entry_point
 def main() -> int:
     """Runs the command, which prints a line for each step."""
-    parser = make_parser(__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0], has_config=False)
     parser.add_argument("what", choices=["verify"])
     parser.add_argument("directory", metavar="DIR", help="workdir, checkpoints or step")
-    args, overrides = parse_args(parser)
-    if overrides:
-        raise UserError(f"{overrides[0]}: this command has no config")
+    args, _ = parse_args(parser)
     directory, newest = find_step(args.directory)
     is_step = absolute_path(args.directory) == directory / str(newest)
     print(directory)

@@ -55,11 +55,12 @@ def check_workdir(path: PathLike, config: Mapping[str, Any]) -> AnyPath:
     return path
 
 
-def open_workdir(path: AnyPath, config: Mapping[str, Any]) -> None:
+def open_workdir(path: PathLike, config: Mapping[str, Any]) -> AnyPath:
     """Makes the folder and writes a JSON config into it, which check_workdir() took.
 
     Process 0 makes it; the others have to see it.
     """
+    path = as_path(path)
     try:
         if multihost.is_primary():
             path.mkdir(parents=True, exist_ok=True)
@@ -68,3 +69,4 @@ def open_workdir(path: AnyPath, config: Mapping[str, Any]) -> None:
         reason = f"{error.filename or path}: {error.strerror or error}"
         raise UserError(f"{reason}; take another --workdir") from error
     multihost.assert_shared(path / "config.json")
+    return path

@@ -202,7 +202,7 @@ def test_verify_answers_mistakes_in_one_line(tmp_path, verify):
     for words, said in (
         (("verify", tmp_path / "none"), "no checkpoint in"),
         (("check", tmp_path), "what 'check' (one of 'verify')"),
-        (("verify", tmp_path, "--config.steps=3"), "has no config"),
+        (("verify", tmp_path, "--config.steps=3"), "--config.steps=3"),
         (("verify",), "DIR"),
     ):
         code, _, err = verify(*words)
