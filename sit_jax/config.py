@@ -27,7 +27,7 @@ from ml_collections.config_dict import (
     required_placeholder,
 )
 
-from sit_jax.errors import UserError
+from sit_jax.errors import UserError, first_line
 from sit_jax.ranges import ONLY_FILE, check_fields
 
 
@@ -185,7 +185,7 @@ def build(node):
     except UserError:
         raise
     except (TypeError, ValueError) as error:
-        raise UserError(f"{make.__name__}: {_first_line(error)}") from error
+        raise UserError(f"{make.__name__}: {first_line(error)}") from error
 
 
 def load(path):
@@ -214,7 +214,7 @@ def load(path):
     except Exception as error:  # whatever the file raises, its author can mend
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         place = _place(path, error)
-        raise UserError(f"{place}: {kind}{_first_line(error)}") from error
+        raise UserError(f"{place}: {kind}{first_line(error)}") from error
 
 
 def run_name(path):
@@ -290,7 +290,7 @@ def from_json(value, role=None):
     try:
         return ConfigDict(items, convert_dict=False)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"a stored config is none: {_first_line(error)}") from error
+        raise UserError(f"a stored config is none: {first_line(error)}") from error
 
 
 def difference(one, other):
@@ -438,10 +438,6 @@ def _near(name, names):
     names = [other for other in names if other != "make"]
     close = difflib.get_close_matches(name, names, 1)
     return f"; did you mean {close[0]!r}?" if close else f"; there are {sorted(names)}"
-
-
-def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _place(path, error):

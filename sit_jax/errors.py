@@ -1,27 +1,31 @@
-"""The one exception that is shown to users as a line, and exit codes of others."""
+"""The one exception that is shown to users as a line, and how others become one."""
 
 import logging
 
 LONGEST = 1000  # characters
-MISTAKE, LATER = 2, 75  # exit codes: the same command would fail again, or may go on
 
 
 def hush(name, handler=None):
-    """Keeps a library's log from the console: what it tells there, it raises too."""
+    """Keeps a library's log from the console: what it logs, it raises too."""
     logger = logging.getLogger(name)
     logger.propagate = False
     logger.addHandler(handler or logging.NullHandler())
 
 
 def one_line(message):
-    """A message fit for a terminal: names from a file may hold anything."""
-    said = "".join(
+    """Returns a message fit for a terminal: names from a file may hold anything."""
+    line = "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode()
         for c in str(message)
     )
-    if len(said) <= LONGEST:
-        return said
-    return f"{said[: LONGEST // 2]} ... {said[-LONGEST // 2 :]}"
+    if len(line) <= LONGEST:
+        return line
+    return f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+
+
+def first_line(error):
+    """Returns the first line of an exception's message, or its kind if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class UserError(ValueError):

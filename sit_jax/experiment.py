@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+from ml_collections import ConfigDict
+from ml_collections.config_dict import RequiredValueError
 
 from sit_jax.config import build, difference, from_json, leaves, to_json
 from sit_jax.data.latent_cache import check_cache
@@ -18,10 +20,11 @@ from sit_jax.parallel.mesh import num_batch_shards
 from sit_jax.precision.policy import get_precision
 from sit_jax.ranges import FINITE, SEED, Above, AtLeast, Between
 from sit_jax.training.state import ema_rates
+from sit_jax.typing import Codec, Process, Sampler, TimestepSampler
 
 SAMPLING = ("model", "process", "sampler", "codec", "guidance", "adapter")
 TRAINING = (*SAMPLING, "optimizer", "timesteps")
-MOST_POSITIONS = 2**28  # numbers in a table of position embeddings, a GB of them
+MOST_NUMBERS = 2**24  # in an image: a stranger's config shall not fill the memory
 
 
 class Field(NamedTuple):
@@ -46,7 +49,7 @@ FIELDS = {
         "programs for numbers of visible tokens (MDT)", None, True
     ),
     "model.attention": Field("the program that computes attention", None, True),
-    "process": Field("Interpolant or Diffusion: the times, the noise and the loss"),
+    "process": Field("Interpolant or GaussianDiffusion: times, noise and loss"),
     "timesteps": Field("how times are drawn; None: as the process does"),
     "codec": Field("between images and what the network works on"),
     "vae": Field("VAE by name or path, to encode images and draw sheets", None, "set"),
@@ -57,7 +60,7 @@ FIELDS = {
     "synthetic": Field("whether random latents take the place of the data"),
     "optimizer": Field("an optax optimizer, with its learning rate or schedule"),
     "clip": Field("largest global norm of the gradient; None: any", Above(0.0)),
-    "adapter": Field("Lora: trains adapters over --init; None: the whole network"),
+    "adapter": Field("LoRA: trains adapters over --init; None: the whole network"),
     "workers": Field("processes that decode images; 0: threads", AtLeast(0), True),
     "batch_size": Field("images a step, over all devices", COUNT, True),
     "accumulate": Field("parts that a batch is gone through in", COUNT, True),
@@ -87,7 +90,6 @@ FIELDS = {
     "precision.vae": Field("exact, fast or bf16: of the VAE", None, True),
     "mesh": Field("devices along data, fsdp and tensor", None, True),
 }
-OPTIONAL = ("clip", "keep_last", "keep_every")
 OPTIMIZER_RANGES = {  # optax's names, of optimizers and schedules
     **dict.fromkeys(("learning_rate", "weight_decay"), Between(0.0, 100.0)),
     **dict.fromkeys(("b1", "b2", "b3", "eps", "eps_root"), Between(0.0, 1.0)),
@@ -110,12 +112,12 @@ class Experiment:
     guidance_channels: int
     ema_decay: float | tuple[float, ...] = 0.9999
     model: Any = None
-    process: Any = None
-    sampler: Any = None
-    codec: Any = None
+    process: Process | None = None
+    sampler: Sampler | None = None
+    codec: Codec | None = None
     guidance: Any = None
     optimizer: optax.GradientTransformation | None = None
-    timesteps: Any = None
+    timesteps: TimestepSampler | None = None
     adapter: Any = None
 
     @property
@@ -236,18 +238,20 @@ def describe(config):
     lines = []
     fields = {name.removesuffix(".make"): v for name, v in leaves(to_json(config))}
     for name, value in sorted(fields.items()):
-        *parts, _ = name.split(".")
-        parent = _value(config, ".".join(parts)) if parts else None
-        make = getattr(parent, "make", None)
-        if name in FIELDS or not make:
-            while name not in FIELDS:
-                name = name.rpartition(".")[0]
-            meaning = FIELDS[name].meaning
-        else:
-            meaning = f"{make.__module__.replace('.', '/')}.py: {make.__name__}"
         text = value["name"] if isinstance(value, dict) else value
-        lines.append(f"{name} = {text}".ljust(58) + f"  # {meaning}")
+        lines.append(f"{name} = {text}".ljust(58) + f"  # {_meaning(config, name)}")
     return lines
+
+
+def _meaning(config, name):
+    """Returns what a field means, or where its constructor is."""
+    parent = name.rpartition(".")[0]
+    make = _value(config, f"{parent}.make")
+    if name in FIELDS or not parent:
+        return FIELDS[name].meaning
+    if make:
+        return f"{make.__module__.replace('.', '/')}.py: {make.__name__}"
+    return _meaning(config, parent)
 
 
 def fixed_differences(before, now):
@@ -275,11 +279,8 @@ def _shape(config):
     is_whole = all(isinstance(side, int) and side in COUNT for side in shape)
     if len(shape) != 3 or not is_whole:
         raise UserError(f"shape {shape} is not (height, width, channels)")
-    model = config.model
-    patch, width = (_value(model, name) for name in ("patch", "width"))
-    if all(isinstance(value, int) and value > 0 for value in (patch, width)):
-        if (shape[0] // patch) * (shape[1] // patch) * width > MOST_POSITIONS:
-            raise UserError(f"shape {shape} is too large for patches of {patch}")
+    if np.prod(shape, dtype=float) > MOST_NUMBERS:
+        raise UserError(f"shape {shape} is too large for one image")
     return shape
 
 
@@ -291,8 +292,7 @@ def _check_fields(config):
     for name, bounds in ranges.items():
         value = _value(config, name)
         if bounds and isinstance(value, int | float) and value not in bounds:
-            words = ", or None for all" if name in OPTIONAL else ""
-            raise UserError(f"{name} is {value}; it takes {bounds}{words}")
+            raise UserError(f"{name} is {value}; it takes {bounds}")
 
 
 def check_reference(config):
@@ -313,11 +313,9 @@ def check_reference(config):
 
 def _value(node, name):
     """Returns a field's value by its dotted name; None where there is none (yet)."""
-    from ml_collections.config_dict import RequiredValueError
-
     for part in name.split("."):
         try:
-            node = node.get(part) if hasattr(node, "keys") else None
+            node = node.get(part) if isinstance(node, ConfigDict) else None
         except RequiredValueError:  # build() says which field needs a value
             return None
     return node.item() if isinstance(node, np.number) else node

@@ -21,7 +21,7 @@ from typing import Any
 
 from etils import epath
 
-from sit_jax.errors import UserError, hush
+from sit_jax.errors import UserError, first_line, hush
 
 AnyPath = Path | epath.Path
 PathLike = str | os.PathLike
@@ -53,12 +53,8 @@ def local_path(path: PathLike) -> Path:
         UserError: It is an address, which would name a folder like "gs:".
     """
     if match := re.match(r"([a-z][a-z0-9+.-]+)://", str(path)):
-        remedy = f"mount the {match[1]} storage"
-        if match[1] == "gs":
-            remedy = "gcloud storage cp it to a disk, or gcsfuse BUCKET DIR"
-        raise UserError(
-            f"{path}: only paths of files are taken here; {remedy}, and give that path"
-        )
+        copy = "gcloud storage cp or gcsfuse" if match[1] == "gs" else "copy or mount"
+        raise UserError(f"{path}: only paths of files are taken here; {copy} it first")
     return Path(path).expanduser()
 
 
@@ -331,14 +327,13 @@ def bucket_storage() -> Any:
 @functools.cache
 def require_bucket(name: str) -> None:
     """Refuses a bucket that cannot be reached, or not by this user."""
-    storage = bucket_storage()
     try:
-        storage.info(name)
+        bucket_storage().info(name)
     except FileNotFoundError as error:
         reason = "there is no such bucket, or it may not be seen"
         raise UserError(f"gs://{name}: {reason}; {_storage_remedy()}") from error
     except Exception as error:  # of half a dozen libraries
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = first_line(error)[:200]
         raise UserError(f"gs://{name}: {reason}; {_storage_remedy()}") from error
 
 
@@ -346,8 +341,7 @@ def describe_storage_error(error: BaseException) -> str | None:
     """Returns an exception of talking to a bucket in one line, None for any other."""
     if not f"{type(error).__module__}.".startswith(STORAGE_LIBRARIES):
         return None
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    return f"Google Cloud Storage: {reason}; {_storage_remedy()}"
+    return f"Google Cloud Storage: {first_line(error)[:200]}; {_storage_remedy()}"
 
 
 def _storage_remedy() -> str:

@@ -53,9 +53,9 @@ def test_as_path_refuses_what_is_no_bucket(name):
 def test_as_path_refuses_other_storage(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for ask in (as_path, checkpoint.find_step, fetch, lambda p: require_free(p, False)):
-        with pytest.raises(UserError, match=r"s3://b/x.*: only paths of files.* s3 st"):
+        with pytest.raises(UserError, match=r"s3://b/x.*: only paths of files"):
             ask("s3://b/x")
-    with pytest.raises(UserError, match="gs://bucket/x: .*gcsfuse BUCKET DIR"):
+    with pytest.raises(UserError, match="gs://bucket/x: .*gcsfuse"):
         local_path("gs://bucket/x")
     assert not list(tmp_path.iterdir())
 
