@@ -280,13 +280,13 @@ def from_json(value, role=None):
         key: _settable(from_json(item, role or key)) for key, item in value.items()
     }
     make = items.get("make")
-    if callable(make):
+    if callable(make) and not _is_constructor(make, ROLES[role]):
+        items["make"] = Unavailable(value["make"]["name"], role)
+    elif callable(make):
         fields = _fields(make)
         for old, new in RENAMED_FIELDS.items():
             if old in items and old not in fields and new in fields:
                 items[new] = items.pop(old)
-        if not _is_constructor(make, ROLES[role]):
-            items["make"] = Unavailable(value["make"]["name"], role)
     try:
         return ConfigDict(items, convert_dict=False)
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -93,7 +93,7 @@ def check_fields(make, fields):
     """
     try:
         parameters = signature(make, eval_str=True).parameters
-    except Exception:  # an annotation may be any text, and some callables have none
+    except (NameError, SyntaxError, TypeError, ValueError):  # any text, or no signature
         return
     for name, value in fields.items():
         hint = parameters[name].annotation if name in parameters else typing.Any
@@ -105,9 +105,7 @@ def check_fields(make, fields):
 
 def _fits(value, hint):
     """Whether a value fits an annotation; an unknown kind of annotation fits all."""
-    from sit_jax.typing import (
-        NamedFunction,
-    )  # it imports JAX, which data sources do not
+    from sit_jax.typing import NamedFunction  # it imports JAX, as sources do not
 
     kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
     if kind is typing.Annotated:
@@ -121,13 +119,16 @@ def _fits(value, hint):
         return callable(value)
     if isinstance(kind, type) and issubclass(kind, NamedFunction):
         return isinstance(value, kind)
+    if kind is bool:
+        return value in (False, True)
     if kind in (int, float):  # also of numpy and JAX, and a schedule in their place
         if not hasattr(value, "__float__"):
             return callable(value)
         return kind is float or float(value).is_integer()
     if kind is tuple:
-        each = value if inner[1:] == (...,) and isinstance(value, tuple | list) else ()
-        return isinstance(value, tuple | list) and all(_fits(v, inner[0]) for v in each)
+        if not isinstance(value, tuple | list):
+            return False
+        return inner[1:] != (...,) or all(_fits(item, inner[0]) for item in value)
     if kind is types.NoneType:
         return value is None
     return not (kind is str and isinstance(value, int | float | tuple))
@@ -150,7 +151,7 @@ def _words(hint):
     if kind is tuple:
         return "a tuple of numbers" if inner[:1] in ((int,), (float,)) else "a tuple"
     words = {Callable: f"a function ({ONLY_FILE})", types.NoneType: "None", str: "text"}
-    words |= {int: "a whole number", float: "a number"}
+    words |= {int: "a whole number", float: "a number", bool: "True or False"}
     return words.get(kind) or formatannotation(hint)
 
 

@@ -23,6 +23,19 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a script's main() in this process; returns exit code, stdout, stderr."""
+
+    def call(script, *words):
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            script.main()
+        return end.value.code, *capsys.readouterr()
+
+    return call
+
+
 @pytest.fixture(autouse=True)
 def no_process_outlives_its_test(monkeypatch):
     """One that fails in the middle leaves processes, and pipes that nobody closes.

@@ -1,17 +1,24 @@
-"""Ranges, as types of the command line and as annotations of a constructor."""
+"""Ranges, as types of the command line and as annotations of constructors."""
 
 import argparse
+import importlib
+import inspect
+import math
+import pkgutil
+import typing
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union
 
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from sit_jax.config import build, spec
+from sit_jax.config import ROLES, Unavailable, build, from_json, spec
 from sit_jax.errors import UserError
 from sit_jax.ranges import COUNT, FINITE, SEED, Above, AtLeast, Between, check_fields
+from sit_jax.typing import NamedFunction
 
 
 def make(
@@ -104,3 +111,82 @@ def test_ranges_read_words_of_the_command_line(bounds, good, bad, words):
         assert str(error.value).removeprefix(f"{word!r}").removeprefix(word) == (
             f": {words}"
         )
+
+
+# ---- generated from the annotations of all that a config may name ----
+
+WRONG = ("nonsense", -3, 1.5, math.nan, math.inf, ("nonsense",), object())
+
+
+def constructors():
+    """Yields what stored configs may name of ours, and schedules and optimizers."""
+    for role, rules in ROLES.items():
+        for package in rules.packages:
+            if package.startswith("sit_jax."):
+                path = importlib.import_module(package).__path__
+                for module in pkgutil.iter_modules(path, f"{package}."):
+                    yield from in_module(importlib.import_module(module.name), role)
+    yield from (optax.adamw, optax.sgd, optax.linear_schedule)
+    yield from (optax.warmup_cosine_decay_schedule, optax.cosine_decay_schedule)
+
+
+def in_module(module, role):
+    for name, value in vars(module).items():
+        is_own = getattr(value, "__module__", None) == module.__name__
+        if is_own and inspect.isclass(value) and not name.startswith("_"):
+            node = from_json({role: {"make": {"name": f"{module.__name__}.{name}"}}})
+            if not isinstance(node[role].make, Unavailable):
+                yield value
+
+
+def annotated_fields():
+    """Returns [(constructor, field, its annotation, wrong values)]."""
+    cases = []
+    for make in dict.fromkeys(constructors()):
+        for name, parameter in inspect.signature(
+            make, eval_str=True
+        ).parameters.items():
+            hint = parameter.annotation
+            wrong = [value for value in WRONG if is_wrong(value, hint)]
+            if wrong and name not in ("parent", "name"):
+                cases.append(
+                    pytest.param(make, name, wrong, id=f"{make.__name__}.{name}")
+                )
+    return cases
+
+
+def is_wrong(value, hint):
+    """Whether no reading of an annotation takes the value; unknown ones take all."""
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is Annotated:
+        ranges = [item for item in hint.__metadata__ if isinstance(item, Between)]
+        is_number = isinstance(value, int | float)
+        is_outside = is_number and any(value not in bounds for bounds in ranges)
+        return is_outside or is_wrong(value, inner[0])
+    if kind in (Union, UnionType):
+        return all(is_wrong(value, item) for item in inner)
+    if kind is Literal:
+        return value not in inner
+    if kind is Callable or (isinstance(kind, type) and issubclass(kind, NamedFunction)):
+        return not callable(value)
+    if kind is bool:
+        return value not in (0, 1)
+    if kind is int:
+        return not isinstance(value, int)
+    if kind is float:
+        return not isinstance(value, int | float)
+    if kind is tuple:
+        return not isinstance(value, tuple) or inner[:1] in ((int,), (float,))
+    if kind is str:
+        return isinstance(value, int | float | tuple)
+    return kind is NoneType
+
+
+@pytest.mark.parametrize("make, name, wrong", annotated_fields())
+def test_wrong_value_of_a_field_is_refused_in_one_line(make, name, wrong):
+    others = dict.fromkeys(set(spec(make)) - {"make"})  # None is taken everywhere
+    for value in wrong:
+        with pytest.raises(UserError) as refused:
+            build(spec(make, **{**others, name: value}))
+        assert f"{make.__name__}: {name} is " in str(refused.value)
+        assert "\n" not in str(refused.value)

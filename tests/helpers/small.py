@@ -15,7 +15,7 @@ import pytest
 from helpers import ROOT
 
 from sit_jax.checkpoint import save_step as save
-from sit_jax.cli import sample, train
+from sit_jax.cli import train
 from sit_jax.config import spec, to_json
 from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.models.codec import Pixels
@@ -118,20 +118,6 @@ def train_run(monkeypatch, capsys):
         return called(train.main, monkeypatch, capsys, *arguments)
 
     return train_run
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return checkpoint(tmp_path_factory.mktemp("weights"), config())
-
-
-@pytest.fixture
-def sample_run(monkeypatch, capsys, weights):
-    def sample_run(*arguments, weights=weights):
-        given = ("--weights", weights) if weights else ()
-        return called(sample.main, monkeypatch, capsys, *given, *arguments)
-
-    return sample_run
 
 
 def manifest(path):
