@@ -10,22 +10,17 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no accelerator is needed, so no
 
 import argparse
 import time
-from types import ModuleType
+from collections.abc import Mapping
 
 import jax
 
 from sit_jax import checkpoint
 from sit_jax import config as configs
 from sit_jax.cli.main import entry_point, make_parser, parse_args
-from sit_jax.convert import (
-    diffusers,
-    parity,
-    peft,
-    pretrained,
-    tensor_files,
-)
+from sit_jax.convert import peft, pretrained, tensor_files
 from sit_jax.convert.adapters import port_adapter
 from sit_jax.convert.checkpoint import open_torch_file
+from sit_jax.convert.diffusers import is_diffusers_folder
 from sit_jax.convert.export import (
     CheckpointExport,
     compare_tensors,
@@ -34,7 +29,7 @@ from sit_jax.convert.export import (
 )
 from sit_jax.convert.model_card import LAYOUTS, model_card, write_model_folder
 from sit_jax.convert.open import add_torch_flags, family_of
-from sit_jax.convert.state_dict import read_torch_file
+from sit_jax.convert.state_dict import StateDictSpec, read_torch_file
 from sit_jax.errors import UserError
 from sit_jax.files import (
     as_path,
@@ -56,33 +51,27 @@ def main() -> int:
     """Runs port_weights.py with the arguments of the process; returns the exit code."""
     args, overrides = parse_args(_parser())
     begin = time.perf_counter()
+    target = args.target = require_free(args.target, args.overwrite)
     if pretrained.find(args.source):
-        require_free(args.target, args.overwrite)
         args.family = family_of(args.source, args.family)
         args.source = pretrained.fetch(args.source)
-    is_adapter = bool(args.adapter or args.base)
-    is_adapter = is_adapter or peft.is_adapter_folder(args.source)
+    is_adapter = bool(args.adapter or args.base or peft.is_adapter_folder(args.source))
     is_torch = not is_adapter and _is_torch_source(args)
     _refuse_meaningless(args, overrides, is_adapter, is_torch)
-    _figure_paths(args)  # refused before anything is read
-    original = args.reference and parity.import_original(args.reference)
-    with multihost.lock_output(args.target):
+    args.figures = {path: read_json(path) for path in args.figures or ()}
+    if is_adapter or is_torch:
+        _require_replaceable(target)
+    with multihost.lock_output(target):
         if is_adapter:
-            lines = port_adapter(
-                args.source,
-                args.target,
-                step=args.step,
-                kind=args.adapter,
-                base=args.base,
-                overwrite=args.overwrite,
-            )
+            kind, base, step = args.adapter, args.base, args.step
+            lines = port_adapter(args.source, target, kind=kind, base=base, step=step)
             print(*lines, sep="\n")
         elif is_torch:
-            to_checkpoint(args, overrides, original)
+            to_checkpoint(args, overrides)
         elif args.to:
             to_folder(args)
         else:
-            to_torch_file(args, original)
+            to_torch_file(args)
     memory = (hardware.peak_memory() or 0) / 1e9
     print(f"{time.perf_counter() - begin:.1f} s, peak memory {memory:.2f} GB")
     return 0
@@ -99,7 +88,6 @@ def _parser():
     add("--step", type=AtLeast(0), metavar="N", help=step_help)
     add("--to", choices=LAYOUTS, help="a folder, instead of a .pt")
     add("--figures", metavar="FILE", nargs="+", help="of evaluate.py, for the card")
-    add("--reference", metavar="DIR", help="clone of SiT or DiT to compare with")
     add("--adapter", choices=("peft", "diffusers", "merged"), help="what LoRA becomes")
     add("--base", metavar="DIR", help="workdir or checkpoint that LoRA files belong to")
     add("--overwrite", action="store_true")
@@ -109,23 +97,20 @@ def _parser():
 def _is_torch_source(args):
     """Tells from the two paths whether torch weights become a checkpoint."""
     source, target, to = as_path(args.source), as_path(args.target), args.to
-    suffixes = tensor_files.SUFFIXES
     if not source.exists():
         raise UserError(
             f"nothing at {source}; name a torch file, a workdir or a checkpoint"
         )
-    is_torch = not source.is_dir() or diffusers.is_diffusers_folder(source)
-    is_file = target.suffix in suffixes
-    if is_torch and to:
-        raise UserError(f"--to {to} is for a checkpoint; {source} is none")
+    is_torch = not source.is_dir() or is_diffusers_folder(source)
+    is_file = target.suffix in tensor_files.SUFFIXES
+    if to and (is_torch or is_file):
+        raise UserError(f"--to {to} writes a folder, of a checkpoint: not {target}")
     if is_torch and is_file:
         raise UserError(f"{source} and {target} are both torch files; name a directory")
-    if to and is_file:
-        raise UserError(f"--to {to} writes a folder, not {target}")
-    if not is_torch and not is_file and not to:
+    if not (is_torch or is_file or to):
         raise UserError(
             f"{source} and {target} are both directories; name a "
-            f"{', '.join(suffixes)}, or --to {' or '.join(LAYOUTS)}"
+            f"{', '.join(tensor_files.SUFFIXES)}, or --to {' or '.join(LAYOUTS)}"
         )
     return is_torch
 
@@ -136,33 +121,30 @@ def _refuse_meaningless(args, overrides, is_adapter, is_torch):
         raise UserError(f"{overrides[0]} changes a --config, and none is given")
     source, reasons = args.source, {}
     if is_torch or (is_adapter and peft.is_adapter_folder(source)):
-        reasons["step"] = f" is for a checkpoint, not {source}"
+        reasons["step"] = f"is for a checkpoint, not {source}"
     if is_torch:
-        reasons["figures"] = " goes into the card of an export"
+        reasons["figures"] = "goes into the card of an export"
     else:
-        own = f": {source} brings its own config"
+        own = f"is for a torch file: {source} brings its own config"
         reasons |= dict.fromkeys(("family", "heads", "config"), own)
     if is_adapter:
-        network = " is for a network, not for adapters"
-        reasons |= dict.fromkeys(("to", "reference", "figures"), network)
-    elif args.to:
-        reasons["reference"] = " is for a .pt, not for --to"
+        reasons |= dict.fromkeys(("to", "figures"), "is for a network, not for LoRA")
     for name, reason in reasons.items():
-        if (value := getattr(args, name)) is not None:
-            value = value[0] if name == "figures" else value
-            raise UserError(f"--{name} {value}{reason}")
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name} {reason}")
 
 
-def to_checkpoint(
-    args: argparse.Namespace, overrides: list[str], original: ModuleType | None = None
-) -> None:
+def _require_replaceable(target):
+    """Refuses a folder that holds anything but steps of a checkpoint and adapters."""
+    names = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    others = names - {peft.CONFIG, peft.WEIGHTS, peft.DIFFUSERS}
+    if others := sorted(name for name in others if not name.isdecimal()):
+        raise UserError(f"{target} is not overwritten: it also holds {others[0]}")
+
+
+def to_checkpoint(args: argparse.Namespace, overrides: list[str]) -> None:
     """Converts a torch file or diffusers folder into a checkpoint directory."""
-    target = require_free(args.target, args.overwrite)
-    children = target.iterdir() if target.is_dir() else ()
-    if others := [child.name for child in children if not child.name.isdecimal()]:
-        raise UserError(
-            f"{target} is not overwritten: it holds {', '.join(others)}, no checkpoint"
-        )
+    target = args.target
     config = args.config and configs.load(args.config)
     if config:
         configs.override(config, overrides)
@@ -181,27 +163,25 @@ def to_checkpoint(
         checkpoint.save_step(name, meta["step"], meta, **items)
         del items
         print("reading it back", flush=True)
-        export = CheckpointExport(name, meta["step"])
-        parts = file.parts()
-        compared = compare_tensors(export.tensors(*parts), parts)
-        _print_parity(original, export, file.ema)
-    _print_network(export, file.ema.dtypes)
+        export, parts = CheckpointExport(name, meta["step"]), file.parts()
+        hashes = compare_tensors(export.tensors(*parts), parts)
+    _print_network(export.spec, file.ema.dtypes)
     if file.ignored:
         print(f"left out: {', '.join(file.ignored)}")
-    _print_comparison(compared, target, f"{file.path}, {file.layout}")
-    print(
-        f"{meta['sha256']}  {file.path}", f"{ema_hash}  ema, as sample.py's", sep="\n"
-    )
-    print(f"{target}/{meta['step']}")
+    _print_parts(parts, hashes)
+    print(f"{meta['sha256']}  {file.path}, {file.layout}")
+    print(f"{ema_hash}  ema, as sample.py's", f"{target}/{meta['step']}", sep="\n")
 
 
-def to_torch_file(args: argparse.Namespace, original: ModuleType | None = None) -> None:
+def to_torch_file(args: argparse.Namespace) -> None:
     """Converts a step of a checkpoint into a torch file, or the files of MDT's run."""
-    target = require_free(args.target, args.overwrite)
+    target = args.target
     export = _open_checkpoint(args)
     files, parts, left_out = export.torch_files(target)
-    names = [*files, f"{target.name}.md"]
-    paths = [require_free(target.with_name(n), args.overwrite) for n in names]
+    card = f"{target.name}.md"
+    paths = [
+        require_free(target.with_name(name), args.overwrite) for name in [*files, card]
+    ]
     arrays = [array for part in parts.values() for array in part.values()]
     require_space(target, sum(array.nbytes for array in arrays))
     with atomic_writes(paths) as folder:
@@ -209,46 +189,33 @@ def to_torch_file(args: argparse.Namespace, original: ModuleType | None = None) 
             print(f"writing {target.with_name(name)}", flush=True)
             tensor_files.write(folder / name, content)
         print("reading it back", flush=True)
-        written = read_torch_file(folder / target.name)
-        written_parts = written.parts()
-        theirs = {part: written_parts[part] for part in parts}
-        compared = compare_tensors(flatten_parts(parts), theirs)
-        _print_parity(original, export, written.ema)
-        shas = {name: sha256(folder / name) for name in files}
-        text = model_card(
-            export,
-            name=target.name,
-            shas=shas,
-            figures=_figure_paths(args),
-            is_training_file="opt" in files[target.name],
+        written = read_torch_file(folder / target.name).parts()
+        hashes = compare_tensors(
+            flatten_parts(parts), {part: written[part] for part in parts}
         )
-        (folder / names[-1]).write_text(text)
-    _print_network(export, ["float32"])
+        shas = {name: sha256(folder / name) for name in files}
+        key = '["ema"]' if "opt" in files[target.name] else ""
+        text = model_card(export, target.name, shas, figures=args.figures, key=key)
+        (folder / card).write_text(text)
+    _print_network(export.spec, ["float32"])
     if left_out:
         print(f"written: {left_out}")
-    _print_comparison(compared, export, target)
+    _print_parts(parts, hashes)
     for name, sha in shas.items():
         print(f"{sha}  {target.with_name(name)}")
 
 
 def to_folder(args: argparse.Namespace) -> None:
     """Converts a step of a checkpoint into a folder for the Hugging Face Hub."""
-    target = require_free(args.target, args.overwrite)
+    target = args.target
     export = _open_checkpoint(args)
     shapes = export.spec.param_shapes.values()
     require_space(target, sum(4 * leaf.size for leaf in shapes))
     with atomic_write(target) as folder:
         print(f"writing {target}", flush=True)
-        compared, lines = write_model_folder(
-            folder,
-            export,
-            args.to,
-            name=target.name,
-            figures=_figure_paths(args),
-        )
-    _print_network(export, ["float32"])
-    _print_comparison(compared, export, target)
-    print(*lines, target, sep="\n")
+        gap = write_model_folder(folder, export, args.to, target.name, args.figures)
+    _print_network(export.spec, ["float32"])
+    print(*filter(None, [gap]), target, sep="\n")
 
 
 def _open_checkpoint(args):
@@ -258,19 +225,8 @@ def _open_checkpoint(args):
     return CheckpointExport(directory, step)
 
 
-def _figure_paths(args):
-    """Returns the paths of evaluate.py's JSON files, which can be read."""
-    paths = [as_path(path) for path in args.figures or ()]
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"--figures: no file at {path}")
-        read_json(path)
-    return paths
-
-
-def _print_network(export, dtypes):
+def _print_network(spec: StateDictSpec, dtypes: list[str]) -> None:
     """Prints the network and a row for each stack of layers."""
-    spec = export.spec
     model, shape = spec.model, " x ".join(map(str, spec.shape))
     print(
         f"{type(model).__name__}: depth {model.depth}, width {model.width}, heads "
@@ -289,23 +245,11 @@ def _print_network(export, dtypes):
     print(format_columns(rows))
 
 
-def _print_comparison(compared, left, right):
-    rows = [("part", "tensors", "largest difference", "sha256 of the tensors")]
-    for part, sides in compared.items():
-        rows.append((part, sides.num_tensors, f"{sides.max_difference:g}", sides.left))
-        rows.append(("", "", "", sides.right))
+def _print_parts(parts: Mapping[str, Mapping], hashes: Mapping[str, str]) -> None:
+    """Prints what was compared with what was read back, and is the same."""
+    rows = [("part", "tensors", "sha256, the same on both sides")]
+    rows += [(part, len(parts[part]), sha) for part, sha in hashes.items()]
     print(format_columns(rows))
-    print(f"upper of each two: {left}", f"lower: {right}", sep="\n")
-
-
-def _print_parity(original, export, state):
-    if original is None:
-        return
-    differences = parity.compare_stages(
-        original, export.spec.model, export.spec.shape, state, export.ema()
-    )
-    print(f"relative L2 difference to the network of {original.__file__}:")
-    print(format_columns((stage, f"{value:.1e}") for stage, value in differences))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from sit_jax.convert.open import (
 from sit_jax.convert.rules import rules_for
 from sit_jax.errors import UserError
 from sit_jax.experiment import build_experiment
-from sit_jax.files import atomic_write, require_free
+from sit_jax.files import atomic_write
 from sit_jax.manifest import weights_hash
 from sit_jax.parallel.mesh import make_mesh, replicated
 
@@ -185,7 +185,6 @@ def port_adapter(
     kind: str | None = None,
     base: str | Path | None = None,
     step: int | None = None,
-    overwrite: bool = False,
 ) -> list[str]:
     """Moves LoRA between a checkpoint and files, or merges it into its base.
 
@@ -195,18 +194,10 @@ def port_adapter(
       kind: peft, diffusers, merged, or None for files that become a checkpoint.
       base: of files, the workdir or checkpoint that they belong to.
       step: of a checkpoint; default: the newest.
-      overwrite: replaces adapters in target.
 
     Returns:
       lines that say what was written.
     """
-    target = require_free(target, overwrite)
-    ours = {peft.CONFIG, peft.WEIGHTS, peft.DIFFUSERS}
-    names = {path.name for path in target.iterdir()} if target.is_dir() else set()
-    if foreign := [name for name in names - ours if not name.isdecimal()]:
-        raise UserError(
-            f"{target} is not overwritten: it holds {foreign[0]}, no adapter"
-        )
     if kind in ("peft", "diffusers"):
         with atomic_write(target) as folder:
             folder.mkdir()

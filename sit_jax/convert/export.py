@@ -5,7 +5,6 @@ copy of what is being converted.
 """
 
 import argparse
-import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -214,52 +213,33 @@ def flatten_parts(
             yield part, name, array
 
 
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """One part of a conversion, seen from both sides.
-
-    Attributes:
-        num_tensors: in the part.
-        max_difference: the largest of all numbers.
-        left: sha256 over the tensors' names, shapes and bytes, whatever their order.
-        right: that of the other side.
-    """
-
-    num_tensors: int
-    max_difference: float
-    left: str
-    right: str
-
-
 def compare_tensors(
     tensors: Iterable[tuple[str, str, np.ndarray]], parts: Mapping[str, Mapping]
-) -> dict[str, Comparison]:
+) -> dict[str, str]:
     """Compares (part, name, array)s with {part: state dict}, tensor by tensor.
+
+    Returns:
+        The sha256 of each part: of its tensors' names, shapes and bytes, in any order.
 
     Raises:
         UserError: a bit differs, or a tensor is missing.
     """
-    hashes = {part: ([], []) for part in parts}
-    differences = dict.fromkeys(parts, 0.0)
-    for part, name, left in tensors:
-        right = parts[part][name]
-        for lines, array in zip(hashes[part], (left, right), strict=True):
-            sha = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
-            lines.append(f"{name} {array.shape} {array.dtype} {sha}\n")
-        if hashes[part][0][-1] != hashes[part][1][-1]:
-            differences[part] = max(differences[part], _max_difference(left, right))
-    comparisons = {}
-    for part, sides in hashes.items():
-        if len(sides[0]) != (count := len(parts[part])):
-            raise UserError(f"{part}: {len(sides[0])} tensors came back of {count}")
-        left, right = (
-            hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
-            for lines in sides
-        )
-        if left != right:
-            raise UserError(f"{part} came back different by up to {differences[part]}")
-        comparisons[part] = Comparison(count, differences[part], left, right)
-    return comparisons
+    lines = {part: [] for part in parts}
+    for part, name, array in tensors:
+        line = _describe_tensor(name, array)
+        if line != _describe_tensor(name, parts[part][name]):
+            raise UserError(f"{part}: {name} came back different")
+        lines[part].append(line)
+    for part, state in parts.items():
+        if (count := len(lines[part])) != len(state):
+            raise UserError(f"{part}: {count} tensors came back of {len(state)}")
+    text = {part: "".join(sorted(lines[part])).encode() for part in parts}
+    return {part: hashlib.sha256(text[part]).hexdigest() for part in parts}
+
+
+def _describe_tensor(name: str, array: np.ndarray) -> str:
+    sha = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+    return f"{name} {array.shape} {array.dtype} {sha}\n"
 
 
 def format_columns(rows: Iterable[Sequence]) -> str:
@@ -272,10 +252,3 @@ def format_columns(rows: Iterable[Sequence]) -> str:
         ).rstrip()
         for row in rows
     )
-
-
-def _max_difference(left, right):
-    if left.shape != right.shape:
-        return float("inf")
-    difference = np.abs(np.subtract(left, right, dtype=np.float64))
-    return float(np.nanmax(difference, initial=0))

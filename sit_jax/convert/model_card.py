@@ -7,8 +7,9 @@ our config beside them.
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,15 +23,14 @@ from sit_jax.convert.diffusers import (
 )
 from sit_jax.convert.export import (
     CheckpointExport,
-    Comparison,
     compare_tensors,
     flatten_parts,
 )
 from sit_jax.convert.pretrained import PRETRAINED
 from sit_jax.convert.state_dict import read_torch_file
-from sit_jax.errors import UserError
-from sit_jax.files import read_json, sha256
+from sit_jax.files import sha256, write_json
 from sit_jax.models.dit import DiT
+from sit_jax.models.mdt import MDT
 
 LAYOUTS = ("diffusers", "released")
 TORCH_LOADING = """import argparse, safetensors.torch, torch
@@ -49,50 +49,45 @@ def write_model_folder(
     folder: Path,
     export: CheckpointExport,
     layout: str,
-    *,
     name: str,
-    figures: Sequence[Path] = (),
-) -> tuple[dict[str, Comparison], list[str]]:
-    """Writes a checkpoint's EMA as a folder, and reads it back.
+    figures: Mapping[str, Any],
+) -> str | None:
+    """Writes a checkpoint's EMA as a folder, and compares it with what is read back.
 
     Args:
-      folder: does not exist yet.
-      export: the checkpoint.
-      layout: one of LAYOUTS.
-      name: what the folder will be called.
-      figures: JSON files that evaluate.py wrote, for the card.
+        folder: does not exist yet.
+        export: the checkpoint.
+        layout: one of LAYOUTS.
+        name: what the folder will be called.
+        figures: what evaluate.py wrote, by file name, for the card.
 
     Returns:
-      the comparison by part with what was read back, and lines to print.
+        A sentence on how far diffusers' numbers are from the network's, if it is for
+        diffusers.
     """
     model, shape = export.spec.model, export.spec.shape
+    config, gap, file = (
+        export.weights.meta["config"],
+        None,
+        folder / "model.safetensors",
+    )
     is_diffusers = layout == "diffusers"
-    config = (
-        diffusers_config(model, shape)
-        if is_diffusers
-        else export.weights.meta["config"]
-    )
-    gap = (
-        describe_gap(numeric_gap(model, shape, export.ema())) if is_diffusers else None
-    )
+    if is_diffusers:
+        config, file = diffusers_config(model, shape), folder / WEIGHTS
+        gap = describe_gap(numeric_gap(model, shape, export.ema()))
     folder.mkdir(parents=True)
     parts = export.state_dicts("ema")
-    tensors = to_diffusers_state(parts["ema"]) if is_diffusers else parts["ema"]
-    file = folder / (WEIGHTS if is_diffusers else "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tensor_files.write(file, tensors)
-    del tensors
+    write_json(folder / "config.json", config)
+    state = to_diffusers_state(parts["ema"]) if is_diffusers else parts["ema"]
+    tensor_files.write(file, state)
+    del state
     written = read_diffusers_folder(folder) if is_diffusers else read_torch_file(file)
-    comparisons = compare_tensors(flatten_parts(parts), {"ema": written.ema})
-    text = model_card(
-        export,
-        name=name if is_diffusers else f"{name}/{file.name}",
-        shas={file.name: sha256(file)},
-        figures=figures,
-        diffusers_gap=gap,
-    )
-    (folder / "README.md").write_text(text)
-    return comparisons, [gap] if gap else []
+    compare_tensors(flatten_parts(parts), {"ema": written.ema})
+    name = name if is_diffusers else f"{name}/{file.name}"
+    shas = {file.name: sha256(file)}
+    card = model_card(export, name, shas, figures=figures, diffusers_gap=gap)
+    (folder / "README.md").write_text(card)
+    return gap
 
 
 def numeric_gap(
@@ -130,57 +125,59 @@ def describe_gap(gap: Mapping[int, float]) -> str:
 
 def model_card(
     export: CheckpointExport,
-    *,
     name: str,
     shas: Mapping[str, str],
-    figures: Sequence[Path] = (),
+    *,
+    figures: Mapping[str, Any],
     diffusers_gap: str | None = None,
-    is_training_file: bool = False,
+    key: str = "",
 ) -> str:
     """Returns a model card: Markdown under the Hub's metadata.
 
     Args:
-      export: the checkpoint.
-      name: what the weights will be called.
-      shas: sha256 by file name.
-      figures: JSON files that evaluate.py wrote.
-      diffusers_gap: of a folder for diffusers, the sentence about its numbers.
-      is_training_file: whether the weights are a dict as the originals' train.py saves.
+        export: the checkpoint.
+        name: what the weights will be called.
+        shas: sha256 by file name.
+        figures: what evaluate.py wrote, by file name.
+        diffusers_gap: of a folder for diffusers, the sentence about its numbers.
+        key: what leads to the state dict in a .pt: ["ema"], or nothing.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    model, meta, shape = export.spec.model, export.weights.meta, export.spec.shape
-    family = type(model).__name__
-    flags = ""
+    model, meta = export.spec.model, export.weights.meta
+    family, library, flags = type(model).__name__, "sit_jax", ""
     if diffusers_gap is not None:
+        library = "diffusers"
         loading = DIFFUSERS_LOADING.format(name=name, gap=diffusers_gap)
     else:
         state_dict = f'safetensors.torch.load_file("{name}")'
         if name.endswith(".pt"):
-            state_dict = f'torch.load("{name}", weights_only=True)'
-            state_dict += '["ema"]' if is_training_file else ""
-        arguments = ", ".join(f"{n}={v}" for n, v in _torch_arguments(model, shape))
+            state_dict = f'torch.load("{name}", weights_only=True){key}'
+        arguments = original_arguments(model, export.spec.shape)
         loading = TORCH_LOADING.format(
-            family=family, arguments=arguments, state_dict=state_dict
+            family=family,
+            arguments=", ".join(f"{name}={value}" for name, value in arguments.items()),
+            state_dict=state_dict,
         )
         if family in ("SiT", "DiT"):  # a bare file does not tell which
             flags = f" --family {family.lower()} --heads {model.heads}"
     sampling = f"python sample.py --weights {name}{flags} --out samples.png"
     licence, tag = licence_of(meta.get("from"))
+    measured = [f"`{path}`:\n\n{_json_block(table)}" for path, table in figures.items()]
     sections = {
-        "Architecture": _table(_architecture(model, export.spec)),
+        "Architecture": _table(_architecture(export.spec)),
         "Origin": _table(_origin(export, shas)),
         "Licence": licence,
         "Loading": f"```python\n{loading}\n```\nor, here:\n```\n{sampling}\n```",
-        "Figures": _figures(figures),
+        "Figures": "\n\n".join(measured) or "None were measured for this export.",
         "Training": "The whole config, as sit_jax stores it:\n\n"
         + _json_block(meta["config"]),
     }
     body = (f"## {title}\n\n{text}\n" for title, text in sections.items())
-    library = "diffusers" if diffusers_gap is not None else "sit_jax"
     data = ModelCardData(license=tag, library_name=library, tags=[family.lower()])
-    content = "\n".join([f"---\n{data.to_yaml()}\n---\n", f"# {name}\n", *body])
-    return str(ModelCard(content))
+    return str(
+        ModelCard("\n".join([f"---\n{data.to_yaml()}\n---\n", f"# {name}\n", *body]))
+    )
 
 
 def licence_of(source: str | None) -> tuple[str, str | None]:
@@ -198,13 +195,13 @@ def licence_of(source: str | None) -> tuple[str, str | None]:
     return f"Converted from `{source}`: the licence of that file holds.", None
 
 
-def _architecture(model, spec):
-    count = sum(math.prod(leaf.shape) for leaf in spec.param_shapes.values())
-    names = ("depth", "width", "heads", "patch", "mlp_ratio", "classes", "learn_sigma")
-    names += ("decoder", "frequency_shift", "norm2_epsilon")
-    own = {field.name for field in dataclasses.fields(model)}
-    rows = {"network": type(model).__name__, "trained parameters": f"{count:,}"}
-    rows |= {name: getattr(model, name) for name in names if name in own}
+def _architecture(spec):
+    count = sum(math.prod(shape) for shape in spec.trained.values())
+    rows = {"network": type(spec.model).__name__, "trained parameters": f"{count:,}"}
+    fields = ("depth", "width", "heads", "patch", "mlp_ratio", "classes", "learn_sigma")
+    fields += ("decoder", "frequency_shift", "norm2_epsilon")
+    own = {field.name for field in dataclasses.fields(spec.model)}
+    rows |= {name: getattr(spec.model, name) for name in fields if name in own}
     return rows | {"data": " x ".join(map(str, spec.shape))}
 
 
@@ -218,26 +215,21 @@ def _origin(export, shas):
     return rows | {f"sha256 of {name}": sha for name, sha in shas.items()}
 
 
-def _figures(paths):
-    blocks = []
-    for path in paths:
-        try:
-            blocks.append(f"`{path.name}`:\n\n{_json_block(read_json(path))}")
-        except (OSError, UserError) as error:
-            raise UserError(f"--figures {path}: no JSON to read") from error
-    return "\n\n".join(blocks) or "None were measured for this export."
-
-
-def _torch_arguments(model, shape):
-    """Arguments of the originals' constructor."""
-    height, _, channels = shape
-    yield from (("input_size", height), ("patch_size", model.patch))
-    yield from (("in_channels", channels), ("hidden_size", model.width))
-    yield from (("depth", model.depth), ("num_heads", model.heads))
-    yield from (("mlp_ratio", model.mlp_ratio), ("num_classes", model.classes))
-    yield "learn_sigma", model.learn_sigma
-    if any(field.name == "decoder" for field in dataclasses.fields(model)):
-        yield "decode_layer", model.decoder
+def original_arguments(model: DiT | MDT, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Returns the arguments of the original's constructor for a network."""
+    arguments = {
+        "input_size": shape[0],
+        "patch_size": model.patch,
+        "in_channels": shape[2],
+        "hidden_size": model.width,
+        "depth": model.depth,
+        "num_heads": model.heads,
+        "mlp_ratio": model.mlp_ratio,
+        "num_classes": model.classes,
+        "learn_sigma": model.learn_sigma,
+    }
+    decoder = {"decode_layer": model.decoder} if isinstance(model, MDT) else {}
+    return arguments | decoder
 
 
 def _json_block(value):

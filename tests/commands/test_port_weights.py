@@ -27,7 +27,6 @@ from sit_jax.trainer.loop import train
 BARE = FOLDER / "weights" / "sit_a.pt"
 FULL = FOLDER / "weights" / "train_sit_full.pt"
 SIT_A = ("--family", "sit", "--heads", 4)
-PLAIN = ROOT / "tests" / "plain_torch"
 
 
 @pytest.fixture
@@ -61,10 +60,7 @@ def test_a_released_file_goes_in_and_out(tmp_path, port):
     )
     assert re.search(r"^pos_embed +1 +\(1, 16, 40\) +\(constant, spare\)$", out, re.M)
     for part in ("model", "ema"):
-        ours, theirs = re.search(
-            rf"^{part} +32 +0 +(\w+)\n +(\w+)$", out, re.M
-        ).groups()
-        assert ours == theirs
+        assert re.search(rf"^{part} +32 +\w{{64}}$", out, re.M)
     assert f"{hashlib.sha256(BARE.read_bytes()).hexdigest()}  {BARE}" in out
     params, _ = to_flax(DIT_RULES, weights("sit_a"))
     assert f"{weights_hash(params)}  ema, as sample.py's" in out
@@ -81,7 +77,7 @@ def test_a_released_file_goes_in_and_out(tmp_path, port):
 def test_a_run_of_the_original_goes_out_as_it_came(tmp_path, port, ported):
     code, out, _ = port(ported / "full", tmp_path / "x.pt")
     assert code == 0
-    assert re.search(r"^exp_avg_sq +31 +0 ", out, re.M)
+    assert re.search(r"^exp_avg_sq +31 +\w{64}$", out, re.M)
     ours, theirs = read_torch_file(tmp_path / "x.pt"), read_torch_file(FULL)
     assert (ours.layout, ours.args, ours.adam.group) == (
         theirs.layout,
@@ -128,7 +124,7 @@ def test_a_directory_is_replaced_only_if_asked_and_only_a_checkpoint(
     (tmp_path / "ck" / "notes.txt").touch()
     code, _, err = port(BARE, tmp_path / "ck", *SIT_A, "--overwrite")
     assert code == 2
-    assert "not overwritten: it holds notes.txt" in err
+    assert "not overwritten: it also holds notes.txt" in err
     assert (tmp_path / "ck" / "0" / "ema").is_dir()
 
 
@@ -153,7 +149,7 @@ def test_what_comes_back_different_is_not_kept(tmp_path, port, ported, monkeypat
     monkeypatch.setattr(tensor_files, "write", wrong)
     code, _, err = port(ported / "bare", tmp_path / "x.pt")
     assert code == 2
-    assert "ema came back different by up to 1" in err
+    assert "ema: final_layer.linear.bias came back different" in err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -163,38 +159,6 @@ def test_the_step_can_be_chosen(tmp_path, port, ported):
     assert f"{tmp_path}/ck/40" in port(tmp_path / "ck", tmp_path / "x.pt")[1]
     out = port(tmp_path / "ck", tmp_path / "y.pt", "--step", 20)[1]
     assert f"{tmp_path}/ck/20" in out
-
-
-@pytest.mark.parametrize("family", ["sit", "dit"])
-def test_the_networks_are_compared_stage_by_stage(tmp_path, port, family):
-    source = FOLDER / "weights" / f"{family}_a.pt"
-    flags = ("--family", family, "--heads", 4, "--reference", PLAIN)
-    code, out, _ = port(source, tmp_path / "ck", *flags)
-    assert code == 0
-    stages = dict(re.findall(r"^([a-z ]+\d?) +([\d.]+e[+-]\d\d)$", out, re.M))
-    stages = {name.strip(): float(value) for name, value in stages.items()}
-    names = ["patches", "time and label", "block 0", "block 1", "final layer", "output"]
-    assert list(stages) == names
-    # float32 rounding; DiT's times go to 999, where the last bit of a frequency counts
-    assert max(stages.values()) < (2e-6 if family == "sit" else 2e-5)
-
-
-def test_a_network_that_computes_something_else_is_seen(tmp_path, port):
-    (tmp_path / "clone").mkdir()
-    code = (PLAIN / "models.py").read_text()
-    wrong = code.replace("* (1 + scale2) + shift2", "* (1 + shift2) + scale2")
-    (tmp_path / "clone" / "models.py").write_text(wrong)
-    flags = (*SIT_A, "--reference", tmp_path / "clone")
-    out = port(BARE, tmp_path / "ck", *flags)[1]
-    value = lambda stage: float(re.search(rf"^{stage} +(\S+)$", out, re.M)[1])
-    assert value("time and label") < 1e-6
-    assert value("block 0") > 1e-2
-
-
-def clone(folder, text):
-    folder.mkdir()
-    (folder / "models.py").write_text(text)
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -208,24 +172,22 @@ def clone(folder, text):
         ([BARE, "OUT", "--family", "sit"], "divisor of width 40: 1, 2, 4"),
         ([BARE, "OUT", "--family", "mdt"], "--family 'mdt' \\(one of"),
         ([FULL, "OUT", "--family", "dit"], "--family says dit, but .* says sit"),
-        ([BARE, "OUT", *SIT_A, "--step", "3"], "--step 3 is for a checkpoint"),
+        ([BARE, "OUT", *SIT_A, "--step", "3"], "--step is for a checkpoint"),
         ([BARE, "OUT", *SIT_A, "--config.seed=1"], "changes a --config, and none"),
         ([BARE, "OUT", "--config", "configs/dit.py:S/2"], "the config does not fit"),
-        (["BARE", "OUT.pt", "--family", "sit"], "--family sit: .* own config"),
+        (
+            ["BARE", "OUT.pt", "--family", "sit"],
+            "--family is for a torch file: .* own config",
+        ),
         (["BARE", "OUT.pt", "--step", "7"], "no checkpoint of step 7"),
         (["EMPTY", "OUT.pt"], "no checkpoint in .*; it holds no step directory"),
         ([ROOT / "README.md", "OUT"], "README.md does not end in .pt"),
-        ([BARE, "OUT", *SIT_A, "--reference", "EMPTY"], "no .*models.py; give a clone"),
-        ([BARE, "OUT", *SIT_A, "--reference", "TIMM"], "No module named 'timmm'"),
-        ([BARE, "OUT", *SIT_A, "--reference", "OTHER"], "models.py has no SiT"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(tmp_path, port, ported, arguments, told):
     places = {"OUT": tmp_path / "out", "OUT.pt": tmp_path / "out.pt"}
     places |= {"BARE": ported / "bare", "EMPTY": tmp_path / "empty"}
     places["EMPTY"].mkdir()
-    places["TIMM"] = clone(tmp_path / "timm", "from timmm.models import Block\n")
-    places["OTHER"] = clone(tmp_path / "other", "class UNet: pass\n")
     words = [places.get(word, word) for word in arguments]
     code, out, err = port(*words)
     assert code == 2

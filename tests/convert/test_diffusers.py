@@ -188,14 +188,17 @@ def test_other_networks_are_refused(exported, tmp_path, port, names, fields, sai
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["CK", "x.pt", "--to", "diffusers"], "--to diffusers writes a folder"),
-        (["HUB", "OUT", "--to", "released"], "is for a checkpoint"),
+        (
+            ["CK", "x.pt", "--to", "diffusers"],
+            "--to diffusers writes a folder, of a checkpoint",
+        ),
+        (["HUB", "OUT", "--to", "released"], "--to released writes a folder"),
         (["CK", "OUT"], "or --to diffusers or released"),
         (["CK", "OUT", "--to", "onnx"], "--to 'onnx' (one of 'diffusers', 'released')"),
-        (["HUB", "OUT", "--figures", "f.json"], "the card of an export"),
+        (["HUB", "OUT", "--figures", "f.json"], "goes into the card of an export"),
         (
             ["CK", "OUT", "--to", "released", "--figures", "no.json"],
-            "no file at no.json",
+            "no.json: No such file",
         ),
         (["HUB", "OUT", "--heads", 8], "heads: --heads says 8, but"),
         (["HUB", "OUT", "--family", "sit"], "by its config.json, says dit"),

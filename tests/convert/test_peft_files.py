@@ -220,7 +220,7 @@ def test_what_the_command_lacks_is_said(tmp_path, port, base):
     (tmp_path / "mine" / "notes").touch()
     words = (RECORDED / "lora", tmp_path / "mine", "--base", base, "--overwrite")
     code, _, err = port(*words)
-    assert code == 2 and "it holds notes, no adapter" in err
+    assert code == 2 and "it also holds notes" in err
     code, _, err = port(tmp_path / "none", tmp_path / "ck", "--base", base)
     assert code == 2 and err.count("\n") == 1
 
