@@ -23,17 +23,18 @@ ZERO1 = ("fsdp", "tensor", "data")  # and optimizer, EMA, gradients
 # blocks is left out, and never split, so that the scan gathers one layer at a time.
 # The columns of qkv are ordered (q k v, head), which no block of columns is: its heads
 # are split after gathering.
-_IN, _OUT = ("fsdp", "tensor"), ("tensor", "fsdp")
-_WHOLE_IN, _WHOLE_OUT = (_IN, None), (None, _IN)
+_FSDP, _TENSOR, _BOTH = ("fsdp",), ("tensor",), ("fsdp", "tensor")
+_BY_ROWS, _BY_COLUMNS = (_BOTH, ()), ((), _BOTH)
+_IN, _OUT = (_FSDP, _TENSOR), (_TENSOR, _FSDP)
 RULES = (
-    (r"attn/qkv/kernel$", (_WHOLE_IN, _WHOLE_OUT)),
+    (r"attn/qkv/kernel$", (_BY_ROWS, _BY_COLUMNS)),
     (r"mlp/fc1/kernel$", (_IN, _OUT)),
     (r"(attn/proj|mlp/fc2)/kernel$", (_OUT, _IN)),
-    (r"(adaLN|skip|time_in|time_out|out)/kernel$", (_WHOLE_IN, _WHOLE_OUT)),
-    (r"patch/kernel$", ((None, None, None, _IN),)),
-    (r"label/embedding$", (_WHOLE_OUT, _WHOLE_IN)),
-    (r"positions$", ((None, None, _IN), (None, _IN, None))),
-    (r"attn/position$", (_WHOLE_IN,)),
+    (r"(adaLN|skip|time_in|time_out|out)/kernel$", (_BY_ROWS, _BY_COLUMNS)),
+    (r"patch/kernel$", (((), (), (), _BOTH),)),
+    (r"label/embedding$", (_BY_COLUMNS, _BY_ROWS)),
+    (r"positions$", (((), (), _BOTH), ((), _BOTH, ()))),
+    (r"attn/position$", (_BY_ROWS,)),
 )
 
 
@@ -49,40 +50,37 @@ class SpecChoice(NamedTuple):
     missing: tuple[str, ...]
 
 
-def weight_shardings(mesh: Mesh, params: Any, small: int = SMALL) -> Any:
+def weight_shardings(mesh: Mesh, params: Any) -> Any:
     """Returns the shardings of weights (arrays or shapes), leaf by leaf."""
-    return _shardings(mesh, params, WEIGHTS, small)
+    return _shardings(mesh, params, WEIGHTS)
 
 
-def zero1_shardings(mesh: Mesh, tree: Any, small: int = SMALL) -> Any:
+def zero1_shardings(mesh: Mesh, tree: Any) -> Any:
     """Returns the shardings of what follows weights: optimizer, EMA, gradients."""
-    return _shardings(mesh, tree, ZERO1, small)
+    return _shardings(mesh, tree, ZERO1)
 
 
-def state_shardings(mesh: Mesh, state: Any, small: int = SMALL) -> Any:
+def state_shardings(mesh: Mesh, state: Any) -> Any:
     """Returns the shardings of a TrainState."""
-    return zero1_shardings(mesh, state, small).replace(
-        params=weight_shardings(mesh, state.params, small),
-        frozen_params=weight_shardings(mesh, state.frozen_params, small),
+    return zero1_shardings(mesh, state).replace(
+        params=weight_shardings(mesh, state.params),
+        frozen_params=weight_shardings(mesh, state.frozen_params),
     )
 
 
-def shard_gradients(mesh: Mesh, small: int = SMALL) -> Callable[[Any], Any]:
+def shard_gradients(mesh: Mesh) -> Callable[[Any], Any]:
     """Returns a function for jit that constrains gradients as zero1_shardings."""
-
-    def constrain(grads):
-        shardings = zero1_shardings(mesh, grads, small)
-        return jax.tree.map(jax.lax.with_sharding_constraint, grads, shardings)
-
-    return constrain
+    return lambda grads: jax.lax.with_sharding_constraint(
+        grads, zero1_shardings(mesh, grads)
+    )
 
 
 def unsharded_arrays(
-    mesh: Mesh | AbstractMesh, tree: Any, small: int = SMALL
+    mesh: Mesh | AbstractMesh, tree: Any
 ) -> list[tuple[str, tuple[int, ...], tuple[str, ...]]]:
     """Returns name, shape and mesh axes of the arrays that these axes cannot split."""
     choices = [
-        (name, shape, choose_spec(name, shape, mesh.shape, ZERO1, small).missing)
+        (name, shape, choose_spec(name, shape, mesh.shape, ZERO1).missing)
         for name, shape in array_shapes(tree)
     ]
     return [choice for choice in choices if choice[2]]
@@ -113,7 +111,6 @@ def choose_spec(
     shape: tuple[int, ...],
     sizes: Mapping[str, int],
     axes: tuple[str, ...],
-    small: int = SMALL,
 ) -> SpecChoice:
     """Returns how an array is split.
 
@@ -126,27 +123,27 @@ def choose_spec(
         shape: of the array.
         sizes: of the mesh axes by name.
         axes: that may split the array.
-        small: number of elements up to which it is held whole.
     """
     axes = tuple(axis for axis in axes if sizes[axis] > 1)
-    if math.prod(shape) <= small:
+    if math.prod(shape) <= SMALL:
         return SpecChoice(PartitionSpec(), ())
     first = 1 if "blocks" in name and len(shape) > 1 else 0
-    dims, rules = shape[first:], _rules_for(name, len(shape) - first)
-    rules = [_keep_axes(rule, axes) for rule in rules]
-    rule = next((rule for rule in rules if _fits(dims, rule, sizes)), [()] * len(dims))
+    dims = shape[first:]
+    fits = lambda rule: None not in _pieces(dims, rule, sizes)
+    rules = filter(fits, _rules_for(name, len(dims), axes))
+    rule = next(rules, [()] * len(dims))
     missing = ()
     for axis in axes:
-        if not any(axis in names for names in rule):
+        if axis not in sum(rule, ()):
             rule, left = _add_axis(dims, rule, axis, sizes)
             missing += left
     spec = [names[0] if len(names) == 1 else names or None for names in rule]
     return SpecChoice(PartitionSpec(*[None] * first, *spec), missing)
 
 
-def _shardings(mesh, tree, axes, small):
+def _shardings(mesh, tree, axes):
     def sharding(path, leaf):
-        choice = choose_spec(_name(path), leaf.shape, mesh.shape, axes, small)
+        choice = choose_spec(_name(path), leaf.shape, mesh.shape, axes)
         return NamedSharding(mesh, choice.spec)
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
@@ -156,31 +153,24 @@ def _name(path):
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _rules_for(name, ndim):
+def _rules_for(name, ndim, axes):
+    """Returns the rules for a name, each a tuple of usable axes for each dimension."""
     name = re.sub(r"(/base|/codes)+$", "", name)  # of a weight in a stored form
-    for pattern, rules in RULES:
-        if re.search(pattern, name):
-            return [rule for rule in rules if len(rule) == ndim]
-    return []
+    rules = next((rules for pattern, rules in RULES if re.search(pattern, name)), ())
+    keep = lambda names: tuple(axis for axis in names if axis in axes)
+    return [list(map(keep, rule)) for rule in rules if len(rule) == ndim]
 
 
-def _keep_axes(rule, axes):
-    """Returns a tuple of axes for each dimension, only those that may be used."""
-    as_tuple = lambda names: (names,) if isinstance(names, str) else names or ()
-    return [tuple(name for name in as_tuple(names) if name in axes) for names in rule]
-
-
-def _fits(dims, rule, sizes):
-    parts = (math.prod(sizes[name] for name in names) for names in rule)
-    return all(dim % n == 0 for dim, n in zip(dims, parts, strict=True))
+def _pieces(dims, rule, sizes):
+    """Returns the length of a piece of each dimension, None where it is not whole."""
+    counts = [math.prod(sizes[axis] for axis in axes) for axes in rule]
+    pairs = zip(dims, counts, strict=True)
+    return [None if dim % count else dim // count for dim, count in pairs]
 
 
 def _add_axis(dims, rule, axis, sizes):
     """Returns the rule with one axis more, where the longest piece divides."""
-    pieces = [
-        dim // math.prod(sizes[name] for name in names)
-        for dim, names in zip(dims, rule, strict=True)
-    ]
+    pieces = _pieces(dims, rule, sizes)
     for i in sorted(range(len(dims)), key=lambda i: -pieces[i]):
         if pieces[i] % sizes[axis] == 0:
             return [*rule[:i], (*rule[i], axis), *rule[i + 1 :]], ()
