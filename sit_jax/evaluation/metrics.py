@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Float
+from scipy.special import log_softmax
 
 from sit_jax.errors import UserError
 
@@ -39,7 +40,7 @@ class InceptionScore:
         while start < len(logits):
             part = logits[start : start + self._split_size - self._count]
             start += len(part)
-            log_p = _log_softmax(np.asarray(part, np.float64))
+            log_p = log_softmax(np.asarray(part, np.float64), axis=1)
             p = np.exp(log_p)
             self._p = self._p + p.sum(0)
             self._p_log_p += (p * log_p).sum()
@@ -106,24 +107,20 @@ def precision_recall(
 
     Source: Kynkäänniemi et al. arXiv:1904.06991.
     """
-    sides = (samples, reference)
-    sizes = [_even_size(len(features), BLOCK) for features in sides]
-    radii = [neighbour_radii(features, progress) for features in sides]
-    ours, theirs = (_blocks(*side) for side in zip(sides, sizes, radii, strict=True))
-    inside = [
-        np.zeros((len(blocks), size), bool)
-        for blocks, size in zip((ours, theirs), sizes, strict=True)
-    ]
+    ours, theirs = (
+        _blocks(features, neighbour_radii(features, progress))
+        for features in (samples, reference)
+    )
+    ours_inside, theirs_inside = (
+        [np.zeros(len(block[0]), bool) for block in blocks] for blocks in (ours, theirs)
+    )
     pairs = [(i, j) for i in range(len(ours)) for j in range(len(theirs))]
     for i, j in progress(pairs):
-        ours_inside, theirs_inside = _inside(ours[i], theirs[j])
-        inside[0][i] |= np.asarray(ours_inside)
-        inside[1][j] |= np.asarray(theirs_inside)
-    # padding is never inside
-    precision, recall = (
-        float(hits.sum() / len(features))
-        for hits, features in zip(inside, sides, strict=True)
-    )
+        in_theirs, in_ours = map(np.asarray, _inside(ours[i], theirs[j]))
+        ours_inside[i] |= in_theirs
+        theirs_inside[j] |= in_ours
+    shares = (np.concatenate(x).mean() for x in (ours_inside, theirs_inside))
+    precision, recall = map(float, shares)
     return precision, recall
 
 
@@ -140,20 +137,15 @@ def neighbour_radii(
             f"precision and recall need more than {NEIGHBOURS} features on both sides, "
             f"there are {len(features)}"
         )
-    blocks = _blocks(features, _even_size(len(features), BLOCK))
-    nearest = [np.empty((len(block[1]), 0), np.float32) for block in blocks]
+    blocks = _blocks(features)
+    nearest = [np.empty((len(block[0]), 0), np.float32) for block in blocks]
     pairs = [(i, j) for i in range(len(blocks)) for j in range(i, len(blocks))]
     for i, j in progress(pairs):
         rows, columns = map(np.asarray, _nearest(blocks[i], blocks[j]))
         nearest[i] = _smallest(np.concatenate([nearest[i], rows], 1))
         if i != j:
             nearest[j] = _smallest(np.concatenate([nearest[j], columns], 1))
-    return np.concatenate([values.max(1) for values in nearest])[: len(features)]
-
-
-def _log_softmax(logits):
-    logits = logits - logits.max(1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    return np.concatenate([values.max(1) for values in nearest])
 
 
 def _unbiased_mmd(x, y):
@@ -165,34 +157,20 @@ def _unbiased_mmd(x, y):
     return within - 2 * xy.mean()
 
 
-def _even_size(count, most):
-    """Returns the size of the fewest blocks of at most `most`, all alike.
-
-    Of 10,000 in blocks of 4096, a fifth of what is computed would be padding.
-    """
-    return -(-count // -(-count // most))
-
-
 def _smallest(distances):
     kept = min(NEIGHBOURS, distances.shape[1] - 1)
     return np.partition(distances, kept, axis=1)[:, : NEIGHBOURS + 1]
 
 
-def _blocks(features, size, radii=None):
-    """Splits features into blocks of (features, squared norms, radii) on a device.
+def _blocks(features, *columns):
+    """Splits features into the fewest even blocks, on a device.
 
-    The last one is padded with features that are infinitely far from everything.
+    A block is (features, squared norms, its part of each column).
     """
-    blocks = []
-    for start in range(0, len(features), size):
-        part = np.asarray(features[start : start + size], np.float32)
-        padding = (0, size - len(part))
-        norms = np.pad(np.square(part).sum(1), padding, constant_values=np.inf)
-        reach = np.zeros(len(part)) if radii is None else radii[start : start + size]
-        reach = np.pad(reach.astype(np.float32), padding, constant_values=-1)
-        block = (np.pad(part, (padding, (0, 0))), norms, reach)
-        blocks.append(jax.device_put(block))
-    return blocks
+    count = -(-len(features) // BLOCK)
+    arrays = (np.asarray(features, np.float32), *columns)
+    blocks = zip(*(np.array_split(array, count) for array in arrays), strict=True)
+    return [jax.device_put((x, np.square(x).sum(1), *rest)) for x, *rest in blocks]
 
 
 def _distances(a, b):
