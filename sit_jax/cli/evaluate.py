@@ -67,13 +67,8 @@ def evaluate(args: Any) -> int:
         print("reference", reference.describe(), flush=True)
         ours = compute_statistics(samples, extractor, output, "samples")
         theirs = compute_statistics(reference, extractor, output, "reference")
-        overlap = evaluation.compute_precision_recall(
-            ours, theirs, metrics, _bar("block")
-        )
+        figures = evaluation.compute_figures(ours, theirs, metrics, _bar)
         if multihost.is_primary():
-            figures = evaluation.compute_figures(
-                ours, theirs, metrics, overlap, _bar("subset")
-            )
             if args.bootstrap and ours.features is not None:
                 figures |= _interval(args, samples.path, ours, theirs)
             notes = evaluation.figure_notes(ours.count, metrics, figures)
@@ -96,7 +91,7 @@ def evaluate(args: Any) -> int:
 def _interval(args, path, ours, theirs):
     """Returns the interval of FID, and how it was drawn."""
     labels = evaluation.fixed_labels(path, ours.count)
-    bar = partial(_bar("resample"), total=args.bootstrap)
+    bar = partial(_bar, total=args.bootstrap)
     interval = evaluation.frechet_interval(
         ours.features, theirs.pool, args.bootstrap, labels, bar
     )
@@ -222,10 +217,10 @@ def _extractor(args, *sides):
     return extractor
 
 
-def _bar(unit):
+def _bar(iterable, **options):
     from tqdm import tqdm
 
-    return partial(tqdm, unit=unit, disable=None, leave=False)
+    return tqdm(iterable, disable=None, leave=False, **options)
 
 
 def _shorten(value):

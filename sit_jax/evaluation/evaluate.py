@@ -57,15 +57,17 @@ from sit_jax.parallel import multihost
 from sit_jax.sampling.outputs import ArrayFile, manifest_path
 from sit_jax.sampling.run import PartialResults, is_begun, parts_size, remove_parts
 
-TITLES = {  # in ADM's order and wording
+ADM_METRICS = ("inception_score", "fid", "sfid", "precision", "recall")  # in its order
+METRICS = (*ADM_METRICS, "kid")  # what can be asked for
+TITLES = {  # ADM's, and ours
     "inception_score": "Inception Score",
     "fid": "FID",
     "sfid": "sFID",
     "precision": "Precision",
     "recall": "Recall",
+    "frechet_distance": "Frechet distance",
+    "kid": "KID",
 }
-OTHER_TITLES = {"frechet_distance": "Frechet distance", "kid": "KID"}
-METRICS = (*TITLES, "kid")  # what can be asked for
 PUBLISHED_COUNT = 50_000  # images behind a published figure
 MIN_IMAGES = 2048  # for a covariance of as many features
 FLOAT_BYTES = 4
@@ -77,7 +79,7 @@ Contents = FeatureStatistics | ExtractedFeatures | StoredFeatures
 
 def select_metrics(listed: str | None, kid: bool) -> list[str]:
     """Returns the metrics of a list like "fid,recall"; None stands for ADM's five."""
-    names = listed.split(",") if listed else list(TITLES)
+    names = listed.split(",") if listed else list(ADM_METRICS)
     for name in names:
         if name not in METRICS:
             raise UserError(f"--metrics: no {name!r}; there are {', '.join(METRICS)}")
@@ -104,56 +106,40 @@ def fid_of_images(
     return frechet_distance(moments.gaussian(), reference.pool)
 
 
-def compute_precision_recall(
+def compute_figures(
     samples: FeatureStatistics | None,
     reference: FeatureStatistics | None,
     metrics: Iterable[str],
     progress: Progress = iter,
-) -> dict[str, float]:
-    """Returns those of precision and recall that are asked for, in all processes.
-
-    Process 0 has the statistics; distances are computed on the devices of all.
-    """
-    names = [name for name in ("precision", "recall") if name in metrics]
-    if not names:
-        return {}
-    ours, theirs = (
-        multihost.broadcast_array(side and side.features)
-        for side in (samples, reference)
-    )
-    if ours is None or theirs is None:
-        return {}
-    precision, recall = precision_recall(ours, theirs, progress)
-    figures = {"precision": precision, "recall": recall}
-    return {name: figures[name] for name in names}
-
-
-def compute_figures(
-    samples: FeatureStatistics,
-    reference: FeatureStatistics,
-    metrics: Iterable[str],
-    overlap: dict[str, float] | None = None,
-    progress: Progress = iter,
 ) -> dict[str, Any]:
     """Returns the figures that are asked for and that both sides have the data for.
+
+    Distances for precision and recall are computed on the devices of all processes; the
+    other figures, and the statistics, only process 0 has.
 
     Args:
       samples: statistics of the samples.
       reference: statistics of the reference.
       metrics: of METRICS.
-      overlap: what compute_precision_recall returned.
       progress: wraps an iterable, to draw a bar.
     """
     figures: dict[str, Any] = {}
-    if "inception_score" in metrics and samples.score is not None:
-        figures["inception_score"] = samples.score
-    if "fid" in metrics:
-        name = "fid" if samples.is_inception else "frechet_distance"
-        figures[name] = frechet_distance(samples.pool, reference.pool)
-    if "sfid" in metrics and samples.spatial and reference.spatial:
-        figures["sfid"] = frechet_distance(samples.spatial, reference.spatial)
-    figures |= overlap or {}
-    ours, theirs = samples.features, reference.features
+    if multihost.is_primary():
+        if "inception_score" in metrics and samples.score is not None:
+            figures["inception_score"] = samples.score
+        if "fid" in metrics:
+            name = "fid" if samples.is_inception else "frechet_distance"
+            figures[name] = frechet_distance(samples.pool, reference.pool)
+        if "sfid" in metrics and samples.spatial and reference.spatial:
+            figures["sfid"] = frechet_distance(samples.spatial, reference.spatial)
+    sides = [side and side.features for side in (samples, reference)]
+    if {"precision", "recall"} & set(metrics):
+        ours, theirs = map(multihost.broadcast_array, sides)
+        if ours is not None and theirs is not None:
+            precision, recall = precision_recall(ours, theirs, progress)
+            overlap = {"precision": precision, "recall": recall}
+            figures |= {name: x for name, x in overlap.items() if name in metrics}
+    ours, theirs = sides
     if "kid" in metrics and ours is not None and theirs is not None:
         mean, std = kernel_distance(ours, theirs, progress=progress)
         size = min(KID_SUBSET_SIZE, len(ours), len(theirs))
@@ -189,8 +175,7 @@ def frechet_interval(
 
 def figure_lines(figures: dict[str, Any]) -> list[str]:
     """Returns a line for each figure, ADM's five as ADM prints them."""
-    titles = TITLES | OTHER_TITLES
-    lines = [f"{titles[name]}: {figures[name]}" for name in titles if name in figures]
+    lines = [f"{TITLES[name]}: {figures[name]}" for name in TITLES if name in figures]
     if "interval" in figures:
         low, high = figures["interval"]
         classes = "as they are" if figures.get("interval_by_class") else "drawn too"
@@ -204,12 +189,12 @@ def figure_notes(
     count: int | None, metrics: Iterable[str], figures: dict[str, Any]
 ) -> list[str]:
     """Returns sentences on what a reader of the figures has to know."""
-    notes, titles = [], TITLES | OTHER_TITLES
+    notes = []
     if {"fid", "sfid"} & figures.keys() and count != PUBLISHED_COUNT:
         images = "an unknown number of" if count is None else count
         notes.append(f"{images} images: not comparable with a published FID-50K")
     computed = {*figures, "fid"} if "frechet_distance" in figures else {*figures}
-    if left_out := [titles[name] for name in metrics if name not in computed]:
+    if left_out := [TITLES[name] for name in metrics if name not in computed]:
         listed = ", ".join(left_out)
         notes.append(f"not computed, for the files lack what it takes: {listed}")
     return notes
