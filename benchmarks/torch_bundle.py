@@ -90,7 +90,7 @@ def _check_device(name):
 def collect(context, manifest, out, args, given=None, judge=None):
     """Returns the Bundle of what the clone computes for a job and its manifest."""
     parts, program = context.experiment, stages.stage_program(context, args.steps)
-    inputs = stages.job_inputs(context, args.images, given)
+    inputs = stages.make_inputs(context, args.images, given)
     # first: diffusers takes the stand-in for torchvision for the real one
     vae = torch_stages.autoencoder(parts.codec)
     network, held = _network(context, args)

@@ -14,7 +14,7 @@ from sit_jax.convert.open import WeightsRef
 from sit_jax.diagnosis import bundle as bundles
 from sit_jax.diagnosis import paired
 from sit_jax.diagnosis import report as reports
-from sit_jax.diagnosis.stages import collect
+from sit_jax.diagnosis.stages import collect, make_inputs
 from sit_jax.diagnosis.swaps import DecodedLatents, swap_components
 from sit_jax.errors import UserError
 from sit_jax.evaluation.evaluate import load_features, load_gaussian
@@ -57,14 +57,10 @@ def make_bundle(args: Any) -> int:
     if args.features:
         StoredFeatures(ArrayFile(args.features))  # or it is refused
     context, manifest = open_context(args)
+    inputs = make_inputs(context, args.images, inputs_of)
+    extractor = _try_extractor(args)
     bundle = collect(
-        context,
-        manifest,
-        out,
-        images=args.images,
-        steps=args.steps,
-        inputs_of=inputs_of,
-        extractor=_try_extractor(args),
+        context, manifest, out, inputs, steps=args.steps, extractor=extractor
     )
     multihost.barrier()  # until all have seen that this place is free
     if multihost.is_primary():

@@ -102,20 +102,19 @@ def require_same_network(a: Bundle, b: Bundle) -> None:
     if names:
         listed = ", ".join(f"{n} {ours.get(n)} and {theirs.get(n)}" for n in names)
         raise UserError(f"{a.path} and {b.path} hold other architectures: {listed}")
-    counts = [len(bundle.inputs["noise"]) for bundle in (a, b)]
     steps = [bundle.record["solver"].get("steps") for bundle in (a, b)]
-    for flag, values in (("--images", counts), ("--steps", steps)):
-        if values[0] != values[1]:
+    if steps[0] != steps[1]:
+        raise UserError(
+            f"{a.path} was collected with --steps {steps[0]}, {b.path} with "
+            f"{steps[1]}; collect one of them again"
+        )
+    theirs = b.inputs | b.stages
+    for name, array in (a.inputs | a.stages).items():
+        other = theirs.get(name, array)
+        if array.shape != other.shape:
             raise UserError(
-                f"{a.path} was collected with {flag} {values[0]}, {b.path} with "
-                f"{values[1]}; collect one of them again"
-            )
-    for name in a.stages.keys() & b.stages.keys():
-        shapes = a.stages[name].shape, b.stages[name].shape
-        if shapes[0] != shapes[1]:
-            raise UserError(
-                f"stage {name!r} is {shapes[0]} in {a.path}, {shapes[1]} in {b.path}: "
-                "other architectures"
+                f"{name} is {array.shape} in {a.path}, {other.shape} in {b.path}; "
+                "collect both with the same --images"
             )
 
 

@@ -14,11 +14,11 @@ Pairs of the same noise and label leave what they share out of the gap.
 
 import dataclasses
 from collections.abc import Sequence
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
+from scipy import stats
 
 from sit_jax.errors import UserError
 from sit_jax.evaluation import fid
@@ -128,8 +128,6 @@ def compare(
     Raises:
       UserError: The sets are no pairs, or of other networks' features.
     """
-    if a.shape[1:] != b.shape[1:]:
-        raise UserError(f"features are {a.shape[1]} numbers in A, {b.shape[1]} in B")
     if are_pairs and len(a) != len(b):
         raise UserError(f"{len(a)} and {len(b)} images are no pairs")
     if min(len(a), len(b)) < 2:
@@ -294,7 +292,7 @@ def _pair_interval(gap, influences, classes):
     count = np.bincount(classes)
     squares = (count * _class_variances(influences, classes)).sum()
     error = np.sqrt(squares) / len(influences)
-    half = float(NormalDist().inv_cdf((1 + fid.COVERAGE) / 2) * error)
+    half = float(stats.norm.ppf((1 + fid.COVERAGE) / 2) * error)
     return gap - half, gap + half
 
 
@@ -320,15 +318,11 @@ def _noise_band(net, noise, scatter, seeds):
     """
     if noise is None:
         return None, None, None
-    law = NormalDist()
-    quantile, tail = law.inv_cdf(1 - LEVEL / 2), law.cdf
+    law = stats.norm
     if scatter is not None:
-        from scipy import stats
-
-        degrees, seed_noise = seeds - 1, np.sqrt(2) * scatter
+        degrees, seed_noise = seeds - 1, float(np.sqrt(2) * scatter)
         ratio = degrees * (seed_noise / noise) ** 2
         if ratio > stats.chi2.ppf(1 - ODD_SEEDS, degrees):
-            noise, law = float(seed_noise), stats.t(degrees)
-            quantile, tail = law.ppf(1 - LEVEL / 2), law.cdf
-    chance = 2 * tail(-abs(net) / noise) if noise else float(net == 0)
-    return noise, float(quantile * noise), float(chance)
+            noise, law = seed_noise, stats.t(degrees)
+    chance = 2 * law.cdf(-abs(net) / noise) if noise else float(net == 0)
+    return noise, float(law.ppf(1 - LEVEL / 2) * noise), float(chance)

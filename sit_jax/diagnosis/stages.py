@@ -75,30 +75,25 @@ def collect(
     context: SamplingContext,
     manifest: dict[str, Any],
     path: Path,
+    inputs: dict[str, Num[np.ndarray, "n ..."]],
     *,
-    images: int = 8,
     steps: int = 50,
-    inputs_of: Bundle | None = None,
     extractor: FeatureExtractor | None = None,
 ) -> Bundle:
-    """Computes the stages of a job's first images.
+    """Computes the stages of a few images of a job.
 
     Args:
       context: the job, with its networks and weights.
       manifest: of the samples.
       path: where the bundle will be written.
-      images: how many.
+      inputs: what make_inputs returned.
       steps: of the fixed grid.
-      inputs_of: a bundle whose noise, times and labels are taken instead.
       extractor: for the features of the pictures, if there are any.
     """
     program = stage_program(context, steps)
-    inputs = job_inputs(context, images, inputs_of)
     put = lambda tree: jax.device_put(tree, jax.local_devices()[0])
     params = put(context.params)
-    guiding_params = (
-        None if context.guiding_model is None else put(context.guiding_model[1])
-    )
+    guiding_params = put(context.guiding_model[1]) if context.guiding_model else None
     x, t, y = (jnp.asarray(inputs[name]) for name in INPUTS)
     captured = compute_activations(program, params, x, t, y)
     stages = _name_activations(captured, params)
@@ -130,17 +125,13 @@ def collect(
 def stage_program(context: SamplingContext, steps: int) -> StageProgram:
     """Returns what to compile, with the sampler's own method if its grid is fixed."""
     experiment, precision = context.experiment, context.record["precision"]
-    if steps < 1:
-        raise UserError(f"--steps {steps}: at least 1")
     method = DDIM
     if isinstance(experiment.process, ContinuousProcess):
         fixed = isinstance(experiment.sampler, FixedStepODE)
         method = experiment.sampler.method if fixed else heun
     return StageProgram(
         model=dataclasses.replace(experiment.model, remat="none"),
-        guiding_model=None
-        if context.guiding_model is None
-        else context.guiding_model[0],
+        guiding_model=context.guiding_model and context.guiding_model[0],
         process=experiment.process,
         guidance=experiment.guidance,
         channels=experiment.guidance_channels,
@@ -151,45 +142,41 @@ def stage_program(context: SamplingContext, steps: int) -> StageProgram:
     )
 
 
-def job_inputs(
-    context: SamplingContext, images: int, inputs_of: Bundle | None = None
+def make_inputs(
+    context: SamplingContext, images: int = 8, inputs_of: Bundle | None = None
 ) -> dict[str, Num[np.ndarray, "n ..."]]:
-    """Returns arrays of INPUTS: those of a bundle, or the job's own.
+    """Returns arrays of INPUTS: those of a bundle, or of the job's first images.
+
+    The job's are its starting noise, its labels, and times over the whole interval.
 
     Raises:
       UserError: The bundle's are not of the job's network.
     """
-    if inputs_of is None:
-        return _own_inputs(context, images)
-    inputs = {name: np.asarray(inputs_of.inputs[name]) for name in INPUTS}
-    shape, classes = context.experiment.shape, context.experiment.model.classes
-    if inputs["noise"].shape[1:] != shape:
-        raise UserError(
-            f"--inputs {inputs_of.path} is of noise {inputs['noise'].shape[1:]}, the "
-            f"network takes {shape}: another architecture"
-        )
-    if inputs["labels"].max() >= classes or inputs["labels"].min() < 0:
-        raise UserError(
-            f"--inputs {inputs_of.path} has labels beyond {classes} classes"
-        )
-    return inputs
-
-
-def _own_inputs(context, images):
-    """Returns starting noise, labels, and times spread over the whole interval."""
-    job, process = context.job, context.experiment.process
+    job, experiment = context.job, context.experiment
+    if inputs_of is not None:
+        inputs = {name: np.asarray(inputs_of.inputs[name]) for name in INPUTS}
+        shape, labels = inputs["noise"].shape[1:], inputs["labels"]
+        classes = experiment.model.classes
+        if shape != experiment.shape or not (
+            0 <= labels.min() <= labels.max() < classes
+        ):
+            raise UserError(
+                f"--inputs {inputs_of.path} is of noise {shape} and {labels.max() + 1} "
+                f"classes, the network takes {experiment.shape} and {classes}"
+            )
+        return inputs
     count = min(images, len(job.labels))
     if job.noise is None:
         keys = rng.image_keys(job.seed, np.arange(count))
-        noise = rng.initial_noise(keys, context.experiment.shape)
+        noise = rng.initial_noise(keys, experiment.shape)
     else:
         noise = initial_noise(context)[:count]
     share = (np.arange(count) + 0.5) / count
-    if isinstance(process, ContinuousProcess):
-        t0, t1 = process.time_interval()
+    if isinstance(experiment.process, ContinuousProcess):
+        t0, t1 = experiment.process.time_interval()
         t = t0 + share * (t1 - t0)
     else:
-        timesteps = np.asarray(process.timestep_map)
+        timesteps = np.asarray(experiment.process.timestep_map)
         t = timesteps[(share * len(timesteps)).astype(int)]
     labels = job.labels[:count].astype(np.int32)
     return {"noise": np.asarray(noise), "t": t.astype(np.float32), "labels": labels}
@@ -209,17 +196,14 @@ def hash_weights(params: Params) -> dict[str, str]:
     hashes = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        array = np.asarray(leaf)
-        if not names[0].endswith("blocks"):
-            hashes["/".join(names)] = _sha256(array)
-            continue
-        for i, layer in enumerate(array):
-            hashes["/".join([names[0], str(i), *names[1:]])] = _sha256(layer)
+        tensors = {"/".join(names): leaf}
+        if names[0].endswith("blocks"):
+            block, *rest = names
+            tensors = {"/".join([block, str(i), *rest]): x for i, x in enumerate(leaf)}
+        for name, tensor in tensors.items():
+            data = np.ascontiguousarray(tensor).data
+            hashes[name] = hashlib.sha256(data).hexdigest()
     return hashes
-
-
-def _sha256(array):
-    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
 # ---- inside the network ----
@@ -327,12 +311,8 @@ def _decode(codec, latents):
         images = codec.decode(latents)
     except UserError:  # latents without a VAE
         return {}
-    floats = codec.replace(rounding=_as_float32).decode(latents)
+    floats = codec.replace(rounding=jnp.float32).decode(latents)
     return {"decoded": floats, "uint8": images}
-
-
-def _as_float32(x):
-    return x.astype(jnp.float32)
 
 
 def _extract(extractor, images):

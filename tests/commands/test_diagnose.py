@@ -129,14 +129,9 @@ def made(tensors, tmp_path_factory, monkeypatch_module):
             **environment(),
         }
         manifest = json.loads(json.dumps(manifest))
-        found = stages.collect(
-            context,
-            manifest,
-            folder / name,
-            images=IMAGES,
-            steps=STEPS,
-            inputs_of=given,
-        )
+        inputs = stages.make_inputs(context, IMAGES, given)
+        path = folder / name
+        found = stages.collect(context, manifest, path, inputs, steps=STEPS)
         bundle.write(found)
         return folder / name
 
@@ -192,7 +187,7 @@ def test_stages_begin_at_the_noise_of_the_job(tmp_path):
     c = config()
     job = SamplingJob("w", to_json(c), np.arange(6), noise=str(tmp_path / "noise.npy"))
     context = types.SimpleNamespace(job=job, experiment=build_experiment(c))
-    found = stages.job_inputs(context, 4)
+    found = stages.make_inputs(context, 4)
     np.testing.assert_array_equal(found["noise"], array[:4])
 
 

@@ -168,7 +168,7 @@ def test_worst_pairs_come_first(tmp_path):
 
 
 def test_compare_refuses_other_features():
-    with pytest.raises(UserError, match="6 numbers in A, 5 in B"):
+    with pytest.raises(UserError, match="5 features, where the reference has 6"):
         paired.compare(drawn(0), drawn(1)[:, :5], REFERENCE, are_pairs=False)
     with pytest.raises(UserError, match="400 and 300 images are no pairs"):
         paired.compare(drawn(0), drawn(1, 300), REFERENCE, are_pairs=True)

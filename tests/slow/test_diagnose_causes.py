@@ -71,8 +71,8 @@ def made(tensors, tmp_path_factory):
         held = held or tensors
         load = lambda item, parts, mesh: held[item]
         opened = types.SimpleNamespace(load=load, meta={})
-        room = build_context(job, opened)
-        manifest = {"job": job.to_json(), **room.record, **environment()}
+        context = build_context(job, opened)
+        manifest = {"job": job.to_json(), **context.record, **environment()}
         manifest = json.loads(json.dumps(manifest))
         with patch.context() as patched:
             if resize:
@@ -80,14 +80,9 @@ def made(tensors, tmp_path_factory):
             extractor = inception_extractor(weights, mesh, 4)
             if resize == "declared":
                 extractor.pipeline = extractor.pipeline | {"resize": "half-pixel"}
+            inputs = stages.make_inputs(context, 4, given)
             found = stages.collect(
-                room,
-                manifest,
-                folder / name,
-                images=4,
-                steps=6,
-                inputs_of=given,
-                extractor=extractor,
+                context, manifest, folder / name, inputs, steps=6, extractor=extractor
             )
         bundle.write(found)
         return folder / name

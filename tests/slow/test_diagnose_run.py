@@ -79,9 +79,10 @@ def test_other_kinds_have_their_stages(kind, tmp_path):
         job = SamplingJob("w", to_json(c), labels, emulate=emulate)
         load = lambda item, parts, mesh: params
         opened = types.SimpleNamespace(load=load, meta={})
-        room = build_context(job, opened)
-        manifest = {"job": job.to_json(), **room.record, **environment()}
-        found = stages.collect(room, manifest, tmp_path / name, images=4, steps=3)
+        context = build_context(job, opened)
+        manifest = {"job": job.to_json(), **context.record, **environment()}
+        inputs = stages.make_inputs(context, 4)
+        found = stages.collect(context, manifest, tmp_path / name, inputs, steps=3)
         bundle.write(found)
     found = judge(open_evidence(tmp_path / "a"), open_evidence(tmp_path / "b"))
     names = [rung["stage"] for rung in found["ladder"]][7:]
