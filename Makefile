@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/digits
 
-.PHONY: demo test test-slow lint loc clean
+.PHONY: demo test test-slow lint docs loc clean
 
 demo: .venv/installed
 	$(BIN)/python train.py --config configs/digits.py --workdir $(RUN)
@@ -14,7 +14,7 @@ demo: .venv/installed
 	$(BIN)/python evaluate.py $(RUN)/samples.npz --network digits --overwrite
 	@echo "the samples, one row a digit: $(RUN)/sheet.png"
 
-test: lint
+test: lint docs
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # in pairs, as they wait for each other most of the time
@@ -29,6 +29,11 @@ lint: .venv/dev
 	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/mypy
 
+docs: .venv/docs
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "the site: build/docs/index.html"
+
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
 	    || { echo "$(PYTHON) is not Python 3.11 or 3.12: make PYTHON=python3.12 ..."; exit 2; }
@@ -38,6 +43,10 @@ lint: .venv/dev
 
 .venv/dev: requirements-dev.txt .venv/installed
 	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	touch $@
+
+.venv/docs: requirements-docs.txt .venv/installed
+	$(BIN)/python -m pip install -q -r requirements-docs.txt
 	touch $@
 
 .venv/slow: requirements-slow.txt .venv/dev
