@@ -3,6 +3,7 @@
 python extract_features.py --data DIR --vae sd-vae-ft-mse --size 256 --out latents
 """
 
+import inspect
 import sys
 import time
 from functools import partial
@@ -20,18 +21,18 @@ from sit_jax.errors import UserError, one_line
 from sit_jax.files import local_path, require_writable, write_json
 from sit_jax.manifest import environment
 from sit_jax.parallel import multihost
-from sit_jax.precision.policy import get_precision
+from sit_jax.precision.policy import PRECISIONS
 from sit_jax.ranges import COUNT, AtLeast, Between
 from sit_jax.trainer.compile import use_compilation_cache
 
 KINDS = {
-    "folder": (ImageFolder, "size"),
-    "adm": (AdmFolder, "size"),
-    "tar": (ImageNetTar, "size"),
-    "webdataset": (WebdatasetTars, "size", "classes"),
-    "tfds": (Tfds, "size", "split", "data_dir"),
-    "cifar": (CifarFolder,),
-    "cifar-binary": (CifarBinary,),
+    "folder": ImageFolder,
+    "adm": AdmFolder,
+    "tar": ImageNetTar,
+    "webdataset": WebdatasetTars,
+    "tfds": Tfds,
+    "cifar": CifarFolder,
+    "cifar-binary": CifarBinary,
 }
 FAST_DIT = "fast-dit"
 USUAL_STD = (0.7, 1.4)  # of latents that fit their scale
@@ -96,11 +97,10 @@ def import_latents(args) -> int:
 
 
 def make_source(args):
-    """Returns the source of images that --kind and its options name."""
-    make, *names = KINDS[args.kind]
-    fields = {name: getattr(args, name) for name in names}
-    if make is not CifarBinary:  # whose images need no decoding
-        fields["max_corrupt_fraction"] = args.max_corrupt_fraction
+    """Returns the source of images of --kind, with those arguments that it has."""
+    make = KINDS[args.kind]
+    names = inspect.signature(make).parameters
+    fields = {name: value for name, value in vars(args).items() if name in names}
     return make(args.data, **fields)
 
 
@@ -108,7 +108,6 @@ def load_codec(vae, precision):
     """Returns the codec of --vae."""
     if vae is None:
         raise UserError("--vae is missing: a folder, a file, or sd-vae-ft-mse")
-    get_precision(precision)  # or it is refused, before anything is loaded
     return load_vae(vae, precision)
 
 
@@ -119,7 +118,7 @@ def _parser():
     kinds = f"the layout of --data; {FAST_DIT}: its folder of .npy becomes a cache"
     add("--kind", default="folder", choices=(*KINDS, FAST_DIT), help=kinds)
     add("--vae", metavar="PATH", help="the VAE's folder, file or name")
-    add("--precision", default="exact", metavar="WORD", help="exact, fast or bf16")
+    add("--precision", default="exact", choices=PRECISIONS, help="of the VAE")
     add("--size", type=AtLeast(8), default=256, metavar="PIXELS")
     add("--out", required=True, metavar="DIR", help="the same one goes on after a kill")
     add("--batch-size", type=COUNT, default=64, metavar="N", help="on this process")
@@ -127,15 +126,13 @@ def _parser():
     add("--no-flip", action="store_true", help="only one view of each image: half size")
     add("--shards", type=COUNT, metavar="N", help="files; default: up to 256")
     add("--threads", type=COUNT, default=4, metavar="N", help="that read ahead")
-    workers = "processes that decode; 0: threads"
-    add("--workers", type=AtLeast(0), default=0, metavar="N", help=workers)
+    add("--workers", type=AtLeast(0), default=0, help="processes that decode")
     flags = ("--max-corrupt-fraction", "--broken-share")  # the latter of version 0.1
     fraction = {"type": Between(0.0, 1.0), "default": 0.001, "metavar": "X"}
     add(*flags, **fraction, help="of images; if more are corrupt, it ends")
     add("--classes", type=COUNT, default=1000, help=f"for webdataset and {FAST_DIT}")
     add("--split", default="train", help="for tfds")
-    tfds_dir = "for tfds; default: its own"
-    add("--tfds-dir", dest="data_dir", metavar="DIR", help=tfds_dir)
+    add("--tfds-dir", dest="data_dir", metavar="DIR", help="default: tfds's own")
     multihost.add_flags(parser)
     return parser
 

@@ -25,13 +25,8 @@ from sit_jax.data.loader import CorruptImages, prefetch, read_next, read_records
 from sit_jax.data.sources import DataSource
 from sit_jax.errors import UserError
 from sit_jax.files import local_path
+from sit_jax.parallel import mesh as mesh_lib
 from sit_jax.parallel import multihost
-from sit_jax.parallel.mesh import (
-    batch_sharding,
-    make_mesh,
-    num_batch_shards,
-    replicated,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +114,8 @@ class Encoder:
     """codec.encode, compiled once for batches of one size over the local devices."""
 
     def __init__(self, codec: Any, metadata: CacheMetadata, batch_size: int):
-        mesh = make_mesh(data=-1, fsdp=1, devices=jax.local_devices())
-        parts = num_batch_shards(mesh)
+        mesh = mesh_lib.make_mesh(data=-1, fsdp=1, devices=jax.local_devices())
+        parts = mesh_lib.num_batch_shards(mesh)
         if batch_size % parts:
             raise UserError(
                 f"batch size {batch_size} cannot be split over {parts} devices; "
@@ -128,8 +123,8 @@ class Encoder:
             )
         self.batch_size = batch_size
         self._views, self._dtype = metadata.views, metadata.dtype
-        self._codec = jax.device_put(codec, replicated(mesh))
-        self._sharding = batch_sharding(mesh)
+        self._codec = jax.device_put(codec, mesh_lib.replicated(mesh))
+        self._sharding = mesh_lib.batch_sharding(mesh)
 
     def __call__(
         self, images: UInt8[np.ndarray, "n h w 3"]

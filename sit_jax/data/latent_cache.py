@@ -24,18 +24,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from sit_jax import files
 from sit_jax.data.images import names_sha256, pack_names
 from sit_jax.data.loader import read_record
 from sit_jax.data.sources import DataSource, LatentFolder
 from sit_jax.errors import UserError
-from sit_jax.files import (
-    atomic_write,
-    local_path,
-    parse_json,
-    read_json,
-    remove,
-    require_space,
-)
+from sit_jax.files import atomic_write, local_path, parse_json, read_json
 
 if TYPE_CHECKING:  # it imports JAX
     from sit_jax.typing import Codec
@@ -164,19 +158,15 @@ def check_cache(source: DataSource, codec: "Codec", shape: tuple[int, int, int])
       codec: the config's codec.
       shape: the config's shape of data, [h, w, c].
     """
-    metadata = source.metadata
-    if metadata is None:
-        return
-    if metadata.latent_shape != tuple(shape):
-        size = f", from images of {metadata.size} pixels" if metadata.size else ""
-        raise UserError(
-            f"the cache holds latents {metadata.latent_shape}{size}, the config's "
-            f"shape is {tuple(shape)}; extract with another --size, or set the shape"
-        )
-    wanted = {"scale": codec.scale, "encoder_sha256": codec.encoder_sha256}
-    wanted = {name: value for name, value in wanted.items() if value is not None}
-    remedy = "name the VAE that it was made with (--config.vae), or extract it again"
-    require_same("the cache", metadata, wanted, remedy)
+    wanted = {
+        "latent_shape": tuple(shape),
+        "scale": codec.scale,
+        "encoder_sha256": codec.encoder_sha256,
+    }
+    if source.metadata is not None:
+        wanted = {name: value for name, value in wanted.items() if value is not None}
+        remedy = "set --config.shape or --config.vae as it was made, or extract again"
+        require_same("the cache", source.metadata, wanted, remedy)
 
 
 def describe_data(source: DataSource, codec: "Codec") -> dict[str, Any]:
@@ -204,12 +194,9 @@ def parse_metadata(values: dict, path: Path) -> CacheMetadata:
             f"{path} is of another version ({error}); extract it again"
         ) from error
     counts = (metadata.records, metadata.classes, metadata.shards, metadata.views)
-    if not (
-        len(metadata.shape) == 3
-        and all(isinstance(n, int) and n > 0 for n in (*metadata.shape, *counts))
-        and metadata.dtype in DTYPES
-        and metadata.kind in ("moments", "latent")
-    ):
+    is_whole = all(isinstance(n, int) and n > 0 for n in (*metadata.shape, *counts))
+    is_kind = metadata.kind in ("moments", "latent") and metadata.dtype in DTYPES
+    if not is_whole or not is_kind or len(metadata.shape) != 3:
         raise UserError(f"{path} is damaged: {values}; extract it again")
     return metadata
 
@@ -257,10 +244,10 @@ def missing_shards(
     numbers = [k for k in mine if not (path / metadata.shard_name(k)).exists()]
     for number in numbers:
         for leftover in path.glob(f".{Path(metadata.shard_name(number)).stem}.*"):
-            remove(leftover)
+            files.remove(leftover)
     images = sum(len(metadata.shard_ids(number)) for number in numbers)
     values = images * metadata.views * math.prod(metadata.shape)
-    require_space(path / DONE, values * np.dtype(metadata.dtype).itemsize)
+    files.require_space(path / DONE, values * np.dtype(metadata.dtype).itemsize)
     return numbers
 
 

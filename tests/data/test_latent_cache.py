@@ -200,8 +200,8 @@ def test_fast_dits_folder_becomes_a_cache(tmp_path):
     [
         (METADATA, Latents(scale=0.5), (3, 2, 2), None),
         (changed(scale=None, encoder_sha256=None), toy(), (3, 2, 2), None),
-        (METADATA, Latents(), (3, 2, 2), "was made with scale 0.5, not 0.18215; name"),
-        (METADATA, Latents(scale=0.5), (3, 2, 4), r"\(3, 2, 2\), from images of 16 pi"),
+        (METADATA, Latents(), (3, 2, 2), "was made with scale 0.5, not 0.18215; set"),
+        (METADATA, Latents(scale=0.5), (3, 2, 4), r"\(3, 2, 2\), not \(3, 2, 4\); set"),
         (changed(kind="latent"), Latents(scale=0.5), (3, 2, 4), None),
         (changed(encoder_sha256="f" * 64), toy(), (3, 2, 2), "encoder_sha256 ffff"),
     ],
