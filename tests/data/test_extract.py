@@ -17,10 +17,8 @@ from sit_jax.data.extract import (
 )
 from sit_jax.data.folders import ImageFolder
 from sit_jax.data.latent_cache import LatentCache
-from sit_jax.data.loader import batches
 from sit_jax.data.sources import Arrays
 from sit_jax.errors import UserError
-from sit_jax.parallel.mesh import make_mesh
 
 
 def images(count=30):
@@ -67,31 +65,10 @@ def test_moments_are_the_codecs_of_both_views(made):
     assert metadata.listing_sha256 == source.listing_sha256()
 
 
-def test_flips_have_probability_one_half_through_the_cache(made):
-    """Which view a batch holds is seen from its moments."""
-    cache = LatentCache(made)
-    look = (cache.__getitem__, cache.flipped)
-    views = np.stack([[see(i)["moments"] for i in range(30)] for see in look])
-    seen = []
-    with batches(cache, 32, 0, make_mesh(data=-1, fsdp=1)) as feed:
-        for _ in range(15):
-            for moments in np.asarray(next(feed)["moments"]):
-                match = (views == moments).all((2, 3, 4))
-                assert match.sum() == 1
-                seen.append(match[1].any())
-    assert abs(np.mean(seen) - 0.5) < 0.09  # 480 coins: 4 standard deviations
-
-
-@pytest.mark.parametrize("count", [2, 3])
-def test_processes_write_what_one_writes(made, tmp_path, count):
-    for process in reversed(range(count)):
-        done, about = make(tmp_path, process=process, count=count)
+def test_processes_write_what_one_writes(made, tmp_path):
+    for process in reversed(range(3)):
+        _, about = make(tmp_path, process=process, count=3)
         assert (about is None) == (process > 0)  # the last one finishes it
-    assert contents(tmp_path) == contents(made)
-
-
-def test_process_workers_write_the_same(made, tmp_path):
-    make(tmp_path, workers=1)
     assert contents(tmp_path) == contents(made)
 
 
@@ -125,8 +102,7 @@ def test_half_floats_and_one_view(made, tmp_path):
     make(tmp_path, dtype="float16", flip=False)
     full, half = LatentCache(made), LatentCache(tmp_path, flip=False)
     for ours, theirs in zip(half, full, strict=True):
-        # half precision: 11 bits
-        wanted = theirs["moments"]
+        wanted = theirs["moments"]  # half precision: 11 bits
         np.testing.assert_allclose(ours["moments"], wanted, rtol=2**-11, atol=1e-7)
 
 
@@ -222,26 +198,19 @@ def test_the_script_imports_fast_dits_folder(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "words, says",
+    "words, message",
     [
         (["--data", "nowhere", "--vae", "x"], "no folder nowhere"),
-        (
-            ["--data", "x", "--kind", "tar", "--vae", "x"],
-            "no file x; put ILSVRC",
-        ),
-        (
-            ["--data", "x", "--vae", "x", "--process", "1"],
-            "--coordinator, --processes and --process go",
-        ),
-        (["--data", "x", "--vae", "x", "--config.a=1"], "unknown argument"),
+        (["--data", "x", "--vae", "x", "--process", "1"], "--coordinator, --proc"),
+        (["--data", "x", "--kind", "tar", "--vae", "x"], "no file x; put ILSVRC"),
         (["--data", "x", "--kind", "lmdb"], "--kind 'lmdb' (one of"),
     ],
-    ids="folder tar process config kind".split(),
+    ids="folder process tar kind".split(),
 )
-def test_the_script_names_mistakes(tmp_path, monkeypatch, capsys, words, says):
+def test_the_script_names_mistakes(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     code, _, errors = script(monkeypatch, capsys, *words, "--out", tmp_path / "out")
-    assert code == 2 and says in errors and errors.count("\n") == 1
+    assert code == 2 and message in errors and errors.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

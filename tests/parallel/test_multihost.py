@@ -1,17 +1,14 @@
-"""Which process of how many this is, and two real processes that train as one."""
+"""Which process of how many this is, and two real processes."""
 
 import argparse
 
 import jax
-import numpy as np
 import pytest
-from helpers import processes, small
+from helpers import processes
 
-from sit_jax import checkpoint
+from sit_jax.data.loader import shuffled_indices
 from sit_jax.errors import UserError
-from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.parallel import multihost
-from sit_jax.trainer.loop import train
 
 TORCH = {"MASTER_ADDR": "a", "MASTER_PORT": "29500", "WORLD_SIZE": "4", "RANK": "3"}
 BY_TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -114,31 +111,35 @@ def test_initialize_names_wrong_places(join, words, environ, line):
         join(*words, **environ)
 
 
-SIZE = {"steps": 3, "save_every": 3, "preview": 0}
+PROGRAM = """
+import argparse
+import numpy as np
+from helpers.pictures import Numbered
+from sit_jax.data.loader import batches
+from sit_jax.errors import UserError
+from sit_jax.parallel import multihost
+from sit_jax.parallel.mesh import make_mesh
+
+parser = argparse.ArgumentParser()
+multihost.add_flags(parser)
+multihost.initialize(parser.parse_args())
+index = multihost.process_index()
+assert multihost.all_gather("x" * 9 * index) == ["", "x" * 9]
+array = np.arange(3) if multihost.is_primary() else None
+assert multihost.broadcast_array(array).tolist() == [0, 1, 2]
+try:
+    multihost.assert_equal("index", index, "be alike")
+except UserError as error:
+    assert str(error) == "index: 0 in process 0, 1 in process 1; be alike"
+with batches(Numbered(13), 8, 0, make_mesh(data=-1, fsdp=1), first=8) as loader:
+    (shard,) = next(loader)["latent"].addressable_shards
+print("rows", multihost.all_gather(shard.data.ravel().tolist()))
+"""
 
 
-def test_two_processes_train_as_one(tmp_path):
-    """Losses differ by the order of sums over the batch, float32 rounding: 1e-6.
-
-    Weights after three steps of Adam differ by more where a gradient is near zero.
-    """
-    fields = [f"--config.{name}={value}" for name, value in SIZE.items()]
-    words = ("--config", "tests/helpers/small_config.py", "--workdir", tmp_path / "two")
-    said = processes.run(2, "train.py", *words, *fields)
-    assert "2 processes, each with 1 x cpu" in said
-    assert "batch 8 on 2 x cpu" in said and "saved step 3" in said
-    config = small.config(**SIZE)
-    train(config, tmp_path / "one")  # on conftest's eight devices
-    one, two = (small.losses(tmp_path / name) for name in ("one", "two"))
-    assert list(two) == [1, 2, 3]
-    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-6)
-    folders = [tmp_path / name / "checkpoints" for name in ("one", "two")]
-    assert checkpoint.steps(folders[1]) == [3]
-    parts = build_experiment(config, TRAINING)
-    like = jax.eval_shape(lambda: small.random_params(parts, 0))
-    pairs = (
-        dict(checkpoint.iter_leaves(folder, 3, "params", like)) for folder in folders
-    )
-    ours, theirs = pairs
-    for name, array in ours.items():
-        np.testing.assert_allclose(array, theirs[name], atol=1e-5, err_msg=name)
+def test_two_processes_exchange_values_and_share_batches():
+    """Training as one: tests/slow/test_many_processes.py."""
+    out = processes.run(2, "-c", PROGRAM)
+    assert "2 processes, each with 1 x cpu" in out
+    ids = [int(shuffled_indices(13, 0)[8 + i]) for i in range(8)]
+    assert f"rows {[list(map(float, ids[:4])), list(map(float, ids[4:]))]}" in out
