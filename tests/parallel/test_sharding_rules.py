@@ -27,32 +27,28 @@ def spec(name, shape, axes=WEIGHTS, **mesh):
     return sharding_rules.choose_spec(name, shape, sizes(**mesh), axes)
 
 
+BOTH = ("fsdp", "tensor")
+
+
 @pytest.mark.parametrize(
     "name, shape, expected",
     [
-        ("blocks/attn/qkv/kernel", (28, 1152, 3456), (None, ("fsdp", "tensor"), None)),
+        ("blocks/attn/qkv/kernel", (28, 1152, 3456), (None, BOTH, None)),
         ("blocks/mlp/fc1/kernel", (28, 1152, 4608), (None, "fsdp", "tensor")),
         ("blocks/mlp/fc2/kernel", (28, 4608, 1152), (None, "tensor", "fsdp")),
         ("blocks/attn/proj/kernel", (28, 1152, 1152), (None, "tensor", "fsdp")),
-        ("head/adaLN/kernel", (1152, 2304), (("fsdp", "tensor"), None)),
-        ("cond/label/embedding", (1001, 1152), (None, ("fsdp", "tensor"))),
+        ("head/adaLN/kernel", (1152, 2304), (BOTH, None)),
+        ("cond/label/embedding", (1001, 1152), (None, BOTH)),
         # adapters: not in the table, and split along all but the rank
-        (
-            "blocks/attn/qkv/kernel/down",
-            (28, 1152, 16),
-            (None, ("fsdp", "tensor"), None),
-        ),
-        ("blocks/attn/qkv/kernel/up", (28, 16, 3456), (None, None, ("fsdp", "tensor"))),
-        ("patch/kernel", (2, 2, 4, 1152), (None, None, None, ("fsdp", "tensor"))),
+        ("blocks/attn/qkv/kernel/down", (28, 1152, 16), (None, BOTH, None)),
+        ("blocks/attn/qkv/kernel/up", (28, 16, 3456), (None, None, BOTH)),
+        ("patch/kernel", (2, 2, 4, 1152), (None, None, None, BOTH)),
     ],
 )
-def test_the_table(name, shape, expected):
+def test_choose_spec_follows_the_table(name, shape, expected):
     assert spec(name, shape, fsdp=8, tensor=2) == (P(*expected), ())
-    plain = [
-        "fsdp" if "fsdp" in (names if isinstance(names, tuple) else [names]) else None
-        for names in expected
-    ]
-    assert spec(f"opt_state/0/mu/{name}", shape, fsdp=16) == (P(*plain), ())
+    fsdp_alone = ["fsdp" if axes in ("fsdp", BOTH) else None for axes in expected]
+    assert spec(f"opt_state/0/mu/{name}", shape, fsdp=16) == (P(*fsdp_alone), ())
 
 
 def test_optimizer_and_averages_are_split_over_replicas_too():
@@ -66,22 +62,19 @@ def test_optimizer_and_averages_are_split_over_replicas_too():
 def test_where_the_best_axis_does_not_divide_the_next_best_does():
     name, shape = "blocks/mlp/fc1/kernel", (2, 1152, 4608)
     assert spec(name, shape, fsdp=256) == (P(None, None, "fsdp"), ())  # 1152 / 256
-    assert spec(name, shape, fsdp=256, tensor=3) == (
-        P(None, "tensor", "fsdp"),
-        (),
-    )
+    both = P(None, "tensor", "fsdp")
+    assert spec(name, shape, fsdp=256, tensor=3) == (both, ())
 
 
 def test_what_nothing_divides_is_named():
     name, shape = "blocks/attn/qkv/kernel", (28, 1152, 3456)
     assert spec(name, shape, fsdp=256) == (P(None, None, None), ("fsdp",))
     tree = {"blocks": {"attn": {"qkv": {"kernel": np.zeros((2, 144, 432))}}}}
-    found = sharding_rules.unsharded_arrays(abstract_mesh(256), tree)
-    assert found == [("blocks/attn/qkv/kernel", (2, 144, 432), ("fsdp",))]
-    assert sharding_rules.unsharded_arrays(abstract_mesh(256, data=2), tree) == [
-        ("blocks/attn/qkv/kernel", (2, 144, 432), ("fsdp",))
-    ]
-    assert not sharding_rules.unsharded_arrays(abstract_mesh(256, data=16), tree)
+    left = [("blocks/attn/qkv/kernel", (2, 144, 432), ("fsdp",))]
+    unsharded = lambda *mesh: sharding_rules.unsharded_arrays(
+        abstract_mesh(*mesh), tree
+    )
+    assert unsharded(256) == unsharded(256, 2) == left and not unsharded(256, 16)
 
 
 def test_an_array_that_the_table_does_not_know_is_split_along_its_longest_axis():
@@ -105,9 +98,7 @@ def test_every_weight_of_an_xl_is_in_the_table(network):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         layers = 1 if "blocks" in name else 0
         if leaf.ndim - layers > 1 and not name.endswith("hidden_token"):
-            assert any(
-                re.search(pattern, name) for pattern, _ in sharding_rules.RULES
-            ), name
+            assert any(re.search(rule, name) for rule, _ in sharding_rules.RULES), name
     # 128 divides every width of the releases; what is left has 7 MB at most
     left = sharding_rules.unsharded_arrays(abstract_mesh(512, data=4), shapes)
     assert all(np.prod(shape) * 4 < NOTABLE for _, shape, _ in left)
