@@ -1,15 +1,14 @@
 """A run that version 0.1 wrote: it goes on, and its weights and manifest are read."""
 
 import json
-import runpy
 import shutil
-import sys
 
 import numpy as np
 import pytest
 from helpers import ROOT, small
 
 from sit_jax.checkpoint import find_step, read_meta
+from sit_jax.cli import sample, train
 from sit_jax.config import from_json, to_json
 from sit_jax.experiment import TRAINING, build_experiment, fixed_differences
 
@@ -21,13 +20,6 @@ NEXT_LOSSES = {3: 1.5334452390670776, 4: 1.7127883434295654}  # as 0.1 went on
 def run(tmp_path):
     """A copy of the run, whose folder may be written to."""
     return shutil.copytree(RUN, tmp_path / "run")
-
-
-def call(monkeypatch, script, *words):
-    monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
-    assert end.value.code in (0, None)
 
 
 def test_config_of_manifest_and_checkpoint_is_read():
@@ -42,22 +34,17 @@ def test_config_of_manifest_and_checkpoint_is_read():
         assert fixed_differences(stored, to_json(from_json(stored))) == []
 
 
-def test_run_goes_on_with_the_same_losses(run, monkeypatch):
-    words = [
-        "--config",
-        ROOT / "tests" / "helpers" / "small_config.py",
-        "--workdir",
-        run,
-    ]
+def test_run_goes_on_with_the_same_losses(run, call):
+    words = ["--config", small.FILE, "--workdir", run, "--config.steps=4"]
     sizes = ["--config.model.width=8", "--config.model.depth=1", "--config.preview=0"]
-    call(monkeypatch, "train", *words, *sizes, "--config.steps=4")
+    assert call(train, *words, *sizes)[0] == 0
     losses = small.losses(run)
     assert {step: losses[step] for step in NEXT_LOSSES} == pytest.approx(
         NEXT_LOSSES, rel=1e-6
     )
 
 
-def test_weights_are_sampled(run, tmp_path, monkeypatch):
+def test_weights_are_sampled(run, tmp_path, call):
     out = tmp_path / "samples.npy"
-    call(monkeypatch, "sample", "--weights", run, "--labels", "1,2", "--out", out)
+    assert call(sample, "--weights", run, "--labels", "1,2", "--out", out)[0] == 0
     np.testing.assert_allclose(np.load(out), np.load(RUN / "samples.npy"), atol=1e-5)

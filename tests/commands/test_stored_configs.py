@@ -1,13 +1,14 @@
 """A stranger's config, in weights, manifest and adapter: nothing that it names runs."""
 
 import json
-import runpy
 import sys
+from importlib import import_module
 
 import numpy as np
 import pytest
-from helpers import ROOT, small
+from helpers import small
 
+from sit_jax.cli import sample
 from sit_jax.config import ROLES, from_json, to_json
 from sit_jax.data import archives
 from sit_jax.data.sources import Synthetic
@@ -35,15 +36,7 @@ def watched(tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists() and "stranger" not in sys.modules
 
 
-def run(monkeypatch, capsys, script, *words):
-    """Returns exit code and standard error of a script with these words."""
-    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
-    return end.value.code, capsys.readouterr().err
-
-
-def weights(folder, roles, foreign, **meta):
+def save_weights(folder, roles, foreign, **meta):
     """Saves a checkpoint whose config has a foreign object for these roles."""
     stored = {**to_json(small.config()), **dict.fromkeys(roles, foreign)}
     params = small.random_params(build_experiment(small.config()), 0)
@@ -78,16 +71,17 @@ def test_foreign_value_inside_a_part_is_refused(foreign, watched):
             build_experiment(from_json({**stored, role: part}))
 
 
-def test_commands_end_in_a_line(watched, monkeypatch, capsys):
-    weights("evil", ["model", "source"], TFDS)
-    weights("good", [], TFDS)
-    weights("adapter", ["model"], TFDS, base={"path": "good", "step": 8, "sha256": "0"})
+def test_commands_end_in_a_line(watched, call):
+    save_weights("evil", ["model", "source"], TFDS)
+    save_weights("good", [], TFDS)
+    save_weights(
+        "adapter", ["model"], TFDS, base={"path": "good", "step": 8, "sha256": "0"}
+    )
     job = {"weights": "good", "config": {**to_json(small.config()), "sampler": TFDS}}
     job |= {"labels": [1], "item": "ema", "family": None, "heads": None, "seed": 0}
     job |= {"noise": None, "batch_size": 1, "weak": None, "vae": None}
     job |= {"rounding": "dit", "emulate": None}
     (watched / "manifest.json").write_text(json.dumps({"job": job}))
-    small_file = ROOT / "tests" / "helpers" / "small_config.py"
     for script, *words in [
         ("sample", "--weights", "evil", "--labels", "1", "--out", "x.png"),
         ("sample", "--from-manifest", "manifest.json", "--out", "x.png"),
@@ -95,24 +89,24 @@ def test_commands_end_in_a_line(watched, monkeypatch, capsys):
         ("sample", "--weights", "good", "--autoguidance", "evil", "--out", "x.png"),
         ("port_weights", "evil", "x.pt"),
         ("quantize", "evil", "x"),
-        ("train", "--config", small_file, "--init", "evil", "--workdir", "x"),
+        ("train", "--config", small.FILE, "--init", "evil", "--workdir", "x"),
     ]:
-        code, err = run(monkeypatch, capsys, script, *words)
+        code, _, err = call(import_module(f"sit_jax.cli.{script}"), *words)
         assert code == 2 and "archives.Tfds', which may not stand for" in err, err
         assert not list(watched.glob("x*"))
 
 
-def test_likelihood_builds_no_source_that_runs_code(watched, monkeypatch, capsys):
-    weights("run", ["source"], TFDS)
+def test_likelihood_builds_no_source_that_runs_code(watched, call):
+    save_weights("run", ["source"], TFDS)
     words = ["--weights", "run", "--likelihood", "--config.synthetic=False"]
-    code, err = run(monkeypatch, capsys, "sample", *words, "--out", "x.csv")
+    code, _, err = call(sample, *words, "--out", "x.csv")
     assert code == 2 and "name it in a --config FILE of your own" in err, err
 
 
-def test_samples_are_drawn_without_the_parts_of_training(watched, monkeypatch, capsys):
-    weights("run", UNNEEDED, TFDS)
+def test_samples_are_drawn_without_the_parts_of_training(watched, call):
+    save_weights("run", UNNEEDED, TFDS)
     words = ["--weights", "run", "--labels", "1", "--out", "y.npy"]
-    assert run(monkeypatch, capsys, "sample", *words)[0] == 0
+    assert call(sample, *words)[0] == 0
     assert np.load(watched / "y.npy").shape == (1, 4, 4, 1)
 
 
