@@ -24,6 +24,7 @@ from sit_jax.evaluation.evaluate import label_policy, manifest_classes
 MAX_CHARACTERS = 70  # of a value that is shown
 SHA256 = "[0-9a-f]{64}"  # of which fewer are shown
 IGNORED = ("command", "seconds", "precision.line", "precision.flags")  # prefixes
+HASHES = {"weights_sha256", "job.item", "weak_sha256"}  # fields that tell weights apart
 INPUTS = ("noise", "labels", "times")  # stages that are given, not computed
 
 # Stages that nothing else enters after the one before them: they name the cause
@@ -106,8 +107,8 @@ class Cause:
 
     name: str
     fid: float
-    facts: list[tuple[str, Any, Any]]
-    measurements: list[str]
+    facts: list[tuple[str, Any, Any]] = dataclasses.field(default_factory=list)
+    measurements: list[str] = dataclasses.field(default_factory=list)
     contradicted: bool = False
 
     @property
@@ -117,13 +118,6 @@ class Cause:
             f"{n}: {a} and {b}" for n, a, b in self.facts[:2]
         ]
         return f"{self.name} ({'; '.join(evidence)})"
-
-
-class _Causes(dict):
-    """Causes by name; an unknown one of FID_EFFECTS is made."""
-
-    def __missing__(self, name):
-        return self.setdefault(name, Cause(name, BY_NAME[name].fid, [], []))
 
 
 def find_causes(
@@ -141,23 +135,20 @@ def find_causes(
     Returns:
       The causes, the likeliest first.
     """
-    causes = _Causes()
+    causes = {effect.name: Cause(effect.name, effect.fid) for effect in FID_EFFECTS}
     for effect, *fact in manifest_differences(*manifests):
         causes[effect.name].facts.append(tuple(fact))
     _check_labels(causes, *manifests)
+    weights, rounding = causes["weights"], causes["rounding"]
     if bundles is not None:
         _check_bundles(causes, bundles)
+    elif not HASHES.intersection(field for field, *_ in weights.facts):
+        weights.facts.clear()  # another path says nothing
+    del rounding.facts[1:]  # one fact, which stands twice
+    causes = {n: c for n, c in causes.items() if c.fid and (c.facts or c.measurements)}
+    if bundles is not None:
         _check_stages(causes, differences)
-    elif "weights" in causes:  # another path says nothing
-        fields = {field for field, *_ in causes["weights"].facts}
-        if not fields & {"weights_sha256", "job.item", "weak_sha256"}:
-            causes.pop("weights")
-    if "rounding" in causes:  # one fact, which stands twice
-        causes["rounding"].facts = causes["rounding"].facts[:1]
-    for name in ("training", "the record"):
-        causes.pop(name, None)
-    order = lambda cause: (cause.contradicted, -cause.fid)
-    return sorted((c for c in causes.values() if c.facts or c.measurements), key=order)
+    return sorted(causes.values(), key=lambda cause: (cause.contradicted, -cause.fid))
 
 
 def manifest_differences(
@@ -182,14 +173,14 @@ def _check_labels(causes, a, b):
     if counts[0] != counts[1]:
         text = f"{counts[0]} and {counts[1]} images"
         causes["number of images"].measurements.append(text)
-    if "labels" not in causes:
+    if not causes["labels"].facts:
         return
     policies = [
         label_policy(numbers, manifest_classes(manifest))
         for numbers, manifest in zip(labels, (a, b), strict=True)
     ]
-    if policies == ["random", "random"] and "noise" in causes:
-        causes.pop("labels")  # other draws of the same kind, by another seed
+    if policies == ["random", "random"] and causes["noise"].facts:
+        causes["labels"].facts.clear()  # other draws of the same kind, by another seed
         causes["noise"].measurements.append("another seed drew noise and labels")
         return
     count = min(counts)
@@ -209,7 +200,7 @@ def _check_bundles(causes, bundles):
             text = f"{' against '.join(words.get(i, str(i)) for i in items)}; {text}"
         causes["weights"].measurements.append(text)
     else:  # the same tensors, whatever their file is called
-        causes.pop("weights", None)
+        causes["weights"].facts.clear()
     bits = [
         min(probe.get("model dot", 0), probe.get("convolution", 0))
         for probe in (bundle.record["precision"] for bundle in bundles)
@@ -252,7 +243,7 @@ def _check_stages(causes, differences):
     text = f"nothing declared explains {stage}, {size}"
     if name != "unexplained":
         text = f"undeclared: {stage} is {size}"
-    causes[name] = Cause(name, MEASURED, [], [text])
+    causes[name] = Cause(name, MEASURED, measurements=[text])
 
 
 def _explains(cause, stage, inexact_stages):

@@ -23,11 +23,7 @@ from sit_jax.diagnosis.paired import Gap, Labels, SwapStep
 from sit_jax.diagnosis.swaps import decode_latents
 from sit_jax.errors import UserError
 from sit_jax.evaluation.fid import Gaussian
-from sit_jax.evaluation.image_sets import (
-    EvaluationInput,
-    input_of_images,
-    open_input,
-)
+from sit_jax.evaluation.image_sets import EvaluationInput, input_of_images, open_input
 from sit_jax.files import PathLike, atomic_write, local_path, read_json, write_json
 from sit_jax.sampling import outputs
 from sit_jax.sampling.grid import image_grid, save_png
@@ -199,13 +195,10 @@ def verdict(
         )
     sentences = [text] if gap is None else [gap.sentence(), text]
     steps = sorted(swap_rows[1:], key=lambda row: -row["share"])
-    shares = [
-        f"{row['after']} {row['step']:+.3g} ({row['share']:.0%})"
-        for row in steps
-        if row["share"] > 0
-    ]
-    if len(steps) > 1 and shares:
-        sentences.append(f"From A's figure to B's: {', '.join(shares)}.")
+    if len(steps) > 1 and steps[0]["share"] > 0:
+        shares = "{after} {step:+.3g} ({share:.0%})".format_map
+        listed = ", ".join(shares(row) for row in steps if row["share"] > 0)
+        sentences.append(f"From A's figure to B's: {listed}.")
     return " ".join(sentences)
 
 
@@ -223,16 +216,14 @@ def save(
         write_json(folder / "report.json", report)
 
 
-def _manifests_with_evaluation(a, b):
+def _manifests_with_evaluation(*sides):
     """Returns the manifests, with the pipeline of features if both bundles have it."""
-    manifests = [a.manifest, b.manifest]
-    made = [s.bundle and s.bundle.record.get(bundles.EVALUATION) for s in (a, b)]
-    if not all(made):
-        return manifests
-    return [
-        manifest | {bundles.EVALUATION: pipeline}
-        for manifest, pipeline in zip(manifests, made, strict=True)
-    ]
+    key = bundles.EVALUATION
+    pipelines = [side.bundle and side.bundle.record.get(key) for side in sides]
+    if not all(pipelines):
+        return [side.manifest for side in sides]
+    pairs = zip(sides, pipelines, strict=True)
+    return [side.manifest | {key: pipeline} for side, pipeline in pairs]
 
 
 def _probe(side):
@@ -348,37 +339,23 @@ def _statistics_rows(paired):
     """Returns what is known of the gap of the two FIDs."""
     if not paired:
         return []
+    a, b = paired["fids"]
     gap, net, interval = (paired[name] for name in ("gap", "net", "interval"))
-    classes = "classes as they are" if paired["classes"] else "classes drawn too"
+    classes = "as they are" if paired["classes"] else "drawn too"
+    noise = f"noise: deviation over seeds, classes {classes}"
     limits = None if interval is None else "{:+.4g}, {:+.4g}".format(*interval)
     rows = [
-        ("FID of A to the reference", paired["fids"][0], ".6g"),
-        ("FID of B to the reference", paired["fids"][1], ".6g"),
+        ("FID of A to the reference", a, ".6g"),
+        ("FID of B to the reference", b, ".6g"),
         ("gap, A less B", gap, "+.4g"),
         ("the same at equal numbers of images", None if net == gap else net, "+.4g"),
-        (
-            f"noise: its standard deviation over seeds ({classes})",
-            paired["noise"],
-            ".3g",
-        ),
-        (
-            "noise band: exceeded by one in 10,000 pairs of seeds",
-            paired["band"],
-            ".3g",
-        ),
+        (noise, paired["noise"], ".3g"),
+        ("noise band: left by one in 10,000 pairs of seeds", paired["band"], ".3g"),
         ("chance of such a gap by seeds alone", paired["chance"], ".2g"),
-        (
-            f"standard deviation of {paired['seeds']} other seeds' FIDs",
-            paired["scatter"],
-            ".3g",
-        ),
+        (f"deviation of {paired['seeds']} other seeds", paired["scatter"], ".3g"),
         ("95 % of the gap over pairs", limits, ""),
         ("FID between A and B", paired["between"], ".4g"),
-        (
-            "distance of a pair's features, mean over their rms",
-            paired["feature_gap"],
-            ".3g",
-        ),
+        ("mean distance of pairs' features over rms", paired["feature_gap"], ".3g"),
     ]
     return [(name, format(x, spec)) for name, x, spec in rows if x is not None]
 

@@ -15,6 +15,7 @@ from sit_jax.data.sources import Digits
 from sit_jax.errors import UserError
 from sit_jax.evaluation.fid import Gaussian, frechet_distance
 
+SHAPE = (8, 8, 1)
 WIDTH = 64  # features
 
 
@@ -103,5 +104,5 @@ def _rows(images):
 
 
 def _require_digits(shape):
-    if tuple(shape[:2]) != Digits.shape[:2]:
+    if tuple(shape[:2]) != SHAPE[:2]:
         raise UserError(f"images are {tuple(shape)}; digits are (8, 8, 1)")

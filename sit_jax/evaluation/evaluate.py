@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from sit_jax import files
 from sit_jax.errors import UserError
+from sit_jax.evaluation import fid
 from sit_jax.evaluation.features import (
     Batch,
     ExtractedFeatures,
@@ -27,31 +29,11 @@ from sit_jax.evaluation.features import (
     pipeline_differences,
     write_features,
 )
-from sit_jax.evaluation.fid import (
-    Gaussian,
-    RunningMoments,
-    bootstrap_interval,
-    bootstrap_rows,
-    class_rows,
-    frechet_distance,
-)
+from sit_jax.evaluation.fid import Gaussian, RunningMoments, frechet_distance
 from sit_jax.evaluation.image_sets import EvaluationInput, open_input
-from sit_jax.evaluation.metrics import (
-    KID_SUBSET_SIZE,
-    KID_SUBSETS,
-    Progress,
-    kernel_distance,
-    precision_recall,
-)
+from sit_jax.evaluation.metrics import Progress, kernel_distance, precision_recall
 from sit_jax.evaluation.statistics import FeatureStatistics, collect_statistics
-from sit_jax.files import (
-    AnyPath,
-    PathLike,
-    absolute_path,
-    read_json,
-    require_free,
-    require_space,
-)
+from sit_jax.files import AnyPath, PathLike
 from sit_jax.manifest import environment
 from sit_jax.parallel import multihost
 from sit_jax.sampling.outputs import ArrayFile, manifest_path
@@ -141,9 +123,7 @@ def compute_figures(
             figures |= {name: x for name, x in overlap.items() if name in metrics}
     ours, theirs = sides
     if "kid" in metrics and ours is not None and theirs is not None:
-        mean, std = kernel_distance(ours, theirs, progress=progress)
-        size = min(KID_SUBSET_SIZE, len(ours), len(theirs))
-        figures |= {"kid": mean, "kid_std": std, "kid_subsets": [KID_SUBSETS, size]}
+        figures |= kernel_distance(ours, theirs, progress=progress)
     return figures
 
 
@@ -166,11 +146,11 @@ def frechet_interval(
         that is chance too, as of random labels.
       progress: wraps an iterable, to draw a bar.
     """
-    groups = class_rows(labels, len(features))
+    groups = fid.class_rows(labels, len(features))
     distance = lambda x: frechet_distance(Gaussian.of(x), reference)
-    rows = progress(bootstrap_rows(groups, resamples))
+    rows = progress(fid.bootstrap_rows(groups, resamples))
     resampled = [distance(features[chosen]) for chosen in rows]
-    return bootstrap_interval(distance(features), resampled, groups)
+    return fid.bootstrap_interval(distance(features), resampled, groups)
 
 
 def figure_lines(figures: dict[str, Any]) -> list[str]:
@@ -276,7 +256,7 @@ def fixed_labels(path: Path, count: int) -> Int[np.ndarray, " n"] | None:
     """
     labels, num_classes = np.zeros(0, int), 0
     if manifest_path(path).is_file():
-        manifest = read_json(manifest_path(path))
+        manifest = files.read_json(manifest_path(path))
         labels = np.asarray(manifest.get("job", {}).get("labels", [])).reshape(-1)
         num_classes = manifest_classes(manifest)
     elif path.is_file() and "arr_1" in (file := ArrayFile(path)):
@@ -326,11 +306,11 @@ def open_output(
       features: where the samples' features are kept, or None.
     """
     with multihost.lock_output(path):
-        output = EvaluationOutput(absolute_path(path), features)
+        output = EvaluationOutput(files.absolute_path(path), features)
         parts = [output.parts(name) for name in SIDES]
         for target in filter(None, (path, features)):
             is_ours = any(is_begun(out, target) for out in parts)
-            require_free(target, overwrite or is_ours)
+            files.require_free(target, overwrite or is_ours)
         multihost.barrier()  # until all have seen that these places are free
         yield output
         if multihost.is_primary():
@@ -404,7 +384,7 @@ def resume_features(
         partial = PartialResults(out, digest, overwrite=True, writes=writes)
         missing = partial.check(count)
         size = source.count * sum(source.widths.values()) * FLOAT_BYTES
-        require_space(output.path, max(0, size - parts_size(out)))
+        files.require_space(output.path, max(0, size - parts_size(out)))
     missing = multihost.broadcast(missing)
     there = set(range(count)).difference(missing)
     if there:

@@ -1,6 +1,7 @@
 """Inception Score, kernel distance (KID), precision and recall."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,8 +69,8 @@ def kernel_distance(
     subsets: int = KID_SUBSETS,
     size: int = KID_SUBSET_SIZE,
     progress: Progress = iter,
-) -> tuple[float, float]:
-    """Returns mean and standard deviation of KID over random subsets.
+) -> dict[str, Any]:
+    """Returns the mean and standard deviation of KID over random subsets, and these.
 
     KID is the squared maximum mean discrepancy under the kernel (x y / D + 1)^3, in
     float64; it is unbiased, hence below zero now and then.
@@ -87,7 +88,8 @@ def kernel_distance(
             for features in (samples, reference)
         )
         values.append(_unbiased_mmd(x, y))
-    return float(np.mean(values)), float(np.std(values))
+    mean, std = float(np.mean(values)), float(np.std(values))
+    return {"kid": mean, "kid_std": std, "kid_subsets": [subsets, size]}
 
 
 def precision_recall(

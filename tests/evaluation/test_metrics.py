@@ -217,19 +217,22 @@ def test_kid_is_torch_fidelitys():
     a = draw((150, 8)).astype(np.float32)
     b = (draw((120, 8)) * 1.2 + 0.3).astype(np.float32)
     want = 0.4709521770477295, 0.12828092624954887
-    assert kernel_distance(a, b, subsets=10, size=50) == pytest.approx(want, rel=2e-6)
+    kid = kernel_distance(a, b, subsets=10, size=50)
+    assert (kid["kid"], kid["kid_std"]) == pytest.approx(want, rel=2e-6)
 
 
 def test_kid_is_unbiased():
     a, b = normal(2000, 4), normal(2000, 4, seed=1)
-    mean, spread = kernel_distance(a, b, subsets=100, size=100)
+    kid = kernel_distance(a, b, subsets=100, size=100)
     # of the same distribution; sets overlap little, so the mean's error is a tenth
-    assert abs(mean) < 0.4 * spread
-    assert kernel_distance(a, b + 0.5, subsets=20, size=100)[0] > spread
+    assert abs(kid["kid"]) < 0.4 * kid["kid_std"]
+    other = kernel_distance(a, b + 0.5, subsets=20, size=100)
+    assert other["kid"] > kid["kid_std"]
 
 
 def test_kid_of_few_images_takes_smaller_subsets():
-    assert np.isfinite(kernel_distance(normal(5, 2), normal(3, 2), subsets=4)).all()
+    kid = kernel_distance(normal(5, 2), normal(3, 2), subsets=4)
+    assert np.isfinite(kid["kid"]) and kid["kid_subsets"] == [4, 3]
     with pytest.raises(UserError, match="KID needs at least two"):
         kernel_distance(normal(5, 2), normal(1, 2))
 
