@@ -44,7 +44,7 @@ CONSTRUCTORS = {  # field of a config -> modules below sit_jax, and what may sta
     "source": {
         "data.sources": "Digits LatentFolder Synthetic LabelOffset ImageTransform",
         "data.latent_cache": "LatentCache",
-        "data.folders": "ImageFolder AdmFolder CifarFolder CifarBinary",
+        "data.folders": "ImageFolder AdmFolder CifarFolder",
         "data.archives": "ImageNetTar WebdatasetTars Tfds",
     },
 }

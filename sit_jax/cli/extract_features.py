@@ -14,7 +14,7 @@ from sit_jax.cli.main import entry_point, make_parser, parse_args
 from sit_jax.convert.vae import load_vae
 from sit_jax.data.archives import ImageNetTar, Tfds, WebdatasetTars
 from sit_jax.data.extract import ExtractOptions, describe, extract
-from sit_jax.data.folders import AdmFolder, CifarBinary, CifarFolder, ImageFolder
+from sit_jax.data.folders import AdmFolder, CifarFolder, ImageFolder
 from sit_jax.data.latent_cache import DTYPES, import_fast_dit
 from sit_jax.data.sources import LatentFolder
 from sit_jax.errors import UserError, one_line
@@ -32,7 +32,6 @@ KINDS = {
     "webdataset": WebdatasetTars,
     "tfds": Tfds,
     "cifar": CifarFolder,
-    "cifar-binary": CifarBinary,
 }
 FAST_DIT = "fast-dit"
 USUAL_STD = (0.7, 1.4)  # of latents that fit their scale

@@ -1,4 +1,4 @@
-"""Folders of image files: a folder a class, the class in the file's name, CIFAR."""
+"""Folders of image files: a folder a class, or the class in the file's name."""
 
 import dataclasses
 import os
@@ -7,15 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from sit_jax.data.images import Images
-from sit_jax.data.sources import Arrays
 from sit_jax.errors import UserError
 from sit_jax.files import local_path
 
 # what torchvision's ImageFolder takes for images, and what ADM's loader does
 ENDINGS = ".jpg .jpeg .png .ppm .bmp .pgm .tif .tiff .webp".split()
 ADM_ENDINGS = ".jpg .jpeg .png .gif".split()
-CIFAR_BATCHES = {True: "data_batch_*.bin", False: "test_batch.bin"}
-CIFAR_ROW = 1 + 3 * 32 * 32  # label, then the red, green and blue planes
 
 
 class FolderImages(Images):
@@ -61,13 +58,12 @@ class ImageFolder(FolderImages):
             names += [os.path.relpath(image, root) for image in images]
             labels += [label] * len(images)
         self.set_images(names, labels, classes)
-        left_out = {
-            "lie beside the folders of the classes": beside,
-            f"do not end in {', '.join(ENDINGS)}": others,
-        }
         self.remarks = [
             f"{len(files)} files are left out, as they {reason}: {files[0]} .."
-            for reason, files in left_out.items()
+            for files, reason in (
+                (beside, "lie beside the folders of the classes"),
+                (others, f"do not end in {', '.join(ENDINGS)}"),
+            )
             if files
         ]
         if len(classes) == 1 and any(e.is_dir() for e in _visible(root / classes[0])):
@@ -121,31 +117,6 @@ class CifarFolder(ImageFolder):
         return require_folder(root / ("train" if self.train else "test"))
 
 
-class CifarBinary(Arrays):
-    """The batches of cifar-10-binary.tar.gz, unpacked: cifar-10-batches-bin."""
-
-    def __init__(self, path: str, train: bool = True, flip: bool = True):
-        root = require_folder(path)
-        files = sorted(root.glob(CIFAR_BATCHES[train]))
-        if not files:
-            raise UserError(
-                f"no {CIFAR_BATCHES[train]} in {root}; unpack cifar-10-binary.tar.gz "
-                "(the python version holds pickles, which could run code)"
-            )
-        data = np.frombuffer(b"".join(file.read_bytes() for file in files), np.uint8)
-        if len(data) % CIFAR_ROW:
-            raise UserError(
-                f"the {CIFAR_BATCHES[train]} in {root} are no rows of {CIFAR_ROW} "
-                "bytes; unpack them again"
-            )
-        rows = data.reshape(-1, CIFAR_ROW)
-        images = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        super().__init__(np.ascontiguousarray(images), rows[:, 0], 10, flip)
-        names = root / "batches.meta.txt"
-        if names.exists():
-            self.class_names = names.read_text().split()[:10]
-
-
 def is_image(name: str) -> bool:
     """Returns whether a file's name ends like an image's, for torchvision."""
     return name.lower().endswith(tuple(ENDINGS))
@@ -154,13 +125,10 @@ def is_image(name: str) -> bool:
 def require_folder(path: str) -> Path:
     """Returns the Path of a folder, or refuses one that is not there."""
     path = local_path(path)
-    if path.is_file():
-        raise UserError(
-            f"{path} is a file; unpack it and name the folder, or see --kind and "
-            "docs/images.md for tars"
-        )
     if not path.is_dir():
-        raise UserError(f"no folder {path}; name one that holds images")
+        raise UserError(
+            f"no folder {path}; name one that holds images, unpacked, or see --kind"
+        )
     return path
 
 
