@@ -5,8 +5,8 @@ LoraConfig.
 """
 
 import dataclasses
-import math
 import zlib
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from sit_jax.adapters.weights import (
     replace_weights,
 )
 from sit_jax.errors import UserError
+from sit_jax.ranges import COUNT, Above, AtLeast, Between
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,23 +42,17 @@ class LoRA:
     """
 
     targets: str = ".*blocks/(attn/(qkv|proj)|mlp/fc[12])/kernel"
-    rank: int = 8
-    alpha: float = 8.0
+    rank: Annotated[int, COUNT] = 8
+    alpha: Annotated[float, Above(0.0)] = 8.0
     rank_stabilized: bool = False
-    dropout: float = 0.0
+    dropout: Annotated[float, Between(0.0, 1.0)] = 0.0
     dora: bool = False
-    new_classes: int = 0
+    new_classes: Annotated[int, AtLeast(0)] = 0
     int8: str | None = None
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise UserError(f"adapter.rank is {self.rank}; it must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"adapter.dropout is {self.dropout}; it must be in [0, 1)")
-        if not (self.alpha > 0 and math.isfinite(self.alpha)):
-            raise UserError(f"adapter.alpha is {self.alpha}; it must be positive")
-        if self.new_classes < 0:
-            raise UserError(f"adapter.new_classes is {self.new_classes}; at least 0")
+        if self.dropout == 1:
+            raise UserError("adapter.dropout is 1, which leaves no input; take less")
 
     @property
     def scale(self) -> float:

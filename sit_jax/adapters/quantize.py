@@ -15,6 +15,7 @@ says in which form ("quantized": {"form", "skip"}).
 
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,7 +29,6 @@ from sit_jax.adapters.weights import (
     Int8Weight,
     full_matches,
     is_weight_leaf,
-    materialize,
     require_finite,
 )
 from sit_jax.errors import UserError
@@ -39,6 +39,7 @@ from sit_jax.errors import UserError
 SKIP = r"(patch|cond|head)/.*"
 MODULATION = r".*/adaLN/.*"
 FORMS = "w8, w8a8, w4 or w4gN"
+EIGHT_BITS = {"w8": Int8Weight, "w8a8": Int8ActivationWeight}
 
 Quantizer = Callable[[str, Any], Any]  # (path, weight) -> the weight in its form
 
@@ -54,7 +55,9 @@ def make_quantizer(form: str, skip: str = SKIP) -> Quantizer:
     Raises:
       UserError: there is no such form, or `skip` is no regular expression.
     """
-    quantize_matrix = _matrix_quantizer(form)
+    groups = re.fullmatch(r"w4(?:g([1-9]\d{0,8}))?", str(form))
+    if form not in EIGHT_BITS and not groups:
+        raise UserError(f"{form!r} is no form of weights: {FORMS}")
     list(full_matches(skip, ["a/path"]))  # refuses what is no regular expression
 
     def quantize(path, weight):
@@ -62,7 +65,9 @@ def make_quantizer(form: str, skip: str = SKIP) -> Quantizer:
             return weight
         if re.fullmatch(MODULATION, path):
             return Int8Weight.from_float(weight)
-        return quantize_matrix(path, weight)
+        if groups:
+            return Int4Weight.from_float(weight, int(groups[1] or 128), path)
+        return EIGHT_BITS[form].from_float(weight)
 
     return quantize
 
@@ -89,13 +94,11 @@ def quantized_shapes(shapes: dict, meta: dict) -> dict:
     if form is None:
         return shapes
     quantize = make_quantizer(form["form"], form["skip"])
-    return unflatten_dict(
-        {
-            path: jax.eval_shape(lambda weight, path=path: quantize(path, weight), leaf)
-            for path, leaf in flatten_dict(shapes, sep="/").items()
-        },
-        sep="/",
-    )
+    flat = {
+        path: jax.eval_shape(partial(quantize, path), leaf)
+        for path, leaf in flatten_dict(shapes, sep="/").items()
+    }
+    return unflatten_dict(flat, sep="/")
 
 
 def quantize_stream(
@@ -116,9 +119,8 @@ def quantize_stream(
 
     quantize, flat, rows = make_quantizer(form, skip), {}, []
     for path, leaf in tqdm(leaves, total=total, unit="weight", disable=None):
-        flat[path] = new = jax.block_until_ready(_quantize_layers(quantize, path, leaf))
-        error = _relative_error(new, leaf) if is_weight_leaf(new) else 0.0
-        rows.append((path, leaf.nbytes, tree_bytes(new), error))
+        flat[path], error = _quantize_layers(quantize, path, leaf)
+        rows.append((path, leaf.nbytes, tree_bytes(flat[path]), error))
     return _nest(flat, form, skip), sorted(rows)
 
 
@@ -127,43 +129,21 @@ def tree_bytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def _matrix_quantizer(form):
-    if form == "w8":
-        return lambda path, weight: Int8Weight.from_float(weight)
-    if form == "w8a8":
-        return lambda path, weight: Int8ActivationWeight.from_float(weight)
-    if match := re.fullmatch(r"w4(?:g([1-9]\d{0,8}))?", str(form)):
-        size = int(match[1] or 128)
-        return lambda path, weight: Int4Weight.from_float(weight, size, path)
-    raise UserError(f"{form!r} is no form of weights: {FORMS}")
-
-
 def _quantize_layers(quantize, path, leaf):
-    """Quantizes a layer of a stack at a time; refuses what is not finite."""
-
-    def quantize_one(weight):
+    """Quantizes a stack a layer at a time; returns it and its relative L2 error."""
+    layers, difference, norm = [], 0.0, 0.0
+    for weight in leaf if leaf.ndim > 2 else [leaf]:
         require_finite(path, weight)
-        return quantize(path, jnp.asarray(weight))
-
-    if leaf.ndim < 3:
-        return quantize_one(leaf)
-    return jax.tree.map(lambda *layers: np.stack(layers), *map(quantize_one, leaf))
-
-
-def _relative_error(quantized, leaf, max_values=2**24):
-    """Relative L2 error, a few layers at a time: the floats must not all come back."""
-    if leaf.ndim > 2:
-        count = max(1, max_values // max(1, leaf[0].size))
-        chunks = [slice(at, at + count) for at in range(0, len(leaf), count)]
-    else:
-        chunks = [slice(None)]
-    difference = norm = 0.0
-    for rows in chunks:
-        ours = materialize(jax.tree.map(lambda x, rows=rows: x[rows], quantized))
-        exact = np.asarray(leaf[rows], np.float64)
-        difference += float(np.sum((np.asarray(ours, np.float64) - exact) ** 2))
-        norm += float(np.sum(exact**2))
-    return (difference / norm) ** 0.5 if norm else 0.0
+        new = quantize(path, jnp.asarray(weight))
+        if is_weight_leaf(new):
+            exact = np.asarray(weight, np.float64)
+            difference += np.sum((np.asarray(new.read(), np.float64) - exact) ** 2)
+            norm += np.sum(exact**2)
+        layers.append(jax.tree.map(np.asarray, new))
+    error = float((difference / norm) ** 0.5) if norm else 0.0
+    if leaf.ndim <= 2:
+        return layers[0], error
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *layers), error
 
 
 def _nest(flat, form, skip):

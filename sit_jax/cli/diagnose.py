@@ -23,7 +23,6 @@ from sit_jax.evaluation.image_sets import input_of_images, open_input
 from sit_jax.files import as_path, local_path, read_json, require_free
 from sit_jax.parallel import multihost
 from sit_jax.ranges import COUNT, AtLeast
-from sit_jax.recipes import published
 from sit_jax.sampling import job
 from sit_jax.sampling.outputs import ArrayFile
 from sit_jax.sampling.run import SamplingContext, build_context
@@ -244,7 +243,7 @@ def _try_extractor(args):
 
 
 def _open_weights(path, family=None, heads=None):
-    return WeightsRef(path, family=family, heads=heads, base=published).open()
+    return WeightsRef(path, family=family, heads=heads).open()
 
 
 if __name__ == "__main__":

@@ -43,7 +43,6 @@ from sit_jax.files import (
 from sit_jax.manifest import weights_hash
 from sit_jax.parallel import hardware, multihost
 from sit_jax.ranges import AtLeast
-from sit_jax.recipes import published
 
 
 @entry_point
@@ -150,7 +149,7 @@ def to_checkpoint(args: argparse.Namespace, overrides: list[str]) -> None:
         configs.override(config, overrides)
     source = pretrained.fetch(args.source)
     weights = open_torch_file(
-        source, published, family=args.family, heads=args.heads, config=config
+        source, family=args.family, heads=args.heads, config=config
     )
     print(f"converting {args.source}", flush=True)
     items, meta = weights.items()

@@ -20,7 +20,6 @@ from sit_jax.errors import UserError
 from sit_jax.files import atomic_write, require_free, require_space
 from sit_jax.manifest import weights_hash
 from sit_jax.parallel import hardware, multihost
-from sit_jax.recipes import published
 
 
 @entry_point
@@ -45,9 +44,7 @@ def main() -> int:
 def quantize(args: Any) -> None:
     """Writes the quantized checkpoint that the arguments of main ask for."""
     target = require_free(args.target, args.overwrite)
-    weights = WeightsRef(
-        args.source, family=args.family, heads=args.heads, base=published
-    ).open()
+    weights = WeightsRef(args.source, family=args.family, heads=args.heads).open()
     item = "params" if args.no_ema else "ema"
     if "quantized" in weights.meta:
         form = weights.meta["quantized"]["form"]

@@ -21,7 +21,6 @@ from sit_jax.parallel import multihost
 from sit_jax.planning import report
 from sit_jax.precision.emulation import EMULATED
 from sit_jax.ranges import COUNT, SEED
-from sit_jax.recipes import published
 from sit_jax.sampling import (
     flags,
     job,
@@ -233,7 +232,7 @@ def _own_vae(args, config):
 
 
 def _open(path, family=None, heads=None):
-    return WeightsRef(path, family=family, heads=heads, base=published).open()
+    return WeightsRef(path, family=family, heads=heads).open()
 
 
 def _build_context(wanted, expected):

@@ -9,7 +9,6 @@ from sit_jax.convert.open import WeightsRef, add_init_flags
 from sit_jax.experiment import describe
 from sit_jax.parallel import multihost
 from sit_jax.planning import report
-from sit_jax.recipes import published
 from sit_jax.trainer.compile import keep_freed_memory, use_compilation_cache
 from sit_jax.trainer.loop import train
 
@@ -49,7 +48,7 @@ def main() -> int:
             print(line, flush=True)
         return 0
     workdir = args.workdir or f"runs/{configs.run_name(args.config)}"
-    init = WeightsRef(args.init, args.weights_only, args.family, args.heads, published)
+    init = WeightsRef(args.init, args.weights_only, args.family, args.heads)
     train(config, workdir, init, wandb=args.wandb, stop=StopSignal())
     return 0
 

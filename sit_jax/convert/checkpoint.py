@@ -5,7 +5,7 @@ once, and a second copy of what is being converted.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -94,7 +94,6 @@ class TorchWeights:
 
 def open_torch_file(
     path: str | Path,
-    base: Callable[[str], Any],
     *,
     family: str | None = None,
     heads: int | None = None,
@@ -104,17 +103,17 @@ def open_torch_file(
 
     Args:
         path: the file or folder.
-        base: gives the config of a family into which the file's network is put.
         family: of the network, where the file does not tell it.
         heads: of its attention, likewise.
-        config: taken as it is instead of base, and refused if it does not fit.
+        config: taken as it is instead of the published run's, and refused if it does
+            not fit.
 
     Raises:
         UserError: names or shapes are not those of the network.
     """
     is_folder = diffusers.is_diffusers_folder(path)
     file = diffusers.read_diffusers_folder(path) if is_folder else read_torch_file(path)
-    config = infer_config(file, base, family=family, heads=heads, config=config)
+    config = infer_config(file, family=family, heads=heads, config=config)
     spec = StateDictSpec(build(config.model), tuple(config.shape))
     spec.check(path, file.ema)
     if file.model is not file.ema:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sit_jax.convert.rules import shape_faults
+from sit_jax.checkpoint import require_same_shapes
 from sit_jax.convert.state_dict import TorchFile, read_torch_file
 from sit_jax.errors import UserError
 from sit_jax.files import as_path, local_path, parse_json
@@ -124,9 +124,8 @@ class OriginalNames(Mapping):
         expected = {name for names in self._sources.values() for name in names}
         expected |= {name for _, names in _copies(depth) for name in names}
         names = set(state) - {"pos_embed.pos_embed"}
-        shapes = (dict.fromkeys(sorted(names)) for names in (expected, names))
-        if faults := shape_faults(*shapes):
-            raise UserError(f"{path} holds another architecture; {faults}")
+        names, expected = (dict.fromkeys(sorted(x), 0) for x in (names, expected))
+        require_same_shapes(str(path), names, expected)
         for first, names in _copies(depth):
             for name in names:
                 if not np.array_equal(state[first], state[name]):

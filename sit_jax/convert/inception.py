@@ -16,9 +16,10 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax import ShapeDtypeStruct
 
+from sit_jax.checkpoint import require_same_shapes
 from sit_jax.convert import tensor_files
 from sit_jax.convert.pretrained import PRETRAINED, cache_dir, fetch
-from sit_jax.convert.rules import join_names, require_match, to_flax, to_torch
+from sit_jax.convert.rules import join_names, to_flax, to_torch
 from sit_jax.errors import UserError
 from sit_jax.files import atomic_write, read_json, sha256, write_json
 from sit_jax.manifest import weights_hash
@@ -160,7 +161,7 @@ def _to_params(path, rules, state):
     like = {name: ShapeDtypeStruct(shape, "float32") for name, shape in SHAPES.items()}
     try:
         params, spare = to_flax(rules, state)
-        require_match(unflatten_dict(like, sep="/"), params)
+        require_same_shapes("weights", params, unflatten_dict(like, sep="/"))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     if spare:

@@ -6,7 +6,7 @@ train.py saves beside the weights determine the process and the settings of the 
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import optax
@@ -24,6 +24,7 @@ from sit_jax.diffusion.loss_weights import (
 )
 from sit_jax.errors import UserError
 from sit_jax.models.dit import SIZES
+from sit_jax.recipes import published
 from sit_jax.training.optimizers import adan
 
 FAMILIES = ("sit", "dit")  # whose weights look alike
@@ -61,7 +62,6 @@ _PUBLISHED_HEADS = {(s["depth"], s["width"]): s["heads"] for s in SIZES.values()
 
 def infer_config(
     file: TorchFile,
-    base: Callable[[str], Any],
     *,
     family: str | None = None,
     heads: int | None = None,
@@ -71,10 +71,10 @@ def infer_config(
 
     Args:
         file: the opened file.
-        base: gives the published config of a family, whose network is replaced.
         family: of the network, where the file does not tell it.
         heads: of its attention, likewise.
-        config: kept as it is instead of base, and compared with the file.
+        config: kept as it is and compared with the file; else it is the published
+            run's of the family, with another network.
 
     Raises:
         UserError: family or heads are unknown, or sources contradict each other.
@@ -83,7 +83,7 @@ def infer_config(
     family = _infer_family(file, args, family, config)
     network["heads"] = _infer_heads(file, network, heads, config)
     is_given = config is not None
-    config = config if is_given else base(family)
+    config = config if is_given else published(family)
     before = to_json({name: config[name] for name in _CHECKED})
     try:
         _set_network(config, network, args, is_given)
@@ -208,11 +208,11 @@ def _infer_family(file, args, flag, config):
 
 def _infer_heads(file, network, flag, config):
     path, width, depth = file.path, network["width"], network["depth"]
-    published = None if config or file.heads else network["heads"]
+    usual = None if config or file.heads else network["heads"]
     sources = {
         "--heads": flag,
         f"the config.json beside {path.name}": file.heads,
-        f"the published network of depth {depth} and width {width}": published,
+        f"the published network of depth {depth} and width {width}": usual,
         "--config": config and config.model.heads,
     }
     heads = _agreed_value("heads", sources)

@@ -120,15 +120,12 @@ class WeightsRef:
       weights_only: of a training run: without its optimizer.
       family: of a bare torch file.
       heads: of a bare torch file whose width is not a published one.
-      base: gives the config of the published run of a family, into which a torch file
-        is put.
     """
 
     path: str | None = None
     weights_only: bool = False
     family: str | None = None
     heads: int | None = None
-    base: Callable[[str], ConfigDict] | None = None
 
     def open(self) -> LoadedWeights:
         """Opens the weights.
@@ -152,7 +149,7 @@ class WeightsRef:
             )
         if path.name.endswith((*SUFFIXES, SHARDED)) or is_diffusers_folder(path):
             family = family_of(self.path, self.family)
-            return open_torch_file(path, self.base, family=family, heads=self.heads)
+            return open_torch_file(path, family=family, heads=self.heads)
         weights = CheckpointWeights(*checkpoint.find_step(path))
         step = weights.path / str(weights.step)
         digest = checkpoint.step_digest(step)

@@ -25,12 +25,8 @@ MOMENTS = {  # torch's names, in its order -> the fields of our states
 }
 ADAM, ADAN = (tuple(fields) for fields in MOMENTS.values())
 _COUNTING = (*MOMENTS, optax.ScaleByScheduleState)
-# What torch.optim.AdamW of torch 2.13 saves, with the values of the originals.
+# What torch.optim.AdamW of torch 2.13 saves besides, with the values of the originals.
 _ADAMW_GROUP = {
-    "lr": 1e-4,
-    "betas": (0.9, 0.999),
-    "eps": 1e-8,
-    "weight_decay": 0,
     "amsgrad": False,
     "maximize": False,
     "foreach": None,

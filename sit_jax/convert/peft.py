@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.linalg
 from jaxtyping import Float
 
 from sit_jax.adapters.weights import (
@@ -31,7 +32,7 @@ from sit_jax.convert.diffusers import BLOCK_NAMES, END_NAMES, QKV_NAMES
 from sit_jax.convert.rules import Rules, join_names
 from sit_jax.convert.tensor_files import Tensors, open_file
 from sit_jax.errors import UserError
-from sit_jax.files import as_path, local_path, parse_json
+from sit_jax.files import as_path, local_path, parse_json, read_json
 from sit_jax.parallel import multihost
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -52,21 +53,13 @@ ENDS = {  # of a tensor's name, with or without the adapter's name in it
     r"\.lora_magnitude_vector(\.\w+)??(\.weight)?": "magnitude",
     r"\.alpha": "alpha",
 }
-# What else PEFT's LoRA can do, and the value at which it does not.
-UNSUPPORTED = {
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "lora_bias": False,
-    "layer_replication": None,
-    "trainable_token_indices": None,
-    "target_parameters": None,
-    "use_qalora": False,
-    "use_bdlora": False,
-    "alora_invocation_tokens": None,
-    "kasa_config": None,
-    "velora_config": None,
-    "monteclora_config": None,
-}
+# What else PEFT's LoRA can do; of another value than these, a file is refused.
+UNSUPPORTED = dict.fromkeys(
+    "fan_in_fan_out lora_bias layer_replication trainable_token_indices "
+    "target_parameters use_qalora use_bdlora alora_invocation_tokens kasa_config "
+    "velora_config monteclora_config".split(),
+    False,
+) | {"bias": "none"}
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 NUMBER_LIMIT = 1e6
 DIFFUSERS_MODULES = BLOCK_NAMES | END_NAMES
@@ -86,6 +79,11 @@ class LoRAPair:
     def rank(self) -> int:
         """Inner size of the two matrices."""
         return len(self.lora_a)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Sizes of the weight, output and input."""
+        return len(self.lora_b), self.lora_a.shape[1]
 
     def with_scale(self, scale: float) -> "LoRAPair":
         """Returns the same with another scale, to the rounding of one product."""
@@ -140,18 +138,14 @@ def read_adapter_files(path: Any) -> AdapterFiles:
         if file is None:
             raise UserError(f"{path} has neither {WEIGHTS} nor {DIFFUSERS}")
     config_file = file.parent / CONFIG
-    has_config = config_file.is_file() and file.name != DIFFUSERS
-    multihost.assert_equal_files(file, *([config_file] if has_config else []))
+    if file.name == DIFFUSERS or not config_file.is_file():
+        config_file = None
+    multihost.assert_equal_files(file, *filter(None, [config_file]))
     opened = open_file(file)
     if not opened.is_state_dict(opened.content()):
         raise UserError(f"{file} holds no table of tensors")
     tensors = Tensors(opened, {name: (name,) for name in opened.content()})
-    if has_config:
-        config = _checked_config(
-            config_file, _parse(config_file, config_file.read_bytes())
-        )
-    else:
-        config = _metadata_config(file, opened.metadata().get(METADATA))
+    config = _read_config(file, config_file, opened.metadata().get(METADATA))
     modules, table = _group_by_module(file, tensors)
     ranks = _by_pattern(config.get("rank_pattern"), modules, config.get("r"))
     alphas = _by_pattern(config.get("alpha_pattern"), modules, config.get("lora_alpha"))
@@ -210,16 +204,15 @@ def to_pairs(rules: Rules, flat: Mapping[str, Any]) -> dict[str, LoRAPair]:
         node = flat.get(path)
         if not isinstance(node, LoRAWeight):
             continue
-        module, is_stacked = torch_name.removesuffix(".weight"), "*" in torch_name
-        for i in range(len(node.lora_a) if is_stacked else 1):
-            layer = i if is_stacked else ...
-            transposed = lambda x, layer=layer: np.ascontiguousarray(
-                np.asarray(x)[layer].T
+        module, magnitude = torch_name.removesuffix(".weight"), node.magnitude
+        for i in range(len(node.lora_a) if "*" in torch_name else 1):
+            layer = i if "*" in torch_name else ...
+            lora_a, lora_b = (
+                np.asarray(x)[layer].T for x in (node.lora_a, node.lora_b)
             )
-            magnitude = node.magnitude
             pairs[module.replace("*", str(i))] = LoRAPair(
-                transposed(node.lora_a),
-                transposed(node.lora_b),
+                lora_a,
+                lora_b,
                 node.scale,
                 None if magnitude is None else np.asarray(magnitude)[layer],
             )
@@ -240,10 +233,8 @@ def from_pairs(
       source: for errors.
 
     Raises:
-      UserError: there are none, or of another network.
+      UserError: they are of another network.
     """
-    if not pairs:
-        raise UserError(f"{source} holds no adapter")
     rank = max(pair.rank for pair in pairs.values())
     scale, left, flat = next(iter(pairs.values())).scale, dict(pairs), {}
     for torch_name, path, _ in rules:
@@ -252,31 +243,25 @@ def from_pairs(
         module = torch_name.removesuffix(".weight")
         *lead, fan_in, fan_out = shapes[path].shape
         names = [module.replace("*", str(i)) for i in range(lead[0] if lead else 1)]
-        layers = [left.pop(name, None) for name in names]
-        if not any(layers):
+        if left.keys().isdisjoint(names):
             continue
+        zero = zero_pair(fan_out, fan_in)
+        layers = [left.pop(name, zero) for name in names]
         for name, pair in zip(names, layers, strict=True):
-            size = pair and (len(pair.lora_b), pair.lora_a.shape[1])
-            if size not in (None, (fan_out, fan_in)):
+            if pair.size != zero.size:
                 raise UserError(
-                    f"{source} is for another network: {name} is {size[0]} x {size[1]} "
-                    f"there, {fan_out} x {fan_in} here"
+                    f"{source} is for another network: {name} is {pair.size} there, "
+                    f"{zero.size} here"
                 )
-        has_length = [
-            pair is not None and pair.magnitude is not None for pair in layers
-        ]
-        if any(has_length) and not all(has_length):
-            raise UserError(
-                f"{source}: {module} has lengths (DoRA) in some layers only"
-            )
-        zero = LoRAPair(np.zeros((0, fan_in), "f4"), np.zeros((fan_out, 0), "f4"))
-        layers = [(pair or zero).with_scale(scale).with_rank(rank) for pair in layers]
-        stack = np.stack if "*" in torch_name else lambda rows: rows[0]
+        magnitude = _join_magnitudes(f"{source}: {module}", layers)
+        layers = [pair.with_scale(scale).with_rank(rank) for pair in layers]
+        lora_a = np.stack([pair.lora_a.T for pair in layers])
+        lora_b = np.stack([pair.lora_b.T for pair in layers])
         flat[path] = LoRAWeight(
             base=None,
-            lora_a=stack([pair.lora_a.T for pair in layers]),
-            lora_b=stack([pair.lora_b.T for pair in layers]),
-            magnitude=stack([p.magnitude for p in layers]) if all(has_length) else None,
+            lora_a=lora_a.reshape(*lead, fan_in, rank),
+            lora_b=lora_b.reshape(*lead, rank, fan_out),
+            magnitude=None if magnitude is None else magnitude.reshape(*lead, fan_out),
             scale=scale,
         )
     if left:
@@ -338,23 +323,28 @@ def _split_qkv(pair):
 def _join_qkv(name, parts):
     """Joins {0: q, 1: k, 2: v}, of which some may lack, to the fused module's pair."""
     first = next(iter(parts.values()))
-    if first.magnitude is not None and len(parts) < 3:
-        raise UserError(f"{name}: lengths of q, k and v are needed, or of none")
-    parts = {i: parts[i].with_scale(first.scale) for i in sorted(parts)}
-    out, width = len(first.lora_b), first.lora_a.shape[1]
-    if any((len(p.lora_b), p.lora_a.shape[1]) != (out, width) for p in parts.values()):
+    zero = zero_pair(*first.size)
+    pairs = [parts.get(i, zero).with_scale(first.scale) for i in range(3)]
+    if any(pair.size != first.size for pair in pairs):
         raise UserError(f"{name}: the adapters of q, k and v differ in size")
-    is_shared = all(np.array_equal(p.lora_a, first.lora_a) for p in parts.values())
-    lora_a = [first.lora_a] if is_shared else [p.lora_a for p in parts.values()]
-    lora_b = np.zeros((3 * out, sum(map(len, lora_a))), np.float32)
-    column = 0
-    for i, pair in parts.items():
-        lora_b[i * out : (i + 1) * out, column : column + pair.rank] = pair.lora_b
-        column += 0 if is_shared else pair.rank
-    magnitude = None
-    if first.magnitude is not None:
-        magnitude = np.concatenate([pair.magnitude for pair in parts.values()])
-    return LoRAPair(np.concatenate(lora_a), lora_b, first.scale, magnitude)
+    if all(np.array_equal(pair.lora_a, first.lora_a) for pair in pairs):
+        lora_a, lora_b = first.lora_a, np.concatenate([pair.lora_b for pair in pairs])
+    else:
+        lora_a = np.concatenate([pair.lora_a for pair in pairs])
+        lora_b = scipy.linalg.block_diag(*(pair.lora_b for pair in pairs))
+    return LoRAPair(lora_a, lora_b, first.scale, _join_magnitudes(name, pairs))
+
+
+def zero_pair(fan_out: int, fan_in: int) -> LoRAPair:
+    """Returns a pair of rank 0, which changes nothing."""
+    return LoRAPair(np.zeros((0, fan_in), "f4"), np.zeros((fan_out, 0), "f4"))
+
+
+def _join_magnitudes(name, pairs):
+    lengths = [pair.magnitude for pair in pairs if pair.magnitude is not None]
+    if lengths and len(lengths) < len(pairs):
+        raise UserError(f"{name} has lengths (DoRA) in some of its parts only")
+    return np.concatenate(lengths) if lengths else None
 
 
 def _save(path, tensors, metadata):
@@ -366,7 +356,7 @@ def _save(path, tensors, metadata):
 
 def _peft_config(pairs, base, dropout):
     ranks = {name: pair.rank for name, pair in pairs.items()}
-    alphas = {name: _number(pair.scale * pair.rank) for name, pair in pairs.items()}
+    alphas = {name: pair.scale * pair.rank for name, pair in pairs.items()}
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     exact = lambda values: {f"^{re.escape(n)}": v for n, v in values.items()}
     patterns = sorted({re.sub(r"\.\d+\.", ".*.", name, count=1) for name in pairs})
@@ -390,29 +380,21 @@ def _peft_config(pairs, base, dropout):
     }
 
 
-def _number(value):
-    return int(value) if value == int(value) else value
-
-
-def _parse(source, text):
-    try:
-        return parse_json(text)
-    except ValueError as error:
-        raise UserError(f"{source} is not JSON: {error}") from error
-
-
-def _metadata_config(file, text):
-    """The config inside diffusers' file; without one alpha is the rank."""
-    if text is None:
+def _read_config(file, config_file, metadata):
+    """Returns the settings beside a file or in its metadata; of neither, none."""
+    if config_file is not None:
+        return _check_config(config_file, read_json(config_file))
+    if metadata is None:  # alpha is the rank
         return {}
-    config = _parse(f"{file}: its {METADATA}", text)
-    if not isinstance(config, dict):
-        raise UserError(f"{file}: its {METADATA} is no table")
-    plain = {n.removeprefix(DIFFUSERS_PREFIX): value for n, value in config.items()}
-    return _checked_config(file, {"peft_type": "LORA", **plain})
+    try:
+        config = parse_json(metadata).items()
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file}: its {METADATA} is no JSON object") from error
+    plain = {name.removeprefix(DIFFUSERS_PREFIX): value for name, value in config}
+    return _check_config(file, {"peft_type": "LORA", **plain})
 
 
-def _checked_config(source, config):
+def _check_config(source, config):
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
         raise UserError(f"{source}: peft_type is {kind!r}, not 'LORA'")

@@ -35,7 +35,6 @@ class PretrainedFile:
         source: a URL, or hf:owner/repo/file.
         licence: of the file, in words.
         family: whose weights: sit, dit, mdt, mdtv2, vae, inception.
-        config: name of the published run's config.
         size: bytes.
         sha256: of the file.
     """
@@ -43,7 +42,6 @@ class PretrainedFile:
     source: str
     licence: str
     family: str | None = None
-    config: str | None = None
     size: int | None = None
     sha256: str | None = None
 
@@ -75,19 +73,15 @@ NO_COMMERCE = "CC BY-NC 4.0, not for commercial use"
 # its revision 31f26fd, inception's as several public repositories quote them.
 PRETRAINED = {
     "sit-xl2-256": PretrainedFile(
-        "hf:nyu-visionx/SiT-collections/SiT-XL-2-256.pt", "MIT", "sit", "sit_xl2"
+        "hf:nyu-visionx/SiT-collections/SiT-XL-2-256.pt", "MIT", "sit"
     ),
-    "dit-xl2-256": PretrainedFile(
-        f"{DIT}/DiT-XL-2-256x256.pt", NO_COMMERCE, "dit", "dit_xl2"
-    ),
-    "dit-xl2-512": PretrainedFile(
-        f"{DIT}/DiT-XL-2-512x512.pt", NO_COMMERCE, "dit", "dit_xl2_512"
-    ),
+    "dit-xl2-256": PretrainedFile(f"{DIT}/DiT-XL-2-256x256.pt", NO_COMMERCE, "dit"),
+    "dit-xl2-512": PretrainedFile(f"{DIT}/DiT-XL-2-512x512.pt", NO_COMMERCE, "dit"),
     "mdt-xl2": PretrainedFile(
-        "hf:shgao/MDT-XL2/mdt_xl2_v1_ckpt.pt", "Apache-2.0", "mdt", "mdt_xl2"
+        "hf:shgao/MDT-XL2/mdt_xl2_v1_ckpt.pt", "Apache-2.0", "mdt"
     ),
     "mdtv2-xl2": PretrainedFile(
-        "hf:shgao/MDT-XL2/mdt_xl2_v2_ckpt.pt", "Apache-2.0", "mdtv2", "mdtv2_xl2"
+        "hf:shgao/MDT-XL2/mdt_xl2_v2_ckpt.pt", "Apache-2.0", "mdtv2"
     ),
     "sd-vae-ft-mse": PretrainedFile(
         "hf:stabilityai/sd-vae-ft-mse/diffusion_pytorch_model.safetensors",

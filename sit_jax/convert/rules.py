@@ -106,33 +106,6 @@ def torch_names(rules: Rules, state: Iterable[str]) -> list[list[str]]:
     return [_layer_names(name, depths.get(_run_of(name), 1)) for name, _, _ in rules]
 
 
-def require_match(expected: Mapping, params: Mapping) -> None:
-    """Refuses params whose names or shapes are not those of expected."""
-    shapes = (
-        {path: tuple(leaf.shape) for path, leaf in flatten_dict(tree, sep="/").items()}
-        for tree in (expected, params)
-    )
-    if faults := shape_faults(*shapes):
-        raise UserError(f"weights are of another architecture; {faults}")
-
-
-def shape_faults(expected: Mapping[str, tuple], shapes: Mapping[str, tuple]) -> str:
-    """Returns what is missing, spare or misshapen as one line; empty if all agree."""
-    faults = {
-        "missing": [name for name in expected if name not in shapes],
-        "spare": [name for name in shapes if name not in expected],
-        "misshapen": [
-            f"{name} {shapes[name]} instead of {shape}"
-            for name, shape in expected.items()
-            if shapes.get(name, shape) != shape
-        ],
-    }
-    lists = (
-        f"{fault}: {join_names(names)}" for fault, names in faults.items() if names
-    )
-    return "; ".join(lists)
-
-
 def join_names(names: Sequence[str], most: int = 8) -> str:
     """Returns names in one line, and how many more there are."""
     shown = ", ".join(names[:most])

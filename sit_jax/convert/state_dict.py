@@ -18,12 +18,12 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from sit_jax import checkpoint
 from sit_jax.convert.optimizer import AdamState, read_adam
 from sit_jax.convert.rules import (
     Rules,
     mdt_family,
     rules_for,
-    shape_faults,
     to_flax,
     torch_constants,
     torch_shapes,
@@ -266,8 +266,13 @@ class StateDictSpec:
     def check(self, path: str | Path, state: Tensors) -> None:
         """Refuses a state dict with other names, shapes or constants."""
         tables = {name: table.shape for name, table in self.constants.items()}
-        if faults := shape_faults(tables | self.trained, state.shapes):
-            raise UserError(f"{path} holds another architecture; {faults}")
+        as_leaves = lambda shapes: {
+            name: jax.ShapeDtypeStruct(shape, np.float32)
+            for name, shape in shapes.items()
+        }
+        checkpoint.require_same_shapes(
+            str(path), as_leaves(state.shapes), as_leaves(tables | self.trained)
+        )
         for name, table in self.constants.items():
             drift = float(np.abs(state[name] - table).max())
             if not drift <= MAX_DRIFT:

@@ -4,11 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from sit_jax.checkpoint import require_same_shapes
 from sit_jax.convert import pretrained
 from sit_jax.convert.diffusers import STEM, find_weights
 from sit_jax.convert.rules import (
     join_names,
-    require_match,
     squeeze_attention,
     to_diffusers_names,
     to_flax,
@@ -179,12 +179,8 @@ def _read_params(path, model, config):
         params, spare = to_flax(vae_rules(model), state)
         if spare:
             raise UserError(f"weights have in addition {join_names(sorted(spare))}")
-        require_match(vae_param_shapes(model), params)
+        require_same_shapes("it", params, vae_param_shapes(model))
     except UserError as error:
-        described = (
-            f"described by {config}"
-            if config
-            else "of sd-vae-ft-mse's size, for lack of a config.json beside the file"
-        )
-        raise UserError(f"{path} does not hold a VAE {described}: {error}") from error
+        source = config or "sd-vae-ft-mse, for lack of a config.json beside the file"
+        raise UserError(f"{path} holds no VAE like {source}: {error}") from error
     return params

@@ -21,7 +21,6 @@ from sit_jax.diffusion.guidance import PowerCosine
 from sit_jax.experiment import build_experiment
 from sit_jax.models.codec import Pixels, to_uint8_mdt
 from sit_jax.parallel.mesh import make_mesh, replicated
-from sit_jax.recipes import published
 from sit_jax.samplers.fixed_ode import FixedStepODE, euler
 from sit_jax.sampling import presets
 from sit_jax.sampling.batch_sampler import BatchSampler
@@ -104,7 +103,7 @@ def test_torch_weights_are_sampled_as_their_checkpoint_is(run, draw, tmp_path):
     words = ["--labels", "1,9", "--sampler", "heun", "--steps", "2"]
     flags = ["--family", "sit", "--heads", "4"]
     data = draw("a", *words, *flags, weights=file)
-    items, meta = open_torch_file(file, published, family="sit", heads=4).items()
+    items, meta = open_torch_file(file, family="sit", heads=4).items()
     small.save(tmp_path / "ported", 0, meta, **items)
     assert data.shape == (2, 8, 8, 4) and np.isfinite(data).all()
     np.testing.assert_array_equal(data, draw("b", *words, weights=tmp_path / "ported"))

@@ -10,7 +10,6 @@ from helpers import small
 from helpers.recorded import arrays, nchw, nhwc, relative
 from helpers.torch_files import (
     assert_same_state,
-    base,
     broken,
     golden,
     loaded,
@@ -31,6 +30,7 @@ from sit_jax.errors import UserError
 from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.models.dit import SiT
 from sit_jax.parallel.mesh import make_mesh
+from sit_jax.recipes import published
 from sit_jax.trainer import resume
 
 
@@ -100,7 +100,7 @@ def test_training_goes_on_from_a_ported_run(tmp_path):
 
 def test_export_of_an_own_run_goes_on_in_torch_as_here(tmp_path):
     """Same gradient, same next weights: moments, their order and the step are right."""
-    c = base("sit")
+    c = published("sit")
     c.shape, c.clip = (8, 8, 4), 1e9
     c.model = spec(SiT, depth=2, width=16, heads=2, classes=3)
     schedule = spec(optax.linear_schedule, init_value=1e-2, end_value=0.0)
@@ -149,7 +149,7 @@ def test_export_of_an_own_run_goes_on_in_torch_as_here(tmp_path):
 
 
 def test_export_of_other_optimizers_is_the_ema_alone(tmp_path):
-    c, weights_ = base("sit"), opened("sit_a")
+    c, weights_ = published("sit"), opened("sit_a")
     c.update({name: weights_.config[name] for name in ("model", "shape")})
     items, meta = weights_.items()
     for make, more in (
@@ -178,14 +178,14 @@ def test_to_optax_refuses_optimizers_that_keep_more():
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda s: s.pop("blocks.1.mlp.fc2.bias"), "missing: blocks.1.mlp.fc2.bias$"),
-        (lambda s: s.update(extra=np.ones(2)), "holds another .*; spare: extra$"),
+        (lambda s: s.pop("blocks.1.mlp.fc2.bias"), "missing blocks.1.mlp.fc2.bias$"),
+        (lambda s: s.update(extra=np.ones(2)), "is of another .*: extra extra$"),
         (
             lambda s: s.update({"final_layer.linear.bias": np.ones(31, np.float32)}),
-            r"misshapen: final_layer.linear.bias \(31,\) instead of \(32,\)",
+            r"final_layer.linear.bias is \(31,\), not \(32,\)",
         ),
         (lambda s: s.pop("pos_embed"), "not the weights of a DiT or SiT: no pos_embed"),
-        (lambda s: s.update(pos_embed=s["pos_embed"][0]), "misshapen: pos_embed"),
+        (lambda s: s.update(pos_embed=s["pos_embed"][0]), "pos_embed is "),
         (
             lambda s: s.update({"x_embedder.proj.weight": np.ones((40, 16))}),
             "x.pt: not the weights of a DiT or SiT$",
@@ -219,7 +219,7 @@ def test_open_torch_file_refuses_an_optimizer_of_fewer_tensors(tmp_path):
     del content["opt"]["state"][7]
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(UserError, match="not the state of all trained"):
-        open_torch_file(tmp_path / "x.pt", base, heads=2)
+        open_torch_file(tmp_path / "x.pt", heads=2)
 
 
 def test_state_dict_spec_of_xl_has_the_published_tensors():

@@ -171,11 +171,11 @@ def renamed(tensors):
     [
         (None, {"_class_name": "UNet2DModel"}, "is of a UNet2DModel"),
         (None, {"norm_type": "layer_norm"}, "norm_type is 'layer_norm', a DiT has"),
-        (None, {"num_layers": 3}, "missing: transformer_blocks.2.attn1.to_k.bias"),
+        (None, {"num_layers": 3}, "missing transformer_blocks.2.attn1.to_k.bias"),
         (None, {"sample_size": 9}, "sample_size 9 is no multiple of patch_size 2"),
         (None, {"num_layers": "two"}, "num_layers is 'two', no positive number"),
         (another_embedder, {}, "one embedder for all blocks"),
-        (renamed, {}, "missing: proj_out_2.bias; spare: proj_out_3.bias"),
+        (renamed, {}, "missing proj_out_2.bias; extra proj_out_3.bias"),
     ],
 )
 def test_other_networks_are_refused(exported, tmp_path, port, names, fields, said):

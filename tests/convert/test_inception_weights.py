@@ -182,7 +182,7 @@ def test_the_released_hash_begins_as_the_file_is_named():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"fc.weight": torch.zeros(1000, 4)}, r"fc/kernel \(4, 1000\) instead of"),
+        ({"fc.weight": torch.zeros(1000, 4)}, r"fc/kernel is \(4, 1000\), not"),
         (
             {"AuxLogits.fc.bias": torch.zeros(3)},
             "another network: it also has AuxLogits",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from helpers.networks import recorded_model
 from helpers.recorded import case, weights
-from helpers.torch_files import base, golden, loaded, opened, renamed
+from helpers.torch_files import golden, loaded, opened, renamed
 
 from sit_jax.config import build, from_json, spec, to_json
 from sit_jax.convert import tensor_files
@@ -17,6 +17,7 @@ from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.diffusion.loss_weights import likelihood_weight, velocity_weight
 from sit_jax.errors import UserError
 from sit_jax.models.dit import SIZES, SiT
+from sit_jax.recipes import published
 
 
 def shapes_of(name):
@@ -111,7 +112,7 @@ def test_infer_config_reads_the_run_off_its_args():
     ],
 )
 def test_infer_config_reads_the_process_off_the_args_and_back(tmp_path, args, process):
-    weights_ = open_torch_file(renamed(tmp_path, **args), base, heads=2)
+    weights_ = open_torch_file(renamed(tmp_path, **args), heads=2)
     assert build(weights_.config.process) == Interpolant(**process)
     again = train_args(weights_.config)
     assert again["path_type"] == args.get("path_type", "Linear")
@@ -120,7 +121,7 @@ def test_infer_config_reads_the_process_off_the_args_and_back(tmp_path, args, pr
 
 
 def test_train_args_know_no_schedule_of_guidance():
-    config = base("sit")
+    config = published("sit")
     with config.ignore_type():
         config.guidance = spec(GuidanceInterval, scale=2.5, low=0.2, high=0.8)
     assert train_args(config)["cfg_scale"] == 2.5
@@ -128,14 +129,14 @@ def test_train_args_know_no_schedule_of_guidance():
 
 def test_train_args_of_dit_have_the_originals_fields():
     theirs = vars(loaded(golden("train_dit_full"))["args"])
-    ours = train_args(base("dit"))
+    ours = train_args(published("dit"))
     assert set(ours) == set(theirs)
     assert ours["model"] == "DiT-XL/2"
     assert ours["image_size"] == 256
 
 
 def test_infer_config_takes_a_table_without_a_null_row(tmp_path):
-    weights_ = open_torch_file(renamed(tmp_path, num_classes=11), base, heads=2)
+    weights_ = open_torch_file(renamed(tmp_path, num_classes=11), heads=2)
     assert weights_.config.model.classes == 11
     assert weights_.config.model.null_label is False
 
@@ -157,9 +158,9 @@ def test_infer_config_names_both_values_that_disagree(tmp_path):
     with pytest.raises(UserError, match="--family says dit, but .* says sit"):
         opened("train_sit_full", family="dit")
     with pytest.raises(UserError, match="args not understood .*num_classes is 7"):
-        open_torch_file(renamed(tmp_path, num_classes=7), base, heads=2)
+        open_torch_file(renamed(tmp_path, num_classes=7), heads=2)
     with pytest.raises(UserError, match="args not understood .*'Cosine'"):
-        open_torch_file(renamed(tmp_path, path_type="Cosine"), base, heads=2)
+        open_torch_file(renamed(tmp_path, path_type="Cosine"), heads=2)
 
 
 def test_infer_config_refuses_other_heads_than_published(tmp_path):
@@ -168,7 +169,7 @@ def test_infer_config_refuses_other_heads_than_published(tmp_path):
     zeros = {n: np.zeros(shape, np.float32) for n, shape in released.trained.items()}
     tensor_files.write(tmp_path / "s.safetensors", state | zeros)
     open_s = lambda **flags: open_torch_file(
-        tmp_path / "s.safetensors", base, family="sit", **flags
+        tmp_path / "s.safetensors", family="sit", **flags
     )
     assert open_s().config.model.heads == 6
     with pytest.raises(UserError, match="--heads says 12, but .*384 says 6"):
@@ -208,4 +209,4 @@ def test_infer_config_refuses_a_config_of_another_process(tmp_path):
     with pytest.raises(UserError, match="process.path.*gvp.*linear"):
         opened("train_sit_full", config=c)
     with pytest.raises(UserError, match="args.model says sit, but --config says dit"):
-        open_torch_file(golden("train_sit_full"), base, config=base("dit"))
+        open_torch_file(golden("train_sit_full"), config=published("dit"))

@@ -185,7 +185,7 @@ ZEROS = np.zeros((2, 2), np.float32)
     ("settings", "tensors", "told"),
     [
         ({}, {"unet.conv_in.weight": ZEROS}, "1 tensors that are no adapter's: unet"),
-        ({}, {f"{QKV}A.weight": np.zeros((2, 48), np.float32)}, "is 120 x 48 there"),
+        ({}, {f"{QKV}A.weight": np.zeros((2, 48), np.float32)}, r"is (120, 48) there"),
         ({}, {f"{QKV}A.weight": np.zeros((3, 40), np.float32)}, "no adapter"),
         (
             {},

@@ -146,7 +146,7 @@ def test_a_config_that_is_no_json_is_one_line(tmp_path):
         ),
         (
             lambda s: s.update({"quant_conv.bias": np.zeros(7, np.float32)}),
-            r"config.json: .* misshapen: encoder/quant/bias \(7,\) instead of \(8,\)",
+            r"config.json: .* encoder/quant/bias is \(7,\), not \(8,\)",
         ),
     ],
     ids=["missing", "spare", "shape"],

@@ -16,7 +16,6 @@ from sit_jax import checkpoint
 from sit_jax.convert import tensor_files
 from sit_jax.convert.checkpoint import open_torch_file
 from sit_jax.convert.export import CheckpointExport
-from sit_jax.recipes import published as base
 
 
 def golden(name):
@@ -26,10 +25,10 @@ def golden(name):
 def opened(name, **flags):
     """The weights of tests/golden, with what their shapes do not tell."""
     if "full" in name:
-        return open_torch_file(golden(name), base, heads=2, **flags)
+        return open_torch_file(golden(name), heads=2, **flags)
     model = case(f"{name[:3]}_forward_{name[4:]}")["model"]
     flags = {"family": name[:3], "heads": model["num_heads"]} | flags
-    return open_torch_file(golden(name), base, **flags)
+    return open_torch_file(golden(name), **flags)
 
 
 def stored(weights, directory):
@@ -65,7 +64,7 @@ def broken(tmp_path, change):
     state = dict(weights("sit_a"))
     change(state)
     tensor_files.write(tmp_path / "x.pt", state)
-    return lambda: open_torch_file(tmp_path / "x.pt", base, family="sit", heads=4)
+    return lambda: open_torch_file(tmp_path / "x.pt", family="sit", heads=4)
 
 
 RNG = np.random.default_rng(0)

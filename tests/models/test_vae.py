@@ -10,8 +10,8 @@ from helpers.codecs import TINY, compvis, recorded_params, recorded_state
 from helpers.networks import equations, quick_jit
 from helpers.recorded import arrays, case, nhwc, relative
 
+from sit_jax.checkpoint import require_same_shapes
 from sit_jax.convert.rules import (
-    require_match,
     squeeze_attention,
     to_diffusers_names,
     to_torch,
@@ -94,7 +94,7 @@ def test_weights_come_back_bit_by_bit_in_torchs_order():
     assert list(state) == case("vae")["state_dict_keys"]
     for name, array in recorded_state().items():
         np.testing.assert_array_equal(state[name], array, strict=True)
-    require_match(shapes(TINY), recorded_params())
+    require_same_shapes("params", recorded_params(), shapes(TINY))
 
 
 OLD = ("query", "key", "value", "proj_attn")

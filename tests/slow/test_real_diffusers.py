@@ -71,9 +71,8 @@ def test_what_diffusers_saves_is_read(tmp_path):
         for name in others:
             state[name].copy_(state[first])
     network.save_pretrained(tmp_path)
-    from sit_jax.recipes import dit
 
-    opened = open_torch_file(tmp_path, lambda family: dit())
+    opened = open_torch_file(tmp_path)
     assert opened.config.model.width == 40 and opened.config.model.heads == 4
     found = opened.file.ema
     assert set(found) == set(StateDictSpec(MODEL, SHAPE).names)

@@ -26,7 +26,7 @@ from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.models.dit import DiT
 from sit_jax.parallel.mesh import make_mesh
 from sit_jax.recipes import dit as dit_recipe
-from sit_jax.recipes import published, sit
+from sit_jax.recipes import sit
 from sit_jax.samplers.ddpm import DDIM
 from sit_jax.trainer import resume
 from sit_jax.trainer.loop import train
@@ -272,13 +272,11 @@ def test_weights_only_leaves_the_optimizer(tmp_path, monkeypatch):
 def test_a_torch_file_gives_its_weights(monkeypatch):
     """The recorded SiT, as --init would open it; 4 classes in place of its own."""
     path = FOLDER / "weights" / "sit_a.pt"
-    torch_file = lambda path: open_torch_file(path, published, family="sit", heads=4)
+    torch_file = lambda path: open_torch_file(path, family="sit", heads=4)
     theirs = torch_file(path)
     c = theirs.config.copy_and_resolve_references()
     c.model.classes = 4
-    state, told = begun_from(
-        c, path, monkeypatch, family="sit", heads=4, base=published
-    )
+    state, told = begun_from(c, path, monkeypatch, family="sit", heads=4)
     old = flat(theirs.load("ema", None, make_mesh(-1, 1)))
     new = flat(state.ema["ema"])
     unlike = {name for name in old if not np.array_equal(old[name], new[name])}
