@@ -132,11 +132,11 @@ def flag_row(action):
     names = action.option_strings or [value]
     flag = ", ".join(f"`{name}`" for name in names)
     if action.option_strings and value:
-        flag += f" `{escape(value)}`"
+        flag += f" `{value}`"
     words = escape(action.help or "")
     if isinstance(action.default, (int, float, str)) and action.default is not False:
         if action.default != argparse.SUPPRESS:
-            words += f" (default `{escape(str(action.default))}`)"
+            words += f" (default `{action.default}`)"
     return f"| {flag} | {words.strip()} |"
 
 
@@ -152,7 +152,7 @@ def fields_page():
         bounds = "" if field.range is None else escape(str(field.range))
         may = "yes" if field.may_change else ""
         is_group = isinstance(value, dict) and "make" not in value
-        shown = "" if value is None or is_group else f"`{escape(short(value))}`"
+        shown = "" if value is None or is_group else f"`{short(value)}`"
         lines.append(f"| `{name}` | {shown} | {field.meaning} | {bounds} | {may} |")
     for role, modules in CONSTRUCTORS.items():
         lines += ["", f"## What `{role}` may be"]
@@ -173,8 +173,8 @@ def constructor(module, name):
         lines += ["", "| field | default | type |", "|---|---|---|"]
     for field in fields:
         default, hint = field.default, field.annotation
-        default = "needed" if default is field.empty else f"`{escape(short(default))}`"
-        hint = "" if hint is field.empty else f"`{escape(type_name(hint))}`"
+        default = "needed" if default is field.empty else f"`{short(default)}`"
+        hint = "" if hint is field.empty else f"`{type_name(hint)}`"
         lines.append(f"| `{field.name}` | {default} | {hint} |")
     return lines
 
@@ -208,7 +208,7 @@ def short(value):
 
 
 def escape(text):
-    """Returns text for a cell of a table."""
+    """Returns text for a cell of a table; code needs no escape in Markdown's tables."""
     return text.replace("|", "\\|").replace("\n", " ")
 
 
