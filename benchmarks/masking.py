@@ -1,6 +1,7 @@
 """Does hiding tokens help? MDTv2 against its own body without, and against DiT.
 
-python benchmarks/masking.py --out masking.json    (12 CPU minutes; docs/mdt.md)
+python benchmarks/masking.py --out masking.json
+12 CPU minutes; docs/evidence/results.md has the table.
 
 On the digits of scikit-learn: networks of the same depth and width, the same optimizer,
 steps, batches and seeds, one program a network. At a few steps of each run the average

@@ -3,7 +3,8 @@
 Pairs of sets of features whose laws are known: how often sets of one law are called
 different at a level, what the band is beside what gaps really scatter by, and how small
 a difference is found. Beside it four standard deviations of an unpaired bootstrap of 30
-resamples, which was the rule before. Prints Markdown; docs/tpu_vs_gpu.md has it.
+resamples, which was the rule before. Prints Markdown, which
+docs/evidence/diagnosis.md has.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The table of docs/samplers.md: every sampler on a field whose answer is known.
+"""Every sampler on a field whose answer is known: docs/understand/samplers.md.
 
 python benchmarks/samplers.py > table.md
 

@@ -4,7 +4,7 @@ python train.py --config configs/lora_cached.py --init sit-w8 --workdir runs/own
     --config.source.source.path=latents --config.adapter.new_classes=3
 latents: a cache of extract_features.py, of three classes here, which get the numbers
 1000 to 1002; sit-w8: a checkpoint of quantize.py (QLoRA), or one of floats.
-docs/lora.md has all commands.
+docs/how-to/lora.md has all commands.
 """
 
 from configs.lora_xl2 import get_config as lora_xl2

@@ -1,7 +1,7 @@
 """Adapters that teach the digits of configs/digits.py a look it has not seen.
 
 python train.py --config configs/lora_digits.py --init runs/digits --workdir runs/lora
-White digits on black become black ones on white: docs/lora.md has sheets and figures.
+White digits on black become black ones on white: docs/evidence/results.md has figures.
 """
 
 import optax

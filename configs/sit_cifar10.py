@@ -1,7 +1,7 @@
 """SiT-S/2 on CIFAR-10's pixels: 32 x 32 x 3, 6.05 GMAC an image, 60k steps of 256.
 
-Data: data/cifar10/train/<class>/*.jpg or .png, and test/ alike. docs/results.md has a
-run of a smaller network on a CPU, with its command.
+Data: data/cifar10/train/<class>/*.jpg or .png, and test/ alike.
+docs/evidence/results.md has a run of a smaller network on a CPU, with its command.
 """
 
 import optax

@@ -123,6 +123,13 @@ def test_shelves_have_the_pages_of_the_site():
     assert {f"docs/{name}" for name in nav} == pages
 
 
+def test_pages_that_code_names_are_there():
+    for name in FILES:
+        if name.endswith((".py", ".sh", ".yaml")):
+            for page in re.findall(r"\bdocs/[\w/-]+\.md", (ROOT / name).read_text()):
+                assert (ROOT / page).exists() or page in GENERATED, f"{page} in {name}"
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_take_their_flags(page):
     for script, words in words_of(page):

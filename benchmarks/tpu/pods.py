@@ -1,4 +1,4 @@
-"""The tables of docs/tpu.md: programs for TPU slices, compiled on any machine.
+"""The tables of docs/evidence/tpu.md: programs for TPU slices, compiled on any machine.
 
 python benchmarks/tpu/pods.py [--only v6e] [--json pods.jsonl]; needs libtpu. A row is
 read off what a command prints, run in a process of its own: one to four CPU minutes.

@@ -7,7 +7,7 @@ even terms cancel: Var = sum over classes of s^2 (n / N^2 + m / M^2), s^2 the va
 of the images' influence within a class of n and m images. Where both sets have as many
 of each class, that is part of how they were drawn and does not scatter. A bootstrap of
 one set says too much: it draws numbers of classes anew, and takes the noise of the set
-itself for a distance to the reference. docs/tpu_vs_gpu.md has both measured.
+itself for a distance to the reference. docs/evidence/diagnosis.md has both measured.
 
 Pairs of the same noise and label leave what they share out of the gap.
 """

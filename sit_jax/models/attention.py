@@ -2,7 +2,7 @@
 
 All implementations sum in float32 and give the same numbers but for rounding. "xla" is
 the plain one, jax.nn.dot_product_attention. The others are quicker on one kind of
-device, as measured in docs/performance.md; model.attention=xla turns them off.
+device, as measured in docs/evidence/performance.md; model.attention=xla turns them off.
 
 Shapes: b images, t queries, s keys, h heads, d values of a head.
 """
@@ -142,7 +142,9 @@ def choose_attention(
         return name
     if platform == "cpu":
         return "head_by_head"
-    if platform == "tpu":  # with a bias the loop takes more cycles on a v4, docs/tpu.md
+    if (
+        platform == "tpu"
+    ):  # with a bias the loop takes more cycles: docs/evidence/tpu.md
         return "xla" if has_bias else "heads_first"
     return "cudnn" if has_cudnn else "xla"
 

@@ -7,7 +7,7 @@
 2. training_product, whose weight gradient is a product without a transposed operand.
 
 With both a training step of SiT-S/2 takes 0.85 of the steps of torch.compile on the
-same cores; see docs/performance.md for what each of them saves.
+same cores; see docs/evidence/performance.md for what each of them saves.
 """
 
 import functools

@@ -2,8 +2,8 @@
 
 With the tokens last, heads of 72 values fill a TPU's tiles of 8 x 128 and are copied
 into no other layout; the scores of the heads of one turn stay in the chip's fast
-memory. It saves 15 to 40 % of the cycles of attention (docs/tpu.md) and is used where
-model.attention is auto or heads_first; model.attention=xla turns it off.
+memory. It saves 15 to 40 % of the cycles of attention (docs/evidence/tpu.md) and is
+used where model.attention is auto or heads_first; model.attention=xla turns it off.
 """
 
 import math

@@ -43,7 +43,7 @@ def fsdp_groups() -> dict[str, int]:
     """Returns sizes: fully sharded in groups of at most GROUP, data parallel between.
 
     A TPU gathers weights in tiles of 8 rows, so more and smaller pieces cost it more to
-    send than they save in memory (docs/tpu.md).
+    send than they save in memory (docs/evidence/tpu.md).
     """
     return {"data": -1, "fsdp": -1, "tensor": 1}
 
@@ -154,7 +154,7 @@ def unshard_weight(weight: jax.Array, *axes: str | None) -> jax.Array:
 
     Without this the compiler may leave it in its pieces, send those round in a ring and
     add up a batch's products with each of them, 72 rows at a time and rounded to the
-    weight's type (docs/tpu.md).
+    weight's type (docs/evidence/tpu.md).
     """
     return _constrain(weight, *axes)
 

@@ -98,7 +98,7 @@ def partial_tile_rows(
     """Returns the rows of a device where those of a weight are no whole tiles.
 
     A TPU cannot gather such pieces as they lie: it pads them with zeros to whole
-    weights and adds these up, which sends about twice as much (docs/tpu.md).
+    weights and adds these up, which sends about twice as much (docs/evidence/tpu.md).
     """
     spec = choose_spec(name, shape, sizes, ("fsdp",)).spec
     split = (dim for dim, axis in zip(shape, spec, strict=False) if axis == "fsdp")

@@ -21,7 +21,8 @@ from sit_jax.training.step import make_train_step
 from sit_jax.typing import Params
 
 # XLA gives its library YNN sums, convolutions and single products. Without the last,
-# which Eigen then takes, a training step is 2 to 4 % quicker (docs/performance.md).
+# which Eigen then takes, a training step is 2 to 4 % quicker:
+# docs/evidence/performance.md.
 CPU_OPTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE,"
     "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"

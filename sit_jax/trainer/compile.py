@@ -158,7 +158,7 @@ def _names(devices: list[jax.Device]) -> str:
 
 # XLA allocates a program's temporaries anew at every call, gigabytes in training. glibc
 # gets such blocks from Linux and gives them back, and Linux clears 4 KiB at a time. So
-# freed memory is kept (docs/performance.md). Numbers of glibc's malloc.h: M_MMAP_MAX,
+# freed memory is kept (docs/evidence/performance.md). Numbers of malloc.h: M_MMAP_MAX,
 # M_TRIM_THRESHOLD, M_ARENA_MAX (one heap, as only the first grows beyond 64 MB).
 KEEP = {-4: 0, -1: -1, -8: 1}
 _is_kept = False

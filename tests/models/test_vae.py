@@ -73,7 +73,7 @@ def test_recorded_images():
     theirs = nhwc(G["decoded_scaled"])
     assert relative(as_in_scripts, theirs) < 2e-6
     # Of this one the recorded float32 is itself 2.03e-6 away from torch in float64,
-    # ours 1.3e-6: no exact result could meet 2e-6 (docs/parity.md, slow/test_real_vae).
+    # ours 1.3e-6: no exact result could meet 2e-6 (docs/evidence/parity.md).
     assert relative(plain, nhwc(G["decoded"])) < 2.6e-6
     # levels are 8e-3 apart: what differs by 1e-6 seldom falls on both sides of a step
     assert (to_uint8(as_in_scripts) == to_uint8(theirs)).mean() > 0.999

@@ -1,7 +1,7 @@
 """Photographs -> latents -> training -> samples -> npz, each killed on the way.
 
-The commands of docs/images.md, in processes of their own, on generated pictures and the
-recorded tests' small random VAE. A few minutes.
+The commands of docs/start/own-pictures.md, in processes of their own, on generated
+pictures and the recorded tests' small random VAE. A few minutes.
 """
 
 import os
