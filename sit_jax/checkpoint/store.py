@@ -20,6 +20,7 @@ from orbax.checkpoint import type_handlers
 from sit_jax.checkpoint.checksums import damages, has_checksums, write_checksums
 from sit_jax.errors import UserError
 from sit_jax.files import absolute_path as as_path
+from sit_jax.files import remove
 from sit_jax.parallel import multihost
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates; it also raises
@@ -222,7 +223,7 @@ def restore_newest(directory: Path, restore: Callable[[int], T]) -> tuple[T, lis
     if not has_checksums(directory / str(step)):
         lines.append("it has no checksums, so damage cannot be noticed")
     for error in damaged:
-        aside = _set_aside(directory, error.step)
+        aside = _set_aside(directory, error.step).name
         lines.append(
             f"WARNING: step {error.step} is damaged ({error.reason}); it is kept as "
             f"{aside}, which may be removed"
@@ -338,18 +339,15 @@ def _require_intact_everywhere(
         raise DamagedCheckpoint(directory, step, reason)
 
 
-def _set_aside(directory: epath.Path, step: int) -> str:
-    """Renames a step so that it is none any more, and returns its new name."""
-    taken = {path.name for path in directory.iterdir()}
-    name, count = f"{step}.damaged", 1
-    while name in taken:
-        count += 1
-        name = f"{step}.damaged{count}"
+def _set_aside(directory: epath.Path, step: int) -> epath.Path:
+    """Renames a step so that it is none any more, and returns its new path."""
+    aside = directory / f"{step}.damaged"
     multihost.barrier()  # all have looked before the first process renames
     if multihost.is_primary():
-        (directory / str(step)).rename(directory / name)
+        remove(aside)  # one of before
+        (directory / str(step)).rename(aside)
     multihost.barrier()
-    return name
+    return aside
 
 
 @contextlib.contextmanager

@@ -1,14 +1,14 @@
-"""Compiles the training step, and looks after the devices and memory it runs on.
+"""Keeps compiled programs, and looks after the devices and memory they run on.
 
 JAX's persistent cache keeps compiled programs between runs; `ReplicaCheck` compares
 what several devices hold alike; `keep_freed_memory` makes steps on a CPU quicker.
 """
 
 import collections
+import contextlib
 import ctypes
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,6 @@ from sit_jax.checkpoint import leaves_by_name
 from sit_jax.errors import UserError
 
 CACHE_VARIABLE = "SIT_JAX_CACHE"  # another folder, or empty for none
-CACHE_HIT = "/jax/compilation_cache/cache_hits"
-_events: collections.Counter[str] = collections.Counter()
 
 
 def use_compilation_cache(environ: Mapping[str, str] = os.environ) -> None:
@@ -34,35 +32,13 @@ def use_compilation_cache(environ: Mapping[str, str] = os.environ) -> None:
     Call it after jax.distributed has begun: of several processes only the first one
     writes, and they have to know which of them is that.
     """
-    if CACHE_HIT not in _events:
-        _events[CACHE_HIT] = 0
-        jax.monitoring.register_event_listener(lambda name, **_: _events.update([name]))
-    if jax.config.jax_compilation_cache_dir is not None:
-        return
-    if folder := environ.get(CACHE_VARIABLE, "~/.cache/sit_jax"):
-        try:
-            path = Path(folder).expanduser()  # some containers have no home
+    folder = environ.get(CACHE_VARIABLE, "~/.cache/sit_jax")
+    if folder and jax.config.jax_compilation_cache_dir is None:
+        # no place to keep anything, as without a home, is no reason not to run
+        with contextlib.suppress(OSError, RuntimeError):
+            path = Path(folder).expanduser()
             path.mkdir(parents=True, exist_ok=True)
-        except (OSError, RuntimeError):
-            return  # no place to keep anything is no reason not to run
-        jax.config.update("jax_compilation_cache_dir", str(path))
-
-
-def compile_timed(lower: Callable[[], Any]) -> tuple[Any, str]:
-    """Compiles a program, given a function that lowers it.
-
-    Returns:
-        The compiled program, and in words how long that took and where it was found.
-    """
-    start = time.perf_counter()
-    lowered = lower()
-    traced, hits = time.perf_counter(), _events[CACHE_HIT]  # tracing runs programs too
-    program = lowered.compile()
-    end, folder = time.perf_counter(), jax.config.jax_compilation_cache_dir
-    source = f"{'' if _events[CACHE_HIT] > hits else 'not '}found in {folder}"
-    words = source if folder else "no compilation cache"
-    seconds = f"in {end - start:.1f} s, {traced - start:.1f} of them tracing"
-    return program, f"{seconds} ({words})"
+            jax.config.update("jax_compilation_cache_dir", str(path))
 
 
 # ---- replicas ----
@@ -95,23 +71,18 @@ class ReplicaCheck:
         """Refuses a state of which a device holds another copy than the others."""
         if not self._every:
             return
-        sums, problems = np.asarray(self._sums(state)), []
+        sums = np.asarray(self._sums(state))
         for column, (name, groups) in zip(sums.T, self._groups.items(), strict=True):
             by_device = dict(zip(self._mesh.devices.flat, column.tolist(), strict=True))
             for group in groups:
                 values = collections.Counter(by_device[device] for device in group)
                 usual, count = values.most_common(1)[0]
-                others = [device for device in group if by_device[device] != usual]
-                if 2 * count <= len(group):
-                    problems.append(f"{_names(group)} hold different copies of {name}")
-                elif others:
-                    problems.append(
-                        f"{_names(others)} holds another copy than {count} other "
-                        f"devices of {name}"
+                if others := [d for d in group if by_device[d] != usual]:
+                    names = (f"{d} (process {d.process_index})" for d in others)
+                    raise UserError(
+                        f"step {step}: {', '.join(names)} and {count} other devices "
+                        f"hold different copies of {name}"
                     )
-        if problems:
-            more = f", and {len(problems) - 1} more arrays" * (len(problems) > 1)
-            raise UserError(f"step {step}: {problems[0]}{more}")
 
 
 def device_sums(mesh: Mesh, state: Any) -> Callable[[Any], UInt32[Array, "devices n"]]:
@@ -148,10 +119,6 @@ def _replicas(leaf: jax.Array) -> list[list[jax.Device]]:
     for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
         groups[str(index)].append(device)
     return list(groups.values())
-
-
-def _names(devices: list[jax.Device]) -> str:
-    return ", ".join(f"{d} (process {d.process_index})" for d in devices)
 
 
 # ---- memory of a CPU ----

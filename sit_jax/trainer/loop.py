@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, Protocol
@@ -27,7 +28,7 @@ from sit_jax.parallel import hardware, multihost
 from sit_jax.parallel.mesh import make_mesh, replicated
 from sit_jax.planning import programs
 from sit_jax.planning.memory import describe_unsplit
-from sit_jax.trainer.compile import ReplicaCheck, compile_timed, limit_kept_memory
+from sit_jax.trainer.compile import ReplicaCheck, limit_kept_memory
 from sit_jax.trainer.previews import Previews
 from sit_jax.trainer.resume import (
     FRESH,
@@ -115,14 +116,14 @@ def train(
                 "set a larger --config.steps, or --weights-only to begin at step 0"
             )
         require_checkpoint_space(directory, state)
-        history = read_history(directory, first, stored, mesh)
+        skip, changes = read_history(directory, first, stored, mesh)
 
         # open the run's folder, which is this run's from here on
         open_workdir(workdir, stored)
         checkpoints = Checkpoints(directory, config.keep_last, config.keep_every)
         stack.callback(checkpoints.close)
         log = stack.enter_context(RunLog(workdir, config.steps, first, wandb))
-        for line in (f"{workdir} {origin}", *history.changes):
+        for line in (f"{workdir} {origin}", *changes):
             log.say(line)
         if multihost.is_primary():
             write_json(workdir / "manifest.json", {"config": stored, **environment()})
@@ -130,8 +131,9 @@ def train(
             log.say(f"nothing to do: config.steps is {config.steps}")
             return
         replicas = ReplicaCheck(config.get("check_replicas", 0), state)
-        meta = {"config": stored, **describe_data(source, experiment.codec), **meta}
-        writer = CheckpointWriter(checkpoints, replicas, meta, history)
+        about = {"config": stored, "mesh": dict(mesh.shape), **meta}
+        about |= describe_data(source, experiment.codec)
+        writer = CheckpointWriter(checkpoints, replicas, about, skip)
         run = Run(config, experiment, mesh, source, log, writer, first)
         _train_steps(run, state, stop or NeverStop())
 
@@ -145,7 +147,7 @@ def _train_steps(run: Run, state: TrainState, stop: StopFlag) -> None:
         config.batch_size,
         config.seed,
         run.mesh,
-        first=first * config.batch_size + writer.history.skip,
+        first=first * config.batch_size + writer.skip,
         say=log.say,
         workers=config.get("workers", 0),
     )
@@ -187,12 +189,13 @@ def _train_steps(run: Run, state: TrainState, stop: StopFlag) -> None:
 
 
 def _compile_step(run: Run, state: TrainState, key: jax.Array) -> Any:
+    start = time.perf_counter()
     batch = abstract_batch(run.source, run.config.batch_size, run.mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step = programs.jit_train_step(run.config, run.experiment, run.mesh, shardings)
-    lower = partial(step.lower, state, run.experiment.codec, batch, key)
-    program, words = compile_timed(lower)
-    run.log.say(f"compiled the training step {words}")
+    program = step.lower(state, run.experiment.codec, batch, key).compile()
+    seconds = time.perf_counter() - start
+    run.log.say(f"compiled the training step in {seconds:.1f} s")
     limit_kept_memory(program)
     return program
 

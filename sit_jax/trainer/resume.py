@@ -7,6 +7,7 @@ batches of another size goes on in the same sequence.
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -166,14 +167,14 @@ class CheckpointWriter:
     Args:
         checkpoints: Where the states go.
         replicas: What compares the devices' copies.
-        meta: What each checkpoint tells of the run, of JSON.
-        history: How far the run is in its data.
+        meta: What each checkpoint tells of the run, of JSON: config, mesh, data.
+        skip: Records that the run has taken beyond step * batch_size.
     """
 
     checkpoints: checkpoint.Checkpoints
     replicas: ReplicaCheck
     meta: Mapping[str, Any]
-    history: "RunHistory"
+    skip: int = 0
 
     def check(self, step: int, state: TrainState) -> None:
         """Raises what has gone wrong since the last step; cheap."""
@@ -185,7 +186,8 @@ class CheckpointWriter:
         """Starts to save a state, and returns the seconds until it was handed over."""
         start = time.perf_counter()
         self.replicas.check(step, state)
-        meta = {**self.meta, **self.history.meta(step), **checkpoint_meta(state)}
+        records = self.skip + step * self.meta["config"]["batch_size"]
+        meta = {**self.meta, "records": records, **checkpoint_meta(state)}
         self.checkpoints.save(step, meta, **checkpoint_items(state))
         return time.perf_counter() - start
 
@@ -200,40 +202,21 @@ def require_checkpoint_space(directory: Path, state: TrainState) -> None:
 # ---- how a run went before ----
 
 
-@dataclasses.dataclass(frozen=True)
-class RunHistory:
-    """How far a run is in its data, and what has changed since its last step.
-
-    Attributes:
-        batch_size: Records of a step.
-        mesh: Sizes of the mesh's axes.
-        skip: Records that the run has taken beyond step * batch_size.
-        changes: A sentence for each setting that is not as it was.
-    """
-
-    batch_size: int
-    mesh: dict[str, int]
-    skip: int = 0
-    changes: tuple[str, ...] = ()
-
-    def meta(self, step: int) -> dict[str, Any]:
-        """Returns what a checkpoint of that step tells of it."""
-        records = self.skip + step * self.batch_size
-        return {"records": records, "mesh": self.mesh}
-
-
 def read_history(
     directory: Path, step: int, config: Mapping[str, Any], mesh: Mesh
-) -> RunHistory:
-    """Reads the history of a run that resumes from a step with a JSON config.
+) -> tuple[int, list[str]]:
+    """Compares a JSON config and a mesh with those of the step that a run resumes from.
 
     A run without a checkpoint of its own begins its data at step * batch_size.
+
+    Returns:
+        How many records the run has taken beyond step * batch_size, and a sentence for
+        each setting that is not as it was.
     """
-    size, now = config["batch_size"], dict(mesh.shape)
     if step not in checkpoint.steps(directory):
-        return RunHistory(size, now)
+        return 0, []
     meta = checkpoint.read_meta(directory, step)
-    before = meta["config"]
+    before, size, now = meta["config"], config["batch_size"], dict(mesh.shape)
     records = meta.get("records", step * before["batch_size"])
     changes = [
         f"{name} was {old}, is {new}"
@@ -246,12 +229,12 @@ def read_history(
     then = dict.fromkeys(now, 1) | meta.get("mesh", now)  # an axis may be newer
     if then != now:
         changes.append(f"saved on {_devices(then)}, goes on on {_devices(now)}")
-    return RunHistory(size, now, records - step * size, tuple(changes))
+    return records - step * size, changes
 
 
 def _devices(mesh: Mapping[str, int]) -> str:
     axes = " x ".join(f"{name} {size}" for name, size in mesh.items())
-    return f"{np.prod(list(mesh.values()))} devices ({axes})"
+    return f"{math.prod(mesh.values())} devices ({axes})"
 
 
 # ---- given weights ----

@@ -143,9 +143,6 @@ class RunLog:
             self._bar.set_postfix(shown)
         else:
             self._print(line + _rates(step, self._total, values))
-        if infinite := [f"{k} is {values[k]}" for k, v in finite.items() if v is None]:
-            words = "stands as null in metrics.jsonl"
-            self.say(f"step {step}: {', '.join(infinite)}; {words}")
 
     def image(self, step: int, name: str, array: Image) -> None:
         """Records a picture with 1 or 3 channels; it is also workdir/name/step.png."""

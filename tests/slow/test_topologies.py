@@ -43,8 +43,10 @@ def steps_on(setting, directory, devices, many):
             state, metrics = step(state, parts.codec, batch, jax.random.key(0))
             losses.append(float(metrics["loss"]))
     items, meta = checkpoint_items(state), checkpoint_meta(state)
-    past = read_history(directory, first, small.to_json(config), mesh)
-    about = {"config": small.to_json(config), **past.meta(first + many), **meta}
+    skip, _ = read_history(directory, first, small.to_json(config), mesh)
+    records = skip + (first + many) * config.batch_size
+    about = {"config": small.to_json(config), "records": records, **meta}
+    about["mesh"] = dict(mesh.shape)
     small.save(directory, first + many, about, **items)
     return losses, at_first, seen, jax.device_get(state.params)
 

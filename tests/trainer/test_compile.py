@@ -63,17 +63,9 @@ def test_the_device_that_differs_is_named(watch, sound, name, device):
         watch.check(8, sound.replace(params=params))
     others = 3 if name == "split" else 7
     assert str(error.value) == (
-        f"step 8: cpu:{device} (process 0) holds another copy than {others} other "
-        f"devices of params/{name}"
+        f"step 8: cpu:{device} (process 0) and {others} other devices hold different "
+        f"copies of params/{name}"
     )
-
-
-def test_where_no_majority_is_all_are_named(sound):
-    mesh = make_mesh(data=2, fsdp=1, devices=jax.devices()[:2])
-    two = state(mesh)
-    odd = two.replace(step=corrupted(two.step, 1))
-    with pytest.raises(UserError, match=r"cpu:0 .*, cpu:1 .* different copies of step"):
-        ReplicaCheck(1, two).check(3, odd)
 
 
 def test_it_is_due_every_so_many_steps_where_there_are_copies(watch, sound):
@@ -87,26 +79,30 @@ def test_it_is_due_every_so_many_steps_where_there_are_copies(watch, sound):
 
 SCRIPT = """
 import jax, jax.numpy as jnp
-from sit_jax.trainer.compile import compile_timed, use_compilation_cache
+from sit_jax.trainer.compile import use_compilation_cache
 use_compilation_cache()
+hits = []
+hear = lambda name, **_: hits.append(name) if name.endswith("cache_hits") else None
+jax.monitoring.register_event_listener(hear)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 for n in (2, 3, 2):
     step = jax.jit(lambda x: jnp.sin(x) * n)
-    program, words = compile_timed(lambda: step.lower(1.0))
+    before = len(hits)
+    program = step.lower(1.0).compile()
     assert abs(float(program(1.0)) - n * 0.8414710) < 1e-6
-    print(words.partition("(")[2])
+    print(len(hits) > before)
 """
 
 
 def test_a_second_process_finds_what_the_first_one_compiled(tmp_path):
     env = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)}
-    folder, printed = tmp_path / ".cache" / "sit_jax", []
+    printed = []
     for _ in range(2):
         run = [sys.executable, "-c", SCRIPT]
         done = subprocess.run(run, env=env, capture_output=True, text=True, check=True)
         printed += done.stdout.split("\n")[:-1]
-    miss, hit = f"not found in {folder})", f"found in {folder})"
-    assert printed == [miss, miss, hit, hit, hit, hit]
+    assert printed == ["False", "False", *["True"] * 4]
+    assert list((tmp_path / ".cache" / "sit_jax").iterdir())
 
 
 @pytest.fixture
