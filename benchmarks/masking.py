@@ -13,7 +13,6 @@ import argparse
 import json
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -34,7 +33,7 @@ from sit_jax.models.dit import DiT
 from sit_jax.models.mdt import MDTv2
 from sit_jax.samplers.ddpm import DDPM
 from sit_jax.training.optimizers import adan
-from sit_jax.training.state import TrainState
+from sit_jax.training.state import TrainState, init_params
 from sit_jax.training.step import make_train_step
 
 SHAPE = (8, 8, 1)
@@ -83,7 +82,8 @@ def main():
 def runner(model, args):
     """-> run(seed), which gives a list of measurements."""
     tx, process = adan(2e-3), GaussianDiffusion(objective=mdt_min_snr_loss)
-    init = jax.jit(partial(TrainState.init, model, tx, SHAPE))
+    begin = lambda key: TrainState.create(init_params(model, SHAPE, key), tx)
+    init = jax.jit(begin)
     step = make_train_step(model, process, tx, ema_decay=0.99)
     step = jax.jit(step, donate_argnums=0)
     images, held_out = Digits(train=True), Digits(train=False)

@@ -40,12 +40,12 @@ def ours(case):
     from sit_jax.parallel import hardware
     from sit_jax.planning.programs import get_compiler_options
     from sit_jax.trainer.compile import keep_freed_memory, limit_kept_memory
-    from sit_jax.training.state import TrainState
+    from sit_jax.training.state import TrainState, init_params
     from sit_jax.training.step import make_train_step
 
     keep_freed_memory()
     model, process, tx = parts(case)
-    begin = functools.partial(TrainState.init, model, tx, SHAPE)
+    begin = lambda key: TrainState.create(init_params(model, SHAPE, key), tx)
     state = jax.jit(begin)(jax.random.key(0))
     rng = np.random.default_rng(0)
     batch = {

@@ -23,7 +23,7 @@ from sit_jax.models.codec import to_uint8_mdt
 from sit_jax.models.mdt import MDT as MDT1
 from sit_jax.models.mdt import MDTv2
 from sit_jax.training.optimizers import adan
-from sit_jax.training.state import TrainState
+from sit_jax.training.state import TrainState, init_params
 from sit_jax.training.step import make_train_step
 
 FOLDER = Path(__file__).parents[1] / "configs"
@@ -116,7 +116,9 @@ def parts(name):
 @cache
 def abstract_state(name):
     p = parts(name)
-    init = partial(TrainState.init, p.model, p.optimizer, p.shape)
+    init = lambda key: TrainState.create(
+        init_params(p.model, p.shape, key), p.optimizer
+    )
     return jax.eval_shape(init, jax.random.key(0))
 
 

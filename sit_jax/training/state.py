@@ -54,18 +54,6 @@ class TrainState(struct.PyTreeNode):
             frozen_params=frozen_params,
         )
 
-    @classmethod
-    def init(
-        cls,
-        model: Any,
-        optimizer: optax.GradientTransformation,
-        shape: tuple[int, int, int],
-        key: Array,
-        **options: Any,
-    ) -> "TrainState":
-        """Returns create() of fresh weights, for data of (h, w, c)."""
-        return cls.create(init_params(model, shape, key), optimizer, **options)
-
 
 def init_params(model: Any, shape: tuple[int, int, int], key: Array) -> Params:
     """Returns freshly drawn parameters of a model for data of this (h, w, c)."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Int
 
+from sit_jax.checkpoint import leaves_by_name
 from sit_jax.diffusion.rng import StepKeys
 from sit_jax.diffusion.timesteps import quartile_means
 from sit_jax.models.codec import codec_sample
@@ -111,9 +112,7 @@ def tensor_names(state: TrainState) -> list[str]:
 
     The last stands for -1: all of these are finite, but the loss or a norm is not.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(state.params)
-    keystr = partial(jax.tree_util.keystr, simple=True, separator="/")
-    names = [keystr(path) for path, _ in leaves]
+    names = list(leaves_by_name(state.params))
     gradients = [f"gradient of {name}" for name in names]
     return ["the batch", *names, *gradients, "the loss or the norm of its gradient"]
 

@@ -2,16 +2,14 @@
 
 import shutil
 import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, small
+from helpers import small
 
 from sit_jax.checkpoint import (
     DamagedCheckpoint,
-    has_checksums,
     iter_leaves,
     load,
     read_meta,
@@ -60,7 +58,7 @@ def remove(file, rng):
     file.unlink()
 
 
-@pytest.mark.parametrize("place", range(30))
+@pytest.mark.parametrize("place", range(12))
 def test_load_refuses_damage_at_a_random_place(saved, place):
     rng = np.random.default_rng(place)
     how = (flip, cut, remove)[place % 3]
@@ -127,13 +125,6 @@ def test_damages_lists_files_that_were_added(saved):
     assert damages(saved / "7") == []
 
 
-def test_load_takes_a_step_without_checksums(saved):
-    (saved / "7" / FILE_NAME).unlink()
-    assert not has_checksums(saved / "7") and has_checksums(saved / "3")
-    require_intact(saved, 7)
-    np.testing.assert_array_equal(load(saved, 7, ema=SHAPES)["ema"]["w"], TREE["w"])
-
-
 def test_require_intact_reads_a_changed_file_again(saved):
     file = max(listed(saved / "7"), key=lambda file: file.stat().st_size)
     whole = file.read_bytes()
@@ -157,11 +148,13 @@ def test_restore_newest_passes_over_a_half_copied_step(saved, has_sums):
     assert (saved / "7.damaged").is_dir()
 
 
-def test_restore_newest_takes_a_step_of_a_run_without_checksums(saved):
+def test_step_of_a_run_without_checksums_is_taken(saved):
     for step in (3, 7):
         (saved / str(step) / FILE_NAME).unlink()
     restored, lines = restore_newest(saved, lambda step: step)
     assert restored == 7 and "no checksums" in lines[1]
+    require_intact(saved, 7)
+    np.testing.assert_array_equal(load(saved, 7, ema=SHAPES)["ema"]["w"], TREE["w"])
 
 
 def test_restore_newest_refuses_a_run_with_no_whole_step(saved):
@@ -189,13 +182,6 @@ def test_verify_prints_a_line_for_each_step(saved, verify):
     assert code == 1 and "3  DAMAGED: ema/" in out and "7  has no checksums" in out
     assert verify("verify", saved / "7")[0] == 0
     assert verify("verify", saved / "3")[0] == 1
-
-
-def test_verify_runs_as_a_module(tmp_path):
-    words = [sys.executable, "-m", "sit_jax.checkpoint", "verify", str(tmp_path)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("sit_jax.checkpoint: no checkpoint in")
 
 
 def test_verify_answers_mistakes_in_one_line(tmp_path, verify):

@@ -19,17 +19,13 @@ from sit_jax.checkpoint import (
     Checkpoints,
     DamagedCheckpoint,
     find_step,
-    items,
     load,
     read_meta,
     steps,
     store,
 )
 from sit_jax.errors import UserError
-from sit_jax.experiment import TRAINING, build_experiment
 from sit_jax.parallel.mesh import replicated
-from sit_jax.trainer.resume import checkpoint_items
-from sit_jax.training.state import TrainState, init_params
 
 one_step = checkpoints.one_step
 
@@ -38,7 +34,7 @@ one_step = checkpoints.one_step
 def test_load_places_a_step_of_eight_devices_on_any_number(one_step, devices):
     state, like = trees(mesh(devices))
     found = load(one_step, 7, **like)
-    assert equal(found, state)
+    assert equal(found, state) and read_meta(one_step, 7) == META
     assert jax.tree.map(lambda x: x.sharding, found) == jax.tree.map(
         lambda x: x.sharding, like
     )
@@ -67,11 +63,6 @@ def test_load_reads_only_the_items_asked_for(one_step, tmp_path):
         load(tmp_path / "copy", 7, losses=like["params"])
 
 
-def test_items_and_meta_of_a_step(one_step):
-    assert items(one_step, 7) == {"params", "ema", "opt_state", "meta"}
-    assert read_meta(one_step, 7) == META
-
-
 ALONE = """
 import sys
 import jax, numpy as np, orbax.checkpoint as ocp
@@ -91,11 +82,9 @@ np.savez(out, *jax.tree.leaves(params), *jax.tree.leaves(found.ema))
 """
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_orbax_alone_reads_a_step(one_step, tmp_path, devices):
+def test_orbax_alone_reads_a_step(one_step, tmp_path):
     """What we do not let it write (its array_metadatas) is not needed."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environ = {**os.environ, "PYTHONPATH": "", "XLA_FLAGS": flags}
+    environ = {**os.environ, "PYTHONPATH": ""}
     words = [sys.executable, "-c", ALONE, one_step / "7", tmp_path / "x.npz"]
     subprocess.run(words, cwd=tmp_path, env=environ, check=True)
     state, _ = trees(mesh(8))
@@ -122,12 +111,6 @@ def test_load_refuses_another_architecture_and_lists_differences(one_step):
     ):
         assert part in said
     assert "blocks" not in said and "\n" not in said
-
-
-def test_require_same_shapes_cuts_a_long_list():
-    wanted = {f"w{i}": np.zeros(1) for i in range(30)}
-    with pytest.raises(UserError, match=r"missing w0; .*; and 22 more$"):
-        checkpoint.require_same_shapes("here", {}, wanted)
 
 
 @pytest.mark.parametrize(
@@ -167,41 +150,11 @@ def test_save_compiles_nothing(tmp_path):
     assert not [event for event in built if event.startswith("/jax/core/compile")]
 
 
-def test_save_writes_every_item_that_is_restored():
-    """The items of a run are named in one place, for saving and for restoring."""
-    parts = build_experiment(small.config(), TRAINING)
-    state = jax.eval_shape(
-        lambda key: TrainState.create(
-            init_params(parts.model, parts.shape, key),
-            parts.optimizer,
-            ema_decay=(0.9, 0.99),
-        ),
-        jax.random.key(0),
-    )
-    concrete = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
-    written = checkpoint_items(concrete)
-    assert set(written) == {"params", "ema", "ema_0.99", "opt_state"}
-    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
-    in_meta = count(state.step) + count(state.skipped_steps)
-    assert sum(map(count, written.values())) + in_meta == count(state)
-
-
 def test_checkpoints_keep_the_last_and_every_nth_step(tmp_path):
     state, _ = trees(mesh(1))
     small = {"params": {"b": state["params"]["b"]}}
     saved(tmp_path, small, *range(1, 9), keep_last=2, keep_every=3)
     assert steps(tmp_path) == [3, 6, 7, 8]
-
-
-def test_find_step_takes_the_highest_number_whatever_size_or_date(tmp_path):
-    rng = np.random.default_rng(0)
-    for number, size in ((9, 50), (100, 2), (20, 3000)):
-        tree = {"w": rng.standard_normal(size).astype(np.float32)}
-        saved(tmp_path, {"params": tree}, number, keep_last=None)
-    now = (tmp_path / "9").stat().st_mtime
-    os.utime(tmp_path / "9", (now + 99, now + 99))
-    assert steps(tmp_path) == [9, 20, 100]
-    assert find_step(tmp_path) == (tmp_path, 100)
 
 
 def test_unfinished_step_is_no_step_and_is_cleaned_away(one_step, tmp_path):

@@ -108,7 +108,8 @@ def test_arrays_hold_what_the_table_says():
     """ZeRO-1: replicas have the weights whole, all else once between them."""
     model = SiT(depth=2, width=64, heads=4, patch=2, classes=5)
     mesh = make_mesh(data=2, fsdp=4)
-    begin = partial(TrainState.init, model, optax.adamw(1e-3), (8, 8, 4))
+    init = partial(init_params, model, (8, 8, 4))
+    begin = lambda key: TrainState.create(init(key), optax.adamw(1e-3))
     shapes = jax.eval_shape(begin, jax.random.key(0))
     where = sharding_rules.state_shardings(mesh, shapes)
     state = jax.jit(begin, out_shardings=where)(jax.random.key(0))

@@ -101,8 +101,6 @@ BAD = {
     "mesh": (["--devices=4", "--config.mesh.tensor=3"], "does not make up 4 devices"),
     "chip": (["--chip=v8"], "no chip 'v8'; there are B200, H200"),
     "mfu": (["--mfu=1.5"], "--mfu 1.5"),
-    "remat": (["--config.model.remat=some"], "remat is 'some'"),
-    "precision": (["--config.precision.training=fp8"], "no precision 'fp8'"),
     "topology": (["--topology=v9:2x2"], "no topology 'v9:2x2'; there are v4:2x2x1"),
     "slices": (["--topology=v5e:4x4*some"], "no topology 'v5e:4x4*some'"),
     "both": (["--topology=v5e:4x4", "--devices=16"], "give it alone"),

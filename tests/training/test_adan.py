@@ -113,7 +113,6 @@ def test_the_decay_is_of_the_weights_and_not_of_the_gradient():
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(moment))
 
 
-@pytest.mark.parametrize("name", ["b1", "b2", "b3"])
-def test_impossible_shares_are_named(name):
-    with pytest.raises(UserError, match=f"adan's {name} is 1.0"):
-        adan(1e-3, **{name: 1.0})
+def test_impossible_shares_are_named():
+    with pytest.raises(UserError, match="adan's b3 is 1.0"):
+        adan(1e-3, b3=1.0)

@@ -5,7 +5,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from helpers.train_steps import (
     MODEL,
@@ -21,23 +20,16 @@ from helpers.train_steps import (
 
 from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.models.codec import Pixels
-from sit_jax.parallel.mesh import batch_sharding, make_mesh, with_mesh
-from sit_jax.parallel.sharding_rules import state_shardings
 from sit_jax.training.objectives import accumulate_gradients
-from sit_jax.training.state import TrainState
 from sit_jax.training.step import make_train_step, tensor_names
-
-
-def test_the_average_starts_as_a_copy_with_memory_of_its_own():
-    state = fresh()
-    assert equal(state.ema["ema"], state.params)
-    new, _ = step(state, batch())  # donates both
-    assert not equal(new.ema["ema"], new.params)
 
 
 def test_the_average_after_one_step_is_the_closed_form():
     """decay of the old and 1 - decay of the new, not the other way round."""
-    new, _ = step(fresh(), batch())
+    state = fresh()
+    assert equal(state.ema["ema"], state.params)  # in memory of its own:
+    new, _ = step(state, batch())  # is given both; a warning would be an error
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     mix = lambda old, now: 0.9 * old + 0.1 * now
     assert relative(new.ema["ema"], jax.tree.map(mix, weights(), new.params)) < 1e-6
     swapped = jax.tree.map(mix, new.params, weights())
@@ -45,13 +37,7 @@ def test_the_average_after_one_step_is_the_closed_form():
     assert relative(new.params, weights()) > 1e-3
 
 
-def test_the_average_of_constant_weights_stays():
-    state, _ = toy(lambda p, x: x * 0 + p["a"]["w"], tx=optax.sgd(0.0))
-    assert equal(state.params, state.ema["ema"]) and state.step == 1
-
-
-@pytest.mark.parametrize("parts", [1, 2, 4])
-def test_parts_of_a_batch_give_the_gradient_and_metrics_of_the_whole(parts):
+def test_parts_of_a_batch_give_the_gradient_and_metrics_of_the_whole():
     def loss(w, x, y):
         error = jnp.mean((jnp.tanh(x @ w) - y) ** 2)
         return error, {"loss": error, "largest": jnp.max(w)}
@@ -61,60 +47,11 @@ def test_parts_of_a_batch_give_the_gradient_and_metrics_of_the_whole(parts):
     grad = jax.grad(loss, has_aux=True)
     whole, metrics = grad(w, x, y)
     with_rows = lambda w, rows: (*grad(w, *rows), {"y": rows[1]})
-    split, others, rows = jax.jit(accumulate_gradients(with_rows, parts))(w, (x, y))
+    split, others, rows = jax.jit(accumulate_gradients(with_rows, 4))(w, (x, y))
     np.testing.assert_array_equal(rows["y"], y)
     assert relative(split, whole) < 1e-6
     for name, value in metrics.items():
         assert others[name] == pytest.approx(float(value), rel=1e-6)
-
-
-def on_mesh(mesh, accumulate):
-    """-> a step, and its first state, placed on a mesh as train.py does."""
-    shapes = jax.eval_shape(partial(TrainState.create, optimizer=TX), weights())
-    where = state_shardings(mesh, shapes)
-    made = make_train_step(
-        MODEL, Interpolant(), TX, ema_decay=0.9, microbatches=accumulate
-    )
-    run = jax.jit(with_mesh(mesh, made), donate_argnums=0, out_shardings=(where, None))
-    state = jax.jit(partial(TrainState.create, optimizer=TX), out_shardings=where)(
-        weights()
-    )
-
-    def placed(state, batch):
-        batch = jax.device_put(batch, batch_sharding(mesh))
-        state, metrics = run(state, Pixels(), batch, jax.random.key(1))
-        assert jax.tree.map(lambda x: x.sharding, state) == where
-        return state, metrics
-
-    return placed, state
-
-
-def first_losses(step, state):
-    losses = []
-    for i in range(5):
-        state, metrics = step(state, batch(i))
-        losses.append(float(metrics["loss"]))
-    assert len(set(losses)) == 5
-    return losses, state
-
-
-@pytest.fixture(scope="module")
-def one_device():
-    return first_losses(step, fresh())[0]
-
-
-def test_parts_of_a_batch_on_eight_devices_give_the_losses_of_one(one_device):
-    """Only the order of sums differs, which costs a few units of 1e-7."""
-    losses, _ = first_losses(*on_mesh(make_mesh(), 2))
-    np.testing.assert_allclose(losses, one_device, rtol=1e-6)
-
-
-def test_the_state_is_given_away_whole():
-    """The old one's memory is the new one's; a warning here would be an error."""
-    state = fresh()
-    new, _ = step(state, batch())
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
 
 
 def poisoned(place):
@@ -152,14 +89,20 @@ def test_skipped_steps_are_counted_in_all_and_in_a_row():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
-def test_a_gradient_that_is_not_finite_is_named():
-    root = lambda p, x: x * p["a"]["w"] + jnp.sqrt(p["b"]["w"] ** 2)  # slope 0/0 at 0
-    assert toy(root)[1] == "gradient of b/w"
-
-
-def test_finite_gradients_with_a_norm_that_overflows_are_named():
-    huge = lambda p, x: x * 0 + 3e12 * p["a"]["w"]  # gradient 2e25, its square too big
-    assert toy(huge)[1] == "the loss or the norm of its gradient"
+@pytest.mark.parametrize(
+    "apply, name",
+    [
+        # slope 0/0 at 0
+        (lambda p, x: x * p["a"]["w"] + jnp.sqrt(p["b"]["w"] ** 2), "gradient of b/w"),
+        # gradient 2e25, its square too big
+        (
+            lambda p, x: x * 0 + 3e12 * p["a"]["w"],
+            "the loss or the norm of its gradient",
+        ),
+    ],
+)
+def test_a_gradient_or_norm_that_is_not_finite_is_named(apply, name):
+    assert toy(apply)[1] == name
 
 
 def test_bfloat16_is_of_the_network_alone():
