@@ -94,7 +94,6 @@ RENAMED = {  # the last module and the name -> the name now
     "sde.tweedie": "last_step_tweedie",
     "styles.Styled": "ImageTransform",
     "styles.inverted": "invert",
-    "styles.slanted": "slant",
     "time_densities.Times": "DensityTimesteps",
     "torchdiffeq.like_torchdiffeq": "torchdiffeq_control",
 }

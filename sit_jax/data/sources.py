@@ -243,21 +243,6 @@ def invert(image: UInt8[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "h w c"]:
     return 255 - image
 
 
-def slant(
-    image: UInt8[np.ndarray, "h w c"], slope: float = 0.5
-) -> UInt8[np.ndarray, "h w c"]:
-    """Returns an image that leans to the right; its middle row stays where it is."""
-    height, width, _ = image.shape
-    rows = np.arange(height)[:, None]
-    columns = np.arange(width)[None] - slope * ((height - 1) / 2 - rows)  # to read from
-    left = np.floor(columns).astype(int)
-    weight = (columns - left)[..., None]
-    padded = np.pad(image.astype(np.float32), ((0, 0), (1, 1), (0, 0)))
-    take = lambda column: padded[rows, np.clip(column + 1, 0, width + 1)]
-    mixed = (1 - weight) * take(left) + weight * take(left + 1)
-    return np.round(mixed).astype(np.uint8)
-
-
 class ImageTransform(WrappedSource):
     """Another source's images, each as `transform` makes it; they are not flipped.
 

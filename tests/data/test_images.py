@@ -2,8 +2,6 @@
 
 import io
 import os
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -46,22 +44,6 @@ def test_colours_stay_as_they_are():
     assert abs(jpeg - pixels(0)).max() < 16
 
 
-def test_grey_is_repeated_and_black_and_white_too():
-    grey = pixels(1)[..., 0]
-    wanted = np.repeat(grey[..., None], 3, -1)
-    np.testing.assert_array_equal(as_array(encoded(grey)), wanted)
-    np.testing.assert_array_equal(as_array(grey[..., None]), wanted)  # from an array
-    bilevel = Image.fromarray(grey > 128)
-    wanted = np.where(wanted > 128, 255, 0)
-    np.testing.assert_array_equal(as_array(encoded(bilevel)), wanted)
-
-
-def test_alpha_is_dropped_not_blended():
-    image, alpha = pixels(2), np.zeros((16, 20, 1), np.uint8)
-    both = np.concatenate([image, alpha], -1)  # wholly transparent
-    np.testing.assert_array_equal(as_array(encoded(both)), image)
-
-
 @pytest.mark.parametrize(
     "transparency", [None, 2, b"\0\x80\xff"], ids=["no", "one", "each"]
 )
@@ -73,38 +55,14 @@ def test_palettes_are_looked_up(transparency):
     image.putpalette(colours.tobytes())
     settings = {} if transparency is None else {"transparency": transparency}
     # and PIL's warning about transparency would be an error here
-    found = as_array(encoded(image, **settings))
-    np.testing.assert_array_equal(found, colours[indices])
+    rgb = as_array(encoded(image, **settings))
+    np.testing.assert_array_equal(rgb, colours[indices])
 
 
-def test_cmyk_by_the_plain_formula():
-    ink = np.random.default_rng(0).integers(0, 256, (6, 7, 4), np.uint8)
-    image = Image.frombytes("CMYK", (7, 6), ink.tobytes())
-    found = as_array(encoded(image, "TIFF")).astype(float)
-    colour, black = ink[..., :3] / 255.0, ink[..., 3:] / 255.0
-    wanted = 255 * (1 - colour) * (1 - black)
-    assert abs(found - wanted).max() <= 1  # rounding of integers
-    jpeg = as_array(encoded(image.resize((70, 60), Image.Resampling.BOX), "JPEG"))
-    assert jpeg.shape == (60, 70, 3)
-
-
-def test_sixteen_bits_as_pil_does_it():
-    """Grey is cut off at 255, which makes it nearly white; colours keep 8 bits."""
+def test_sixteen_bits_of_grey_are_cut_off_at_255():
     values = np.linspace(0, 65535, 30).astype(np.uint16).reshape(5, 6)
     wanted = np.repeat(np.minimum(values, 255)[..., None], 3, -1)
     np.testing.assert_array_equal(as_array(encoded(values)), wanted)
-    deep = np.random.default_rng(1).integers(0, 65536, (3, 4, 3))
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
-    header = struct.pack(">IIBBBBB", 4, 3, 16, 2, 0, 0, 0)  # PIL cannot write this PNG
-    file = b"\x89PNG\r\n\x1a\n"
-    for kind, data in (
-        (b"IHDR", header),
-        (b"IDAT", zlib.compress(rows)),
-        (b"IEND", b""),
-    ):
-        sum = struct.pack(">I", zlib.crc32(kind + data))
-        file += struct.pack(">I", len(data)) + kind + data + sum
-    np.testing.assert_array_equal(as_array(file), deep >> 8)
 
 
 def test_exif_does_not_turn_the_image():
@@ -119,6 +77,8 @@ def test_exif_does_not_turn_the_image():
 def test_what_torchvision_would_see():
     """torchvision's loader is open and convert("RGB"); for files of all these kinds."""
     image = Image.fromarray(pixels(4))
+    grey = pixels(4)[..., :1]
+    np.testing.assert_array_equal(as_array(grey), np.repeat(grey, 3, -1))  # an array
     for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"):
         data = encoded(image.convert(mode), "TIFF")
         wanted = Image.open(io.BytesIO(data)).convert("RGB")
@@ -208,5 +168,5 @@ except CorruptImage as error:
 
 
 def test_what_pillow_logs_is_not_said_twice():
-    found = small.script("-c", TIFF)
-    assert found.stdout and not found.stderr
+    done = small.script("-c", TIFF)
+    assert done.stdout and not done.stderr

@@ -11,7 +11,7 @@ from sit_jax.config import build, from_json, spec
 from sit_jax.data import Digits, LatentFolder, Synthetic, batches
 from sit_jax.data.folders import ImageFolder
 from sit_jax.data.loader import read_record
-from sit_jax.data.sources import Arrays, ImageTransform, LabelOffset, invert, slant
+from sit_jax.data.sources import Arrays, ImageTransform, LabelOffset
 from sit_jax.errors import UserError
 from sit_jax.parallel.mesh import make_mesh
 
@@ -218,10 +218,3 @@ def test_image_transform_changes_images_and_keeps_labels():
     source = ImageTransform(plain)
     np.testing.assert_array_equal(source[4]["image"], 255 - plain[4]["image"])
     assert source[4]["label"] == plain[4]["label"] and not source.flip
-    image = np.zeros((8, 8, 1), np.uint8)
-    image[:, 4] = 200
-    np.testing.assert_array_equal(invert(image), 255 - image)
-    leaning = slant(image, slope=1.0)
-    top, bottom = leaning[0, :, 0], leaning[7, :, 0]
-    assert top.tolist() == [0, 0, 0, 0, 0, 0, 0, 100]  # half of it has left
-    assert bottom.tolist() == [100, 100, 0, 0, 0, 0, 0, 0]
