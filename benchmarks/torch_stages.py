@@ -170,7 +170,7 @@ def pictures(codec, vae, latents):
 def autoencoder(codec):
     """-> diffusers' AutoencoderKL with the weights of a codec.Vae; None of others.
 
-    From ours, so that it also is there where the file is CompVis' or has no config.
+    From ours, so that it also is there where the file has no config.
     """
     if isinstance(codec, Latents | Pixels):
         return None

@@ -140,17 +140,6 @@ def test_another_base_is_refused_by_its_hash(run, tmp_path):
         )
 
 
-@pytest.mark.slow  # test_weights_training.py takes a step over int8
-def test_int8_stays_int8(base):
-    parts, state, _ = begun(base, int8="blocks/attn/qkv/kernel")
-    kinds = {x.dtype for x in jax.tree.leaves(state.frozen_params["blocks"])}
-    assert {str(kind) for kind in kinds} == {"int8", "float32"}
-    assert (
-        state.frozen_params["blocks"]["attn"]["qkv"]["kernel"].base.codes.dtype
-        == "int8"
-    )
-
-
 @pytest.mark.parametrize("form", [pytest.param("w8", marks=pytest.mark.slow), "w8a8"])
 def test_a_quantized_checkpoint_can_be_the_base(base, tmp_path, form):
     parts = build_experiment(small.config(), TRAINING)

@@ -26,7 +26,6 @@ from sit_jax.adapters.weights import (
     match_matrices,
     materialize,
     merge_adapters,
-    quantize_int8,
     replace_weights,
 )
 from sit_jax.errors import UserError
@@ -97,19 +96,6 @@ def test_adapters_over_adapters_add_up():
     np.testing.assert_allclose(found, x @ sum_of_both[0], rtol=1e-5, atol=1e-5)
 
 
-def test_int8_is_within_half_a_step_of_each_channel():
-    weight = weights(MODELS[0])["blocks"]["mlp"]["fc1"]["kernel"].copy()
-    weight[:, :, 3] = 0
-    stored = quantize_int8("w", weight)
-    assert stored.codes.dtype == jnp.int8 and stored.scale.shape == (2, 1, 64)
-    step = np.abs(weight).max(axis=1, keepdims=True) / 127
-    assert np.all(np.abs(stored.read() - weight) <= 0.501 * step)
-    assert relative(stored.read(), weight) > 1e-4
-    x = np.ones((2, 3, 16), np.float32)
-    found = first(stored).product(x, jnp.float32)
-    np.testing.assert_allclose(found, x @ stored.read()[0], rtol=1e-5, atol=1e-5)
-
-
 def test_new_rows_stand_before_the_null_label():
     table = np.arange(12, dtype=np.float32).reshape(6, 2)
     grown = ExtraRows(table, np.full((2, 2), 50.0, np.float32))
@@ -139,9 +125,3 @@ def test_a_pattern_meets_matrices_only():
 def test_a_pattern_that_matches_nothing_is_refused(pattern, told):
     with pytest.raises(UserError, match=told):
         match_matrices(pattern, flatten_dict(weights(MODELS[0]), sep="/"))
-
-
-def test_a_weight_that_is_not_finite_is_not_quantized():
-    with pytest.raises(UserError, match="w has values that are not finite"):
-        quantize_int8("w", np.array([[1.0, np.nan]]))
-    assert isinstance(quantize_int8("w", np.zeros((2, 2), np.float32)), Int8Weight)

@@ -12,7 +12,6 @@ import safetensors.torch
 import torch
 from helpers.recorded import FOLDER, weights
 from helpers.small import script
-from helpers.torch_files import Runs
 
 from sit_jax.cli import port_weights
 from sit_jax.convert import tensor_files
@@ -165,15 +164,6 @@ def test_mistake_is_one_line(tmp_path, port, ported, arguments, told):
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.pt").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-
-
-def test_port_weights_runs_no_code_of_a_file(tmp_path, port):
-    ran = tmp_path / "ran"
-    torch.save({"ema": {"a": torch.ones(2)}, "x": Runs(ran)}, tmp_path / "x.pt")
-    code, _, err = port(tmp_path / "x.pt", tmp_path / "ck")
-    assert code == 2 and err.count("\n") == 1
-    assert re.search(r"it would run \w+\.mkdir", err)
-    assert not ran.exists() and not (tmp_path / "ck").exists()
 
 
 def test_port_weights_touches_no_accelerator():

@@ -10,7 +10,6 @@ from sit_jax import checkpoint
 from sit_jax.adapters.quantize import SKIP, quantize_params
 from sit_jax.adapters.weights import LABEL_TABLE, materialize, merge_adapters
 from sit_jax.cli import port_weights, sample
-from sit_jax.config import to_json
 from sit_jax.convert.adapters import apply_adapters, count_new_classes
 from sit_jax.convert.open import CheckpointWeights, WeightsRef, load_adapted
 from sit_jax.errors import UserError
@@ -142,13 +141,3 @@ def test_int8_weights_take_new_rows(base, more, tmp_path):
     node = found["blocks"]["attn"]["qkv"]["kernel"]
     assert node.base.codes.dtype == "int8"
     assert np.isfinite(np.asarray(materialize(node))).all()
-
-
-# Data of them
-
-
-def test_a_config_with_further_classes_is_stored_and_counted():
-    from configs.lora_cached import get_config
-
-    c = get_config()
-    assert to_json(c)["source"]["after"] == 1000

@@ -7,7 +7,6 @@ import optax
 import pytest
 import torch
 from helpers import small
-from helpers.recorded import arrays, nchw, nhwc, relative
 from helpers.torch_files import (
     assert_same_state,
     broken,
@@ -34,7 +33,7 @@ from sit_jax.recipes import published
 from sit_jax.trainer import resume
 
 
-@pytest.mark.parametrize("name", ["sit_a", "sit_b", "sit_c", "dit_a", "dit_b"])
+@pytest.mark.parametrize("name", ["sit_b", "sit_c", "dit_b"])
 def test_export_gives_released_files_back_bit_by_bit(tmp_path, name):
     there = stored(opened(name), tmp_path / "ck")
     assert there.no_optimizer == "the checkpoint has no opt_state"
@@ -59,15 +58,6 @@ def test_export_gives_files_of_train_py_back_bit_by_bit(tmp_path, family):
     assert list(ours["opt"]["state"]) == list(theirs["opt"]["state"])
     for i, moments_ in theirs["opt"]["state"].items():
         assert_same_state(ours["opt"]["state"][i], moments_)
-
-
-def test_export_computes_what_torch_did(tmp_path):
-    there, recorded = stored(opened("sit_a"), tmp_path / "ck"), arrays("sit_forward_a")
-    out = there.spec.model.apply(
-        {"params": there.ema()}, nhwc(recorded["x"]), recorded["t"], recorded["y"]
-    )
-    # float32 rounding through two blocks; a swapped axis gives 1
-    assert relative(nchw(out), recorded["out"]) < 2e-6
 
 
 def test_torch_weights_load_ema_or_params_on_every_device():

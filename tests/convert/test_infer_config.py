@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from helpers.networks import recorded_model
 from helpers.recorded import case, weights
 from helpers.torch_files import golden, loaded, opened, renamed
 
@@ -22,18 +21,6 @@ from sit_jax.recipes import published
 
 def shapes_of(name):
     return {key: array.shape for key, array in weights(name).items()}
-
-
-@pytest.mark.parametrize("name", ["sit_forward_b", "dit_forward_a"])
-def test_describe_network_reads_recorded_networks(name):
-    fields, model = (
-        describe_network(shapes_of(name.replace("_forward", ""))),
-        recorded_model(name),
-    )
-    for field in ("depth", "width", "patch", "mlp_ratio", "classes", "learn_sigma"):
-        assert fields[field] == getattr(model, field), field
-    assert fields["side"] == case(name)["model"]["input_size"]
-    assert fields["channels"] == 4 and fields["heads"] is None
 
 
 def test_describe_network_knows_heads_of_published_sizes():
