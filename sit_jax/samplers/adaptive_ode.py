@@ -18,14 +18,16 @@ from jaxtyping import Array, PyTree
 
 from sit_jax.errors import UserError
 from sit_jax.samplers.base import (
+    NUM_STATES,
+    NUM_STEPS,
+    TOLERANCE,
+    ProbabilityFlowODE,
     SamplerResult,
-    check_tolerance,
-    check_trajectory_length,
+    check_ranges,
     initial_step,
-    integrate_probability_flow,
     rms_norm,
 )
-from sit_jax.typing import Batch, NamedFunction, Net, Process, Slope, StepNoise
+from sit_jax.typing import NamedFunction, Slope
 
 
 class Fehlberg2(diffrax.AbstractERK):
@@ -148,7 +150,7 @@ def per_sample_control(
 
 
 @dataclasses.dataclass(frozen=True)
-class AdaptiveODE:
+class AdaptiveODE(ProbabilityFlowODE):
     """Steps as long as the estimated error allows, by any explicit diffrax solver.
 
     Attributes:
@@ -174,34 +176,15 @@ class AdaptiveODE:
                 f"solver={self.solver}: AdaptiveODE needs an explicit Runge-Kutta "
                 "solver that estimates its error, such as diffrax.Dopri5()"
             )
-        check_tolerance("rtol", self.rtol)
-        check_tolerance("atol", self.atol)
+        check_ranges(self, rtol=TOLERANCE, atol=TOLERANCE, max_steps=NUM_STEPS)
+        check_ranges(self, trajectory_length=NUM_STATES)
         if self.rtol == self.atol == 0:
             raise UserError("rtol=0 and atol=0: one of them must be positive")
-        if self.max_steps < 1:
-            raise UserError(f"max_steps={self.max_steps}: give at least 1")
-        check_trajectory_length(self.trajectory_length)
 
     @property
     def integrates_null_half(self) -> bool:
         """Whether guidance's unconditional half is integrated beside the batch."""
         return self.control.integrates_null_half
-
-    def num_noise_draws(self, process: Process) -> int:
-        """Returns 0: an ODE takes no noise."""
-        return 0
-
-    def __call__(
-        self,
-        net: Net,
-        process: Process,
-        noise: Batch,
-        step_noise: StepNoise | None = None,
-    ) -> SamplerResult:
-        """Turns noise [b, h, w, c] into data, or the other way round."""
-        return integrate_probability_flow(
-            self, net, process, noise, reverse=self.reverse
-        )
 
     def solve(
         self, slope: Slope, start: PyTree[Array], t0: float, t1: float

@@ -3,14 +3,13 @@
 A sampler is a frozen dataclass, called as sampler(net, process, noise, step_noise). It
 draws nothing itself: step_noise(i) is the noise of step i. See typing.Sampler.
 
-An ODE sampler also has solve(slope, start, t0, t1), which follows any initial value
-problem. A slope is a function (t, x) -> dx/dt, where t is a number or [b], and x a tree
-of arrays [b, ...].
+A slope of an ODE is a function (t, x) -> dx/dt, where t is a number or [b], and x a
+tree of arrays [b, ...].
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,26 +18,21 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from sit_jax.diffusion import predictions
 from sit_jax.errors import UserError
+from sit_jax.ranges import AtLeast, Between
 from sit_jax.typing import (
     Batch,
     ContinuousProcess,
     DiscreteProcess,
     Net,
-    ODESampler,
     Process,
     Slope,
     StepNoise,
 )
 
+NUM_STEPS, NUM_STATES, TOLERANCE = AtLeast(1), AtLeast(0), AtLeast(0.0)
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=(
-        *("data", "num_evaluations", "num_accepted", "num_rejected"),
-        *("finished", "trajectory"),
-    ),
-    meta_fields=(),
-)
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplerResult:
     """What a sampler returns; counts are numbers, or [b] where images differ.
@@ -71,18 +65,44 @@ class SamplerResult:
         return {name: value for name, value in stats.items() if value is not None}
 
 
-def integrate_probability_flow(
-    sampler: ODESampler, net: Net, process: Process, noise: Batch, *, reverse: bool
-) -> SamplerResult:
-    """Follows the probability-flow ODE from the process's start to its end."""
-    continuous = require_continuous(sampler, process)
-    velocity = continuous.prediction_fn(net, predictions.velocity)
+class ProbabilityFlowODE(abc.ABC):
+    """Samples by the probability-flow ODE; a subclass says how a slope is followed.
 
-    def slope(t: Any, x: Batch) -> Batch:
-        return velocity(x, jnp.broadcast_to(jnp.float32(t), x.shape[:1]))
+    Attributes:
+      reverse: from data to noise.
+      trajectory_length: how many states on the way to keep.
+    """
 
-    start = noise.astype(jnp.float32)
-    return sampler.solve(slope, start, *continuous.time_interval(reverse=reverse))
+    reverse: bool
+    trajectory_length: int
+
+    @property
+    def integrates_null_half(self) -> bool:
+        """Whether guidance's unconditional half is integrated beside the batch."""
+        return False
+
+    def num_noise_draws(self, process: Process) -> int:
+        """Returns 0: an ODE takes no noise."""
+        return 0
+
+    def __call__(
+        self, net: Net, process: Process, noise: Batch, step_noise: Any = None
+    ) -> SamplerResult:
+        """Turns noise [b, h, w, c] into data, or the other way round."""
+        continuous = require_continuous(self, process)
+        velocity = continuous.prediction_fn(net, predictions.velocity)
+
+        def slope(t: Any, x: Batch) -> Batch:
+            return velocity(x, jnp.broadcast_to(jnp.float32(t), x.shape[:1]))
+
+        t0, t1 = continuous.time_interval(reverse=self.reverse)
+        return self.solve(slope, noise.astype(jnp.float32), t0, t1)
+
+    @abc.abstractmethod
+    def solve(
+        self, slope: Slope, start: PyTree[Array], t0: float, t1: float
+    ) -> SamplerResult:
+        """Follows a slope from a tree of arrays at t0 to t1."""
 
 
 def require_continuous(sampler: Any, process: Process) -> ContinuousProcess:
@@ -214,23 +234,9 @@ def initial_step(
     return first, jnp.minimum(jnp.minimum(100 * h[0], guess), longest)
 
 
-def check_steps(steps: float, trajectory_length: float, at_least: int = 1) -> None:
-    """Refuses a number of steps, or of states to keep, that is none."""
-    if steps < at_least or steps != int(steps):
-        why = " here" if at_least > 1 else ""
-        raise UserError(f"steps={steps}: a whole number, at least {at_least}{why}")
-    check_trajectory_length(trajectory_length)
-
-
-def check_trajectory_length(length: float) -> None:
-    """Refuses a number of states to keep that is none."""
-    if length < 0 or length != int(length):
-        raise UserError(
-            f"trajectory_length={length}: 0 keeps none, else a whole number"
-        )
-
-
-def check_tolerance(name: str, value: float) -> None:
-    """Refuses a negative tolerance."""
-    if not value >= 0:
-        raise UserError(f"{name}={value}: give 0 or more")
+def check_ranges(sampler: Any, **ranges: Between) -> None:
+    """Refuses a sampler's fields, named by the arguments, outside of their ranges."""
+    for name, allowed in ranges.items():
+        value = vars(sampler)[name]
+        if value not in allowed:
+            raise UserError(f"{name}={value}: {allowed}")

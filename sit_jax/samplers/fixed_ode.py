@@ -10,27 +10,29 @@ small region of stability; with few or rough steps Runge-Kutta is the safer choi
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
+from numpy.polynomial import Polynomial
 
-from sit_jax.errors import UserError
 from sit_jax.samplers.base import (
+    NUM_STATES,
+    NUM_STEPS,
+    TOLERANCE,
+    ProbabilityFlowODE,
     SamplerResult,
     add_scaled,
-    check_steps,
-    check_tolerance,
-    integrate_probability_flow,
+    check_ranges,
     run_steps,
     weighted_sum,
 )
-from sit_jax.typing import Batch, NamedFunction, Net, Process, Slope, StepNoise
+from sit_jax.typing import NamedFunction, Slope
 
 NUM_STARTING_STEPS = 2  # before there are slopes enough for Adams' methods
 MAX_SLOPES = 11  # kept by Adams' methods
@@ -84,7 +86,7 @@ def rk4(slope: Slope, t: Any, dt: Any, x: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class FixedStepODE:
+class FixedStepODE(ProbabilityFlowODE):
     """Equal steps of a Runge-Kutta method.
 
     Attributes:
@@ -98,26 +100,9 @@ class FixedStepODE:
     steps: int = 50
     reverse: bool = False
     trajectory_length: int = 0
-    integrates_null_half: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_steps(self.steps, self.trajectory_length)
-
-    def num_noise_draws(self, process: Process) -> int:
-        """Returns 0: an ODE takes no noise."""
-        return 0
-
-    def __call__(
-        self,
-        net: Net,
-        process: Process,
-        noise: Batch,
-        step_noise: StepNoise | None = None,
-    ) -> SamplerResult:
-        """Turns noise [b, h, w, c] into data, or the other way round."""
-        return integrate_probability_flow(
-            self, net, process, noise, reverse=self.reverse
-        )
+        check_ranges(self, steps=NUM_STEPS, trajectory_length=NUM_STATES)
 
     def solve(
         self, slope: Slope, start: PyTree[Array], t0: float, t1: float
@@ -134,7 +119,7 @@ class FixedStepODE:
 
 
 @dataclasses.dataclass(frozen=True)
-class Adams:
+class Adams(ProbabilityFlowODE):
     """Equal steps of an Adams method, as torchdiffeq's explicit_ and implicit_adams.
 
     Attributes:
@@ -154,30 +139,10 @@ class Adams:
     atol: float = 1e-6
     reverse: bool = False
     trajectory_length: int = 0
-    integrates_null_half: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_steps(self.steps, self.trajectory_length)
-        if self.corrections < 1:
-            raise UserError(f"corrections={self.corrections}: give at least 1")
-        check_tolerance("rtol", self.rtol)
-        check_tolerance("atol", self.atol)
-
-    def num_noise_draws(self, process: Process) -> int:
-        """Returns 0: an ODE takes no noise."""
-        return 0
-
-    def __call__(
-        self,
-        net: Net,
-        process: Process,
-        noise: Batch,
-        step_noise: StepNoise | None = None,
-    ) -> SamplerResult:
-        """Turns noise [b, h, w, c] into data, or the other way round."""
-        return integrate_probability_flow(
-            self, net, process, noise, reverse=self.reverse
-        )
+        check_ranges(self, steps=NUM_STEPS, trajectory_length=NUM_STATES)
+        check_ranges(self, corrections=NUM_STEPS, rtol=TOLERANCE, atol=TOLERANCE)
 
     def solve(
         self, slope: Slope, start: PyTree[Array], t0: float, t1: float
@@ -274,12 +239,8 @@ def _lagrange_integrals(nodes: Sequence[int]) -> list[float]:
     """Returns integrals from 0 to 1 of the Lagrange polynomials of these nodes."""
     integrals = []
     for node in nodes:
-        powers = [Fraction(1)]  # of the polynomial, lowest first
-        for other in (n for n in nodes if n != node):
-            times_x = [Fraction(0), *powers]
-            minus = [other * c for c in powers] + [Fraction(0)]
-            powers = [
-                (a - b) / (node - other) for a, b in zip(times_x, minus, strict=True)
-            ]
-        integrals.append(float(sum(c / (k + 1) for k, c in enumerate(powers))))
+        others = [other for other in nodes if other != node]
+        scale = math.prod(node - other for other in others)
+        integral = Polynomial.fromroots(others).integ()(1.0) if others else 1.0
+        integrals.append(integral / scale)
     return integrals

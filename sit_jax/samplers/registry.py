@@ -4,7 +4,6 @@ They are the originals' where those had one: torchdiffeq's methods, SiT's forms 
 diffusion and last steps.
 """
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -64,9 +63,9 @@ LAST_STEPS = {
     "None": sde.last_step_none,
 }
 # flag: field of the sampler, and the table that turns its word into an object
-SAMPLER_FLAGS: dict[str, tuple[str, Any]] = {
+SAMPLER_FLAGS: dict[str, tuple[str, dict | None]] = {
     "--steps": ("steps", None),
-    "--respacing": ("steps", lambda word: parse_respacing(word)),
+    "--respacing": ("steps", None),
     "--atol": ("atol", None),
     "--rtol": ("rtol", None),
     "--step-control": ("control", CONTROLS),
@@ -108,13 +107,16 @@ def configure_sampler(
         if word is None or word is False:
             continue
         field, table = SAMPLER_FLAGS[flag]
-        no_chain = flag == "--respacing" and config.sampler.make not in (DDPM, DDIM)
-        if field not in config.sampler or no_chain:
-            raise UserError(_explain_misfit(flag, word, field, config.sampler))
-        if isinstance(table, dict):
+        if not _accepts(config.sampler, flag):
+            names = [name for name, make in SAMPLERS.items() if _accepts(make(), flag)]
+            raise UserError(
+                f"{flag} {word}: {config.sampler.make.__name__} has no such setting; "
+                f"--sampler {', '.join(names)} does"
+            )
+        if table is not None:
             word = look_up(flag, word, table)
-        elif table is not None:
-            word = table(word)
+        elif flag == "--respacing":
+            word = parse_respacing(word)
         with config.sampler.ignore_type():
             config.sampler[field] = word
 
@@ -122,12 +124,15 @@ def configure_sampler(
 def look_up(flag: str, word: str, table: Mapping[str, Any]) -> Any:
     """Returns table[word]; refuses an unknown word, naming the known ones."""
     if word not in table:
-        close = difflib.get_close_matches(word, table, 1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise UserError(
-            f"{flag} {word!r} is unknown{hint}; there are {', '.join(table)}"
-        )
+        raise UserError(f"{flag} {word!r} is unknown; there are {', '.join(table)}")
     return table[word]
+
+
+def _accepts(sampler: Any, flag: str) -> bool:
+    """Returns whether a flag sets something of a sampler's spec."""
+    if flag == "--respacing":
+        return sampler.make in (DDPM, DDIM)
+    return SAMPLER_FLAGS[flag][0] in sampler
 
 
 def parse_respacing(word: str) -> Any:
@@ -141,28 +146,3 @@ def parse_respacing(word: str) -> Any:
         )
     numbers = tuple(int(section) for section in sections)
     return numbers if len(numbers) > 1 else numbers[0]
-
-
-def _explain_misfit(flag: str, word: Any, field: str, sampler: Any) -> str:
-    names = [name for name, make in SAMPLERS.items() if field in make()]
-    if flag == "--respacing":
-        names = ["ddpm", "ddim"]
-    argument = flag if word is True else f"{flag} {word}"
-    return (
-        f"{argument}: {_sampler_name(sampler)} has no such setting; "
-        f"--sampler {', '.join(names)} does"
-    )
-
-
-def _sampler_name(sampler: Any) -> str:
-    """Returns what a spec is called on the command line, or its class."""
-
-    def identity(node: Any) -> tuple:
-        solver = node.get("solver")
-        fields = node.make, node.get("method"), node.get("implicit")
-        return (*fields, solver and solver.make)
-
-    for name, make in SAMPLERS.items():
-        if identity(make()) == identity(sampler):
-            return f"--sampler {name}"
-    return sampler.make.__name__

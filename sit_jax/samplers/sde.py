@@ -22,9 +22,11 @@ from jaxtyping import Array, Float
 from sit_jax.diffusion import predictions
 from sit_jax.diffusion.paths import expand_dims_like, sde_diffusion_rate
 from sit_jax.errors import UserError
+from sit_jax.ranges import AtLeast
 from sit_jax.samplers.base import (
+    NUM_STATES,
     SamplerResult,
-    check_steps,
+    check_ranges,
     require_continuous,
     require_step_noise,
     run_steps,
@@ -173,9 +175,8 @@ class SDE:
     integrates_null_half: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_steps(self.steps, self.trajectory_length, at_least=2)
-        if not self.norm >= 0:
-            raise UserError(f"norm={self.norm}: a diffusion cannot be negative")
+        check_ranges(self, steps=AtLeast(2), trajectory_length=NUM_STATES)
+        check_ranges(self, norm=AtLeast(0.0))
         if not 0 < self.last < 1:
             raise UserError(
                 f"last={self.last}: give a size between 0 and 1, or last_step=none"
@@ -195,16 +196,25 @@ class SDE:
         """Turns noise [b, h, w, c] into data."""
         continuous = require_continuous(self, process)
         noise_at = require_step_noise(self, step_noise)
-        path, state_at = continuous.path, self._make_state_fn(continuous, net)
+        path = continuous.path
+        velocity_fn = continuous.prediction_fn(net, predictions.velocity)
+        to_score = partial(predictions.convert, source=predictions.velocity)
+
+        def state_at(t: Scalar, x: Batch) -> SDEState:
+            times = jnp.full(x.shape[:1], t)  # (b,)
+            velocity, full_t = velocity_fn(x, times), expand_dims_like(times, x)
+            score = to_score(velocity, x, full_t, path, target=predictions.score)
+            return SDEState(t, x, velocity, score, self.diffusion(path, t, self.norm))
+
         t0, t1 = self._time_interval(continuous)
         grid = jnp.asarray(np.linspace(t0, t1, self.steps), jnp.float32)
         dt = (t1 - t0) / (self.steps - 1)
 
         def step(x: Batch, i: Array) -> Batch:
             w = self.diffusion(path, grid[i], self.norm)
-            kick = jnp.sqrt(2 * dt * w) * noise_at(i)
+            increment = jnp.sqrt(2 * dt * w) * noise_at(i)
             drift = lambda t, x: state_at(t, x).drift
-            return self.method(drift, grid[i], dt, x, kick)
+            return self.method(drift, grid[i], dt, x, increment)
 
         start, length = noise.astype(jnp.float32), self.trajectory_length
         x, trajectory = run_steps(step, start, self.steps - 1, length)
@@ -224,24 +234,3 @@ class SDE:
             is_infinite = bool(~jnp.isfinite(w))
         last_step = self.last if self.last_step.takes_time else 0.0
         return process.time_interval(by_score=is_infinite, last_step=last_step)
-
-    def _make_state_fn(
-        self, process: ContinuousProcess, net: Net
-    ) -> Callable[[Scalar, Batch], SDEState]:
-        path = process.path
-        velocity_fn = process.prediction_fn(net, predictions.velocity)
-
-        def state_at(t: Scalar, x: Batch) -> SDEState:
-            times = jnp.full(x.shape[:1], t)  # (b,)
-            velocity = velocity_fn(x, times)
-            score = predictions.convert(
-                velocity,
-                x,
-                expand_dims_like(times, x),
-                path,
-                source=predictions.velocity,
-                target=predictions.score,
-            )
-            return SDEState(t, x, velocity, score, self.diffusion(path, t, self.norm))
-
-        return state_at

@@ -73,7 +73,7 @@ def sampled(sampler, process, labels, start, draws=None, cfg=None):
     """What a sampler makes of NHWC noise with the tiny network: (NCHW, stats)."""
     model, params = tiny()
 
-    doubled = cfg and getattr(getattr(sampler, "control", None), "doubled", False)
+    doubled = cfg and sampler.integrates_null_half
 
     @once
     def run(params, start, draws):

@@ -201,7 +201,7 @@ def test_more_steps_than_the_schedule(sampler):
 
 @pytest.mark.parametrize("eta", [-0.1, 1.5, float("nan")])
 def test_impossible_eta(eta):
-    with pytest.raises(UserError, match="eta=.*: from 0, no fresh noise"):
+    with pytest.raises(UserError, match="eta=.*: a number from 0 to 1"):
         DDIM(eta=eta)
 
 

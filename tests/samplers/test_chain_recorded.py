@@ -80,7 +80,9 @@ def formula(name, steps, eta=0.0, clip=False):
         guess = 0.5 * x + 1e-4 * t[:, None, None, None]
         return jnp.concatenate([guess, 0.3 * jnp.sin(x)], axis=-1)
 
-    sampler = name(steps, clip=clip) if name is DDPM else name(steps, eta, clip)
+    sampler = (
+        name(steps, clip=clip) if name is DDPM else name(steps, eta=eta, clip=clip)
+    )
     kicks = np.stack([wave(1.7 * count + k) for k in range(steps)])
     z = wave(0.9 * count)
     return nchw(sample(sampler, GaussianDiffusion(), net, z, kicks)).ravel()[:3]

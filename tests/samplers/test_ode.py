@@ -177,7 +177,7 @@ def test_more_states_than_steps_are_refused():
         (lambda: FixedStepODE(steps=-3), "steps=-3"),
         (lambda: FixedStepODE(steps=2.5), "steps=2.5"),
         (lambda: FixedStepODE(trajectory_length=-1), "trajectory_length=-1"),
-        (lambda: Adams(0), "steps=0: a whole number, at least 1"),
+        (lambda: Adams(0), "steps=0: a whole number of at least 1"),
         (lambda: Adams(corrections=0), "corrections=0"),
         (lambda: Adams(rtol=-1.0), "rtol=-1"),
         (lambda: AdaptiveODE(trajectory_length=1.5), "trajectory_length=1.5"),
