@@ -34,7 +34,7 @@ from sit_jax.files import (
 )
 from sit_jax.sampling import outputs
 from sit_jax.sampling.outputs import ArrayFile
-from sit_jax.sampling.run import PartialResults
+from sit_jax.sampling.partial_results import PartialResults, remove_parts
 from sit_jax.trainer.run_log import RunLog
 from sit_jax.trainer.workdir import check_workdir, locked_workdir, open_workdir
 
@@ -315,8 +315,9 @@ def test_parts_in_a_bucket(bucket):
         PartialResults(out, "other")
     parts.save(0, {"images": batches[0]})
     assert PartialResults(out, "digest").check(2) == []
-    outputs.assemble(out, parts, 2, np.arange(4))
-    parts.remove()
+    images = (parts.read(batch)["images"] for batch in range(2))
+    outputs.assemble(out, images, np.arange(4))
+    remove_parts(out)
     assert list(list_files(bucket / "out")) == ["x.npz"]
     file = ArrayFile("gs://here/out/x.npz")
     assert np.array_equal(file.array("arr_0"), np.concatenate(batches))

@@ -21,16 +21,9 @@ from sit_jax.parallel import multihost
 from sit_jax.planning import report
 from sit_jax.precision.emulation import EMULATED
 from sit_jax.ranges import COUNT, SEED
-from sit_jax.sampling import (
-    flags,
-    job,
-    labels,
-    noise,
-    outputs,
-    presets,
-    survey,
-)
-from sit_jax.sampling.run import build_context, is_begun, run_sampling_job
+from sit_jax.sampling import flags, job, labels, noise, outputs, presets, survey
+from sit_jax.sampling.partial_results import is_begun
+from sit_jax.sampling.run import build_context, run_sampling_job
 from sit_jax.trainer.compile import use_compilation_cache
 from sit_jax.trainer.previews import grid_labels
 
@@ -68,7 +61,10 @@ def sample(args: Namespace, overrides: list[str]) -> int:
     if args.quantize is not None:
         make_quantizer(args.quantize, args.quantize_skip)
     wanted, expected = _make_job(args, overrides)
-    context = _build_context(wanted, None if args.force else expected)
+    weights = _open(wanted.weights, wanted.family, wanted.heads)
+    guiding_weights = _open(wanted.weak) if wanted.weak else None
+    expected = None if args.force else expected
+    context = build_context(wanted, weights, guiding_weights, expected)
     outputs.check_codec(out, context.experiment)
     if args.save_noise:
         noise.save_noise(args.save_noise, context, args.overwrite)
@@ -77,7 +73,6 @@ def sample(args: Namespace, overrides: list[str]) -> int:
         out,
         overwrite=args.overwrite,
         columns=_columns(args, wanted),
-        frames=args.trajectory is not None,
     )
     print(*lines, out, sep="\n")
     return 0
@@ -116,7 +111,7 @@ def likelihood(args: Namespace, overrides: list[str]) -> int:
     config = flags.apply(weights.config, args, overrides, args.weights)
     args.seed = args.seed or 0
     fields = (f.name for f in dataclasses.fields(survey.Survey))
-    chosen = survey.Survey(**{name: getattr(args, name) for name in fields})
+    chosen = survey.Survey(**{name: vars(args)[name] for name in fields})
     item = "params" if args.no_ema else "ema"
     print(*survey.measure(weights, config, out, item, chosen), out, sep="\n")
     return 0
@@ -172,7 +167,6 @@ def _make_job(args, overrides):
     source = args.weights or (preset and preset.weights)
     if not source:
         raise UserError("--weights PATH is needed, or --preset or --from-manifest")
-    noise.check_noise(args.noise)
     weights = _open(source, args.family, args.heads)
     config = flags.apply(weights.config, args, overrides, source, preset)
     item = "params" if args.no_ema else "ema"
@@ -200,7 +194,6 @@ def _make_job(args, overrides):
         quantize=args.quantize,
         quantize_skip=args.quantize_skip,
     )
-    _check_noise(args, made, tuple(config.shape))
     return made, None
 
 
@@ -233,22 +226,6 @@ def _own_vae(args, config):
 
 def _open(path, family=None, heads=None):
     return WeightsRef(path, family=family, heads=heads).open()
-
-
-def _build_context(wanted, expected):
-    weights = _open(wanted.weights, wanted.family, wanted.heads)
-    weak = _open(wanted.weak) if wanted.weak else None
-    return build_context(wanted, weights, weak, expected)
-
-
-def _check_noise(args, made, shape):
-    if made.noise is None or made.noise.startswith("torch:"):
-        return
-    found = len(noise.read_noise(made.noise, shape))
-    if found != len(made.labels):
-        raise UserError(
-            f"--num {len(made.labels)}, but {made.noise} has {found} images"
-        )
 
 
 def _columns(args, wanted):

@@ -37,7 +37,12 @@ from sit_jax.files import AnyPath, PathLike
 from sit_jax.manifest import environment
 from sit_jax.parallel import multihost
 from sit_jax.sampling.outputs import ArrayFile, manifest_path
-from sit_jax.sampling.run import PartialResults, is_begun, parts_size, remove_parts
+from sit_jax.sampling.partial_results import (
+    PartialResults,
+    is_begun,
+    parts_size,
+    remove_parts,
+)
 
 ADM_METRICS = ("inception_score", "fid", "sfid", "precision", "recall")  # in its order
 METRICS = (*ADM_METRICS, "kid")  # what can be asked for

@@ -147,10 +147,9 @@ class BatchSampler:
         num_noise_draws: int = 0,
         with_precision: Callable[[Callable], Callable] = lambda fn: fn,
     ):
-        self._shape = experiment.shape
+        self._shape, self._shardings = experiment.shape, _shardings(mesh)
         self._params = (params, guiding_model[1]) if guiding_model else params
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
-        self._shardings = _shardings(mesh)
         started = time.perf_counter()
         lowered = lower_batch(
             experiment,
@@ -237,9 +236,7 @@ def _shardings(mesh):
 
 def _to_host(stats, real):
     """Returns stats on the host; those of one value an image for `real` images."""
-    rows = {"trajectory": (slice(None), slice(real))}
     stats = {name: np.asarray(value) for name, value in stats.items()}
-    return {
-        name: value[rows.get(name, slice(real))] if value.ndim else value
-        for name, value in stats.items()
-    }
+    trajectory = stats.pop("trajectory", None)
+    stats = {name: v[:real] if v.ndim else v for name, v in stats.items()}
+    return stats if trajectory is None else stats | {"trajectory": trajectory[:, :real]}

@@ -31,18 +31,9 @@ def add_flags(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("sampler and guidance").add_argument
     add("--sampler", metavar="NAME", help=", ".join(SAMPLERS))
     add("--steps", type=COUNT, metavar="N", help="steps taken")
-    add(
-        "--num-sampling-steps",
-        type=COUNT,
-        metavar="N",
-        help="as the originals count",
-    )
+    add("--num-sampling-steps", type=COUNT, metavar="N", help="as originals count")
     add("--respacing", metavar="N|A,B,..|ddimN", help="steps of a diffusion to keep")
-    add(
-        "--eta",
-        type=Between(0.0, 1.0),
-        help="of ddim: fresh noise, 1 as ddpm",
-    )
+    add("--eta", type=Between(0.0, 1.0), help="of ddim: fresh noise, 1 as ddpm")
     add("--atol", type=Above(0.0), metavar="TOLERANCE")
     add("--rtol", type=Above(0.0), metavar="TOLERANCE")
     add("--step-control", metavar="WORD", help=", ".join(CONTROLS))
@@ -51,12 +42,7 @@ def add_flags(parser: ArgumentParser) -> None:
     add("--diffusion-norm", type=AtLeast(0.0), metavar="FACTOR")
     add("--last-step", metavar="NAME", help=", ".join(LAST_STEPS))
     add("--last-step-size", type=Between(0.0, 1.0), metavar="TIME")
-    add(
-        "--trajectory",
-        type=COUNT,
-        metavar="N",
-        help="N states on the way, as a strip",
-    )
+    add("--trajectory", type=COUNT, metavar="N", help="states on the way, as a strip")
     add("--guidance", "--cfg-scale", type=FINITE, metavar="SCALE", help=_SCALE)
     add("--guidance-interval", metavar="LO,HI", help="0 noise, 1 data; none outside")
     add("--guidance-channels", metavar="3|all", help="those that are extrapolated")
@@ -84,15 +70,14 @@ def apply(
     """
     if "precision" not in config:
         # a run from before there was a choice
-        words = {"training": "fast", "model": "exact", "vae": "exact"}
-        config.precision = ConfigDict(words)
+        config.precision = ConfigDict(dict(training="fast", model="exact", vae="exact"))
     if args.config is not None:
         _take_sampling(config, configs.load(args.config), source)
     if preset:
         with config.ignore_type():
             config.sampler, config.guidance = preset.sampler, preset.guidance
             config.guidance_channels = 3
-    flags = {flag: getattr(args, flag[2:].replace("-", "_")) for flag in SAMPLER_FLAGS}
+    flags = {flag: vars(args)[flag[2:].replace("-", "_")] for flag in SAMPLER_FLAGS}
     configure_sampler(config, args.sampler, flags, counted=args.num_sampling_steps)
     _set_guidance(config, args)
     if args.precision is not None:
@@ -115,34 +100,29 @@ def _take_sampling(config, other, source):
 
 
 def _set_guidance(config, args):
-    scale, interval = args.guidance, args.guidance_interval
-    channels = args.guidance_channels
+    scale, channels = args.guidance, args.guidance_channels
+    low_high = args.guidance_interval
     with config.ignore_type():
         if scale is not None:
             # the scale of a schedule that the weights come with, as MDT's do
             is_schedule = isinstance(config.guidance, ConfigDict)
             is_schedule = is_schedule and "scale" in config.guidance
-            if is_schedule and scale != 1 and interval is None:
+            if is_schedule and scale != 1 and low_high is None:
                 config.guidance.scale = scale
             else:
                 config.guidance = scale
-        if interval is not None:
-            config.guidance = _interval_spec(interval, config.guidance)
+        if low_high is not None:
+            try:
+                low, high = map(float, low_high.split(","))
+            except ValueError as error:
+                raise UserError(
+                    f"--guidance-interval {low_high!r}: two numbers LO,HI, such as "
+                    "0.2,0.8"
+                ) from error
+            scale = config.guidance
+            interval = configs.spec(GuidanceInterval, scale=scale, low=low, high=high)
+            config.guidance = interval
     if channels not in (None, "3", "all"):
         raise UserError(f"--guidance-channels {channels!r}: 3 or all")
     if channels is not None:
         config.guidance_channels = config.shape[-1] if channels == "all" else 3
-
-
-def _interval_spec(text, scale):
-    try:
-        low, high = map(float, text.split(","))
-    except ValueError as error:
-        raise UserError(
-            f"--guidance-interval {text!r}: two numbers LO,HI, such as 0.2,0.8"
-        ) from error
-    if not 0 <= low < high <= 1:
-        raise UserError(
-            f"--guidance-interval {text}: LO < HI in [0, 1]; 0 is noise, 1 is data"
-        )
-    return configs.spec(GuidanceInterval, scale=scale, low=low, high=high)

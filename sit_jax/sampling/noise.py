@@ -24,12 +24,6 @@ MAX_STEP_NOISE = 4 * 2**30  # bytes
 SKIP = 2**24  # numbers thrown away at a time
 
 
-def check_noise(word: str | None) -> None:
-    """Raises a UserError for torch: without a seed."""
-    if word and word.startswith("torch:") and not word[6:].isdecimal():
-        raise UserError(f"--noise {word}: torch:SEED with a whole number")
-
-
 def load_noise(context: Any) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Reads or draws the noise that a job names.
 
@@ -40,20 +34,23 @@ def load_noise(context: Any) -> tuple[np.ndarray | None, np.ndarray | None]:
         The noise to start from [n, h, w, c] or None, and that of the sampler's steps
         [steps, n, h, w, c] or None.
     """
-    job, experiment = context.job, context.experiment
+    job, experiment, count = context.job, context.experiment, len(context.job.labels)
     if job.noise is None:
         return None, None
     if not job.noise.startswith("torch:"):
         start = read_noise(job.noise, experiment.shape)
+        if len(start) != count:
+            raise UserError(f"--num {count}, but {job.noise} has {len(start)} images")
         if not is_remote(job.noise):
             multihost.assert_equal_files(as_path(job.noise))
         return start, None
-    check_noise(job.noise)
+    if not job.noise[6:].isdecimal():
+        raise UserError(f"--noise {job.noise}: torch:SEED with a whole number")
     return torch_noise(
         int(job.noise[6:]),
         experiment.model,
         experiment.shape,
-        len(job.labels),
+        count,
         num_steps=experiment.sampler.num_noise_draws(experiment.process),
         doubled=not is_unguided(experiment.guidance),
     )
@@ -99,16 +96,13 @@ def initial_noise(context: Any) -> Float[np.ndarray, "n h w c"]:
 
 def save_noise(path: Any, context: Any, overwrite: bool) -> None:
     """Writes the initial noise to a .npy, unless the file holds just that already."""
-    path, array = Path(path), None
+    path, array = Path(path), initial_noise(context)
     if path.suffix != ".npy":
         raise UserError(f"--save-noise {path}: write a name ending in .npy")
-    if path.is_file() and not overwrite:
-        array = initial_noise(context)
-        with contextlib.suppress(UserError):  # a run that was killed has left it
-            stored = outputs.load_npy(path)
-            overwrite = stored.dtype == array.dtype and np.array_equal(stored, array)
+    with contextlib.suppress(UserError):  # a run that was killed may have left it
+        stored = outputs.load_npy(path)
+        overwrite |= stored.dtype == array.dtype and np.array_equal(stored, array)
     path = outputs.check_output(path, overwrite)
-    array = initial_noise(context) if array is None else array
     multihost.barrier()  # until all have seen that the place is free
     if multihost.is_primary():
         with atomic_write(path) as name:

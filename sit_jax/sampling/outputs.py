@@ -19,13 +19,12 @@ from numpy.lib import format as npy
 
 from sit_jax.errors import UserError
 from sit_jax.experiment import Experiment
-from sit_jax.files import as_path, atomic_write, file_size, is_taken, require_writable
+from sit_jax.files import as_path, atomic_write, is_taken, require_writable
 from sit_jax.sampling.grid import captions, image_grid, save_gif, save_png
 
 KINDS = (".png", ".npy", ".npz")
 SMALL = 2**26  # bytes that may be unpacked from anything
 TIMES = 100  # as large as it is packed may something larger be; photographs are 1 or 2
-ROW = 2**28  # bytes: the least that is read at once
 
 
 def check_output(path: Any, overwrite: bool) -> Path:
@@ -55,90 +54,77 @@ def wants_pictures(path: Path) -> bool:
     return path.suffix != ".npy"
 
 
-def check_codec(path: Path, parts: Experiment) -> None:
+def check_codec(path: Path, experiment: Experiment) -> None:
     """Raises a UserError if pictures are wanted of latents without a VAE."""
     if wants_pictures(path):
-        one = jax.ShapeDtypeStruct((1, *parts.shape), np.float32)
-        jax.eval_shape(parts.codec.decode, one)
+        one = jax.ShapeDtypeStruct((1, *experiment.shape), np.float32)
+        jax.eval_shape(experiment.codec.decode, one)
 
 
 def assemble(
     path: Path,
-    results: Any,
-    count: int,
+    batches: Iterable[np.ndarray],
     labels: np.ndarray,
     columns: int | None = None,
-    frames: bool = False,
     names: dict[str, str] | None = None,
 ) -> None:
-    """Writes the output of `count` batches; memory does not grow with the images.
+    """Writes the output of batches of images; memory does not grow with the images.
 
     .npy: float32 [n, h, w, c] as the sampler returned it. .npz: ADM's arr_0, uint8
-    [n, h, w, c], and the labels as arr_1. A folder: one PNG an image. .png: a grid.
+    [n, h, w, c], and the labels as arr_1. A folder: one PNG an image. .png: a grid; of
+    trajectories [n, f, h, w, c] a strip each, and an animation beside it.
 
     Args:
         path: the output.
-        results: batches, a run.Results.
-        count: how many batches there are.
+        batches: images [n, h, w, c] or, for a grid, trajectories.
         labels: of the images.
         columns: tiles in a row of a grid.
-        frames: whether images are [frames, h, w, c]; a grid then has a strip of each,
-            and an animation beside it.
         names: {str(label): name}, written on a grid.
     """
     if path.suffix == ".png":
-        images = np.concatenate([results.images(batch) for batch in range(count)])
-        _write_grid(path, images, columns, frames, captions(labels, names))
+        words = captions(labels, names)
+        _write_grid(path, np.concatenate(list(batches)), columns, words)
     elif path.suffix == ".npz":
         with (
             atomic_write(path) as name,
             zipfile.ZipFile(name, "w", allowZip64=True) as archive,
         ):
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                _write_npy(file, results, count, len(labels))
+                _write_npy(file, batches, len(labels))
             with archive.open("arr_1.npy", "w") as file:
                 npy.write_array(file, np.asarray(labels))
     elif path.suffix == ".npy":
         with atomic_write(path) as name, open(name, "wb") as file:
-            _write_npy(file, results, count, len(labels))
+            _write_npy(file, batches, len(labels))
     else:
-        _write_folder(path, results, count)
+        for pattern in ("[0-9]*.png", ".[0-9]*.png"):
+            for old in path.glob(pattern):  # of more images, or what a kill has left
+                old.unlink()
+        for i, image in enumerate(image for batch in batches for image in batch):
+            save_png(path / f"{i:06d}.png", image)
 
 
-def _write_npy(file, results, count, total):
+def _write_npy(file, batches, total):
     """Writes a .npy file of all batches, one after the other."""
-    for batch in range(count):
-        images = results.images(batch)
-        if batch == 0:
-            header = {
-                "descr": npy.dtype_to_descr(images.dtype),
-                "fortran_order": False,
-                "shape": (total, *images.shape[1:]),
-            }
+    for i, images in enumerate(batches):
+        if i == 0:
+            shape = (total, *images.shape[1:])
+            header = {"descr": images.dtype.str, "fortran_order": False, "shape": shape}
             npy.write_array_header_1_0(file, header)
         file.write(np.ascontiguousarray(images).tobytes())
 
 
-def _write_folder(path, results, count):
-    for pattern in ("[0-9]*.png", ".[0-9]*.png"):
-        for old in path.glob(pattern):  # of more images, or what a kill has left
-            old.unlink()
-    images = (image for batch in range(count) for image in results.images(batch))
-    for i, image in enumerate(images):
-        save_png(path / f"{i:06d}.png", image)
-
-
-def _write_grid(path, images, columns, frames, words):
-    """images [n, h, w, c], with frames [n, f, h, w, c]; words: n captions or None."""
-    if not frames:
+def _write_grid(path, images, columns, words):
+    """Writes images [n, h, w, c] or trajectories [n, f, h, w, c], n words on them."""
+    if images.ndim == 4:
         save_png(path, image_grid(images, columns, captions=words))
         return
-    strips, length = images.reshape(-1, *images.shape[2:]), images.shape[1]
-    each = words and [word for word in words for _ in range(length)]
-    states = np.swapaxes(images, 0, 1)
-    moving = [image_grid(frame, columns, captions=words) for frame in states]
-    save_gif(path.with_suffix(".gif"), moving)  # before what says that it is there
-    save_png(path, image_grid(strips, length, captions=each))
+    length, states = images.shape[1], np.swapaxes(images, 0, 1)
+    frames = [image_grid(state, columns, captions=words) for state in states]
+    save_gif(path.with_suffix(".gif"), frames)  # before what says that it is there
+    words = words and [word for word in words for _ in range(length)]
+    strips = images.reshape(-1, *images.shape[2:])
+    save_png(path, image_grid(strips, length, captions=words))
 
 
 def manifest_path(path: Path) -> Path:
@@ -160,16 +146,7 @@ class ArrayFile:
             self.path.open("rb") as file,
             zipfile.ZipFile(file) as archive,
         ):
-            members, size = archive.infolist(), file_size(self.path)
-        for member in members:
-            name, packed = member.filename[:200], member.compress_size
-            if name.startswith("/") or ".." in name.split("/") or "\\" in name:
-                raise UserError(f"{self.path}: {name!r} leads out of it; save it again")
-            if packed > size:
-                raise UserError(
-                    f"{self.path}: {name} has {packed} bytes, more than the file"
-                )
-        names = [member.filename for member in members]
+            names = archive.namelist()
         self.names = [name[:-4] for name in names if name.endswith(".npy")]
 
     def __contains__(self, name):
@@ -191,10 +168,8 @@ class ArrayFile:
                 f"{self.path}: {name} unpacks from {packed} to {size} bytes, too many "
                 "to be measurements; save it uncompressed if it is what you want"
             )
-        if not member.shape:
-            return next(member.batches(1)).reshape(())
-        batches = list(member.batches(max(member.shape[0], 1)))
-        return batches[0] if batches else np.empty(member.shape, member.dtype)
+        with member.open() as (file, _):
+            return npy.read_array(file, allow_pickle=False)
 
 
 class Member:
@@ -202,14 +177,11 @@ class Member:
 
     def __init__(self, path, name):
         self.path, self.name = path, name
-        with self._open() as (file, info):
-            where = f"{path}: {name}"
-            self.shape, self.dtype, fortran = _read_header(file, where, info.file_size)
-            self._start = file.tell()
-        if fortran and len(self.shape) > 1:
-            raise UserError(
-                f"{where} is in Fortran order; save np.ascontiguousarray of it"
+        with self.open() as (file, info):
+            self.shape, self.dtype = _read_header(
+                file, f"{path}: {name}", info.file_size
             )
+            self._start = file.tell()
         self.packed, self._crc = info.compress_size, info.CRC
 
     def __len__(self):
@@ -229,7 +201,7 @@ class Member:
         """
         row, count = self.shape[1:], self.shape[0] if self.shape else 1
         row_bytes = math.prod(row) * self.dtype.itemsize
-        with self._open() as (file, _):
+        with self.open() as (file, _):
             for number in range(-(-count // size)) if numbers is None else numbers:
                 first = number * size
                 shape = (min(size, count - first), *row)
@@ -240,7 +212,7 @@ class Member:
                 yield np.frombuffer(data, self.dtype).reshape(shape)
 
     @contextlib.contextmanager
-    def _open(self):
+    def open(self) -> Iterator[tuple[Any, zipfile.ZipInfo]]:
         """Gives the opened member and its ZipInfo; of a bucket only what is used."""
         name = f"{self.name}.npy"
         with (
@@ -253,33 +225,27 @@ class Member:
 
 
 def load_npy(path: Any) -> np.ndarray:
-    """Reads the array of a .npy file, whole."""
+    """Reads the array of a .npy file, whole; Python objects are refused."""
     path = as_path(path)
     if not path.is_file():
         raise UserError(f"no file at {path}")
-    with _damage_as_user_error(f"{path} is no whole .npy file"):
-        with path.open("rb") as file:
-            shape, dtype, fortran = _read_header(file, path, file_size(path))
-            array = np.frombuffer(file.read(), dtype)
-            return array.reshape(shape, order="F" if fortran else "C")
+    with (
+        _damage_as_user_error(f"{path} is no whole .npy file"),
+        path.open("rb") as file,
+    ):
+        return npy.read_array(file, allow_pickle=False)
 
 
 def _read_header(file, where, size):
-    """Returns shape, dtype and whether the order is Fortran's.
+    """Returns shape and dtype of the array in a member of `size` bytes.
 
-    Refuses what would have to be unpickled, a shape that is not of the bytes that the
-    file of `size` bytes has left, and rows that are no rows.
+    Refuses what would have to be unpickled, and a shape that is not of those bytes.
     """
     version = npy.read_magic(file)
     read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-    if version not in read:
-        raise ValueError(f"version {version} of the .npy format")
     shape, fortran, dtype = read[version](file)
     if dtype.hasobject:
-        raise UserError(
-            f"{where} holds Python objects, which are not read: save an array of "
-            "numbers"
-        )
+        raise UserError(f"{where} holds Python objects, which are not read")
     size -= file.tell()
     wanted = math.prod(shape) * dtype.itemsize
     if size != wanted or min(shape, default=0) < 0:
@@ -287,13 +253,9 @@ def _read_header(file, where, size):
             f"{where} is said to be {dtype} {list(shape)}, {wanted} bytes, but has "
             f"{size}"
         )
-    row = math.prod(shape[1:]) * dtype.itemsize
-    if shape and shape[0] > 0 and not 0 < row <= ROW:
-        raise UserError(
-            f"{where} is {dtype} {list(shape)}: a row of {row} bytes, where up to "
-            f"{ROW} are read"
-        )
-    return shape, dtype, fortran
+    if fortran and len(shape) > 1:
+        raise UserError(f"{where} is in Fortran order; save np.ascontiguousarray of it")
+    return shape, dtype
 
 
 @contextlib.contextmanager

@@ -4,18 +4,14 @@ Up to one batch is drawn and written directly. More goes through numbered parts 
 so that a long run can be killed and go on.
 """
 
-import contextlib
 import dataclasses
 import hashlib
-import re
-import sys
 import time
-import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,20 +21,10 @@ from sit_jax.adapters.quantize import quantize_params
 from sit_jax.convert import vae
 from sit_jax.convert.adapters import apply_adapters
 from sit_jax.convert.open import LoadedWeights
-from sit_jax.diffusion import guidance
-from sit_jax.diffusion.guidance import is_unguided
+from sit_jax.diffusion.guidance import check_guiding_model, is_unguided
 from sit_jax.errors import UserError
 from sit_jax.experiment import Experiment, build_experiment
-from sit_jax.files import (
-    absolute_path,
-    as_path,
-    atomic_write,
-    list_files,
-    parse_json,
-    remove,
-    require_space,
-    write_json,
-)
+from sit_jax.files import require_space, write_json
 from sit_jax.manifest import environment, weights_hash
 from sit_jax.models import attention
 from sit_jax.models.codec import Latents, get_rounding, rounding_name
@@ -49,10 +35,15 @@ from sit_jax.sampling import outputs
 from sit_jax.sampling.batch_sampler import BatchSampler
 from sit_jax.sampling.job import SamplingJob
 from sit_jax.sampling.noise import load_noise
+from sit_jax.sampling.partial_results import (
+    PartialResults,
+    parts_mark,
+    parts_size,
+    remove_parts,
+)
 
 MAX_TRAJECTORY = 2 * 2**30  # bytes of a batch's states
-MARK = "job.json"
-KEY = "part"  # the array in a batch that says whose it is
+STATS = ("evaluations", "accepted", "rejected", "finished")  # of a SamplerResult
 MAX_NAMED = 20  # classes named after a run; the manifest has all
 
 
@@ -76,7 +67,7 @@ class SamplingContext:
 def build_context(
     job: SamplingJob,
     opened: LoadedWeights,
-    weak: LoadedWeights | None = None,
+    guiding_weights: LoadedWeights | None = None,
     expected: str | None = None,
 ) -> SamplingContext:
     """Loads the weights of a job, and prints how it is computed.
@@ -84,7 +75,7 @@ def build_context(
     Args:
         job: what to draw.
         opened: the job's weights.
-        weak: weights of a guiding model, for autoguidance.
+        guiding_weights: of a worse network to lead away from, for autoguidance.
         expected: the sha256 that the job's weights must have.
 
     Raises:
@@ -110,10 +101,10 @@ def build_context(
         job.vae, record["codec"], job.weights, opened.meta
     )
     guiding_model = None
-    if weak is not None:
-        other = build_experiment(weak.config)
-        guidance.check_guiding_model(experiment, other, job.weak)
-        guiding_params = weak.load(job.item, other, mesh)
+    if guiding_weights is not None:
+        other = build_experiment(guiding_weights.config)
+        check_guiding_model(experiment, other, job.weak)
+        guiding_params = guiding_weights.load(job.item, other, mesh)
         record["weak_sha256"] = weights_hash(guiding_params)
         other_model = policy.with_compute_dtype(precision, other.model)
         guiding_model = other_model, guiding_params
@@ -152,7 +143,6 @@ def run_sampling_job(
     *,
     overwrite: bool = False,
     columns: int | None = None,
-    frames: bool = False,
 ) -> list[str]:
     """Draws the images of a job into an output, with a manifest beside it.
 
@@ -164,8 +154,6 @@ def run_sampling_job(
         out: a name as outputs.check_output takes it.
         overwrite: whether parts of another job are removed.
         columns: tiles in a row of a .png.
-        frames: whether the sampler keeps states on the way; the .png then shows a strip
-            of them for each image, with an animation beside it.
 
     Returns:
         Lines for people; none in processes other than 0.
@@ -184,16 +172,19 @@ def run_sampling_job(
     )
     count = -(-len(job.labels) // sampler.batch_size)
     draw = partial(sampler, job.seed, job.labels, start, recorded=step_noise)
+    begun = time.perf_counter()
     if _fits_in_memory(count, out):
-        results, num_drawn, seconds = _draw_one_batch(context, out, draw)
+        ((data, stats),) = draw()
+        arrays, num_drawn = _make_arrays(context, out, data, stats), len(data)
+        batches, stats = [arrays], [arrays]
     else:
         results = _open_partial_results(out, job, overwrite)
-        num_drawn, seconds = _draw_missing(
-            context, out, results, draw, sampler.batch_size
-        )
+        num_drawn = _draw_missing(context, out, results, draw, sampler.batch_size)
         if not multihost.is_primary():
             return []
-    stats = solver_stats(results, count)
+        batches = (results.read(i, ["images"]) for i in range(count))
+        stats = [results.read(i, STATS) for i in range(count)]
+    seconds, stats = time.perf_counter() - begun, solver_stats(stats)
     record = {
         "job": job.to_json(),
         **context.record,
@@ -205,9 +196,10 @@ def run_sampling_job(
     }
     # first: without it, what a kill leaves would be taken for another's output
     write_json(outputs.manifest_path(out), record)
+    images = (batch["images"] for batch in batches)
     names = context.record.get("class_names")
-    outputs.assemble(out, results, count, job.labels, columns, frames, names)
-    results.remove()
+    outputs.assemble(out, images, job.labels, columns, names)
+    remove_parts(out)
     return describe_results(context, stats, num_drawn, seconds, sampler.compile_seconds)
 
 
@@ -216,47 +208,41 @@ def _fits_in_memory(count, out):
 
     A folder appears image by image, so that a kill may leave some of them.
     """
-    is_folder, begun = out.suffix not in outputs.KINDS, parts_mark(out).parent.exists()
+    is_folder, is_begun = (
+        out.suffix not in outputs.KINDS,
+        parts_mark(out).parent.exists(),
+    )
     is_alone = multihost.process_count() == 1
-    return count == 1 and is_alone and not is_folder and not begun
-
-
-def _draw_one_batch(context, out, draw):
-    """Returns the only batch, how many images it has and the seconds it took."""
-    started = time.perf_counter()
-    with _progress_bar(0, len(context.job.labels)) as bar:
-        ((data, stats),) = draw()
-        results = SingleBatch(_make_arrays(context, out, data, stats))
-        bar.update(len(data))
-    return results, len(data), time.perf_counter() - started
+    return count == 1 and is_alone and not is_folder and not is_begun
 
 
 def _draw_missing(context, out, results, draw, batch_size):
     """Draws and saves the batches that are not on disk, each process some of them.
 
     draw(todo=numbers) yields (data, stats) of each batch. Returns the number of images
-    that all processes have drawn, and the seconds that this one took.
+    that all processes have drawn.
     """
+    from tqdm import tqdm
+
     length = len(context.job.labels)
     sizes = np.diff([*range(0, length, batch_size), length])
     missing = results.check(len(sizes)) if multihost.is_primary() else None
     missing = multihost.broadcast(missing)
     num_there = length - int(sizes[missing].sum())
     todo = missing[multihost.process_index() :: multihost.process_count()]
-    mine = int(sizes[todo].sum())
-    started = time.perf_counter()
-    with _progress_bar(num_there, mine) as bar:
+    num_drawn = int(sizes[todo].sum())
+    total = num_there + num_drawn
+    with tqdm(total=total, initial=num_there, unit=" images", disable=None) as bar:
         for batch, (data, stats) in zip(todo, draw(todo=todo), strict=True):
             results.save(batch, _make_arrays(context, out, data, stats))
             bar.update(len(data))
-    seconds = time.perf_counter() - started
-    num_drawn = sum(multihost.all_gather(mine))
+    num_drawn = sum(multihost.all_gather(num_drawn))
     if multihost.is_primary() and (lost := results.missing(len(sizes))):
         raise UserError(
             f"{results.folder} lacks batch {lost[0]}, which another process has "
             "drawn; it must be on a file system that all hosts share"
         )
-    return num_drawn, seconds
+    return num_drawn
 
 
 def _make_arrays(context, out, data, stats):
@@ -334,10 +320,8 @@ def _decode(context, data):
     missing = -len(flat) % context.mesh.size
     padded = np.concatenate([flat, flat[:1].repeat(missing, 0)])
     sharded = jax.device_put(padded, batch_sharding(context.mesh))
-    images = np.asarray(_decode_on_device(context.experiment.codec, sharded))[
-        : len(flat)
-    ]
-    return images.reshape(*data.shape[:-3], *images.shape[1:])
+    images = np.asarray(_decode_on_device(context.experiment.codec, sharded))
+    return images[: len(flat)].reshape(*data.shape[:-3], *images.shape[1:])
 
 
 @jax.jit
@@ -345,221 +329,28 @@ def _decode_on_device(codec, data):
     return codec.decode(data)
 
 
-def _progress_bar(num_there, mine):
-    from tqdm import tqdm
-
-    total = num_there + mine
-    return tqdm(total=total, initial=num_there, unit=" images", disable=None)
-
-
 def _sha256(array):
     return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
-class Results(Protocol):
-    """Batches of a job that are drawn, by number."""
-
-    def images(self, batch: int) -> np.ndarray: ...
-
-    def stats(self, batch: int, name: str, default: Any = None) -> np.ndarray: ...
-
-    def remove(self) -> None: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class SingleBatch:
-    """Results of one batch, in memory."""
-
-    arrays: dict[str, np.ndarray]
-
-    def images(self, batch: int) -> np.ndarray:
-        """Returns the images of the batch."""
-        return self.arrays["images"]
-
-    def stats(self, batch: int, name: str, default: Any = None) -> np.ndarray:
-        """Returns an array of the batch by name, or the default."""
-        return self.arrays.get(name, default)
-
-    def remove(self) -> None:
-        """Does nothing: no file was written."""
-
-
-def parts_mark(out: Any) -> Path:
-    """Returns the file that says whose the parts of an output are."""
-    return as_path(f"{str(out).rstrip('/')}.parts") / MARK
-
-
-def parts_size(out: Any) -> int:
-    """Returns the bytes of the batches that are there."""
-    return sum(_batch_files(parts_mark(out).parent).values())
-
-
-def is_begun(out: Any, path: Any) -> bool:
-    """Returns whether an unfinished run that makes `out` may write `path`."""
-    return str(absolute_path(path)) in _read_mark(parts_mark(out)).get("writes", ())
-
-
-def remove_parts(out: Any) -> None:
-    """Removes the parts of an output."""
-    mark = parts_mark(out)
-    mark.unlink(missing_ok=True)  # first: what a kill leaves then belongs to nobody
-    remove(mark.parent)
-
-
-class PartialResults:
-    """Results in a folder beside the output, one file a batch, that belong to a job.
-
-    Args:
-        out: the output.
-        digest: of the job. Parts of another digest are refused, or with overwrite
-            removed.
-        overwrite: see there.
-        writes: paths that the run will write, and may replace when it goes on.
-    """
-
-    def __init__(
-        self,
-        out: Any,
-        digest: str,
-        overwrite: bool = False,
-        writes: Iterable[Any] = (),
-    ):
-        self._out, self._digest = out, digest
-        self.folder = parts_mark(out).parent
-        writes = [str(absolute_path(path)) for path in writes]
-        self._begin({"digest": digest, "writes": writes}, overwrite)
-
-    def missing(self, count: int) -> list[int]:
-        """Returns the numbers of batches below count that are still to be made."""
-        there = _batch_files(self.folder)
-        return [i for i in range(count) if self._path(i).name not in there]
-
-    def check(self, count: int) -> list[int]:
-        """Removes damaged batches, with a warning, and returns those to be made.
-
-        To be called by one process, before any batch is made.
-        """
-        for path in self.folder.iterdir():
-            if path.name.startswith("."):
-                remove(path)  # which a kill has left
-        for batch in set(range(count)).difference(self.missing(count)):
-            if damage := self._damage(batch):
-                _warn(f"{self._path(batch)} {damage}: it is removed and made again")
-                self._path(batch).unlink()
-        return self.missing(count)
-
-    def save(self, batch: int, arrays: dict[str, np.ndarray]) -> None:
-        """Writes arrays [n, ...] of a batch, by name."""
-        with atomic_write(self._path(batch)) as name:
-            np.savez(name, **arrays, **{KEY: self._key(batch)})
-
-    def read(self, batch: int) -> dict[str, np.ndarray]:
-        """Returns the arrays saved of a batch."""
-        with self._open(batch) as arrays:
-            return {name: arrays[name] for name in arrays if name != KEY}
-
-    def images(self, batch: int) -> np.ndarray:
-        """Returns the images of a batch."""
-        return self.stats(batch, "images")
-
-    def stats(self, batch: int, name: str, default: Any = None) -> np.ndarray:
-        """Returns an array of a batch by name, or the default."""
-        with self._open(batch) as arrays:
-            return arrays[name] if default is None or name in arrays else default
-
-    def remove(self) -> None:
-        """Removes the folder."""
-        remove_parts(self._out)
-
-    def _begin(self, mark, overwrite):
-        path = self.folder / MARK
-        if _read_mark(path).get("digest") == mark["digest"]:
-            return  # going on
-        if self.folder.exists():
-            if not overwrite:
-                raise UserError(
-                    f"{self.folder} holds parts of other samples; finish those with "
-                    "their own command, or start over with --overwrite"
-                )
-            self._require_only_parts()
-            _warn(f"{self.folder} holds parts of another run, which are removed")
-            remove(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, mark)
-
-    def _require_only_parts(self):
-        """Refuses to remove a folder with files that are not ours."""
-        known = {MARK, *_batch_files(self.folder)}
-        for path in self.folder.iterdir():
-            if path.name not in known and path.name[0] != ".":
-                raise UserError(
-                    f"{self.folder} holds {path.name}, which is no part of anything; "
-                    "move the folder away"
-                )
-
-    def _path(self, batch):
-        return self.folder / f"{batch:06d}.npz"
-
-    def _key(self, batch):
-        return np.array(f"{self._digest} {batch}")
-
-    def _damage(self, batch):
-        """Returns what is wrong with a batch, or None; reads all of it."""
-        try:
-            with self._path(batch).open("rb") as file:
-                if member := zipfile.ZipFile(file).testzip():
-                    return f"is damaged (sum of {member})"
-            if self.stats(batch, KEY, "") != self._key(batch):
-                return "belongs to another run"
-        except Exception as error:  # see outputs: damage may raise anything
-            return f"is damaged ({str(error) or type(error).__name__})"
-
-    @contextlib.contextmanager
-    def _open(self, batch):
-        """Gives the arrays of a batch; only those that are asked for are read."""
-        with self._path(batch).open("rb") as file:
-            with np.load(file, allow_pickle=False) as arrays:
-                yield arrays
-
-
-def _batch_files(folder):
-    """Returns {name: bytes} of the batches that are there."""
-    there = list_files(folder).items()
-    return {name: size for name, size in there if re.fullmatch(r"\d+\.npz", name)}
-
-
-def _read_mark(path):
-    try:
-        mark = parse_json(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return mark if isinstance(mark, dict) else {}
-
-
-def _warn(message):
-    print(f"WARNING: {message}", file=sys.stderr, flush=True)
-
-
-def solver_stats(results: Results, count: int) -> dict[str, Any]:
+def solver_stats(batches: Sequence[dict[str, np.ndarray]]) -> dict[str, Any]:
     """Returns lowest, mean and highest of each number, and the unfinished images.
 
     Args:
-        results: the batches.
-        count: how many batches there are.
+        batches: arrays [n] of each batch, by the names of STATS.
     """
-    names = ("evaluations", "accepted", "rejected", "finished")
-    empty = np.zeros(0)
-    values = {
-        name: np.concatenate([results.stats(i, name, empty) for i in range(count)])
-        for name in names
-    }
-    unfinished = np.flatnonzero(~values.pop("finished").astype(bool)).tolist()
-    numbers = {
-        name: {"min": int(v.min()), "mean": float(v.mean()), "max": int(v.max())}
-        for name, v in values.items()
-        if len(v)
-    }
-    return {**numbers, "unfinished": unfinished}
+    stats = {}
+    for name in STATS[:-1]:
+        if name in batches[0]:
+            v = np.concatenate([batch[name] for batch in batches])
+            stats[name] = {
+                "min": int(v.min()),
+                "mean": float(v.mean()),
+                "max": int(v.max()),
+            }
+    finished = [b.get("finished", np.ones(0, bool)) for b in batches]
+    unfinished = np.flatnonzero(~np.concatenate(finished).astype(bool))
+    return {**stats, "unfinished": unfinished.tolist()}
 
 
 def describe_results(

@@ -16,7 +16,7 @@ from sit_jax.experiment import build_experiment
 from sit_jax.sampling import outputs
 from sit_jax.sampling import run as sampling_run
 from sit_jax.sampling.job import SamplingJob
-from sit_jax.sampling.run import PartialResults
+from sit_jax.sampling.partial_results import PartialResults
 
 
 def test_full_disk_is_noticed_before_anything_is_drawn(run, tmp_path, monkeypatch):

@@ -72,7 +72,7 @@ BOMBS = {  # file name: content, the refusal
         safe({"a": F32 | {"shape": [2**63, 2**62, 2], "data_offsets": [0, 0]}}),
         "damaged",
     ),
-    "x.npy": (npy((2**40,)), "is said to be"),
+    "x.npy": (npy((2**40,)), "no whole"),
     "x.png": (png(2**20, 2**20), "pixels"),
 }
 

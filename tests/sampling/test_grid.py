@@ -13,7 +13,6 @@ from sit_jax.models.codec import Pixels, to_uint8
 from sit_jax.parallel.mesh import make_mesh
 from sit_jax.sampling import outputs
 from sit_jax.sampling.grid import DARK, LINE, captions, image_grid, save_png
-from sit_jax.sampling.run import PartialResults
 from sit_jax.trainer.previews import SampleGrid
 
 
@@ -113,11 +112,8 @@ def test_previews_and_sheets_of_samples_name_the_classes(tmp_path):
     preview.draw = lambda params: [images]
     wanted = image_grid(images, 2, captions=["0 cat", "0 cat", "1 dog", "1 dog"])
     np.testing.assert_array_equal(preview(None), wanted)
-    batches = PartialResults(tmp_path / "x.png", "digest")
-    batches.save(0, {"images": images})
-    names = {"0": "cat", "1": "dog"}
-    about = (batches, 1, np.array([0, 0, 1, 1]), 2, False, names)
-    outputs.assemble(tmp_path / "x.png", *about)
+    labels, names = np.array([0, 0, 1, 1]), {"0": "cat", "1": "dog"}
+    outputs.assemble(tmp_path / "x.png", [images], labels, 2, names)
     with Image.open(tmp_path / "x.png") as picture:
         np.testing.assert_array_equal(np.asarray(picture), wanted)
 
