@@ -170,12 +170,12 @@ def assert_equal_files(*paths: Path) -> None:
 def assert_shared(path: files.AnyPath) -> None:
     """Waits for process 0 and raises UserError if others do not see what it wrote."""
     barrier()
-    for index, is_seen in enumerate(all_gather(path.exists())):
-        if not is_seen:
-            raise UserError(
-                f"process {index} does not see {path}, which process 0 wrote; it must "
-                "be on a file system that all processes share"
-            )
+    seen = all_gather(path.exists())
+    if not all(seen):
+        raise UserError(
+            f"process {seen.index(False)} does not see {path}, which process 0 wrote; "
+            "it must be on a file system that all processes share"
+        )
 
 
 @contextlib.contextmanager
