@@ -115,27 +115,35 @@ def manifold(args):
 
 def complete(args):
     """All of evaluate.py but the network, whose place pixels take."""
-    import evaluate
+    from sit_jax.cli import evaluate
 
     def network(params, images):
         flat = images.reshape(len(images), POOL, -1).astype("float32").mean(-1)
         pool = flat * params["scale"]
         return {"pool": pool, "spatial": pool[:, :SPATIAL], "logits": pool[:, :CLASSES]}
 
-    def extractor(weights, mesh, batch_size):
-        return FeatureExtractor(
-            network, {"scale": np.float32(1 / 64)}, mesh, batch_size, {}
-        )
+    def get_extractor(name, weights, batch_size):
+        mesh, params = make_mesh(data=-1, fsdp=1), {"scale": np.float32(1 / 64)}
+        return FeatureExtractor(network, params, mesh, batch_size, {})
 
-    evaluate.inception.load_inception = lambda path: None
-    evaluate.inception_extractor = extractor
+    evaluate.get_extractor = get_extractor
     with tempfile.TemporaryDirectory() as folder:
         sides = Path(folder, "samples.npz"), Path(folder, "reference.npz")
         for path, count in zip(sides, (args.images, args.images // 5), strict=True):
             write_images(path, count)
-        sys.argv = ["evaluate.py", str(sides[0]), "--reference", str(sides[1])]
+        sys.argv = [
+            "evaluate.py",
+            str(sides[0]),
+            "--reference",
+            str(sides[1]),
+            "--force",
+        ]
         begun = time.perf_counter()
-        evaluate.main()
+        try:
+            evaluate.main()
+        except SystemExit as end:
+            if end.code:
+                raise
         print(f"  {args.images} images: {time.perf_counter() - begun:.0f} s")
 
 

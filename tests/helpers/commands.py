@@ -66,7 +66,7 @@ def saving(workdir, step):
 
 RUN = """
 import sys, time
-import {script}
+from sit_jax.cli import {script}
 {patch}
 sys.argv[0] = "{script}.py"
 print("ready", file=sys.stderr, flush=True)
@@ -80,19 +80,19 @@ extract_features.ImageFolder.read = lambda s, i: (time.sleep(0.01), read(s, i))[
 extract_features.load_codec = lambda vae, precision: toy()
 """
 NETWORK = """
-import numpy as np
-import judged as t
-from sit_jax.features import FeatureExtractor
+from helpers import toy_inception as t
+from sit_jax.evaluation.features import FeatureExtractor
 
 class Slow(FeatureExtractor):
     def __call__(self, batches):
         return super().__call__((time.sleep(0.05), each)[1] for each in batches)
 
-evaluate.inception.load_inception = lambda path: t.weights()
-evaluate.inception_extractor = lambda weights, mesh, size: Slow(
-    t.toy, weights.params, mesh, size, t.pipeline(weights)
-)
-t.evaluation.LEAST = 205
+def get_extractor(name, path, size):
+    made = t.extractor(t.weights(), None, size)
+    return Slow(t.toy, made.params, made.mesh, size, made.pipeline)
+
+evaluate.get_extractor = get_extractor
+t.evaluation.MIN_IMAGES = 205
 """
 
 

@@ -21,7 +21,7 @@ extract_features.load_codec = lambda vae, precision: toy()
 extract_features.main()
 """
 EVALUATE = """
-import judged as t
+from helpers import toy_inception as t
 from sit_jax.cli import evaluate
 evaluate.get_extractor = lambda name, path, size: t.extractor(t.weights(), None, size)
 t.evaluation.MIN_IMAGES = 205
