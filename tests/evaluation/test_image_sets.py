@@ -46,16 +46,11 @@ def test_an_npz_is_read_in_parts(tmp_path, compressed, size):
 
 
 @pytest.mark.parametrize("size", [2, 7])
-def test_a_folder_is_read_by_name(tmp_path, size):
-    path = folder(tmp_path / "x")
+def test_a_folder_and_those_below_are_read_by_name(tmp_path, size):
+    path = folder(tmp_path / "x" / "a", PIXELS[:3]).parent
+    folder(path / "b", PIXELS[3:])
     (path / "manifest.json").write_text("{}")
     np.testing.assert_array_equal(read(open_images(path), size), PIXELS)
-
-
-def test_folders_below_count(tmp_path):
-    folder(tmp_path / "x" / "b", PIXELS[3:])
-    folder(tmp_path / "x" / "a", PIXELS[:3])
-    np.testing.assert_array_equal(read(open_images(tmp_path / "x"), 4), PIXELS)
 
 
 def test_grey_images_are_three_equal_channels(tmp_path):
@@ -89,14 +84,10 @@ def test_an_npz_is_never_held_whole(tmp_path):
     assert peak < 3 * first.nbytes
 
 
-FLOATS = PIXELS.astype(np.float32)
-
-
 @pytest.mark.parametrize(
     "arrays, message",
     [
         ({"images": PIXELS}, r"has no arr_0, only images; save images as"),
-        ({"arr_0": FLOATS}, r"arr_0 is float32 \[7, 4, 5, 3\]; images are uint8"),
         (
             {"arr_0": np.moveaxis(PIXELS, -1, 1)},
             r"arr_0 is uint8 \[7, 3, 4, 5\], channels first; transpose to NHWC",
@@ -106,10 +97,9 @@ FLOATS = PIXELS.astype(np.float32)
             r"arr_0 is uint8 \[4, 5, 3\]; images are \[N, H, W, 3\]",
         ),
         ({"arr_0": PIXELS[:0]}, r"images are \[N, H, W, 3\]"),
-        ({"arr_0": np.array([{}, 1])}, "holds Python objects, which are not read"),
         ({"arr_0": np.asfortranarray(PIXELS)}, "is in Fortran order"),
     ],
-    ids=["name", "floats", "chw", "one", "none", "objects", "fortran"],
+    ids=["name", "chw", "one", "none", "fortran"],
 )
 def test_arrays_that_are_no_images_are_refused(tmp_path, arrays, message):
     path = tmp_path / "x.npz"
@@ -131,15 +121,6 @@ def test_what_is_not_there_or_no_npz_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("compressed", [False, True], ids=["stored", "compressed"])
-@pytest.mark.parametrize("left", [30, 200, -5])
-def test_a_truncated_npz_is_refused(tmp_path, compressed, left):
-    path = npz(tmp_path / "x.npz", compressed, arr_0=PIXELS)
-    path.write_bytes(path.read_bytes()[:left])
-    with pytest.raises(UserError, match="ends too early"):
-        open_images(path)
-
-
-@pytest.mark.parametrize("compressed", [False, True], ids=["stored", "compressed"])
 def test_an_npz_damaged_inside_is_refused_where_it_is(tmp_path, compressed):
     path = npz(tmp_path / "x.npz", compressed, arr_0=PIXELS)
     data = bytearray(path.read_bytes())
@@ -147,18 +128,6 @@ def test_an_npz_damaged_inside_is_refused_where_it_is(tmp_path, compressed):
     path.write_bytes(data)
     with pytest.raises(UserError, match="arr_0 is damaged"):
         list(open_images(path).batches(2))
-
-
-def test_a_header_that_lies_is_refused(tmp_path):
-    with zipfile.ZipFile(tmp_path / "x.npz", "w") as file:
-        with file.open("arr_0.npy", "w") as entry:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (9, 4, 5, 3)}
-            np.lib.format.write_array_header_1_0(entry, header)
-            entry.write(PIXELS.tobytes())
-    with pytest.raises(
-        UserError, match=r"said to be uint8 \[9, 4, 5, 3\].* but has 420"
-    ):
-        open_images(tmp_path / "x.npz")
 
 
 def test_mixed_sizes_are_refused_with_their_names(tmp_path):
@@ -179,14 +148,3 @@ def test_a_broken_image_is_named(tmp_path):
     (path / "000003.png").write_bytes(b"")
     with pytest.raises(UserError, match="000003.png cannot be read as an image"):
         FolderImages(path)
-
-
-def test_small_arrays_are_read_whole(tmp_path):
-    path = npz(
-        tmp_path / "x.npz", mu=np.arange(3.0), text=np.array("{}"), one=np.ones(1)
-    )
-    file = ArrayFile(path)
-    np.testing.assert_array_equal(file.array("mu"), np.arange(3.0))
-    assert str(file.array("text")) == "{}" and "mu" in file and "nu" not in file
-    with pytest.raises(UserError, match="no array nu, only mu, text, one"):
-        file.array("nu")
