@@ -27,7 +27,7 @@ from sit_jax.convert.inception import InceptionWeights
 from sit_jax.evaluation.features import FeatureExtractor, inception_extractor
 from sit_jax.evaluation.fid import Gaussian, frechet_distance
 from sit_jax.evaluation.metrics import precision_recall
-from sit_jax.models.inception import CLASSES, POOL, SHAPES, SPATIAL
+from sit_jax.models.inception import CLASSES, POOL, SPATIAL, param_shapes
 from sit_jax.parallel import hardware
 from sit_jax.parallel.mesh import make_mesh
 
@@ -160,12 +160,12 @@ def alternating(sides):
 
 def random_weights():
     """Of the size that keeps activations where they are."""
-    from flax.traverse_util import unflatten_dict
+    from flax.traverse_util import flatten_dict, unflatten_dict
 
     rng, flat = np.random.default_rng(0), {}
-    for path, shape in SHAPES.items():
-        z = rng.standard_normal(shape, np.float32)
-        kernel = z * np.float32(np.sqrt(2 / np.prod(shape[:-1])))
+    for path, leaf in flatten_dict(param_shapes(), sep="/").items():
+        z = rng.standard_normal(leaf.shape, np.float32)
+        kernel = z * np.float32(np.sqrt(2 / np.prod(leaf.shape[:-1])))
         kinds = {"kernel": kernel, "scale": 1 + 0.1 * z, "var": 0.6 + 0.1 * np.abs(z)}
         flat[path] = kinds.get(path.rsplit("/", 1)[1], 0.1 * z)
     return InceptionWeights(unflatten_dict(flat, sep="/"), None, "random", False)

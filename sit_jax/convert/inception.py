@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from flax.traverse_util import unflatten_dict
-from jax import ShapeDtypeStruct
 
 from sit_jax.checkpoint import require_same_shapes
 from sit_jax.convert import tensor_files
@@ -23,7 +21,7 @@ from sit_jax.convert.rules import join_names, to_flax, to_torch
 from sit_jax.errors import UserError
 from sit_jax.files import atomic_write, read_json, sha256, write_json
 from sit_jax.manifest import weights_hash
-from sit_jax.models.inception import RULES, SHAPES, TF_RULES
+from sit_jax.models.inception import RULES, TF_RULES, param_shapes
 
 PUBLISHED = PRETRAINED["inception"]
 SIZE, SHA256, URL = PUBLISHED.size, PUBLISHED.sha256, PUBLISHED.url
@@ -158,10 +156,9 @@ def _read_graph(path):
 
 
 def _to_params(path, rules, state):
-    like = {name: ShapeDtypeStruct(shape, "float32") for name, shape in SHAPES.items()}
     try:
         params, spare = to_flax(rules, state)
-        require_same_shapes("weights", params, unflatten_dict(like, sep="/"))
+        require_same_shapes("weights", params, param_shapes())
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     if spare:

@@ -4,19 +4,23 @@ Szegedy et al. arXiv:1512.00567, in the variant of the file inception-2015-12-05
 outputs, averages that leave padding out, and a maximum in the last block's pooling.
 Other variants (torchvision's, half-pixel resizing) give other FIDs.
 
-The layers are a table. Each row has the layer's name in PyTorch (torch-fidelity's and
-pytorch-fid's state dict) and its scope in the TensorFlow graph
-classify_image_graph_def.pb; the rules of conversion follow from the table.
+The layers are a table. Their names in PyTorch (torch-fidelity's and pytorch-fid's state
+dict), their scopes in the TensorFlow graph classify_image_graph_def.pb and the rules of
+conversion follow from it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, UInt8
+
+from sit_jax.typing import Params
 
 NAME = "inception-2015-12-05"
 RESIZE = "TensorFlow 1 bilinear to 299, no half-pixel centres, no antialiasing"
@@ -27,12 +31,12 @@ EPSILON = 1e-3  # of the batch norms
 
 
 class Conv(NamedTuple):
-    """A row of the table: convolution without bias, batch norm, ReLU."""
+    """A layer: convolution without bias, batch norm, ReLU."""
 
-    name: str
-    scope: str
+    name: str  # in PyTorch; its path here has / for .
+    scope: str  # in the TensorFlow graph
+    kernel: tuple[int, int]
     width: int
-    kernel: tuple
     stride: int = 1
     padding: str = "SAME"
 
@@ -69,175 +73,152 @@ def _reduce_3x3(x, combine, stride=1):
     return x
 
 
+# Blocks: the steps of each branch, a pool or a kernel, the number of its features, and
+# perhaps stride and padding. A list of layers among the steps is a fork.
+
+
 def _block_a(pooled):
-    return (
-        [Conv("branch1x1", "conv", 64, (1, 1))],
-        [
-            Conv("branch5x5_1", "tower/conv", 48, (1, 1)),
-            Conv("branch5x5_2", "tower/conv_1", 64, (5, 5)),
-        ],
-        [
-            Conv("branch3x3dbl_1", "tower_1/conv", 64, (1, 1)),
-            Conv("branch3x3dbl_2", "tower_1/conv_1", 96, (3, 3)),
-            Conv("branch3x3dbl_3", "tower_1/conv_2", 96, (3, 3)),
-        ],
-        [average_pool, Conv("branch_pool", "tower_2/conv", pooled, (1, 1))],
-    )
+    return {
+        "branch1x1": [((1, 1), 64)],
+        "branch5x5": [((1, 1), 48), ((5, 5), 64)],
+        "branch3x3dbl": [((1, 1), 64), ((3, 3), 96), ((3, 3), 96)],
+        "branch_pool": [average_pool, ((1, 1), pooled)],
+    }
 
 
-_BLOCK_B = (
-    [Conv("branch3x3", "conv", 384, (3, 3), 2, "VALID")],
-    [
-        Conv("branch3x3dbl_1", "tower/conv", 64, (1, 1)),
-        Conv("branch3x3dbl_2", "tower/conv_1", 96, (3, 3)),
-        Conv("branch3x3dbl_3", "tower/conv_2", 96, (3, 3), 2, "VALID"),
+_BLOCK_B = {
+    "branch3x3": [((3, 3), 384, 2, "VALID")],
+    "branch3x3dbl": [((1, 1), 64), ((3, 3), 96), ((3, 3), 96, 2, "VALID")],
+    "maximum": [max_pool_stride_2],
+}
+
+
+def _block_c(n):
+    one, row, column = (1, 1), (1, 7), (7, 1)
+    return {
+        "branch1x1": [(one, 192)],
+        "branch7x7": [(one, n), (row, n), (column, 192)],
+        "branch7x7dbl": [(one, n), (column, n), (row, n), (column, n), (row, 192)],
+        "branch_pool": [average_pool, (one, 192)],
+    }
+
+
+_BLOCK_D = {
+    "branch3x3": [((1, 1), 192), ((3, 3), 320, 2, "VALID")],
+    "branch7x7x3": [
+        ((1, 1), 192),
+        ((1, 7), 192),
+        ((7, 1), 192),
+        ((3, 3), 192, 2, "VALID"),
     ],
-    [max_pool_stride_2],
-)
-
-
-def _block_c(width):
-    return (
-        [Conv("branch1x1", "conv", 192, (1, 1))],
-        [
-            Conv("branch7x7_1", "tower/conv", width, (1, 1)),
-            Conv("branch7x7_2", "tower/conv_1", width, (1, 7)),
-            Conv("branch7x7_3", "tower/conv_2", 192, (7, 1)),
-        ],
-        [
-            Conv("branch7x7dbl_1", "tower_1/conv", width, (1, 1)),
-            Conv("branch7x7dbl_2", "tower_1/conv_1", width, (7, 1)),
-            Conv("branch7x7dbl_3", "tower_1/conv_2", width, (1, 7)),
-            Conv("branch7x7dbl_4", "tower_1/conv_3", width, (7, 1)),
-            Conv("branch7x7dbl_5", "tower_1/conv_4", 192, (1, 7)),
-        ],
-        [average_pool, Conv("branch_pool", "tower_2/conv", 192, (1, 1))],
-    )
-
-
-_BLOCK_D = (
-    [
-        Conv("branch3x3_1", "tower/conv", 192, (1, 1)),
-        Conv("branch3x3_2", "tower/conv_1", 320, (3, 3), 2, "VALID"),
-    ],
-    [
-        Conv("branch7x7x3_1", "tower_1/conv", 192, (1, 1)),
-        Conv("branch7x7x3_2", "tower_1/conv_1", 192, (1, 7)),
-        Conv("branch7x7x3_3", "tower_1/conv_2", 192, (7, 1)),
-        Conv("branch7x7x3_4", "tower_1/conv_3", 192, (3, 3), 2, "VALID"),
-    ],
-    [max_pool_stride_2],
-)
+    "maximum": [max_pool_stride_2],
+}
 
 
 def _block_e(pool):
-    fork = lambda name, scope: (
-        [Conv(f"{name}a", f"{scope}/mixed/conv", 384, (1, 3))],
-        [Conv(f"{name}b", f"{scope}/mixed/conv_1", 384, (3, 1))],
-    )
-    return (
-        [Conv("branch1x1", "conv", 320, (1, 1))],
-        [
-            Conv("branch3x3_1", "tower/conv", 384, (1, 1)),
-            fork("branch3x3_2", "tower"),
-        ],
-        [
-            Conv("branch3x3dbl_1", "tower_1/conv", 448, (1, 1)),
-            Conv("branch3x3dbl_2", "tower_1/conv_1", 384, (3, 3)),
-            fork("branch3x3dbl_3", "tower_1"),
-        ],
-        [pool, Conv("branch_pool", "tower_2/conv", 192, (1, 1))],
-    )
+    fork = [((1, 3), 384), ((3, 1), 384)]
+    return {
+        "branch1x1": [((1, 1), 320)],
+        "branch3x3": [((1, 1), 384), fork],
+        "branch3x3dbl": [((1, 1), 448), ((3, 3), 384), fork],
+        "branch_pool": [pool, ((1, 1), 192)],
+    }
+
+
+def _name_layers(name: str, scope: str, steps: list[Any]) -> tuple[Any, ...]:
+    """Returns the steps of a branch, its layers as Conv and a fork as a tuple of them.
+
+    PyTorch's names count the layers from 1, TensorFlow's from 0, which it leaves out.
+    """
+    pools = [step for step in steps if callable(step)]  # these come first
+    rows, layers = steps[len(pools) :], []
+    for i, row in enumerate(rows):
+        torch = f"{name}_{i + 1}" if len(rows) > 1 else name
+        if isinstance(row, list):
+            scopes = (f"{scope}/mixed/conv", f"{scope}/mixed/conv_1")
+            fork = zip((torch + "a", torch + "b"), scopes, row, strict=True)
+            layers.append(tuple((Conv(*names, *layer),) for *names, layer in fork))
+        else:
+            layers.append(Conv(torch, _numbered(f"{scope}/conv", i), *row))
+    return (*pools, *layers)
+
+
+def _name_branches(
+    name: str, scope: str, table: dict[str, list[Any]]
+) -> tuple[tuple[Any, ...], ...]:
+    """Returns the branches of a block; those of several steps have a scope: a tower."""
+    branches, towers = [], 0
+    for branch, steps in table.items():
+        inner = scope
+        if len(steps) > 1:
+            inner, towers = f"{scope}/{_numbered('tower', towers)}", towers + 1
+        branches.append(_name_layers(f"{name}.{branch}", inner, steps))
+    return tuple(branches)
+
+
+def _numbered(name: str, number: int) -> str:
+    return f"{name}_{number}" if number else name
 
 
 STEM = (
-    Conv("Conv2d_1a_3x3", "conv", 32, (3, 3), 2, "VALID"),
-    Conv("Conv2d_2a_3x3", "conv_1", 32, (3, 3), 1, "VALID"),
-    Conv("Conv2d_2b_3x3", "conv_2", 64, (3, 3)),
+    Conv("Conv2d_1a_3x3", "conv", (3, 3), 32, 2, "VALID"),
+    Conv("Conv2d_2a_3x3", "conv_1", (3, 3), 32, 1, "VALID"),
+    Conv("Conv2d_2b_3x3", "conv_2", (3, 3), 64),
     max_pool_stride_2,
-    Conv("Conv2d_3b_1x1", "conv_3", 80, (1, 1)),
-    Conv("Conv2d_4a_3x3", "conv_4", 192, (3, 3), 1, "VALID"),
+    Conv("Conv2d_3b_1x1", "conv_3", (1, 1), 80),
+    Conv("Conv2d_4a_3x3", "conv_4", (3, 3), 192, 1, "VALID"),
     max_pool_stride_2,
 )
-BLOCKS = (  # name, scope, branches: each a list of steps, a tuple among them a fork
-    ("Mixed_5b", "mixed", _block_a(32)),
-    ("Mixed_5c", "mixed_1", _block_a(64)),
-    ("Mixed_5d", "mixed_2", _block_a(64)),
-    ("Mixed_6a", "mixed_3", _BLOCK_B),
-    ("Mixed_6b", "mixed_4", _block_c(128)),
-    ("Mixed_6c", "mixed_5", _block_c(160)),
-    ("Mixed_6d", "mixed_6", _block_c(160)),
-    ("Mixed_6e", "mixed_7", _block_c(192)),
-    ("Mixed_7a", "mixed_8", _BLOCK_D),
-    ("Mixed_7b", "mixed_9", _block_e(average_pool)),
-    ("Mixed_7c", "mixed_10", _block_e(max_pool)),  # a quirk of the released graph
-)
-
-_PARAMS = (  # in PyTorch, its layout, in TensorFlow, its layout, ours
-    ("conv.weight", "oihw->hwio", "conv2d_params", "hwio->hwio", "kernel"),
-    ("bn.weight", "c->c", "batchnorm/gamma", "c->c", "scale"),
-    ("bn.bias", "c->c", "batchnorm/beta", "c->c", "bias"),
-    ("bn.running_mean", "c->c", "batchnorm/moving_mean", "c->c", "mean"),
-    ("bn.running_var", "c->c", "batchnorm/moving_variance", "c->c", "var"),
-)
+_TABLES = {
+    "Mixed_5b": _block_a(32),
+    "Mixed_5c": _block_a(64),
+    "Mixed_5d": _block_a(64),
+    "Mixed_6a": _BLOCK_B,
+    "Mixed_6b": _block_c(128),
+    "Mixed_6c": _block_c(160),
+    "Mixed_6d": _block_c(160),
+    "Mixed_6e": _block_c(192),
+    "Mixed_7a": _BLOCK_D,
+    "Mixed_7b": _block_e(average_pool),
+    "Mixed_7c": _block_e(max_pool),  # a quirk of the released graph
+}
+BLOCKS = {
+    name: _name_branches(name, _numbered("mixed", i), table)
+    for i, (name, table) in enumerate(_TABLES.items())
+}
 
 
-def _list_convs(
-    steps: Any, width: int, torch: str = "", scope: str = "", flax: str = ""
-) -> Iterator[tuple[str, str, str, tuple[int, ...]]]:
-    """Yields the names and the kernel's shape of each convolution, in torch's order.
-
-    Args:
-      steps: rows of the table.
-      width: channels before the first one.
-      torch, scope, flax: what names begin with in PyTorch, TensorFlow and here.
-
-    Returns:
-      The number of channels after the last one.
-    """
+def _list_convs(steps: Iterable[Any]) -> Iterator[Conv]:
     for step in steps:
         if isinstance(step, Conv):
-            shape = (*step.kernel, width, step.width)
-            yield torch + step.name, scope + step.scope, flax + step.name, shape
-            width = step.width
+            yield step
         elif isinstance(step, tuple):
-            widths = []
-            for branch in step:
-                after = yield from _list_convs(branch, width, torch, scope, flax)
-                widths.append(after)
-            width = sum(widths)
-    return width
+            yield from _list_convs(step)
 
 
-def _list_all_convs():
-    width = yield from _list_convs(STEM, 3)
-    for name, scope, branches in BLOCKS:
-        width = yield from _list_convs(
-            [branches], width, f"{name}.", f"{scope}/", f"{name}/"
-        )
-
-
-CONVS = tuple(_list_all_convs())
-RULES = tuple(
-    (f"{torch}.{theirs}", f"{flax}/{ours}", layout)
-    for torch, _, flax, _ in CONVS
-    for theirs, layout, _, _, ours in _PARAMS
-) + (("fc.weight", "fc/kernel", "oi->io"), ("fc.bias", "fc/bias", "o->o"))
-
-TF_RULES = tuple(
-    (f"{scope}/{theirs}", f"{flax}/{ours}", layout)
-    for _, scope, flax, _ in CONVS
-    for _, _, theirs, layout, ours in _PARAMS
-) + (("softmax/weights", "fc/kernel", "io->io"), ("softmax/biases", "fc/bias", "o->o"))
-
-SHAPES = (
-    {  # of all parameters, by flax path
-        f"{flax}/{ours}": shape if ours == "kernel" else shape[-1:]
-        for _, _, flax, shape in CONVS
-        for *_, ours in _PARAMS
-    }
-    | {"fc/kernel": (POOL, CLASSES), "fc/bias": (CLASSES,)}
+CONVS = tuple(_list_convs((*STEM, *BLOCKS.values())))
+_PARAMS = (  # in PyTorch, in TensorFlow, ours, PyTorch's layout
+    ("conv.weight", "conv2d_params", "kernel", "oihw->hwio"),
+    ("bn.weight", "batchnorm/gamma", "scale", "c->c"),
+    ("bn.bias", "batchnorm/beta", "bias", "c->c"),
+    ("bn.running_mean", "batchnorm/moving_mean", "mean", "c->c"),
+    ("bn.running_var", "batchnorm/moving_variance", "var", "c->c"),
 )
+# name in the file, path of ours, layout
+RULES = tuple(
+    (f"{conv.name}.{theirs}", f"{conv.name.replace('.', '/')}/{ours}", layout)
+    for conv in CONVS
+    for theirs, _, ours, layout in _PARAMS
+) + (("fc.weight", "fc/kernel", "oi->io"), ("fc.bias", "fc/bias", "o->o"))
+TF_RULES = tuple(
+    (
+        f"{conv.scope}/{theirs}",
+        f"{conv.name.replace('.', '/')}/{ours}",
+        layout.replace("oihw", "hwio"),
+    )
+    for conv in CONVS
+    for _, theirs, ours, layout in _PARAMS
+) + (("softmax/weights", "fc/kernel", "io->io"), ("softmax/biases", "fc/bias", "o->o"))
 
 
 class Inception(nn.Module):
@@ -262,13 +243,21 @@ class Inception(nn.Module):
           bias.
         """
         x = _run_steps(STEM, x)
-        for name, _, branches in BLOCKS:
+        for name, branches in BLOCKS.items():
             x = Mixed(branches, name=name)(x)
             if name == "Mixed_6d":  # its first branch is mixed_6/conv
                 spatial = x[..., :7].reshape(len(x), SPATIAL)
         pool = x.mean((1, 2))
         logits = Classes(name="fc")(pool)
         return {"pool": pool, "spatial": spatial, "logits": logits}
+
+
+@cache
+def param_shapes() -> Params:
+    """Returns the parameters' shapes and types, as a tree."""
+    images = jnp.zeros((1, SIDE, SIDE, 3))
+    init = lambda: Inception().init(jax.random.key(0), images)
+    return jax.eval_shape(init)["params"]
 
 
 def preprocess(images: UInt8[Array, "b h w 3"]) -> Float[Array, "b 299 299 3"]:
@@ -306,17 +295,24 @@ class Mixed(nn.Module):
 class ConvUnit(nn.Module):
     """A row of the table: convolution, batch norm with fixed statistics, ReLU."""
 
-    row: Conv
+    layer: Conv
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w _"]) -> Float[Array, "b _ _ d"]:
-        row, width = self.row, (self.row.width,)
+        layer, width = self.layer, (self.layer.width,)
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
-        shape = (*row.kernel, x.shape[-1], row.width)
+        shape = (*layer.kernel, x.shape[-1], layer.width)
         kernel = self.param("kernel", nn.initializers.he_normal(), shape)
         scale, bias = self.param("scale", ones, width), self.param("bias", zeros, width)
         mean, var = self.param("mean", zeros, width), self.param("var", ones, width)
-        x = _convolve(x, kernel, row)
+        if layer.kernel == (1, 1):  # a product, which XLA is quicker at on a CPU
+            x = x @ kernel[0, 0]
+        else:
+            strides = (layer.stride, layer.stride)
+            axes = ("NHWC", "HWIO", "NHWC")
+            x = lax.conv_general_dilated(
+                x, kernel, strides, layer.padding, dimension_numbers=axes
+            )
         scale = scale / jnp.sqrt(var + EPSILON)
         shift = bias - mean * scale
         return nn.relu(x * scale[None, None, None] + shift[None, None, None])
@@ -333,21 +329,14 @@ class Classes(nn.Module):
         return x @ kernel
 
 
-def _convolve(x, kernel, row):
-    if row.kernel == (1, 1):  # a product, which XLA is quicker at on a CPU
-        return x @ kernel[0, 0]
-    axes = ("NHWC", "HWIO", "NHWC")
-    strides = (row.stride, row.stride)
-    return lax.conv_general_dilated(
-        x, kernel, strides, row.padding, dimension_numbers=axes
-    )
-
-
 def _run_steps(steps, x):
-    """Runs steps of the table one after the other; call it in a compact module."""
+    """Runs the steps one after the other, those of a tuple side by side.
+
+    Call it in a compact module.
+    """
     for step in steps:
         if isinstance(step, Conv):
-            x = ConvUnit(step, name=step.name)(x)
+            x = ConvUnit(step, name=step.name.rpartition(".")[2])(x)
         elif isinstance(step, tuple):
             x = jnp.concatenate([_run_steps(branch, x) for branch in step], -1)
         else:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -40,7 +41,12 @@ FLOAT, INT32 = 1, 3  # TensorFlow's numbers for them
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
     """A narrow network, and caches of its own; -> the folder."""
-    for name, value in (("RULES", RULES), ("TF_RULES", TF_RULES), ("SHAPES", SHAPES)):
+    like = {
+        path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in SHAPES.items()
+    }
+    shapes = lambda: unflatten_dict(like, sep="/")
+    changed = {"RULES": RULES, "TF_RULES": TF_RULES, "param_shapes": shapes}
+    for name, value in changed.items():
         monkeypatch.setattr(inception_files, name, value)
     monkeypatch.setenv("SIT_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))

@@ -6,20 +6,24 @@ from functools import cache
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from helpers.recorded import arrays, case, nchw, nhwc, relative
 
-from sit_jax.convert.rules import to_flax, to_torch
+from sit_jax.convert.rules import to_flax
 from sit_jax.models.inception import (
     CONVS,
     RULES,
-    SHAPES,
     TF_RULES,
     Inception,
+    param_shapes,
     preprocess,
     resize_tf1,
 )
 
 G = arrays("inception")
+SHAPES = {
+    path: leaf.shape for path, leaf in flatten_dict(param_shapes(), sep="/").items()
+}
 NAMES = {"pool": "2048", "spatial": "spatial7", "logits": "logits_unbiased"}
 
 
@@ -105,16 +109,8 @@ def test_recorded_resizes_to_299(image):
 
 def test_images_of_299_pixels_stay_as_they_are():
     image = np.random.default_rng(0).integers(0, 256, (1, 299, 299, 3)).astype(np.uint8)
-    np.testing.assert_array_equal(jax.jit(resize_tf1)(image), image)
     scaled = jax.jit(preprocess)(image)
     np.testing.assert_array_equal(scaled, (image.astype(np.float32) - 128) / 128)
-
-
-def test_the_resize_is_not_half_pixel():
-    """What other FIDs in JAX do: it differs by levels, not by rounding."""
-    before, after = (nhwc(G[f"resize1.{end}"]) for end in ("in", "out"))
-    other = jax.image.resize(before, after.shape, "bilinear", antialias=False)
-    assert np.abs(after - other).max() > 20
 
 
 def test_rules_name_every_tensor_once():
@@ -123,14 +119,6 @@ def test_rules_name_every_tensor_once():
     for rules in (RULES, TF_RULES):
         assert len({name for name, _, _ in rules}) == 472
         assert {path for _, path, _ in rules} == set(SHAPES)
-
-
-def test_torch_to_flax_to_torch_is_bit_equal():
-    state = weights()
-    back = to_torch(RULES, flax())
-    assert list(back) == list(state)
-    for name, array in state.items():
-        np.testing.assert_array_equal(back[name], array)
 
 
 @pytest.mark.parametrize(
@@ -147,4 +135,4 @@ def test_torch_to_flax_to_torch_is_bit_equal():
     ],
 )
 def test_names_in_the_tensorflow_graph(torch, scope):
-    assert scope in [place[1] for place in CONVS if place[0] == torch]
+    assert (torch, scope) in [(conv.name, conv.scope) for conv in CONVS]

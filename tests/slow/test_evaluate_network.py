@@ -5,19 +5,19 @@ import json
 import jax
 import numpy as np
 import torch
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from helpers.small import script
 
 from sit_jax.convert.rules import to_torch
 from sit_jax.evaluation.fid import Gaussian, frechet_distance
-from sit_jax.models.inception import RULES, SHAPES, Inception, preprocess
+from sit_jax.models.inception import RULES, Inception, param_shapes, preprocess
 
 
 def random_params():
     rng, flat = np.random.default_rng(0), {}
-    for path, shape in SHAPES.items():
-        z = rng.standard_normal(shape, np.float32)
-        kernel = z * np.float32(np.sqrt(2 / np.prod(shape[:-1])))
+    for path, leaf in flatten_dict(param_shapes(), sep="/").items():
+        z = rng.standard_normal(leaf.shape, np.float32)
+        kernel = z * np.float32(np.sqrt(2 / np.prod(leaf.shape[:-1])))
         kinds = {"kernel": kernel, "scale": 1 + 0.1 * z, "var": 0.6 + 0.1 * np.abs(z)}
         flat[path] = kinds.get(path.rsplit("/", 1)[1], 0.1 * z)
     return unflatten_dict(flat, sep="/")
