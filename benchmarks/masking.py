@@ -43,7 +43,7 @@ class TwoPlain(MDTv2):
     """As many passes as with masks, without any."""
 
     @nn.nowrap
-    def passes(self, key, shape):
+    def pass_inputs(self, key, shape):
         return {"": {}, "m_": {}}
 
 

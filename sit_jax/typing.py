@@ -149,11 +149,11 @@ class TimestepSampler(Protocol):
 class MaskedModel(Protocol):
     """A network that is also trained on images with hidden tokens, as MDT is."""
 
-    def passes(
+    def pass_inputs(
         self, key: Array, shape: Sequence[int]
     ) -> Mapping[str, Mapping[str, Array]]: ...
 
-    def ways(
+    def bucket_inputs(
         self, inputs: Mapping[str, Any], shape: Sequence[int]
     ) -> tuple[Any, list[Mapping[str, Any]]]: ...
 

@@ -22,10 +22,8 @@ from sit_jax.models.layers import (
     Mlp,
     PatchEmbed,
     TimeLabelEmbed,
-    adaln_params,
     choose,
-    layer_norm,
-    modulate,
+    residual_block,
     scan_blocks,
     sincos_pos_embed_2d,
 )
@@ -39,33 +37,8 @@ SIZES = {
 }
 
 
-class DiTBlock(nn.Module):
-    """Attention and MLP, each with adaLN-Zero: scaled, shifted and gated by c."""
-
-    heads: int
-    mlp_ratio: float
-    dtype: Dtype
-    norm2_epsilon: float
-    attention: str
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "b t d"], c: Float[Array, "b d"]
-    ) -> tuple[Float[Array, "b t d"], None]:
-        shift1, scale1, gate1, shift2, scale2, gate2 = adaln_params(6, c, self.dtype)
-        attention = Attention(self.heads, self.dtype, self.attention, name="attn")
-        y = modulate(layer_norm("norm1")(x), shift1, scale1)
-        x = shard_batch(x + gate1 * attention(y))
-        y = modulate(layer_norm("norm2", self.norm2_epsilon)(x), shift2, scale2)
-        x = shard_batch(x + gate2 * Mlp(self.mlp_ratio, self.dtype, name="mlp")(y))
-        return x, None  # nothing for the scan to stack
-
-
-class DiT(nn.Module):
-    """Diffusion transformer; fields default to XL/2 on ImageNet.
-
-    diffusers' DiTTransformer2DModel computes with frequency_shift=1 and
-    norm2_epsilon=1e-5, with whatever weights.
+class Transformer(nn.Module):
+    """Fields and layers that DiT and MDT share; fields default to XL/2 on ImageNet.
 
     Attributes:
       depth: number of blocks.
@@ -76,8 +49,6 @@ class DiT(nn.Module):
       classes: number of classes, which is also the null label.
       null_label: whether the table has a row for it; without one there is no guidance.
       learn_sigma: whether the output has a second half of channels, for the variance.
-      frequency_shift: see layers.timestep_frequencies.
-      norm2_epsilon: of the norms before the MLPs.
       dtype: "float32" or "bfloat16", of products and the residual stream.
       remat: what the backward pass keeps, a name in layers.REMAT.
       unroll: blocks in one turn of the loop over blocks.
@@ -92,12 +63,73 @@ class DiT(nn.Module):
     classes: int = 1000
     null_label: bool = True
     learn_sigma: bool = True
-    frequency_shift: float = 0.0
-    norm2_epsilon: float = 1e-6
     dtype: str = "float32"
     remat: str = "none"
     unroll: int = 1
     attention: str = "auto"
+
+    @nn.nowrap
+    def embed_patches(
+        self, x: Float[Array, "b s s c"], positions: Float[Array, "1 t d"]
+    ) -> Float[Array, "b t d"]:
+        """Returns the tokens of images; call it in a compact method."""
+        dtype, size = choose(DTYPES, self.dtype, "dtype"), (self.patch, self.patch)
+        x = PatchEmbed(self.width, size, size, dtype=dtype, name="patch")(x)
+        x = rearrange(x, "b h w d -> b (h w) d")
+        return shard_batch((x + positions).astype(dtype))
+
+    @nn.nowrap
+    def embed_condition(
+        self, t: Float[Array, " b"], y: Int[Array, " b"], frequency_shift: float = 0.0
+    ) -> Float[Array, "b d"]:
+        """Returns the condition of all blocks; call it in a compact method."""
+        num_labels = self.classes + self.null_label
+        embed = TimeLabelEmbed(self.width, num_labels, frequency_shift, name="cond")
+        return embed(t, y)
+
+    @nn.nowrap
+    def predict_pixels(
+        self, x: Float[Array, "b t d"], c: Float[Array, "b d"], channels: int
+    ) -> Float[Array, "b s s out"]:
+        """Returns predictions for data of so many channels; call it where compact."""
+        p, side = self.patch, math.isqrt(x.shape[1])
+        out = channels * (2 if self.learn_sigma else 1)
+        x = FinalLayer(p * p * out, name="head")(x, c)  # (b, t, p * p * out)
+        return rearrange(x, "b (h w) (p q c) -> b (h p) (w q) c", h=side, p=p, q=p)
+
+
+class DiTBlock(nn.Module):
+    """A block of DiT and SiT."""
+
+    heads: int
+    mlp_ratio: float
+    dtype: Dtype
+    norm2_epsilon: float
+    attention: str
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b t d"], c: Float[Array, "b d"]
+    ) -> tuple[Float[Array, "b t d"], None]:
+        attention = Attention(self.heads, self.dtype, self.attention, name="attn")
+        mlp = Mlp(self.mlp_ratio, self.dtype, name="mlp")
+        x = residual_block(x, c, attention, mlp, self.norm2_epsilon)
+        return x, None  # nothing for the scan to stack
+
+
+class DiT(Transformer):
+    """Diffusion transformer.
+
+    diffusers' DiTTransformer2DModel computes with frequency_shift=1 and
+    norm2_epsilon=1e-5, with whatever weights.
+
+    Attributes:
+      frequency_shift: see layers.timestep_frequencies.
+      norm2_epsilon: of the norms before the MLPs.
+    """
+
+    frequency_shift: float = 0.0
+    norm2_epsilon: float = 1e-6
     has_attention_bias: ClassVar[bool] = False
 
     @nn.compact
@@ -118,28 +150,19 @@ class DiT(nn.Module):
           UserError: fields that no network can have, or that do not fit x.
         """
         check_shapes(self, x.shape)
-        dtype = choose(DTYPES, self.dtype, "dtype")
-        side, p = x.shape[1] // self.patch, self.patch
-        out = x.shape[-1] * (2 if self.learn_sigma else 1)
-        x = PatchEmbed(self.width, (p, p), (p, p), dtype=dtype, name="patch")(x)
-        x = rearrange(x, "b h w d -> b (h w) d")
-        x = shard_batch((x + sincos_pos_embed_2d(side, self.width)[None]).astype(dtype))
-        num_labels = self.classes + self.null_label
-        embed = TimeLabelEmbed(
-            self.width, num_labels, self.frequency_shift, name="cond"
-        )
-        c = embed(t, y)  # (b, d)
+        channels, side = x.shape[-1], x.shape[1] // self.patch
+        x = self.embed_patches(x, sincos_pos_embed_2d(side, self.width)[None])
+        c = self.embed_condition(t, y, self.frequency_shift)
         blocks = scan_blocks(DiTBlock, self.depth, self.remat, self.unroll)(
             heads=self.heads,
             mlp_ratio=self.mlp_ratio,
-            dtype=dtype,
+            dtype=DTYPES[self.dtype],
             norm2_epsilon=self.norm2_epsilon,
             attention=self.attention,
             name="blocks",
         )
         x, _ = blocks(x, c)
-        x = FinalLayer(p * p * out, name="head")(x, c)  # (b, t, p * p * out)
-        return unpatchify(x, side, p)
+        return self.predict_pixels(x, c, channels)
 
 
 class SiT(DiT):
@@ -152,28 +175,16 @@ class SiT(DiT):
         return super().__call__(x, t, y)[..., : x.shape[-1]]
 
 
-def unpatchify(
-    x: Float[Array, "b t pixels"], side: int, patch: int
-) -> Float[Array, "b height width c"]:
-    """Returns images from the pixels of side * side patches."""
-    return rearrange(x, "b (h w) (p q c) -> b (h p) (w q) c", h=side, p=patch, q=patch)
-
-
-def check_shapes(model: nn.Module, shape: tuple[int, ...]) -> None:
+def check_shapes(model: Transformer, shape: tuple[int, ...]) -> None:
     """Checks a network's fields against each other and data of shape [b, h, w, c].
 
     Raises:
       UserError: they do not fit; the error names the remedy.
     """
     _, height, width, _ = shape
-    for name in ("depth", "width", "heads", "patch", "classes", "unroll"):
-        if (value := getattr(model, name)) < 1:
-            raise UserError(f"model.{name} is {value}: it must be at least 1")
-    if not 1 <= model.width * model.mlp_ratio < math.inf:
-        raise UserError(
-            f"model.mlp_ratio is {model.mlp_ratio}: a layer of width {model.width} "
-            "needs a number that leaves it units"
-        )
+    for name in ("depth", "width", "heads", "patch", "mlp_ratio", "classes", "unroll"):
+        if not 0 < (value := getattr(model, name)) < math.inf:
+            raise UserError(f"model.{name} is {value}: it must be positive and finite")
     if height != width:
         raise UserError(f"input is {height} x {width}: only square inputs work")
     if height % model.patch:

@@ -19,7 +19,7 @@ from einops import rearrange
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sit_jax.errors import UserError
 from sit_jax.models.attention import SAVED_NAME, choose_attention, packed_attention
@@ -97,7 +97,10 @@ class PatchEmbed(nn.Conv):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: tokens [b, t, d] -> [b, t, d]."""
+    """Multi-head self-attention: tokens [b, t, d] -> [b, t, d].
+
+    The columns of the layer "qkv" are ordered (q k v, head).
+    """
 
     heads: int
     dtype: Dtype = jnp.float32
@@ -108,18 +111,24 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "b t d"],
         bias: Float[Array, "#b #h t t"] | None = None,
-        mask: Any = None,
+        mask: Bool[Array, "#b #h #t t"] | None = None,
     ) -> Float[Array, "b t d"]:
-        width = x.shape[-1]
-        x = self_attention(
-            x,
-            heads=self.heads,
-            dtype=self.dtype,
-            implementation=self.implementation,
-            bias=bias,
-            mask=mask,
+        width, heads, dtype = x.shape[-1], self.heads, self.dtype
+        name = choose_attention(
+            self.implementation, dtype, width // heads, has_bias=bias is not None
         )
-        return Dense(width, dtype=self.dtype, split=(HEADS, None), name="proj")(x)
+        if name == "heads_first":
+            qkv = Dense(3 * width, dtype=dtype, heads=heads, name="qkv")(x)
+            q, k, v = (shard_heads(part) for part in checkpoint_name(qkv, SAVED_NAME))
+            x = heads_first_attention(q, k, v, bias, mask)
+            x = rearrange(x, "h b d t -> b t (h d)")
+        else:
+            qkv = Dense(3 * width, dtype=dtype, name="qkv")(x)
+            qkv = checkpoint_name(qkv, SAVED_NAME)
+            qkv = rearrange(qkv, "b t (n h d) -> b t n h d", n=3, h=heads)
+            x = packed_attention(qkv, bias, mask, implementation=name)
+            x = rearrange(x, "b t h d -> b t (h d)")
+        return Dense(width, dtype=dtype, split=(HEADS, None), name="proj")(x)
 
 
 class Mlp(nn.Module):
@@ -193,35 +202,6 @@ def _gelu_jvp(primals, tangents):
     return gelu(x), slope.astype(x.dtype) * tangent
 
 
-def self_attention(
-    x: Float[Array, "b t d"],
-    *,
-    heads: int,
-    dtype: Dtype,
-    implementation: str,
-    bias: Float[Array, "#b #h t t"] | None = None,
-    mask: Any = None,
-) -> Float[Array, "b t d"]:
-    """Computes a layer "qkv" and attention; call it in a compact module.
-
-    The columns of the layer are ordered (q k v, head).
-    """
-    width = x.shape[-1]
-    implementation = choose_attention(
-        implementation, dtype, width // heads, has_bias=bias is not None
-    )
-    if implementation == "heads_first":
-        qkv = Dense(3 * width, dtype=dtype, heads=heads, name="qkv")(x)
-        q, k, v = (shard_heads(part) for part in checkpoint_name(qkv, SAVED_NAME))
-        out = heads_first_attention(q, k, v, bias, mask)
-        return rearrange(out, "h b d t -> b t (h d)")
-    qkv = Dense(3 * width, dtype=dtype, name="qkv")(x)
-    qkv = checkpoint_name(qkv, SAVED_NAME)
-    qkv = rearrange(qkv, "b t (n h d) -> b t n h d", n=3, h=heads)
-    out = packed_attention(qkv, bias, mask, implementation=implementation)
-    return rearrange(out, "b t h d -> b t (h d)")
-
-
 def layer_norm(name: str, epsilon: float = 1e-6) -> nn.LayerNorm:
     """Returns a layer norm without scale and bias, in float32.
 
@@ -254,6 +234,24 @@ def adaln_params(
     zeros = nn.initializers.zeros
     dense = Dense(count * c.shape[-1], dtype=dtype, kernel_init=zeros, name="adaLN")
     return jnp.split(dense(nn.silu(c))[:, None], count, axis=-1)
+
+
+def residual_block(
+    x: Float[Array, "b t d"],
+    c: Float[Array, "b d"],
+    attention: Callable[[Array], Array],
+    mlp: nn.Module,
+    norm2_epsilon: float = 1e-6,
+) -> Float[Array, "b t d"]:
+    """Adds attention and MLP to x, each with adaLN-Zero: scaled, shifted, gated by c.
+
+    Call it in a compact module; the layers are named "adaLN", "norm1" and "norm2".
+    """
+    shift1, scale1, gate1, shift2, scale2, gate2 = adaln_params(6, c, mlp.dtype)
+    y = modulate(layer_norm("norm1")(x), shift1, scale1)
+    x = shard_batch(x + gate1 * attention(y))
+    y = modulate(layer_norm("norm2", norm2_epsilon)(x), shift2, scale2)
+    return shard_batch(x + gate2 * mlp(y))
 
 
 def timestep_frequencies(

@@ -13,13 +13,13 @@ With mask_buckets there are several programs, for more or fewer gathered tokens.
 Shapes: b images, t tokens, m gathered tokens, d features, h heads.
 """
 
+from functools import partial
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from flax import struct
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int
@@ -28,20 +28,14 @@ from sit_jax.errors import UserError
 from sit_jax.models import dit
 from sit_jax.models.layers import (
     DTYPES,
+    Attention,
     Dense,
-    FinalLayer,
     Mlp,
-    PatchEmbed,
-    TimeLabelEmbed,
-    adaln_params,
-    choose,
-    layer_norm,
-    modulate,
+    residual_block,
     scan_blocks,
-    self_attention,
     sincos_pos_embed_2d,
 )
-from sit_jax.parallel.mesh import HEADS, shard_batch, unshard_weight
+from sit_jax.parallel.mesh import HEADS, unshard_weight
 
 
 class VisibleTokens(struct.PyTreeNode):
@@ -53,42 +47,31 @@ class VisibleTokens(struct.PyTreeNode):
     is_hidden: Bool[Array, "b t"]
 
 
-class PositionAttention(nn.Module):
+class PositionAttention(Attention):
     """Self-attention with a learned bias for every relative position.
 
     The released table has three rows that nothing points to.
     """
 
-    heads: int
-    side: int  # tokens along a side of the image
-    dtype: Dtype = jnp.float32
-    implementation: str = "auto"  # of attention.NAMES
+    side: int = 16  # tokens along a side of the image
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b m d"], visible: VisibleTokens | None = None
     ) -> Float[Array, "b m d"]:
-        width, rows = x.shape[-1], (2 * self.side - 1) ** 2 + 3
+        rows = (2 * self.side - 1) ** 2 + 3
         normal = nn.initializers.normal(0.02)  # released: cut off at 100 of these
         table = self.param("position", normal, (rows, self.heads))
         table = unshard_weight(table, None, HEADS)  # else its pieces split the bias
         bias = table[relative_positions(self.side)].transpose(2, 0, 1)  # (h, t, t)
-        mask = None
         if visible is None:
-            bias = bias[None]
-        else:
-            bias = gather_bias(bias, visible)  # (b, h, m, m)
-            if visible.is_valid is not None:
-                mask = visible.is_valid[:, None, None]  # (b, 1, 1, m)
-        x = self_attention(
+            return super().__call__(x, bias[None])
+        mask = visible.is_valid  # (b, m)
+        return super().__call__(
             x,
-            heads=self.heads,
-            dtype=self.dtype,
-            implementation=self.implementation,
-            bias=bias,
-            mask=mask,
+            bias=gather_bias(bias, visible),  # (b, h, m, m)
+            mask=None if mask is None else mask[:, None, None],
         )
-        return Dense(width, dtype=self.dtype, split=(HEADS, None), name="proj")(x)
 
 
 class MDTBlock(nn.Module):
@@ -114,21 +97,16 @@ class MDTBlock(nn.Module):
         if self.merges_skip:
             both = jnp.concatenate([x, skip], axis=-1)  # (b, m, 2 d)
             x = Dense(x.shape[-1], dtype=self.dtype, name="skip")(both)
-        shift1, scale1, gate1, shift2, scale2, gate2 = adaln_params(6, c, self.dtype)
         attention = PositionAttention(
-            self.heads, self.side, self.dtype, self.attention, name="attn"
+            self.heads, self.dtype, self.attention, self.side, name="attn"
         )
-        y = modulate(layer_norm("norm1")(x), shift1, scale1)
-        x = shard_batch(x + gate1 * attention(y, visible))
-        y = modulate(layer_norm("norm2")(x), shift2, scale2)
-        x = shard_batch(x + gate2 * Mlp(self.mlp_ratio, self.dtype, name="mlp")(y))
+        mlp = Mlp(self.mlp_ratio, self.dtype, name="mlp")
+        x = residual_block(x, c, partial(attention, visible=visible), mlp)
         return x, x if self.returns_skip else None
 
 
-class MDT(nn.Module):
-    """The first version; fields default to XL/2 on ImageNet.
-
-    Fields that DiT has too mean the same.
+class MDT(dit.Transformer):
+    """The first version.
 
     Attributes:
       decoder: how many of the `depth` blocks come after the masked tokens are guessed.
@@ -138,26 +116,16 @@ class MDT(nn.Module):
         visible tokens. A step runs the smallest that suffices.
     """
 
-    depth: int = 28
-    width: int = 1152
-    heads: int = 16
-    patch: int = 2
     decoder: int = 2
     mask_ratio: float | None = 0.3
     mask_ratio_range: float = 0.0
     mask_buckets: int = 1
-    mlp_ratio: float = 4.0
-    classes: int = 1000
-    null_label: bool = True
-    learn_sigma: bool = True
-    dtype: str = "float32"
-    remat: str = "none"
-    unroll: int = 1
-    attention: str = "auto"
     has_attention_bias: ClassVar[bool] = True
 
     @nn.nowrap
-    def passes(self, key: Array, shape: tuple[int, ...]) -> dict[str, dict[str, Array]]:
+    def pass_inputs(
+        self, key: Array, shape: tuple[int, ...]
+    ) -> dict[str, dict[str, Array]]:
         """Returns the extra inputs of the network in each pass of a training step.
 
         Args:
@@ -175,7 +143,7 @@ class MDT(nn.Module):
         return {"": {}, "m_": sample_masks(self, key, shape[0], tokens)}
 
     @nn.nowrap
-    def ways(
+    def bucket_inputs(
         self, inputs: dict[str, Any], shape: tuple[int, ...]
     ) -> tuple[Any, list[dict[str, Any]]]:
         """Returns which mask bucket a pass needs, and its inputs for each bucket."""
@@ -211,27 +179,20 @@ class MDT(nn.Module):
           UserError: fields that no network can have, or that do not fit x.
         """
         check_shapes(self, x.shape)
-        dtype = choose(DTYPES, self.dtype, "dtype")
-        side, p = x.shape[1] // self.patch, self.patch
-        out = x.shape[-1] * (2 if self.learn_sigma else 1)
+        channels, side = x.shape[-1], x.shape[1] // self.patch
         visible = None
         if order is not None:
             if self.mask_ratio is None:
                 raise UserError("model.mask_ratio is None: this network masks nothing")
             size = bucket_size or max_visible(side * side, self.mask_ratio)
             visible = visible_tokens(order, num_visible, size)
-        x = PatchEmbed(self.width, (p, p), (p, p), dtype=dtype, name="patch")(x)
-        x = rearrange(x, "b h w d -> b (h w) d")
-        x = shard_batch((x + self._pos_embed("positions", side)).astype(dtype))
-        num_labels = self.classes + self.null_label
-        c = TimeLabelEmbed(self.width, num_labels, name="cond")(t, y)  # (b, d)
-        tokens = x
+        tokens = x = self.embed_patches(x, self._pos_embed("positions", side))
+        c = self.embed_condition(t, y)
         x = x if visible is None else gather_tokens(x, visible)  # (b, m, d)
         x = self.encode(x, c, visible, side)
         x = self._fill_in(x, c, visible, side)  # (b, t, d)
         x = self.decode(x, tokens, c, side)
-        x = FinalLayer(p * p * out, name="head")(x, c)
-        return dit.unpatchify(x, side, p)
+        return self.predict_pixels(x, c, channels)
 
     def encode(self, x, c, visible, side):
         """Runs the blocks that see only visible tokens."""
@@ -429,10 +390,8 @@ def check_shapes(model: MDT, shape: tuple[int, ...]) -> None:
         )
     if model.mask_ratio is None:
         return
-    if not isinstance(model.mask_buckets, int) or model.mask_buckets < 1:
-        raise UserError(
-            f"model.mask_buckets {model.mask_buckets} must be a whole number from 1 on"
-        )
+    if model.mask_buckets < 1:
+        raise UserError(f"model.mask_buckets is {model.mask_buckets}: at least 1")
     tokens = (shape[1] // model.patch) ** 2
     low, spread = model.mask_ratio, model.mask_ratio_range
     if not (low >= 0 and spread >= 0 and max_visible(tokens, low + spread) >= 1):

@@ -40,14 +40,6 @@ class AutoencoderKL(nn.Module):
     dtype: str = "float32"
 
     def setup(self) -> None:
-        for name in ("layers", "latent", "groups"):
-            if (value := getattr(self, name)) < 1:
-                raise UserError(f"the VAE's {name} is {value}: it must be at least 1")
-        for width in self.channels:
-            if width % self.groups:
-                raise UserError(
-                    f"the VAE's width {width} is not divisible by groups {self.groups}"
-                )
         dtype = choose(DTYPES, self.dtype, "dtype")
         self.encoder = Encoder(
             self.channels, self.layers, self.latent, self.groups, dtype

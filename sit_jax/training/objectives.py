@@ -82,7 +82,7 @@ def make_passes(
     passes = {"": make_pass(keys.labels, keys.noise, dropout_keys, {})}
     if not isinstance(model, MaskedModel):
         return passes
-    masks = model.passes(keys.mask, shape)
+    masks = model.pass_inputs(keys.mask, shape)
     for i, prefix in enumerate(prefix for prefix in masks if prefix):
         fold_in = partial(jax.random.fold_in, data=i)
         dropout_keys = jax.vmap(fold_in)(dropout_keys)
@@ -130,7 +130,7 @@ def value_and_grad(
     for prefix, (inputs, noise, keys) in batch.passes.items():
         index, variants = 0, [inputs]  # and those of other numbers of tokens
         if isinstance(model, MaskedModel):
-            index, variants = model.ways(inputs, batch.data.shape)
+            index, variants = model.bucket_inputs(inputs, batch.data.shape)
         branches = [
             partial(jax.grad(loss, has_aux=True), inputs=variant)
             for variant in variants

@@ -50,7 +50,7 @@ def test_the_smallest_size_that_holds_all_seen_tokens_is_run():
     sizes = bucket_sizes(model, 256)
     for kept in range(128, 180):
         inputs = {"num_visible": jnp.full(2, kept), "order": None}
-        index, each = model.ways(inputs, (2, 32, 32, 4))
+        index, each = model.bucket_inputs(inputs, (2, 32, 32, 4))
         assert [way["bucket_size"] for way in each] == sizes
         size = sizes[int(index)]
         assert kept <= size and not any(kept <= s < size for s in sizes)
@@ -61,7 +61,7 @@ def test_a_pass_without_a_drawn_share_has_one_program():
         (THREE, {"y": 1}),
         (MDT(mask_buckets=3), {"y": 1, "order": 2}),
     ):
-        assert model.ways(inputs, SHAPE) == (0, [inputs])
+        assert model.bucket_inputs(inputs, SHAPE) == (0, [inputs])
 
 
 def test_every_size_has_the_gradient_of_the_largest():
@@ -107,4 +107,4 @@ def test_no_whole_number_of_sizes_is_refused(sizes):
     with pytest.raises(
         UserError, match=f"model.mask_buckets {sizes} must be a whole number"
     ):
-        model.passes(jax.random.key(0), SHAPE)
+        model.pass_inputs(jax.random.key(0), SHAPE)

@@ -45,7 +45,7 @@ def test_macs_are_those_of_the_products_in_the_program(kind):
     """Scans of one block each, counted from the traced products."""
     model = kind(depth=3 if kind is MDTv2 else 2, decoder=1, **TINY | dict(width=60))
     x, t, y = jnp.ones((1, 16, 16, 4)), jnp.ones(1), jnp.ones(1, int)
-    masks = jax.eval_shape(lambda: model.passes(jax.random.key(0), x.shape)["m_"])
+    masks = jax.eval_shape(lambda: model.pass_inputs(jax.random.key(0), x.shape)["m_"])
 
     def products(*masks_):
         run = lambda p, m: model.apply({"params": p}, x, t, y, **m)
@@ -114,7 +114,7 @@ def test_impossible_settings_are_named(kind, fields, side, message):
 
 def test_a_network_without_a_masked_pass_has_one_pass_and_takes_no_mask():
     model = MDT(depth=2, decoder=1, mask_ratio=None, **TINY)
-    assert model.passes(jax.random.key(0), (2, 8, 8, 4)) == {"": {}}
+    assert model.pass_inputs(jax.random.key(0), (2, 8, 8, 4)) == {"": {}}
     x, t, y = jnp.ones((1, 8, 8, 4)), jnp.ones(1), jnp.ones(1, int)
     order = jnp.arange(16)[None]
     with pytest.raises(UserError, match="model.mask_ratio is None"):

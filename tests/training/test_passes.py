@@ -42,8 +42,8 @@ def toy(passes=None):
 
     model = types.SimpleNamespace(classes=5, apply=apply)
     if passes:
-        model.passes = passes
-        model.ways = lambda inputs, shape: (0, [inputs])
+        model.pass_inputs = passes
+        model.bucket_inputs = lambda inputs, shape: (0, [inputs])
     times = lambda key, n: jax.random.randint(key, (n,), 0, 8)
     process = types.SimpleNamespace(
         sample_times=times,
