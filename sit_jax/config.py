@@ -70,7 +70,6 @@ RENAMED = {  # the last module and the name -> the name now
     "diffusion.Diffusion": "GaussianDiffusion",
     "diffusion.bound": "kl_loss",
     "diffusion.hybrid": "hybrid_loss",
-    "diffusion.previous": "previous_x",
     "diffusion.rescaled_bound": "rescaled_kl_loss",
     "diffusion.rescaled_hybrid": "rescaled_hybrid_loss",
     "further.Further": "LabelOffset",

@@ -58,7 +58,7 @@ def learned_range(
 
     Source: Nichol and Dhariwal, arXiv:2102.09672, equation 15.
     """
-    _expect_channels(out, 2 * x.shape[-1], "learned_range", "learn_sigma=True")
+    _check_channels(out, x, variance="learned_range", learn_sigma=True)
     prediction, v = jnp.split(out, 2, axis=-1)
     share = (v + 1) / 2  # not clamped, as released
     low, high = process.log_variances
@@ -69,7 +69,7 @@ def fixed_small(
     process: "GaussianDiffusion", out: Batch, x: Batch, t: Any
 ) -> tuple[Batch, Batch]:
     """Uses the true posterior's variance, right if all data were one point."""
-    _expect_channels(out, x.shape[-1], "fixed_small", "learn_sigma=False")
+    _check_channels(out, x, variance="fixed_small", learn_sigma=False)
     return out, lookup(process.log_variances[0], t)
 
 
@@ -77,7 +77,7 @@ def fixed_large(
     process: "GaussianDiffusion", out: Batch, x: Batch, t: Any
 ) -> tuple[Batch, Batch]:
     """Uses beta, right if data were white noise; at step 0 the posterior's variance."""
-    _expect_channels(out, x.shape[-1], "fixed_large", "learn_sigma=False")
+    _check_channels(out, x, variance="fixed_large", learn_sigma=False)
     low, high = process.log_variances
     return out, lookup(np.append(low[:1], high[1:]), t)
 
@@ -95,7 +95,7 @@ def hybrid_loss(
     if prediction.shape == out.shape:
         return {"loss": mse, "mse": mse}
     frozen_mean = jax.lax.stop_gradient(prediction)
-    vb = weight * process.vb_terms(batch, frozen_mean, log_var)
+    vb = weight * process.vb_terms(batch, frozen_mean, log_var)[0]
     return {"loss": mse + vb, "mse": mse, "vb": vb}
 
 
@@ -114,7 +114,7 @@ def kl_loss(
     The KL objective of the releases, without their unconditional rescaling.
     """
     prediction, log_var = process.variance(process, out, batch.x, batch.t)
-    vb = weight * process.vb_terms(batch, prediction, log_var)
+    vb = weight * process.vb_terms(batch, prediction, log_var)[0]
     return {"loss": vb, "vb": vb}
 
 
@@ -132,7 +132,7 @@ class GaussianDiffusion:
     Attributes:
       schedule: a function: number of steps -> betas, float64.
       steps: of the full schedule.
-      prediction: noise, data, score or previous_x of predictions.
+      prediction: noise, data or score of predictions.
       variance: learned_range, fixed_small or fixed_large.
       objective: the loss, a function (process, batch, out) -> {"loss": [b], ...}.
       use_timesteps: the steps of the schedule that are visited; None: all. See respace.
@@ -153,7 +153,13 @@ class GaussianDiffusion:
             )
         schedules.check_spacing(self.steps)
         schedules.check_betas(self.schedule(self.steps))
-        schedules.check_use_timesteps(self.use_timesteps, self.steps)
+        visited = self.use_timesteps
+        ascending = sorted(set(visited or ()) & set(range(self.steps)))
+        if visited is not None and not (visited and list(visited) == ascending):
+            raise UserError(
+                f"use_timesteps={visited} must be ascending step numbers from 0 to "
+                f"{self.steps - 1}; leave it None and use respace(number of steps)"
+            )
 
     def sample_times(self, key: Array, n: int) -> Int[Array, " n"]:
         """Returns n steps, uniform over those that are visited."""
@@ -200,8 +206,8 @@ class GaussianDiffusion:
           steps: a number, sections or a rule, see schedules.space_timesteps.
         """
         indices = schedules.space_timesteps(self.num_timesteps, steps)
-        kept = tuple(self.timestep_map[i] for i in indices)
-        return dataclasses.replace(self, use_timesteps=kept)
+        use_timesteps = tuple(self.timestep_map[i] for i in indices)
+        return dataclasses.replace(self, use_timesteps=use_timesteps)
 
     def vb_terms(
         self,
@@ -209,34 +215,29 @@ class GaussianDiffusion:
         prediction: Batch,
         log_var: Batch,
         denoised_fn: DenoisedFn | None = None,
-    ) -> PerImage:
-        """Returns KL(true posterior || ours), at step 0 -log p(data).
+    ) -> tuple[PerImage, Batch]:
+        """Returns KL(true posterior || ours), at step 0 -log p(data), and our data.
 
-        In bits per dimension, [b].
+        The first is in bits per dimension, [b]; the second is the guess at the data.
 
         Source: Ho et al., arXiv:2006.11239, equation 5.
         """
-        mean, _ = self._posterior_mean(prediction, batch.x, batch.t, denoised_fn)
+        mean, data = self._posterior_mean(prediction, batch.x, batch.t, denoised_fn)
         on_data, on_x, _ = (lookup(table, batch.t) for table in self.q_posterior)
         gap = lookup(self.log_variances[0], batch.t) - log_var
         error = on_data * batch.data + on_x * batch.x - mean
         kl = (jnp.expm1(gap) - gap + error**2 * jnp.exp(-log_var)) / 2
         decoder = discretized_gaussian_log_likelihood(batch.data, mean, log_var)
         nats = jnp.where(batch.t == 0, -decoder, kl)
-        return jnp.mean(nats, axis=(1, 2, 3)) / np.log(2.0)
+        return jnp.mean(nats, axis=(1, 2, 3)) / np.log(2.0), data
 
     def vb_terms_of(
-        self,
-        net: Net,
-        batch: NoisyBatch,
-        t: Int[Array, " b"],
-        denoised_fn: DenoisedFn | None = None,
+        self, net: Net, batch: NoisyBatch, denoised_fn: DenoisedFn | None = None
     ) -> tuple[PerImage, Batch]:
-        """Returns vb_terms of a network, and its guess at the data."""
-        out = self._apply(net, batch.x, t)
+        """Returns vb_terms of a network."""
+        out = self._apply(net, batch.x, batch.t[:, 0, 0, 0])
         prediction, log_var = self.variance(self, out, batch.x, batch.t)
-        _, data = self._posterior_mean(prediction, batch.x, batch.t, denoised_fn)
-        return self.vb_terms(batch, prediction, log_var, denoised_fn), data
+        return self.vb_terms(batch, prediction, log_var, denoised_fn)
 
     def prior_vb(self, data: Batch) -> PerImage:
         """Returns KL(q(noisiest x) || N(0, 1)) in bits per dimension."""
@@ -252,8 +253,8 @@ class GaussianDiffusion:
 
     def target_weights(self, t: Int[Array, "..."]) -> tuple[Array, Array]:
         """Returns (p, q) of the network's target p * data + q * noise."""
-        every = np.arange(self.num_timesteps)
-        p, q = self.prediction.weights(self.float64_path, every)
+        steps = np.arange(self.num_timesteps)
+        p, q = self.prediction.weights(self.float64_path, steps)
         return lookup(p, t), lookup(q, t)
 
     def float64_path(self, t: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -268,7 +269,7 @@ class GaussianDiffusion:
 
     @property
     def max_time(self) -> int:
-        """What times lie below."""
+        """The bound that all times lie below."""
         return self.num_timesteps
 
     @functools.cached_property
@@ -289,9 +290,14 @@ class GaussianDiffusion:
 
     @functools.cached_property
     def q_posterior(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Weight of data, weight of x_t and variance of q(x_{t-1} | x_t, data)."""
-        before, after = self.alpha_bar[:-1], self.alpha_bar[1:]
-        return schedules.posterior_coefficients(self.betas, before, after)
+        """Weight of data, weight of x_t and variance of q(x_{t-1} | x_t, data).
+
+        Source: Ho et al., arXiv:2006.11239, equation 7.
+        """
+        beta, before, after = self.betas, self.alpha_bar[:-1], self.alpha_bar[1:]
+        on_data = beta * np.sqrt(before) / (1 - after)
+        on_x = (1 - before) * np.sqrt(1 - beta) / (1 - after)
+        return on_data, on_x, beta * (1 - before) / (1 - after)
 
     @functools.cached_property
     def log_variances(self) -> tuple[np.ndarray, np.ndarray]:
@@ -309,9 +315,9 @@ class GaussianDiffusion:
         self, prediction: Batch, x: Batch, t: Any, denoised_fn: DenoisedFn | None
     ) -> tuple[Batch, Batch]:
         """Returns the mean of x_{t-1}, and the guess at the data."""
-        every = np.arange(self.num_timesteps)
-        alpha, sigma = self.float64_path(every)
-        p, q = self.prediction.weights(self.float64_path, every)
+        steps = np.arange(self.num_timesteps)
+        alpha, sigma = self.float64_path(steps)
+        p, q = self.prediction.weights(self.float64_path, steps)
         det = alpha * q - sigma * p  # solved in float64: alpha is small at the end
         data = lookup(q / det, t) * x - lookup(sigma / det, t) * prediction
         data = denoised_fn(data) if denoised_fn else data
@@ -344,9 +350,10 @@ def discretized_gaussian_log_likelihood(
     return jnp.log(jnp.maximum(mass, 1e-12))
 
 
-def _expect_channels(out: Array, wanted: int, variance: str, remedy: str) -> None:
-    if out.shape[-1] != wanted:
+def _check_channels(out: Array, x: Batch, variance: str, learn_sigma: bool) -> None:
+    channels = x.shape[-1] * (2 if learn_sigma else 1)
+    if out.shape[-1] != channels:
         raise UserError(
-            f"variance={variance} needs {wanted} output channels, the network has "
-            f"{out.shape[-1]}; use a model with {remedy} or another variance"
+            f"variance={variance} needs {channels} output channels, the network has "
+            f"{out.shape[-1]}; use a model with {learn_sigma=} or another variance"
         )

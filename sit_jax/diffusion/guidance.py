@@ -34,14 +34,11 @@ class GuidanceInterval:
     high: float = 1.0
 
     def __post_init__(self) -> None:
-        if callable(self.scale) or not math.isfinite(self.scale):
+        is_number = not callable(self.scale) and math.isfinite(self.scale)
+        if not (is_number and 0 <= self.low < self.high <= 1):
             raise UserError(
-                f"scale={self.scale} of GuidanceInterval must be a finite number"
-            )
-        if not 0 <= self.low < self.high <= 1:
-            raise UserError(
-                f"guidance interval {self.low},{self.high}: two numbers LO < HI in "
-                "[0, 1]; 0 is noise, 1 is data"
+                f"guidance interval {self.low},{self.high} of scale {self.scale}: give "
+                "a finite number, and LO < HI in [0, 1]; 0 is noise, 1 is data"
             )
 
     def covers(self, progress: PerImage) -> Bool[Array, " b"]:
@@ -65,12 +62,9 @@ class PowerCosine:
     steps: int = 1000
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise UserError(f"scale={self.scale} of PowerCosine must be finite")
-        if not (self.power > 0 and math.isfinite(self.power)):
-            raise UserError(f"power={self.power} of PowerCosine must be positive")
-        if self.steps < 1:
-            raise UserError(f"steps={self.steps} of PowerCosine: at least 1")
+        power_fits = 0 < self.power < math.inf
+        if not (math.isfinite(self.scale) and power_fits and self.steps >= 1):
+            raise UserError(f"{self}: scale finite, power positive, steps at least 1")
 
     def __call__(self, t: Time) -> PerImage:
         angle = jnp.pi * (1 - t / self.steps) ** self.power
@@ -190,14 +184,15 @@ def extrapolate(
     return jnp.concatenate([guided, cond[..., channels:]], axis=-1)
 
 
-def check_guiding_model(parts: Any, other: Any, path: Any) -> None:
+def check_guiding_model(experiment: Any, other: Any, path: Any) -> None:
     """Refuses a guiding model (of another experiment) that does not fit."""
-    if other.shape != parts.shape or other.model.classes != parts.model.classes:
+    sizes, other_sizes = ((e.shape, e.model.classes) for e in (experiment, other))
+    if other_sizes != sizes:
         raise UserError(
-            f"--autoguidance {path} is for {other.shape} in {other.model.classes} "
-            f"classes, not for {parts.shape} in {parts.model.classes}"
+            f"--autoguidance {path} is for {other_sizes[0]} in {other_sizes[1]} "
+            f"classes, not for {sizes[0]} in {sizes[1]}"
         )
-    ours, theirs = (_describe_prediction(each.process) for each in (parts, other))
+    ours, theirs = (_describe_prediction(e.process) for e in (experiment, other))
     if ours != theirs:
         raise UserError(
             f"--autoguidance {path} answers another question: {theirs}, where "
@@ -207,13 +202,9 @@ def check_guiding_model(parts: Any, other: Any, path: Any) -> None:
 
 def _describe_prediction(process: Any) -> str:
     """Returns words that are equal where two networks' outputs mean the same."""
-    names = ("path", "schedule", "steps", "prediction")
-    values = {f.name: f for f in dataclasses.fields(process) if f.name in names}
-    words = []
-    for name in names:
-        if name in values:
-            value = getattr(process, name)
-            words.append(f"{name}={getattr(value, '__name__', value)}")
+    names = {"path", "schedule", "steps", "prediction"}
+    fields = {name: value for name, value in vars(process).items() if name in names}
+    words = [f"{k}={getattr(v, '__name__', v)}" for k, v in fields.items()]
     return f"{type(process).__name__}({', '.join(words)})"
 
 

@@ -65,13 +65,9 @@ class Interpolant:
     max_time: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
-        for name, eps in (
-            ("train_eps", self.train_eps),
-            ("sample_eps", self.sample_eps),
-        ):
-            if eps is None:
-                continue
-            if not isinstance(eps, int | float) or not 0 <= eps < 0.5:
+        margins = {"train_eps": self.train_eps, "sample_eps": self.sample_eps}
+        for name, eps in margins.items():
+            if eps is not None and not 0 <= eps < 0.5:
                 raise UserError(f"{name}={eps}: give a number from 0 to below 0.5")
 
     def sample_times(self, key: Array, n: int) -> PerImage:
@@ -98,15 +94,12 @@ class Interpolant:
     def prediction_fn(self, net: Net, target: Prediction) -> Net:
         """Returns a Net that gives `target`, whatever `net` was trained to predict."""
 
+        convert = functools.partial(
+            predictions.convert, path=self.path, source=self.prediction, target=target
+        )
+
         def predict(x: Batch, t: PerImage) -> Batch:
-            return predictions.convert(
-                _match_input(net(x, t), x),
-                x,
-                expand_dims_like(t, x),
-                self.path,
-                source=self.prediction,
-                target=target,
-            )
+            return convert(_match_input(net(x, t), x), x, expand_dims_like(t, x))
 
         return predict
 
@@ -153,12 +146,9 @@ class Interpolant:
                 derivatives = jnp.stack(path_derivatives(self.path, t))
                 return not jnp.isfinite(derivatives).all()
 
-            return PathEnds(
-                no_data_at_0=bool(abs(self.path(start)[0]) < 1e-6),
-                no_noise_at_1=bool(abs(self.path(end)[1]) < 1e-6),
-                steep_at_0=is_steep(start),
-                steep_at_1=is_steep(end),
-            )
+            no_data_at_0 = bool(abs(self.path(start)[0]) < 1e-6)
+            no_noise_at_1 = bool(abs(self.path(end)[1]) < 1e-6)
+            return PathEnds(no_data_at_0, no_noise_at_1, is_steep(start), is_steep(end))
 
 
 def _match_input(out: Float[Array, "b h w _"], x: Batch) -> Batch:

@@ -108,9 +108,8 @@ class MinSnrHybridLoss:
         self, process: GaussianDiffusion, batch: NoisyBatch, out: Array
     ) -> dict[str, PerImage]:
         t = batch.t[:, 0, 0, 0]
-        weights = min_snr_weight(
-            *process.path(t), *process.target_weights(t), self.most
-        )
+        (alpha, sigma), (p, q) = process.path(t), process.target_weights(t)
+        weights = min_snr_weight(alpha, sigma, p, q, self.most)
         return _weight_squared_error(hybrid_loss(process, batch, out), weights)
 
 
@@ -133,8 +132,7 @@ def _weight_squared_error(
     terms: dict[str, PerImage], weights: PerImage
 ) -> dict[str, PerImage]:
     mse = weights * terms["mse"]
-    loss = mse + terms["vb"] if "vb" in terms else mse
-    return terms | {"loss": loss, "mse": mse}
+    return terms | {"loss": mse + terms["vb"] if "vb" in terms else mse, "mse": mse}
 
 
 def _check(most: float) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from sit_jax.diffusion.paths import path_derivatives
-from sit_jax.diffusion.schedules import posterior_coefficients
 from sit_jax.typing import NamedFunction, Path
 
 Weights = tuple[Any, Any]
@@ -59,15 +58,6 @@ def data(path: Path, t: Any) -> Weights:
 def score(path: Path, t: Any) -> Weights:
     """The gradient of log p(x_t | data)."""
     return 0.0, -1.0 / path(t)[1]
-
-
-@Prediction
-def previous_x(path: Path, t: Any) -> Weights:
-    """The mean of q(x_{t-1} | x_t, data) of a discrete process."""
-    (alpha_prev, _), (alpha, sigma) = path(t - 1), path(t)
-    beta = 1 - (alpha / alpha_prev) ** 2
-    on_data, on_x, _ = posterior_coefficients(beta, alpha_prev**2, alpha**2)
-    return on_data + on_x * alpha, on_x * sigma
 
 
 def convert(

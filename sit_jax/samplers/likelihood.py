@@ -171,7 +171,7 @@ class VariationalBound:
             t_full, noise = expand_dims_like(t, data), step_noise(i)
             x = interpolate(chain.path, data, noise, t_full)
             batch = NoisyBatch(data, noise, x, t_full)
-            vb, guess = chain.vb_terms_of(net, batch, t, denoised_fn)
+            vb, guess = chain.vb_terms_of(net, batch, denoised_fn)
             alpha, sigma = chain.path(t_full)
             noise_error = (x - alpha * guess) / sigma - noise
             mses = _mean_square(guess - data), _mean_square(noise_error)

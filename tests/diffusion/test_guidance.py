@@ -1,5 +1,7 @@
 """Guidance: what is asked of the network, and what is made of its answers."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,36 +61,26 @@ def test_recorded_halves(strength):
     np.testing.assert_allclose(nchw(out), theirs, atol=1e-5 * np.abs(theirs).max())
 
 
+INTERVAL = GuidanceInterval(2.5, 0.2, 0.4)
+
+
 def test_an_interval_guides_inside_and_is_plain_outside():
-    inside = classifier_free_guidance(net, LABELS, 9, GuidanceInterval(2.5, 0.2, 0.4))(
-        X, T
-    )
-    np.testing.assert_allclose(inside, by_hand(2.5), atol=1e-6)
-    outside = classifier_free_guidance(net, LABELS, 9, GuidanceInterval(2.5, 0.4, 0.8))(
-        X, T
-    )
-    np.testing.assert_array_equal(outside, net(X, T, LABELS))
+    guided = classifier_free_guidance(net, LABELS, 9, INTERVAL)
+    np.testing.assert_allclose(guided(X, T), by_hand(2.5), atol=1e-6)
+    np.testing.assert_array_equal(guided(X, T + 0.2), net(X, T + 0.2, LABELS))
     # each image by its own time, where they differ
     t = jnp.array([0.3, 0.9])
-    mixed = classifier_free_guidance(net, LABELS, 9, GuidanceInterval(2.5, 0.2, 0.4))(
-        X, t
-    )
-    np.testing.assert_allclose(mixed[0], by_hand(2.5)[0], atol=1e-6)
-    np.testing.assert_allclose(mixed[1], net(X, t, LABELS)[1], rtol=1e-6)
+    np.testing.assert_allclose(guided(X, t)[0], by_hand(2.5)[0], atol=1e-6)
+    np.testing.assert_allclose(guided(X, t)[1], net(X, t, LABELS)[1], rtol=1e-6)
 
 
 def test_an_interval_of_a_diffusion_counts_from_its_noise():
     progress = lambda t: 1 - t / 999
-    scale = GuidanceInterval(2.5, 0.2, 0.4)
-    out = classifier_free_guidance(net, LABELS, 9, scale, progress=progress)(
-        X, jnp.array([700, 700])
-    )
-    cond = net(X, jnp.array([700, 700]), LABELS)
-    assert np.abs(out[..., :3] - cond[..., :3]).max() > 0.1  # progress is 0.3
-    out = classifier_free_guidance(net, LABELS, 9, scale, progress=progress)(
-        X, jnp.array([300, 300])
-    )
-    np.testing.assert_array_equal(out, net(X, jnp.array([300, 300]), LABELS))
+    guided = classifier_free_guidance(net, LABELS, 9, INTERVAL, progress=progress)
+    for step, is_guided in ((700, True), (300, False)):  # progress is 0.3 and 0.7
+        t = jnp.full(2, step)
+        difference = np.abs(guided(X, t) - net(X, t, LABELS)).max()
+        assert (difference > 0.1) if is_guided else difference == 0
 
 
 def test_outside_the_interval_the_null_half_is_not_computed():
@@ -98,9 +90,7 @@ def test_outside_the_interval_the_null_half_is_not_computed():
         jax.debug.callback(lambda y: rows.append(len(y)), y)
         return net(x, t, y)
 
-    run = jax.jit(
-        classifier_free_guidance(counting, LABELS, 9, GuidanceInterval(2.5, 0.2, 0.4))
-    )
+    run = jax.jit(classifier_free_guidance(counting, LABELS, 9, INTERVAL))
     for t in (0.1, 0.3, 0.5):
         run(X, jnp.full(2, t))
     jax.effects_barrier()
@@ -115,25 +105,29 @@ def test_autoguidance_leads_away_from_the_worse_network():
 
 def test_none_is_one_pass():
     assert is_unguided(1) and is_unguided(1.0)
-    assert not (
-        is_unguided(1.5)
-        or is_unguided(GuidanceInterval(1.0, 0, 1))
-        or is_unguided(PowerCosine())
-    )
+    scales = (1.5, GuidanceInterval(1.0, 0, 1), PowerCosine())
+    assert not any(is_unguided(scale) for scale in scales)
     only = lambda x, t, y: net(x, t, y) if len(y) == 2 else 1 / 0
     np.testing.assert_array_equal(
         classifier_free_guidance(only, LABELS, 9, 1)(X, T), net(X, T, LABELS)
     )
 
 
-@pytest.mark.parametrize("ends", [(0.5, 0.2), (-0.1, 0.5), (0.2, 1.1), (0.3, 0.3)])
-def test_impossible_intervals_are_refused(ends):
-    with pytest.raises(UserError, match="guidance interval"):
-        GuidanceInterval(2.0, *ends)
-
-
-def test_an_interval_of_no_number_is_refused():
-    with pytest.raises(UserError, match="finite number"):
-        GuidanceInterval(PowerCosine(), 0.1, 0.2)
-    with pytest.raises(UserError, match="finite number"):
-        GuidanceInterval(float("nan"), 0.1, 0.2)
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        *(
+            (partial(GuidanceInterval, 2.0, *ends), "guidance interval")
+            for ends in ((0.5, 0.2), (-0.1, 0.5), (0.2, 1.1), (0.3, 0.3))
+        ),
+        (partial(GuidanceInterval, PowerCosine()), "finite number"),
+        (partial(GuidanceInterval, float("nan")), "finite number"),
+        (partial(PowerCosine, power=0.0), "power=0.0"),
+        (partial(PowerCosine, power=float("nan")), "power=nan"),
+        (partial(PowerCosine, scale=float("inf")), "scale=inf"),
+        (partial(PowerCosine, steps=0), "steps=0"),
+    ],
+)
+def test_impossible_scales_are_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()

@@ -24,16 +24,11 @@ def whole():
     return drawn(3, jnp.arange(32))
 
 
-@pytest.mark.parametrize("batch", [1, 7])
-def test_the_batch_size_does_not_enter(whole, batch):
-    for first in range(0, 32, batch):
-        index = np.minimum(np.arange(first, first + batch), 31)
-        for part, of_all in zip(drawn(3, index), whole, strict=True):
-            np.testing.assert_array_equal(part, of_all[index])
-
-
-def test_nor_do_order_and_neighbours(whole):
-    index = np.array([31, 0, 5, 5] * 8)
+@pytest.mark.parametrize(
+    "indices", [[0], [31], np.arange(7), [31, 0, 5, 5] * 8], ids=str
+)
+def test_batch_size_order_and_neighbours_do_not_enter(whole, indices):
+    index = np.array(indices)
     for part, of_all in zip(drawn(3, index), whole, strict=True):
         np.testing.assert_array_equal(part, of_all[index])
 

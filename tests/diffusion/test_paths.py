@@ -8,7 +8,6 @@ from helpers.samplers import PATHS, assert_close
 
 from sit_jax.diffusion.paths import (
     VP,
-    expand_dims_like,
     gvp,
     interpolate,
     linear,
@@ -81,17 +80,3 @@ def test_time_0_is_noise_and_time_1_is_data(path):
     # gvp's cos(pi / 2) is 4e-8 in float32
     for t, end in ((0.0, noise), (1.0, data)):
         np.testing.assert_allclose(interpolate(path, data, noise, t), end, rtol=1e-6)
-
-
-@pytest.mark.parametrize("name", PATHS)
-def test_slope_is_the_derivative(name):
-    path, t, h = PATHS[name], np.linspace(0.1, 0.9, 9, dtype=np.float32), 1e-2
-    ahead, behind = path(jnp.asarray(t + h)), path(jnp.asarray(t - h))
-    for mine, a, b in zip(path_derivatives(path, t), ahead, behind, strict=True):
-        # the central difference is off by h^2 / 6 of the third derivative, below 100
-        np.testing.assert_allclose(mine, (a - b) / (2 * h), atol=2e-3)
-
-
-def test_align():
-    assert expand_dims_like(jnp.zeros(3), jnp.zeros((3, 4, 4, 2))).shape == (3, 1, 1, 1)
-    assert expand_dims_like(jnp.zeros(()), jnp.zeros((3, 4))).shape == (1, 1)

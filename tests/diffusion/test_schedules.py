@@ -18,9 +18,6 @@ def test_linear_betas():
     assert betas.dtype == np.float64 and betas.shape == (1000,)
     assert betas[0] == 1e-4 and betas[-1] == 0.02
     np.testing.assert_allclose(np.diff(betas), 0.0199 / 999, rtol=1e-10)
-
-
-def test_fewer_linear_betas_are_larger():
     # the whole chain destroys about as much, so half the steps are twice as large
     np.testing.assert_allclose(linear_betas(500)[[0, -1]], [2e-4, 0.04], rtol=1e-15)
 
@@ -45,12 +42,6 @@ def test_recorded_timestep_maps(name, spacing):
     assert space_timesteps(1000, spacing) == tuple(recorded)
 
 
-def test_250_steps_have_gaps_of_four_and_five():
-    kept = space_timesteps(1000, 250)
-    assert kept[:4] == (0, 4, 8, 12) and kept[-4:] == (987, 991, 995, 999)
-    assert len(kept) == 250 and set(np.diff(kept)) == {4, 5}
-
-
 def test_ddim_spacing_is_a_plain_stride():
     assert space_timesteps(1000, DDIMSpacing(50)) == tuple(range(0, 1000, 20))
     assert space_timesteps(1000, DDIMSpacing(1000)) == tuple(range(1000))
@@ -58,14 +49,10 @@ def test_ddim_spacing_is_a_plain_stride():
 
 def test_sections_share_the_chain():
     """1000 = 334 + 333 + 333: the first sections are the longer ones."""
-    kept = space_timesteps(1000, (10, 15, 20))
-    assert len(kept) == 45
-    assert [sum(a <= k < b for k in kept) for a, b in ((0, 334), (334, 667))] == [
-        10,
-        15,
-    ]
+    steps = space_timesteps(1000, (10, 15, 20))
     # each section gives both its ends
-    assert {0, 333, 334, 666, 667, 999} <= set(kept)
+    assert steps[0] == 0 and steps[9:11] == (333, 334)
+    assert steps[24:26] == (666, 667) and steps[44:] == (999,)
 
 
 def test_places_are_summed_and_rounded_half_to_even():
@@ -85,21 +72,13 @@ def test_ends_of_the_range():
 @pytest.mark.parametrize(
     "spacing, words",
     [
-        (0, "steps=0.*at least one"),
-        (-5, "steps=-5.*at least one"),
-        ((), "at least one"),
-        ((0, 0), "at least one"),
-        ((5, -1), "at least one"),
+        *((spacing, "at least one") for spacing in (0, -5, (), (0, 0), (5, -1))),
         (1001, "1001 steps of a diffusion of 1000"),
         ((10, 400, 10), "section 2 of 3 has 333 of the 1000 steps, 400 asked"),
         (12.5, "steps=12.5 is not a spacing"),
         ("ddim50", "'ddim50' is not a spacing"),
-        (True, "not a spacing"),
         ([10, 10], "not a spacing"),
-        (
-            DDIMSpacing(300),
-            "no stride visits 300 of 1000 steps; nearest are 334 and 250",
-        ),
+        (DDIMSpacing(300), "no stride visits 300 .*; nearest are 334 and 250"),
     ],
 )
 def test_impossible_spacings(spacing, words):
@@ -107,7 +86,7 @@ def test_impossible_spacings(spacing, words):
         space_timesteps(1000, spacing)
 
 
-@pytest.mark.parametrize("steps", [0, -1, 2.5])
+@pytest.mark.parametrize("steps", [0, -1])
 def test_impossible_ddim_spacings(steps):
     with pytest.raises(UserError, match="DDIMSpacing"):
         DDIMSpacing(steps)

@@ -22,8 +22,6 @@ from sit_jax.diffusion.timesteps import (
 )
 from sit_jax.errors import UserError
 from sit_jax.experiment import TRAINING, build_experiment
-from sit_jax.training.state import TrainState, init_params
-from sit_jax.training.step import make_train_step
 
 PROCESS = Interpolant(prediction=predictions.noise)  # 0.001 .. 0.999
 N = 40_000
@@ -77,22 +75,6 @@ def test_the_mode_is_in_the_middle_and_every_time_is_covered():
     u, s = np.linspace(0, 1, 101), 1.29
     theirs = 1 - u - s * (np.cos(np.pi / 2 * u) ** 2 - 1 + u)
     np.testing.assert_allclose(Mode(s)(jnp.asarray(u)), 1 - theirs, atol=1e-6)
-
-
-def test_a_step_takes_them_with_and_without_weights():
-    parts = build_experiment(small.config(), TRAINING)
-    init = lambda key: TrainState.create(
-        init_params(parts.model, parts.shape, key), parts.optimizer
-    )
-    state = jax.eval_shape(init, jax.random.key(0))
-    batch = {"image": np.zeros((8, 4, 4, 1), np.uint8), "label": np.zeros(8, int)}
-    for weighted in (False, True):
-        times = DensityTimesteps(LogitNormal(), weighted)
-        step = make_train_step(
-            parts.model, parts.process, parts.optimizer, timestep_sampler=times
-        )
-        new, _ = jax.eval_shape(step, state, parts.codec, batch, jax.random.key(3))
-        assert new.timestep_sampler_state == ()
 
 
 def test_a_config_holds_them():

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from helpers.networks import TINY, equations, quick_jit, shapes
 
-from sit_jax.diffusion.guidance import PowerCosine
 from sit_jax.errors import UserError
 from sit_jax.models import dit, layers
 from sit_jax.models.flops import forward_macs, step_macs
@@ -119,18 +118,3 @@ def test_a_network_without_a_masked_pass_has_one_pass_and_takes_no_mask():
     order = jnp.arange(16)[None]
     with pytest.raises(UserError, match="model.mask_ratio is None"):
         jax.eval_shape(lambda: model.init(jax.random.key(0), x, t, y, order=order))
-
-
-@pytest.mark.parametrize(
-    "fields, message",
-    [
-        (dict(power=0.0), "power=0.0"),
-        (dict(power=float("nan")), "power=nan"),
-        (dict(scale=float("inf")), "scale=inf"),
-        (dict(steps=0), "steps=0"),
-    ],
-    ids=["power", "nan", "scale", "steps"],
-)
-def test_impossible_strengths_are_named(fields, message):
-    with pytest.raises(UserError, match=message):
-        PowerCosine(**fields)
