@@ -60,8 +60,9 @@ def test_large_scores_are_taken_head_head_by_head_and_not_kept(monkeypatch):
 
 
 @pytest.mark.parametrize("by", ["head_by_head", "heads_first"])
-@pytest.mark.parametrize("biases", [(1, 3), (2, 3), (1, 1)])  # for all, or each its own
-@pytest.mark.parametrize("masks", [0, 1, 3])  # none, for all heads, for each its own
+@pytest.mark.parametrize(  # a bias for all or for each; a mask for none, all or each
+    "biases, masks", [((1, 3), 1), ((2, 3), 3), ((1, 1), 0)]
+)
 def test_packed_attention_is_that_of_its_parts(by, biases, masks, monkeypatch):
     """Each head is read from where it is, and its gradient is written over it."""
     monkeypatch.setattr(attention_cpu, "CACHE", 0)

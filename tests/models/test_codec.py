@@ -21,7 +21,6 @@ from sit_jax.models.codec import (
     to_uint8,
     to_uint8_mdt,
 )
-from sit_jax.models.vae import AutoencoderKL
 from sit_jax.parallel.mesh import batch_sharding, make_mesh
 from sit_jax.precision.policy import EXACT
 
@@ -44,16 +43,6 @@ def test_pixels_span_minus_one_to_one_and_come_back():
     steps = np.diff(np.asarray(x, np.float64).ravel())
     np.testing.assert_allclose(steps, 2 / 255, atol=2e-7)
     np.testing.assert_array_equal(Pixels().decode(x), ramp)
-
-
-def test_codecs_are_pytrees_that_jit_takes_as_arguments():
-    batch = {"moments": moments(2, 3, 3)}
-    draw = jax.jit(codec_sample)
-    np.testing.assert_allclose(
-        draw(Latents(), KEY, batch), codec_sample(Latents(), KEY, batch), rtol=1e-6
-    )  # one compiled against one interpreted: the last bit of exp
-    image = {"image": np.full((2, 3, 3, 1), 200, np.uint8)}
-    np.testing.assert_allclose(draw(Pixels(), KEY, image), 200 / 127.5 - 1, rtol=1e-6)
 
 
 def test_drawn_latents_are_the_scaled_posterior():
@@ -79,16 +68,16 @@ def test_log_variance_is_bounded_as_in_stable_diffusion():
 
 
 def test_data_comes_from_whatever_the_batch_holds():
-    latent = np.ones((2, 3, 3, 4), np.float32)
-    assert codec_sample(Latents(), KEY, {"latent": latent, "label": 0}) is latent
-    m = moments(2, 3, 3)
-    np.testing.assert_array_equal(
-        codec_sample(Latents(), KEY, {"moments": m}), Latents().sample(KEY, m)
-    )
+    latent, m = np.ones((2, 3, 3, 4), np.float32), moments(2, 3, 3)
     image = np.arange(18, dtype=np.uint8).reshape(2, 3, 3, 1)
-    np.testing.assert_array_equal(
-        codec_sample(Pixels(), KEY, {"image": image}), Pixels().encode(image)
-    )
+    assert codec_sample(Latents(), KEY, {"latent": latent, "label": 0}) is latent
+    drawn = codec_sample(Latents(), KEY, {"moments": m})
+    np.testing.assert_array_equal(drawn, Latents().sample(KEY, m))
+    pixels = codec_sample(Pixels(), KEY, {"image": image})
+    np.testing.assert_array_equal(pixels, Pixels().encode(image))
+    vae, images = straight(scale=0.5), np.full((2, 2, 2, 3), 200, np.uint8)
+    data = codec_sample(vae, KEY, {"image": images})
+    np.testing.assert_array_equal(data, vae.sample(KEY, vae.encode(images)))
 
 
 def test_latents_say_that_pictures_need_a_vae():
@@ -124,20 +113,6 @@ def test_a_vae_encodes_what_pixels_are_and_decodes_what_was_scaled():
     np.testing.assert_array_equal(decoded, to_uint8(2 * (latents / 0.25)[..., :3]))
 
 
-def test_a_vae_draws_as_latents_do():
-    m = moments(2, 3, 3)
-    ours, theirs = (codec.sample(KEY, m) for codec in (straight(), Latents()))
-    np.testing.assert_array_equal(ours, theirs)
-
-
-def test_images_become_the_data_of_a_vae():
-    image = {"image": np.full((2, 2, 2, 3), 200, np.uint8)}
-    vae = straight(scale=0.5)
-    data = codec_sample(vae, KEY, image)
-    np.testing.assert_array_equal(data, vae.sample(KEY, vae.encode(image["image"])))
-    assert data.shape == (2, 2, 2, 3)
-
-
 def test_latents_are_unscaled_in_float32():
     half = jnp.asarray(np.linspace(-0.09, 0.09, 48), jnp.bfloat16).reshape(4, 2, 2, 3)
     found = straight().decode(half)
@@ -145,7 +120,7 @@ def test_latents_are_unscaled_in_float32():
     assert len(np.unique(found)) == 48  # in bfloat16 steps of 1 / 64 become equal
 
 
-@pytest.mark.parametrize("group", [None, 1, 3, 8, 16])
+@pytest.mark.parametrize("group", [None, 3, 16])
 def test_groups_change_nothing(group):
     latents = np.random.default_rng(1).normal(size=(11, 2, 2, 4)).astype(np.float32)
     wanted = to_uint8(2 * (latents / np.float32(0.18215))[..., :3])
@@ -222,20 +197,5 @@ def test_the_rule_of_rounding_is_part_of_a_config(codec):
     config = spec(codec, rounding=to_uint8_mdt)
     assert to_json(config)["rounding"] == {"name": "sit_jax.models.codec.to_uint8_mdt"}
     assert from_json(to_json(config), "codec").rounding is to_uint8_mdt
-    dark = Pixels(rounding=to_uint8_mdt).decode(np.float32([[0.0]]))
-    assert (
-        int(dark[0, 0]) == 127
-        and int(Pixels().decode(np.float32([[0.0]]))[0, 0]) == 128
-    )
-
-
-def test_a_vae_is_a_pytree_with_its_weights_as_leaves():
-    vae = straight(rounding=to_uint8_mdt)
-    leaves, structure = jax.tree.flatten(vae)
-    assert len(leaves) == 3 and structure == jax.tree.structure(
-        straight(rounding=to_uint8_mdt)
-    )
-    assert structure != jax.tree.structure(straight())
-    assert hash(AutoencoderKL()) == hash(AutoencoderKL())
-    doubled = jax.tree.map(lambda leaf: 2 * leaf, vae)
-    assert float(doubled.params["gain"]) == 4 and doubled.rounding is to_uint8_mdt
+    for rule, level in ((to_uint8, 128), (to_uint8_mdt, 127)):
+        assert int(Pixels(rounding=rule).decode(jnp.zeros((1, 1)))[0, 0]) == level

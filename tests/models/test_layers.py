@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from helpers.recorded import arrays, case, relative
 
-from sit_jax.errors import UserError
 from sit_jax.models import layers
 
 
@@ -22,13 +21,6 @@ def test_position_table_is_the_recorded_one(name):
     whole = ours.astype(np.float64)
     assert relative(whole.sum(0), golden[f"{name}.col_sums_f64"]) < 1e-7
     assert relative(whole.sum(1), golden[f"{name}.row_sums_f64"]) < 1e-7
-
-
-def test_position_table_tells_the_column_first():
-    one, down = layers.sincos_pos_embed_2d(4, 8)[[1, 4]]
-    expected = [0.8414710, 0.0099998, 0.5403023, 0.9999500, 0, 0, 1, 1]
-    np.testing.assert_allclose(one, expected, atol=1e-7)
-    np.testing.assert_array_equal(down, np.roll(one, 4))
 
 
 def test_frequencies_are_within_one_rounding_of_torch():
@@ -47,23 +39,6 @@ def test_time_is_embedded_as_recorded():
         golden = arrays(name)  # t in [0, 1]; t up to 999, where one ulp is 6e-5
         ours = jax.jit(layers.timestep_embedding)(golden["t"])
         assert relative(ours, golden["t_freq"]) < tolerance, name
-
-
-def test_time_embedding_has_cosines_first():
-    # From running the released code at t = 0.3; columns 0, 1, 127, 128, 129, 255.
-    ours = layers.timestep_embedding(jnp.array([0.3]))[
-        0, np.array([0, 1, 127, 128, 129, 255])
-    ]
-    theirs = [0.9553365, 0.9612840, 1.0, 0.2955202, 0.2755594, 3.2238229e-05]
-    np.testing.assert_allclose(ours, theirs, rtol=2e-7)
-
-
-def test_integer_times_are_embedded_in_float32():
-    whole = layers.timestep_embedding(jnp.array([3, 700]))
-    assert whole.dtype == jnp.float32
-    np.testing.assert_array_equal(
-        whole, layers.timestep_embedding(jnp.array([3.0, 700.0]))
-    )
 
 
 def test_gelu_and_its_slope_are_those_of_the_formula():
@@ -108,10 +83,3 @@ def test_modulation_scale_is_not_rounded_before_one_is_added():
     x, zero = jnp.ones((1, 1, 1)), jnp.zeros((1, 1, 1), jnp.bfloat16)
     small = jnp.full((1, 1, 1), 2.0**-10, jnp.bfloat16)  # 1 + 2^-10 is 1 in bfloat16
     assert layers.modulate(x, zero, small).item() == 1 + 2.0**-10
-
-
-@pytest.mark.parametrize("table, field", [("REMAT", "remat"), ("DTYPES", "dtype")])
-def test_unknown_choice_lists_the_known_ones(table, field):
-    known = getattr(layers, table)
-    with pytest.raises(UserError, match=f"{field} is 'al':.*{', '.join(known)}"):
-        layers.choose(known, "al", field)
