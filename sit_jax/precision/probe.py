@@ -53,7 +53,6 @@ def describe_precision(
     precision: Precision,
     measured: Mapping[str, int],
     emulating: str | None = None,
-    device: Any = None,
 ) -> str:
     """Returns the line that a script prints at its start.
 
@@ -61,13 +60,12 @@ def describe_precision(
       precision: the one chosen.
       measured: from measure_mantissa_bits.
       emulating: an emulated platform's name.
-      device: by default the first one.
     """
     name = precision.name + (f", emulating {emulating}" if emulating else "")
     return (
         f"precision: {name}; mantissa bits of a default dot {measured['default dot']}, "
         f"the model's {measured['model dot']}, convolution {measured['convolution']} "
-        f"({_default(device).device_kind})"
+        f"({jax.devices()[0].device_kind})"
     )
 
 
@@ -82,7 +80,7 @@ def precision_warning(
     mantissa_bits is what an emulation leaves of operands; the others are as in
     describe_precision.
     """
-    device = _default(device)
+    device = device or jax.devices()[0]
     _, low, high = precision.matmul_precision(device.platform)
     if mantissa_bits is not None:  # of the dtype's, whatever the platform
         low = high = min(mantissa_bits, jnp.finfo(precision.dtype).nmant + 1)
@@ -139,10 +137,6 @@ def bits(product: np.ndarray) -> int:
       product: left @ right of operands().
     """
     product, last = product.astype(np.float64), 2.0 ** (1 - BITS)
-    by_left, by_right = product[1:, 0], product[0, 1:]
-    kept = (by_left[: len(BITS)] == last) & (by_right[: len(BITS)] == last)
-    return int(np.append(BITS - 1, 24)[np.append(kept, False).argmin()])
-
-
-def _default(device: Any) -> Any:
-    return device or jax.devices()[0]
+    of_left, of_right = product[1:, 0], product[0, 1:]
+    is_kept = (of_left[: len(BITS)] == last) & (of_right[: len(BITS)] == last)
+    return int(np.append(BITS - 1, 24)[np.append(is_kept, False).argmin()])
