@@ -11,6 +11,7 @@ same cores; see docs/evidence/performance.md for what each of them saves.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,8 +59,13 @@ def head_by_head_packed(
     if bias is not None:  # its gradient is written over it, head by head
         heads, num_keys = qkv[0].shape[3], qkv[-1].shape[1]
         bias = jnp.broadcast_to(bias, (len(bias), heads, qkv[0].shape[1], num_keys))
-    # a custom vjp would not inherit it
-    return _attention(jax.config.jax_default_matmul_precision, qkv, bias, mask)
+    return _attention(matmul_precision(), qkv, bias, mask)
+
+
+def matmul_precision() -> str | None:
+    """Returns the precision in force, which a custom vjp would not inherit."""
+    config: Any = jax.config
+    return config.jax_default_matmul_precision
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -206,8 +212,7 @@ def training_product(
     on a CPU transposes grad while computing it: in strides, from all its inputs. Other
     platforms get JAX's.
     """
-    # a custom vjp would not inherit it
-    return _product(x, weight, jax.config.jax_default_matmul_precision)
+    return _product(x, weight, matmul_precision())
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -17,7 +17,7 @@ from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from sit_jax.models.attention_cpu import MASKED_SCORE, SAVED_NAME
+from sit_jax.models.attention_cpu import MASKED_SCORE, SAVED_NAME, matmul_precision
 from sit_jax.parallel.mesh import BATCH, HEADS, shard_heads
 
 # Bytes of scores of the heads that are computed together; a v4 has more fast memory.
@@ -91,8 +91,9 @@ def heads_per_turn(q: Float[Array, "h b d t"], k: Float[Array, "h b d s"]) -> in
     mesh = jax.sharding.get_abstract_mesh()
     num_shards = math.prod(mesh.shape.get(axis, 1) for axis in BATCH)
     size = 4 * t * k.shape[-1] * -(-b // num_shards)  # bytes of a head's scores
-    device = getattr(mesh.abstract_device, "device_kind", None)
-    most = SCORES_PER_TURN_OF.get(device, SCORES_PER_TURN)
+    device = mesh.abstract_device
+    kind = device.device_kind if device else "none"
+    most = SCORES_PER_TURN_OF.get(kind, SCORES_PER_TURN)
     if h * size <= 2 * most:
         return h
     fitting = (n for n in range(1, h + 1) if h % n == 0 and n * size <= most)
@@ -105,9 +106,7 @@ def _map_heads(fn: Callable, per_turn: int, parts: Any, masks: Any, common: Any)
     Only parts have gradients. They are written over the parts: jax.lax.map would begin
     them as arrays of zeros, which a TPU takes as long to clear as a tenth of attention.
     """
-    # a custom vjp would not inherit it
-    precision = jax.config.jax_default_matmul_precision
-    return _mapped(fn, per_turn, precision, parts, masks, common)
+    return _mapped(fn, per_turn, matmul_precision(), parts, masks, common)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -61,7 +61,7 @@ def get_rounding(name: str) -> Callable[[Array], Array]:
 
 def rounding_name(rule: Callable[[Array], Array]) -> str:
     """Returns a rule's name in ROUNDINGS, or else the function's own."""
-    names = {known: name for name, known in ROUNDINGS.items()}
+    names: dict[Any, str] = {function: name for name, function in ROUNDINGS.items()}
     return names.get(rule, rule.__name__)
 
 

@@ -10,6 +10,7 @@ import math
 from typing import ClassVar
 
 import flax.linen as nn
+import numpy as np
 from einops import rearrange
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
@@ -70,7 +71,7 @@ class Transformer(nn.Module):
 
     @nn.nowrap
     def embed_patches(
-        self, x: Float[Array, "b s s c"], positions: Float[Array, "1 t d"]
+        self, x: Float[Array, "b s s c"], positions: Float[Array | np.ndarray, "1 t d"]
     ) -> Float[Array, "b t d"]:
         """Returns the tokens of images; call it in a compact method."""
         dtype, size = choose(DTYPES, self.dtype, "dtype"), (self.patch, self.patch)

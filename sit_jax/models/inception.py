@@ -131,13 +131,14 @@ def _name_layers(name: str, scope: str, steps: list[Any]) -> tuple[Any, ...]:
     PyTorch's names count the layers from 1, TensorFlow's from 0, which it leaves out.
     """
     pools = [step for step in steps if callable(step)]  # these come first
-    rows, layers = steps[len(pools) :], []
+    rows = steps[len(pools) :]
+    layers: list[Any] = []
     for i, row in enumerate(rows):
         torch = f"{name}_{i + 1}" if len(rows) > 1 else name
         if isinstance(row, list):
-            scopes = (f"{scope}/mixed/conv", f"{scope}/mixed/conv_1")
-            fork = zip((torch + "a", torch + "b"), scopes, row, strict=True)
-            layers.append(tuple((Conv(*names, *layer),) for *names, layer in fork))
+            a, b = row
+            first = Conv(f"{torch}a", f"{scope}/mixed/conv", *a)
+            layers.append(((first,), (Conv(f"{torch}b", f"{scope}/mixed/conv_1", *b),)))
         else:
             layers.append(Conv(torch, _numbered(f"{scope}/conv", i), *row))
     return (*pools, *layers)

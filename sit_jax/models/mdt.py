@@ -56,7 +56,7 @@ class PositionAttention(Attention):
     side: int = 16  # tokens along a side of the image
 
     @nn.compact
-    def __call__(
+    def __call__(  # type: ignore[override]  # the bias is its own
         self, x: Float[Array, "b m d"], visible: VisibleTokens | None = None
     ) -> Float[Array, "b m d"]:
         rows = (2 * self.side - 1) ** 2 + 3
@@ -75,14 +75,13 @@ class PositionAttention(Attention):
 
 
 class MDTBlock(nn.Module):
-    """A DiT block with biased attention, and perhaps a long skip."""
+    """A DiT block with biased attention; a long skip is merged before all else."""
 
     heads: int
     side: int
     mlp_ratio: float = 4.0
     dtype: Dtype = jnp.float32
     attention: str = "auto"
-    merges_skip: bool = False  # into x, before all else
     returns_skip: bool = False  # its output is a later block's skip
 
     @nn.compact
@@ -94,7 +93,7 @@ class MDTBlock(nn.Module):
         visible: VisibleTokens | None,
     ) -> tuple[Float[Array, "b m d"], Float[Array, "b m d"] | None]:
         """Returns the tokens, and what the scan over blocks stacks."""
-        if self.merges_skip:
+        if skip is not None:
             both = jnp.concatenate([x, skip], axis=-1)  # (b, m, 2 d)
             x = Dense(x.shape[-1], dtype=self.dtype, name="skip")(both)
         attention = PositionAttention(
@@ -269,17 +268,13 @@ class MDTv2(MDT):
         """Runs two halves; the first's outputs are the second's skips, in reverse."""
         half = (self.depth - self.decoder) // 2
         first = self._stack(half, side, name="in_blocks", returns_skip=True)
-        second = self._stack(
-            half, side, skip_axis=0, name="out_blocks", merges_skip=True
-        )
+        second = self._stack(half, side, skip_axis=0, name="out_blocks")
         x, skips = first(x, None, c, visible)
         return second(x, skips[::-1], c, visible)[0]
 
     def decode(self, x, tokens, c, side):
         """Runs the last blocks on all tokens, each with the input as its skip."""
-        blocks = self._stack(
-            self.decoder, side, name="decoder_blocks", merges_skip=True
-        )
+        blocks = self._stack(self.decoder, side, name="decoder_blocks")
         return blocks(x, tokens, c, None)[0]
 
 
@@ -299,10 +294,11 @@ def sample_masks(
     order = jnp.argsort(jax.random.uniform(key_order, (batch_size, tokens)), axis=1)
     if not model.mask_ratio_range:
         return {"order": order}
-    ratio = model.mask_ratio + model.mask_ratio_range * jax.random.uniform(key_ratio)
+    least = model.mask_ratio or 0.0
+    ratio = least + model.mask_ratio_range * jax.random.uniform(key_ratio)
     num_visible = jnp.floor(tokens * (1 - ratio)).astype(int)
     # which is not rounded in float32
-    num_visible = jnp.minimum(num_visible, max_visible(tokens, model.mask_ratio))
+    num_visible = jnp.minimum(num_visible, max_visible(tokens, least))
     return {"order": order, "num_visible": jnp.full(batch_size, num_visible)}
 
 
@@ -313,8 +309,9 @@ def max_visible(tokens: int, mask_ratio: float) -> int:
 
 def bucket_sizes(model: MDT, tokens: int) -> list[int]:
     """Returns the visible tokens of each bucket, evenly spaced up to the most."""
-    most = max_visible(tokens, model.mask_ratio)
-    least = max_visible(tokens, model.mask_ratio + model.mask_ratio_range)
+    mask_ratio = model.mask_ratio or 0.0
+    most = max_visible(tokens, mask_ratio)
+    least = max_visible(tokens, mask_ratio + model.mask_ratio_range)
     count = model.mask_buckets
     return sorted({most - (most - least) * i // count for i in range(count)})
 

@@ -56,7 +56,7 @@ def test_times_are_drawn_by_their_chances_and_weighted_back():
     ours = LossSecondMoment(1, 0.1)
     size = jnp.arange(1.0, STEPS + 1)
     state = ours.update(ours.init(PROCESS), jnp.arange(STEPS), size)
-    draw = quick_jit(lambda key: ours.sample(PROCESS, key, state, 20_000))
+    draw = quick_jit(lambda key: ours.sample(PROCESS, key, state, 5_000))
     t, weights = draw(jax.random.key(0))
     shares = np.bincount(t, minlength=STEPS) / len(t)
     np.testing.assert_allclose(shares, ours.probabilities(state), atol=0.02)

@@ -107,7 +107,7 @@ def test_the_encoders_last_block_gets_what_its_first_one_left():
         first, last = (seen[k]["__call__"][0][0] for k in ("in_blocks", "out_blocks"))
         second = jax.tree.map(lambda w: w[1], drawn["out_blocks"])
         block, c = (
-            mdt.MDTBlock(heads=3, side=4, merges_skip=True),
+            mdt.MDTBlock(heads=3, side=4),
             seen["cond"]["__call__"][0],
         )
         again = lambda skip: block.apply({"params": second}, last[0], skip, c, None)[0]
