@@ -36,15 +36,8 @@ def main() -> int:
         print(*describe(config), sep="\n")
         return 0
     if args.plan:
-        lines = report.plan_training(
-            config,
-            topology=args.topology,
-            devices=args.devices,
-            chip=args.chip,
-            mfu=args.mfu,
-            once=args.once,
-        )
-        for line in lines:
+        options = {flag: getattr(args, flag) for flag in report.FLAGS}
+        for line in report.plan_training(config, **options):
             print(line, flush=True)
         return 0
     workdir = args.workdir or f"runs/{configs.run_name(args.config)}"

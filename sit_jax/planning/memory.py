@@ -6,7 +6,7 @@ data nor devices: XL/2 on 256 chips is planned on a laptop.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -154,44 +154,46 @@ def find_better_mesh(
 
 def describe_unsplit(mesh: Any, params: Any) -> Iterator[str]:
     """Yields lines about large weights that a mesh does not split, and the remedy."""
-    unsplit = sharding_rules.unsharded_arrays(mesh, params)
-    weights = [(name, shape) for name, shape, _ in unsplit if _is_large(shape)]
-    if not weights:
+    unsplit = {
+        (name, shape): axes
+        for name, shape, axes in sharding_rules.unsharded_arrays(mesh, params)
+        if _is_large(shape)
+    }
+    if not unsplit:
         return
-    axes = {axis for _, shape, axes in unsplit if _is_large(shape) for axis in axes}
-    size = 4 * sum(math.prod(shape) for _, shape in weights)
+    axes = " and ".join(sorted(set().union(*unsplit.values())))
+    size = 4 * sum(math.prod(shape) for _, shape in unsplit)
+    remedy = _remedy(mesh, list(unsplit), "splits all of it")
     yield (
-        f"NOT SPLIT over {' and '.join(sorted(axes))}, whose size divides none of "
-        f"their dimensions: {_join_names(weights)} ({size / 1e9:.2f} GB of weights, "
-        "and as much of each moment and average)"
+        f"NOT SPLIT over {axes}, whose size divides none of their dimensions: "
+        f"{_join_names(unsplit)} ({size / 1e9:.2f} GB of weights, and as much of each "
+        f"moment and average){remedy}"
     )
-    if better := find_better_mesh(weights, mesh.size):
-        yield f"  {_mesh_flags(*better)} splits all of it"
 
 
 def describe_ragged(mesh: Any, params: Any) -> Iterator[str]:
     """Yields a line about weights that a TPU cannot gather, and the remedy."""
     large = [w for w in sharding_rules.array_shapes(params) if _is_large(w[1])]
-    row_counts = {w: sharding_rules.partial_tile_rows(*w, mesh.shape) for w in large}
-    ragged = [w for w in large if row_counts[w]]
-    if not ragged:
-        return
-    better = find_better_mesh(large, mesh.size)
-    remedy = f"; {_mesh_flags(*better)} leaves whole tiles" if better else ""
-    yield (
-        f"ADDED UP instead of gathered: fsdp {mesh.shape['fsdp']} leaves "
-        f"{row_counts[ragged[0]]} rows, no whole tiles of {sharding_rules.TILE}, of "
-        f"{_join_names(ragged)}, so a TPU sends about twice their size{remedy}"
-    )
+    rows = {w: sharding_rules.partial_tile_rows(*w, mesh.shape) for w in large}
+    if ragged := [w for w in large if rows[w]]:
+        yield (
+            f"ADDED UP instead of gathered: fsdp {mesh.shape['fsdp']} leaves "
+            f"{rows[ragged[0]]} rows, no whole tiles of {sharding_rules.TILE}, of "
+            f"{_join_names(ragged)}, so a TPU sends about twice their size"
+            f"{_remedy(mesh, large, 'leaves whole tiles')}"
+        )
+
+
+def _remedy(mesh: Any, weights: list[tuple[str, tuple[int, ...]]], words: str) -> str:
+    if better := find_better_mesh(weights, mesh.size):
+        data, fsdp = better
+        return f"; --config.mesh.data={data} --config.mesh.fsdp={fsdp} {words}"
+    return ""
 
 
 def _is_large(shape: tuple[int, ...]) -> bool:
     return 4 * math.prod(shape) >= NOTABLE
 
 
-def _join_names(weights: list[tuple[str, tuple[int, ...]]]) -> str:
-    return ", ".join(name for name, _ in weights[:6])
-
-
-def _mesh_flags(data: int, fsdp: int) -> str:
-    return f"--config.mesh.data={data} --config.mesh.fsdp={fsdp}"
+def _join_names(weights: Iterable[tuple[str, tuple[int, ...]]]) -> str:
+    return ", ".join(name for name, _ in list(weights)[:6])

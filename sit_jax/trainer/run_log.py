@@ -89,19 +89,17 @@ class RunLog:
         self._folder.mkdir(parents=True, exist_ok=True)
         last_step = first_step if first_step > 0 else -1  # the newest one that stays
         _drop_later_steps(self._folder / "metrics.jsonl", last_step)
-        self._metrics, self._text = (
-            stack.enter_context(
-                open(self._folder / name, "ab", buffering=0)  # a kill loses no line
-            )
-            for name in ("metrics.jsonl", "log.txt")
+        open_file = lambda name: stack.enter_context(
+            open(self._folder / name, "ab", buffering=0)  # a kill loses no line
         )
-        self._sinks: list[TensorBoard | Wandb] = []
-        keep = lambda sink: self._sinks.append(
-            stack.enter_context(contextlib.closing(sink))
-        )
-        keep(TensorBoard(self._folder / "tensorboard", last_step))
+        self._metrics, self._text = map(open_file, ("metrics.jsonl", "log.txt"))
+        self._sinks: list[TensorBoard | Wandb] = [
+            TensorBoard(self._folder / "tensorboard", last_step)
+        ]
+        stack.callback(self._sinks[0].close)
         if wandb is not None:
-            keep(Wandb(self._folder, wandb))
+            self._sinks.append(Wandb(self._folder, wandb))
+            stack.callback(self._sinks[1].close)
         self._bar = stack.enter_context(
             tqdm(
                 total=self._total,

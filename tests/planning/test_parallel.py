@@ -110,7 +110,7 @@ def check(family, preset):
 
 def test_eight_devices_give_the_losses_of_one_and_hold_what_was_planned():
     """One pair here, the others with make test-slow: two steps are compiled."""
-    shapes, mesh = check("DiT", "fsdp and tensor")
+    shapes, mesh = check("SiT", "fsdp and tensor")
     split = [
         leaf
         for leaf in jax.tree.leaves(sharding_rules.zero1_shardings(mesh, shapes.params))

@@ -49,7 +49,7 @@ def test_pieces_that_a_tpu_cannot_gather_are_said_with_the_remedy():
 
 
 def test_the_usual_mesh_splits_xl_into_pieces_that_a_tpu_gathers():
-    for count in (8, 16, 64, 256, 1024):
+    for count in (8, 64, 256):
         found = made(sit(), count, **mesh_lib.fsdp_groups())
         assert not found.unsplit and not found.ragged, count
 

@@ -74,7 +74,9 @@ def test_collectives_have_bytes_and_loop_counts():
     assert found["collective-permute"][1:3] == (32, 1)  # not operand and result both
     assert found["all-reduce"][1:3] == (32 + 16, 1)
     assert found["all-to-all"][1:3] == (32, 2)  # in each branch
-    assert len(read_collectives(TEXT)) == 4
+    table = sum_by_kind(read_collectives(TEXT))
+    assert table["all-gather"] == (1, 28, 28 * 256)
+    assert len(table) == 4 and "reduce-scatter" not in table
 
 
 def program(line):
@@ -103,17 +105,8 @@ def test_loop_counts_noted_by_the_compiler_win():
     """Where a loop's condition is a fusion, its constant is among others."""
     note = ', backend_config={"known_trip_count":{"n":"7"}}'
     loop = "(s32[], bf16[4,8]) while(%t), condition=%test, body=%turn"
-    assert count_cycles(TEXT.replace(loop, loop + note)) == 7 * 100 + 7
-
-
-def test_collectives_are_summed_by_kind():
-    table = sum_by_kind(read_collectives(TEXT))
-    assert table["all-gather"] == (1, 28, 28 * 256)
-    assert "reduce-scatter" not in table
-
-
-def test_cycles_count_loops():
     assert count_cycles(TEXT) == 28 * 100 + 7
+    assert count_cycles(TEXT.replace(loop, loop + note)) == 7 * 100 + 7
 
 
 @pytest.mark.parametrize(
@@ -160,8 +153,4 @@ def test_largest_batch_is_found_in_a_few_attempts(first):
     program = compile_batch(first)
     found = find_largest_batch(compile_batch, first, program, step=8, attempts=12)
     assert found == 496 and len(batches) <= 12  # 500 in multiples of 8
-
-
-def test_largest_batch_is_0_where_none_fits():
-    compile_batch, _ = limited(per_image=10, most=5)
-    assert find_largest_batch(compile_batch, 8, None, step=8) == 0
+    assert find_largest_batch(limited(10, 5)[0], first, None, step=8) == 0

@@ -102,17 +102,6 @@ def test_optax_has_another_algorithm_under_the_name():
     assert other(1) < 1e-4 and other(5) > 0.3
 
 
-def test_the_decay_is_of_the_weights_and_not_of_the_gradient():
-    zero = jax.tree.map(jnp.zeros_like, WEIGHTS)
-    tx, weights = adan(0.1, weight_decay=0.5), jax.tree.map(jnp.float32, WEIGHTS)
-    updates, state = tx.update(zero, tx.init(weights), weights)
-    new = optax.apply_updates(weights, updates)
-    for name in WEIGHTS:
-        np.testing.assert_allclose(new[name], WEIGHTS[name] / 1.05, rtol=1e-6)
-    for moment in (state.mean, state.change, state.square):
-        assert not any(np.any(leaf) for leaf in jax.tree.leaves(moment))
-
-
 def test_impossible_shares_are_named():
     with pytest.raises(UserError, match="adan's b3 is 1.0"):
         adan(1e-3, b3=1.0)

@@ -92,7 +92,7 @@ def test_a_second_pass_has_its_own_noise_and_labels_but_the_same_times():
 
 
 def test_the_gradient_and_the_metrics_are_those_of_both_passes():
-    made, arguments, seen = stepped()
+    made, arguments, seen = stepped(decay=(0.9, 0.5), log_quartiles=True)
     new, metrics = made(*arguments)
     exact, losses = {}, {}
     for name, prefix, each in (("plain", "", seen[0]), ("masked", "m_", seen[1])):
@@ -104,8 +104,16 @@ def test_the_gradient_and_the_metrics_are_those_of_both_passes():
         exact[name] = (2 * error * x * (t + 1)[:, None, None, None]).mean()
     for name, slope in exact.items():
         assert float(new.opt_state[0].trace[name]) == pytest.approx(slope, rel=1e-5)
+    share = np.bincount(np.asarray(seen[0]["t"]) // 2, minlength=4) / B
     for name, loss in losses.items():
         assert float(metrics[name]) == pytest.approx(loss, rel=1e-5)
+        quartiles = [float(metrics[f"{name}_q{i}"]) for i in range(4)]
+        assert share @ quartiles == pytest.approx(loss, rel=1e-5)
+        assert quartiles[0] < quartiles[3]
+    for rate, item in ((0.9, "ema"), (0.5, "ema_0.5")):
+        for name, start in (("plain", 0.3), ("masked", 0.7)):
+            average = rate * start + (1 - rate) * float(new.params[name])
+            assert float(new.ema[item][name]) == pytest.approx(average, rel=1e-6)
     norm = np.hypot(*exact.values())
     assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)
 
@@ -120,17 +128,6 @@ def test_parts_of_a_batch_have_the_masks_and_the_losses_of_the_whole():
     assert len(one) > 20
     for a, b in zip(one, other, strict=True):
         np.testing.assert_allclose(b, a, rtol=2e-6)
-
-
-def test_quartiles_are_of_every_term_and_their_mean_is_the_loss():
-    made, arguments, seen = stepped(log_quartiles=True)
-    _, metrics = made(*arguments)
-    t = np.asarray(seen[0]["t"])
-    share = np.bincount(t // 2, minlength=4) / B
-    for name in ("loss", "m_loss"):
-        parts = [float(metrics[f"{name}_q{i}"]) for i in range(4)]
-        assert share @ parts == pytest.approx(float(metrics[name]), rel=1e-5)
-        assert parts[0] < parts[3]
 
 
 def test_times_chosen_by_loss_learn_from_both_passes_and_weigh_the_gradient():
@@ -175,13 +172,3 @@ def test_a_masked_loss_that_is_not_finite_skips_the_step():
     assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["m_loss"])
     assert new.skipped_steps.tolist() == [1, 1]
     assert float(new.params["plain"]) == np.float32(0.3)
-
-
-def test_several_averages_after_one_step_are_their_closed_forms():
-    made, arguments, _ = stepped(decay=(0.9, 0.5))
-    new, _ = made(*arguments)
-    for rate, item in ((0.9, "ema"), (0.5, "ema_0.5")):
-        tree = new.ema[item]
-        for name, start_ in (("plain", 0.3), ("masked", 0.7)):
-            exact = rate * start_ + (1 - rate) * float(new.params[name])
-            assert float(tree[name]) == pytest.approx(exact, rel=1e-6)

@@ -19,8 +19,10 @@ from helpers.train_steps import (
 )
 
 from sit_jax.diffusion.interpolant import Interpolant
+from sit_jax.errors import UserError
 from sit_jax.models.codec import Pixels
 from sit_jax.training.objectives import accumulate_gradients
+from sit_jax.training.state import ema_rates
 from sit_jax.training.step import make_train_step, tensor_names
 
 
@@ -123,3 +125,12 @@ def test_bfloat16_is_of_the_network_alone():
 
     both = [loss(m, weights(), *batch().values()) for m in (rough, MODEL)]
     assert 1e-5 < relative(*both) < 0.02
+
+
+@pytest.mark.parametrize(
+    "decay, message",
+    [((), "give one rate"), ((0.9, 0.9), "several different"), ((0.9, 2.0), "is 2.0")],
+)
+def test_impossible_rates_of_averages_are_named(decay, message):
+    with pytest.raises(UserError, match=f"ema_decay.*{message}"):
+        ema_rates(decay)
