@@ -142,13 +142,13 @@ def time_extraction(folder, vae, out, size, batch=8):
     from vae import codec as random
 
     from sit_jax.convert.vae import load_vae
-    from sit_jax.data.extract import Encoder, ExtractOptions, describe, extract
+    from sit_jax.data.extract import ExtractOptions, describe, extract, make_encoder
     from sit_jax.models.vae import AutoencoderKL
 
     codec = random(AutoencoderKL(), "exact") if vae == "random" else load_vae(vae)
     source = ImageFolder(folder, size=size)
     metadata = describe(source, codec)
-    encoder = Encoder(codec, metadata, batch)
+    encoder = make_encoder(codec, metadata, batch)
     images = np.stack([source[i]["image"] for i in range(batch)])
     jax.block_until_ready(encoder(images))
     now = lambda: np.array([time.perf_counter(), time.process_time()])

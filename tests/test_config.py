@@ -228,7 +228,7 @@ NAMES = [
     "sit_jax.models.dit.SIZES",
     "sit_jax.models.dit.os",
     "sit_jax.checkpoint.Checkpoints",  # ours, but nothing a config is made of
-    "sit_jax.data.extract.Encoder",
+    "sit_jax.data.extract.ExtractOptions",
     "optax._src.alias.jnp",
     "optax._src.alias.functools.partial",
     "optax.adamw.__globals__",

@@ -110,33 +110,30 @@ def extract(
         return images, multihost.broadcast(about)
 
 
-class Encoder:
-    """codec.encode, compiled once for batches of one size over the local devices."""
+def make_encoder(
+    codec: Any, metadata: CacheMetadata, batch_size: int
+) -> Callable[[UInt8[np.ndarray, "n h w 3"]], list[Float[Array, "b h w c"]]]:
+    """Returns a function from images to the moments of each view, on local devices.
 
-    def __init__(self, codec: Any, metadata: CacheMetadata, batch_size: int):
-        mesh = mesh_lib.make_mesh(data=-1, fsdp=1, devices=jax.local_devices())
-        parts = mesh_lib.num_batch_shards(mesh)
-        if batch_size % parts:
-            raise UserError(
-                f"batch size {batch_size} cannot be split over {parts} devices; "
-                f"use a multiple of {parts}"
-            )
-        self.batch_size = batch_size
-        self._views, self._dtype = metadata.views, metadata.dtype
-        self._codec = jax.device_put(codec, mesh_lib.replicated(mesh))
-        self._sharding = mesh_lib.batch_sharding(mesh)
+    One program encodes all batches: a shorter one is filled up to the batch size.
+    """
+    mesh = mesh_lib.make_mesh(data=-1, fsdp=1, devices=jax.local_devices())
+    parts = mesh_lib.num_batch_shards(mesh)
+    if batch_size % parts:
+        raise UserError(
+            f"batch size {batch_size} cannot be split over {parts} devices; "
+            f"use a multiple of {parts}"
+        )
+    codec = jax.device_put(codec, mesh_lib.replicated(mesh))
 
-    def __call__(
-        self, images: UInt8[np.ndarray, "n h w 3"]
-    ) -> list[Float[Array, "b h w c"]]:
-        """Returns the moments of each view, filled up to the batch size."""
-        rest = self.batch_size - len(images)
-        images = np.pad(images, [(0, rest), (0, 0), (0, 0), (0, 0)])
-        images = jax.device_put(images, self._sharding)
-        return [
-            encode(self._codec, images, bool(view), self._dtype)
-            for view in range(self._views)
-        ]
+    def encode_views(images):
+        missing = batch_size - len(images)
+        images = np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)])
+        images = jax.device_put(images, mesh_lib.batch_sharding(mesh))
+        views = range(metadata.views)
+        return [encode(codec, images, bool(view), metadata.dtype) for view in views]
+
+    return encode_views
 
 
 @partial(jax.jit, static_argnames="dtype")
@@ -154,7 +151,7 @@ def _write_shards(path: Path, source, codec, metadata, options) -> int:
         path, metadata, options.process, options.count
     )
     total = sum(len(metadata.shard_ids(number)) for number in numbers)
-    encoder = Encoder(codec, metadata, options.batch_size)
+    encoder = make_encoder(codec, metadata, options.batch_size)
     if not total:
         return 0
     options.show(0, total)  # a bar that begins with the first batch would think it fast
@@ -195,10 +192,10 @@ def _encoded_batches(
     import grain
 
     chunks = [
-        (number, ids[start : start + encoder.batch_size])
+        (number, ids[start : start + options.batch_size])
         for number in shards
         for ids in [metadata.shard_ids(number)]
-        for start in range(0, len(ids), encoder.batch_size)
+        for start in range(0, len(ids), options.batch_size)
     ]
     steps = grain.MapDataset.source(chunks).map(partial(_read_chunk, source))
     begun = collections.deque()

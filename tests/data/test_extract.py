@@ -9,11 +9,11 @@ from helpers.small import called
 
 from sit_jax.cli import extract_features
 from sit_jax.data.extract import (
-    Encoder,
     ExtractOptions,
     describe,
     encode,
     extract,
+    make_encoder,
 )
 from sit_jax.data.folders import ImageFolder
 from sit_jax.data.latent_cache import LatentCache
@@ -155,7 +155,7 @@ def test_weights_are_arguments_of_one_program():
     tags = describe(source, toy())
     before = encode._cache_size()
     for codec, count in ((toy(), 8), (toy(), 3), (toy(1), 8)):
-        assert len(Encoder(codec, tags, 16)(source.images[:count])) == 2
+        assert len(make_encoder(codec, tags, 16)(source.images[:count])) == 2
     assert encode._cache_size() == before + 1
     text = encode.lower(toy(), source.images[:8], False, "float32").as_text()
     assert "tensor<48x4xf32>" in text.split("->")[0]  # the kernel comes in
