@@ -21,6 +21,8 @@ IMAGENET = (
     "ILSVRC2012_img_train.tar (147,897,477,120 bytes, from image-net.org with an "
     "account there)"
 )
+# what tarfile raises: of numbers too large, and of headers in headers in headers
+TAR_ERRORS = (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError)
 OTHER_SOURCES = "or read the original files with ImageNetTar or ImageFolder"
 
 
@@ -223,8 +225,8 @@ def _open_tar(path):
             yield tar
     except UserError:  # is a ValueError too
         raise
-    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-        reason = str(error).splitlines()[0]
+    except TAR_ERRORS as error:
+        reason = str(error).partition("\n")[0]
         raise UserError(
             f"{path} is no tar, or compressed, damaged or cut short ({reason}); "
             "unpack it, or get it again"
@@ -260,7 +262,7 @@ def _open_tfds(name, split, data_dir):
         ) from error
     except (AssertionError, NotImplementedError, OSError, ValueError) as error:
         # not prepared, prepared in another format, not there, or no such split
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
             f"tfds cannot read {name!r}, split {split!r}, in {data_dir or 'its folder'}"
             f" ({reason}); preparing it as array_record needs TensorFlow, once, on any "

@@ -211,8 +211,7 @@ def read_next(iterator: Iterator[Any]) -> Any:
         if "process was terminated" not in str(error):
             raise
         raise UserError(
-            "a process that reads data has died; is there enough memory? "
-            "fewer workers need less"
+            "a process that reads data has died; fewer workers need less memory"
         ) from error
 
 
@@ -332,13 +331,13 @@ def _device_put(sharding, batch_size, rows, array):
 
     first = {row: i for i, row in enumerate(rows)}
 
-    def held(index):
-        wanted = range(batch_size)[index[0]]
-        start = first[wanted[0]]
-        return array[start : start + len(wanted)]
+    def rows_of_device(index):
+        rows = range(batch_size)[index[0]]
+        start = first[rows[0]]
+        return array[start : start + len(rows)]
 
     shape = (batch_size, *array.shape[1:])
-    return jax.make_array_from_callback(shape, sharding, held)
+    return jax.make_array_from_callback(shape, sharding, rows_of_device)
 
 
 def _start_worker(index, count):

@@ -78,10 +78,10 @@ def claiming(size):
     return bytes(data)
 
 
-def pax(record):
+def pax(record, repeats=1):
     """A tar with this extended header before its only file."""
     header = tar({"header": record}, type=tarfile.XHDTYPE)[:1024]
-    return header + tar({"a.jpg": b"12"})
+    return header * repeats + tar({"a.jpg": b"12"})
 
 
 WRONG = {
@@ -97,6 +97,7 @@ WRONG = {
     "later": (tar({"a": b"x"})[:1024] + b"?" * 512, "no header at byte 1024"),
     "gzip": (b"\x1f\x8b" + b"\0" * 600, "bad checksum|invalid header"),
     "pax size": (pax(b"20 size=99999999999\n"), "unexpected end of data"),
+    "nested": (pax(b"10 a=bbbb\n", 2000), "recursion"),
     "pax length": (pax(b"0 a=b\n"), "invalid header"),
 }
 

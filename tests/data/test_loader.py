@@ -255,7 +255,7 @@ def test_worker_processes_do_not_change_the_batches():
 
 
 def test_a_worker_that_dies_is_reported():
-    with pytest.raises(UserError, match="has died; is there enough memory"):
+    with pytest.raises(UserError, match="has died; fewer workers need less memory"):
         marked_rows(Deadly(9), workers=1)
 
 
