@@ -133,7 +133,7 @@ def compare(
     if min(len(a), len(b)) < 2:
         raise UserError("a set of one image has no covariance")
     gaussians = [_fit(features, reference) for features in (a, b)]
-    fids = tuple(frechet_distance(gaussian, reference) for gaussian in gaussians)
+    fids = tuple(frechet_distance(here, reference) for here in gaussians)
     classes = _balanced_classes(labels, a, b)
     gap = fids[0] - fids[1]
     net, noise = _exchange_noise(a, b, reference, classes)
@@ -144,11 +144,8 @@ def compare(
         interval = _bootstrap_interval(a, b, reference, classes[0], resamples)
     elif are_pairs and len(a) > a.shape[1] + 1:
         # each by its own Gaussian: their slopes differ
-        influences = (
-            FrechetInfluence(gaussian, reference)(features)
-            for gaussian, features in zip(gaussians, (a, b), strict=True)
-        )
-        interval = _pair_interval(gap, np.subtract(*influences), classes[0])
+        ours, theirs = (FrechetInfluence(here, reference) for here in gaussians)
+        interval = _pair_interval(gap, ours(a) - theirs(b), classes[0])
     scatter = float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None
     noise, band, chance = _noise_band(net, noise, scatter, len(seeds))
     return Gap(

@@ -144,11 +144,7 @@ def diagnose(
         manifests = _manifests_with_evaluation(a, b)
         causes = find_causes(manifests, both, differences)
         settings = manifest_differences(*manifests)
-    total = sum(abs(swap.step) for swap in swaps) or 1.0
-    swap_rows = [  # a share is of all steps, there and back
-        {"after": name, "fid": fid, "step": step, "share": abs(step) / total}
-        for name, fid, step in swaps
-    ]
+    swap_rows = _swap_rows(swaps)
     return {
         "a": str(a.path),
         "b": str(b.path),
@@ -226,6 +222,15 @@ def _manifests_with_evaluation(*sides):
     return [side.manifest | {key: pipeline} for side, pipeline in pairs]
 
 
+def _swap_rows(swaps):
+    """Returns rows of the report; a share is of all steps, there and back."""
+    total = sum(abs(swap.step) for swap in swaps) or 1.0
+    return [
+        {"after": name, "fid": fid, "step": step, "share": abs(step) / total}
+        for name, fid, step in swaps
+    ]
+
+
 def _probe(side):
     record = side.bundle.record if side.bundle else side.manifest or {}
     precision = record.get("precision")
@@ -289,7 +294,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"**{report['first']}**" if report["first"] else "",
         _table("Causes, the likeliest first", map(_cause_row, report["causes"])),
         _table("Statistics", _statistics_rows(report["paired"])),
-        _table("Swaps, from A to B", map(_swap_row, report["swaps"])),
+        _table("Swaps, from A to B", map(_swap_cells, report["swaps"])),
         _table("Stages", map(_stage_row, report["ladder"])),
         _weights_text(report["weights"]),
         _table("Precision measured", [(n, *p.values()) for n, p in probes if p]),
@@ -324,7 +329,7 @@ def _cause_row(cause):
     return name + mark, size, "; ".join(cause["measurements"] or facts), source
 
 
-def _swap_row(row):
+def _swap_cells(row):
     name, share = row["after"], f"{row['share']:.0%}"
     return name, f"{row['fid']:.6g}", f"{row['step']:+.4g}", share
 

@@ -36,10 +36,8 @@ def config(method=heun, channels=3, word="exact"):
 
 @pytest.fixture(scope="module")
 def tensors():
-    params, rng = (
-        small.random_params(build_experiment(config()), 0),
-        np.random.default_rng(1),
-    )
+    params = small.random_params(build_experiment(config()), 0)
+    rng = np.random.default_rng(1)
     kicked = lambda w: w + 0.1 * rng.standard_normal(w.shape, np.float32)
     return {"params": params, "ema": jax.tree.map(kicked, params)}
 
@@ -52,90 +50,69 @@ def corrupted(tensors):
     return {**tensors, "ema": unflatten_dict(flat, sep="/")}
 
 
-def other_start():
-    return np.random.default_rng(3).permutation(np.resize(np.arange(5), 12))
-
-
+OTHER_LABELS = np.random.default_rng(3).permutation(np.resize(np.arange(5), 12))
 # name: what is done to B, the cause, the first stage beyond exact, in the verdict
 CASES = {
     "bf16": (
-        dict(settings=dict(word="bf16")),
+        {"settings": {"word": "bf16"}},
         ("precision", "time embedding|patches", "24 and 8 bits (exact and bf16)"),
     ),
     "tf32": (
-        dict(emulate="gpu-tf32"),
+        {"emulate": "gpu-tf32"},
         ("precision", "time embedding", "24 and 11 bits"),
     ),
     "tpu": (
-        dict(emulate="tpu-default"),
+        {"emulate": "tpu-default"},
         ("precision", "time embedding", "24 and 8 bits"),
     ),
-    "rounding": (dict(rounding="mdt"), ("rounding", "uint8", "dit and mdt")),
+    "rounding": ({"rounding": "mdt"}, ("rounding", "uint8", "dit and mdt")),
     "channels": (
-        dict(settings=dict(channels=4)),
+        {"settings": {"channels": 4}},
         ("guided channels", "guidance", "3 and 4"),
     ),
     "labels": (
-        dict(labels=np.int32(other_start())),
+        {"labels": np.int32(OTHER_LABELS)},
         ("labels", None, "listed and balanced; 9 of 12 differ"),
     ),
     "tensor": (
-        dict(weights=corrupted),
+        {"weights": corrupted},
         ("weights", "block 1", "tensors differ: blocks/1/mlp/fc1/kernel"),
     ),
-    "noise": (dict(seed=7), ("noise", None, "job.seed: 0 and 7")),
+    "noise": ({"seed": 7}, ("noise", None, "job.seed: 0 and 7")),
     "solver": (
-        dict(settings=dict(method=euler)),
+        {"settings": {"method": euler}},
         ("solver", f"{STEPS} steps", "fixed_ode.heun and samplers.fixed_ode.euler"),
     ),
     "raw": (
-        dict(item="params"),
+        {"item": "params"},
         ("weights", "time embedding", "the average (EMA) against the raw weights"),
     ),
 }
 
 
 @pytest.fixture(scope="module")
-def monkeypatch_module():
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
-
-
-@pytest.fixture(scope="module")
-def made(tensors, tmp_path_factory, monkeypatch_module):
+def made(tensors, tmp_path_factory):
     """made(name, ...) -> the path of a bundle; weights, job and inputs as asked."""
     folder = tmp_path_factory.mktemp("bundles")
-    for name in (
-        "compute_activations",
-        "compute_latents",
-    ):  # compiling is what takes the time here
-        quick = quick_jit(getattr(stages, name).__wrapped__, static_argnums=0)
-        monkeypatch_module.setattr(stages, name, quick)
 
-    def make(name, given=None, weights=None, settings=None, **fields):
-        c = config(**settings or {})
-        job = SamplingJob(
-            **{"weights": "w", "config": to_json(c), "labels": LISTED, **fields}
-        )
-        held = weights or tensors
-        load = lambda item, parts, mesh: held[item]
-        opened = types.SimpleNamespace(load=load, meta={})
-        context = build_context(job, opened)
+    def make(name, given=None, weights=tensors, settings=None, **fields):
+        fields = {"labels": LISTED, **fields}
+        job = SamplingJob("w", to_json(config(**settings or {})), **fields)
+        load = lambda item, parts, mesh: weights[item]
+        context = build_context(job, types.SimpleNamespace(load=load, meta={}))
         stats = {"evaluations": {"min": 8, "mean": 8.0, "max": 8}, "unfinished": []}
-        manifest = {
-            "job": job.to_json(),
-            **context.record,
-            "stats": stats,
-            **environment(),
-        }
-        manifest = json.loads(json.dumps(manifest))
-        inputs = stages.make_inputs(context, IMAGES, given)
-        path = folder / name
-        found = stages.collect(context, manifest, path, inputs, steps=STEPS)
-        bundle.write(found)
-        return folder / name
+        manifest = {"job": job.to_json(), **context.record, "stats": stats}
+        manifest = json.loads(json.dumps(manifest | environment()))
+        inputs, path = stages.make_inputs(context, IMAGES, given), folder / name
+        bundle.write(stages.collect(context, manifest, path, inputs, steps=STEPS))
+        return path
 
-    return make
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("compute_activations", "compute_latents"):
+            # compiling is what takes the time here
+            quick = quick_jit(getattr(stages, name).__wrapped__, static_argnums=0)
+            patch.setattr(stages, name, quick)
+        yield make
 
 
 @pytest.fixture(scope="module")
@@ -150,8 +127,8 @@ def judged(good, other):
 @pytest.mark.parametrize("name", CASES)
 def test_diagnose_names_the_right_cause_first(name, good, made, tensors):
     changes, (cause, stage, said) = CASES[name]
-    weights = changes.get("weights")
-    changes = {**changes, "weights": weights(tensors)} if weights else changes
+    if "weights" in changes:
+        changes = {**changes, "weights": changes["weights"](tensors)}
     found = judged(good, made(name, given=bundle.read(good), **changes))
     first = found["causes"][0]
     assert first["name"] == cause and not first["contradicted"], found["causes"]

@@ -97,19 +97,17 @@ def test_steps_of_a_report_add_up_to_the_gap(tmp_path, run):
     assert found["swaps"][0]["fid"] == found["paired"]["fids"][0]
     assert len(found["worst"]) == 8
     assert (tmp_path / "out" / "worst_pairs.png").exists()
-    flags = ("--reference", tmp_path / "ref.npz", "--out", tmp_path / "no")
-    sides = (tmp_path / "f.npz", tmp_path / "f.npz", *flags[:1], tmp_path / "f.npz")
-    code, _, err = run(*sides, *flags[2:], "--swapped", a)
-    assert code == 2 and "goes with latents (.npy)" in err
-    assert not (tmp_path / "no").exists()
-    sides = (a, b, "--network", "digits", *flags)
-    code, _, err = run(*sides, "--swapped", tmp_path / "none.npy")
-    assert code == 2 and "--swapped: no file at" in err and "--noise" not in err
-    np.save(tmp_path / "few.npy", x[:7])
-    code, _, err = run(*sides, "--swapped", tmp_path / "few.npy")
-    assert code == 2 and "few.npy has 7 latents, B 200: it is what A's network" in err
-    code, _, err = run(*sides, "--inception-b", "x")
-    assert code == 2 and "no use beside --network digits" in err
-    code, _, err = run(a, b, "--swapped", a, "--out", tmp_path / "no")
-    assert code == 2 and "--swapped is for figures of pictures" in err
-    assert not (tmp_path / "no").exists()
+    few, out = tmp_path / "few.npy", tmp_path / "no"
+    np.save(few, x[:7])
+    npz = (tmp_path / "f.npz", tmp_path / "f.npz", "--reference", tmp_path / "f.npz")
+    npy = (a, b, "--network", "digits", "--reference", tmp_path / "ref.npz")
+    refusals = {
+        (*npz, "--swapped", a): "goes with latents (.npy)",
+        (*npy, "--swapped", tmp_path / "none.npy"): "--swapped: no file at",
+        (*npy, "--swapped", few): "few.npy has 7 latents, B 200: it is what A's",
+        (*npy, "--inception-b", "x"): "no use beside --network digits",
+        (a, b, "--swapped", a): "--swapped is for figures of pictures",
+    }
+    for words, message in refusals.items():
+        code, _, err = run(*words, "--out", out)
+        assert code == 2 and message in err and not out.exists()

@@ -42,14 +42,17 @@ def judged(run, out, one, other):
     return json.loads((out / "report.json").read_text())
 
 
+def write_manifest(folder, config):
+    """Saves random weights and a manifest of five images, and returns its path."""
+    weights = small.checkpoint(folder / "w", config)
+    job = SamplingJob(str(weights), to_json(config), np.arange(5, dtype=np.int32))
+    (folder / "m.json").write_text(json.dumps({"job": job.to_json()}))
+    return folder / "m.json"
+
+
 def test_torch_beside_jax(tmp_path, run):
     c = small.config(shape=(4, 4, 4), guidance=3.0)
-    weights = small.checkpoint(tmp_path / "w", c)
-    labels = np.arange(5, dtype=np.int32)
-    manifest = tmp_path / "m.json"
-    manifest.write_text(
-        json.dumps({"job": SamplingJob(str(weights), to_json(c), labels).to_json()})
-    )
+    manifest = write_manifest(tmp_path, c)
     few = ("--from-manifest", manifest, "--images", 3, "--steps", 4)
     ours, theirs, odd = (tmp_path / name for name in ("jax", "torch", "odd"))
     code, _, err = run("diagnose", "--collect", ours, *few)
@@ -81,10 +84,7 @@ def test_torch_beside_jax(tmp_path, run):
 
 def test_torch_bundle_refuses_what_the_original_lacks(tmp_path, run):
     c = small.config(shape=(4, 4, 4), guidance=3.0, guidance_channels=4)
-    weights = small.checkpoint(tmp_path / "w", c)
-    job = SamplingJob(str(weights), to_json(c), np.arange(5, dtype=np.int32))
-    manifest, out = tmp_path / "m.json", tmp_path / "out"
-    manifest.write_text(json.dumps({"job": job.to_json()}))
+    manifest, out = write_manifest(tmp_path, c), tmp_path / "out"
     flags = ("--reference", PLAIN, "--from-manifest", manifest, "--collect", out)
     code, _, err = run("torch", *flags)
     assert code == 2 and "the originals guide 3 channels, the manifest 4" in err
@@ -132,10 +132,7 @@ def test_mdt_is_guided_as_its_script_does(guidance, benchmarks):
 def test_only_mdt_has_rising_guidance(benchmarks):
     import torch_stages
 
-    for objective in (
-        hybrid_loss,
-        mdt_min_snr_loss,
-    ):  # of the loss, which a bundle does not see
+    for objective in (hybrid_loss, mdt_min_snr_loss):  # which a bundle does not see
         process = GaussianDiffusion(objective=objective)
         parts = SimpleNamespace(guidance=RISING, process=process, guidance_channels=3)
         context = SimpleNamespace(experiment=parts, guiding_model=None)
@@ -144,30 +141,6 @@ def test_only_mdt_has_rising_guidance(benchmarks):
         parts.model = DiT()
         with pytest.raises(UserError, match="or MDT's rise"):
             torch_stages.check(context)
-
-
-def test_blocks_of_clones_have_our_names(benchmarks):
-    import torch_stages
-    from torch import nn
-
-    some = lambda count: nn.ModuleList(nn.Identity() for _ in range(count))
-    first = SimpleNamespace(blocks=some(3), decode_layer=1)
-    names = ["encoder block 0", "encoder block 1", "decoder block 0"]
-    assert list(torch_stages._blocks(first)) == names
-    second = SimpleNamespace(
-        en_inblocks=some(1), en_outblocks=some(1), de_blocks=some(2)
-    )
-    names = ["in block 0", "out block 0", "decoder block 0", "decoder block 1"]
-    assert list(torch_stages._blocks(second)) == names
-
-
-def test_features_by_torch_need_a_package(benchmarks, monkeypatch):
-    import torch_judge
-
-    monkeypatch.delitem(sys.modules, torch_judge.PACKAGE, raising=False)
-    monkeypatch.setattr(torch_judge.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install --no-deps torch-fidelity"):
-        torch_judge.network(None)
 
 
 def test_mdts_models_are_found_in_their_folder(benchmarks, tmp_path):
