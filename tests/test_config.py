@@ -1,12 +1,14 @@
-"""Constructors as data: made, changed from the command line, stored and read back."""
+"""Constructors as data: made, changed, stored and read back, also from files."""
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 
 import diffrax
 import optax
 import pytest
+from helpers import ROOT
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -17,6 +19,7 @@ from sit_jax.config import (
     build,
     difference,
     from_json,
+    load,
     override,
     spec,
     to_json,
@@ -158,12 +161,6 @@ def test_any_field_can_be_set(argument, field, value):
     assert changed(argument) == {field: value}
 
 
-def test_several_fields_at_once_and_the_last_word_counts():
-    settings = ("--config.steps=3", "--config.model.width=64", "--config.steps=5")
-    assert changed(*settings) == {"steps": "5", "model.width": "64"}
-    assert changed() == {}
-
-
 @pytest.mark.parametrize(
     "argument, said",
     [
@@ -242,21 +239,21 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES, ids=str)
-@pytest.mark.parametrize("role", [*ROLES, "mesh"])
-def test_stored_names_of_other_things_are_kept_and_not_built(name, role):
-    value = {role: {"make": {"name": name}, "command": "true"}}
-    again = from_json(value)
-    assert isinstance(again[role].make, Unavailable)
-    assert to_json(again)[role]["make"] == {"name": str(name)}
-    with pytest.raises(UserError, match="config names|this version has no"):
-        build(again[role])
+def test_stored_names_of_other_things_are_kept_and_not_built(name):
+    for role in (*ROLES, "mesh"):
+        value = {role: {"make": {"name": name}, "command": "true"}}
+        again = from_json(value)
+        assert isinstance(again[role].make, Unavailable)
+        assert to_json(again)[role]["make"] == {"name": str(name)}
+        with pytest.raises(UserError, match="a stored config names"):
+            build(again[role])
 
 
-@pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("name", MAKERS)
-def test_each_role_is_built_from_its_own_kind_alone(role, name):
-    again = from_json({role: {"make": to_json(MAKERS[name])}})
-    assert (again[role].make is MAKERS[name]) == (role in name.split())
+@pytest.mark.parametrize("roles", MAKERS)
+def test_each_role_is_built_from_its_own_kind_alone(roles):
+    for role in ROLES:
+        again = from_json({role: {"make": to_json(MAKERS[roles])}})
+        assert (again[role].make is MAKERS[roles]) == (role in roles.split())
 
 
 def test_nothing_is_imported_for_a_name_that_is_not_allowed(tmp_path, monkeypatch):
@@ -309,3 +306,50 @@ def test_difference_names_what_differs():
     names = [name for name, _, _ in found]
     assert names == ["clip", "model.depth", "process.prediction", "shape"]
     assert found[0][1:] == ("null", "(absent)") and found[1][1:] == ("12", "4")
+
+
+# ---- files ----
+
+
+def test_load_runs_the_file(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def get_config():\n    return 3\n")
+    assert load(file) == load(str(file)) == 3
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("x = 1\n", "{file}: it has no get_config()"),
+        ("x = 1\ndef f(:\n", "{file}, line 2: SyntaxError: "),
+        ("\nimport no_such_thing\n", "{file}, line 2: ModuleNotFoundError: No module"),
+        (
+            "from sit_jax.config import spec\nfrom sit_jax.models.dit import SiT\n"
+            "def get_config():\n    return spec(SiT, dpeth=1)\n",
+            "{file}, line 4: SiT has no field 'dpeth'; did you mean 'depth'?",
+        ),
+    ],
+)
+def test_load_names_the_line_of_a_bad_file(tmp_path, text, said):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        load(file)
+    assert str(error.value).startswith(said.format(file=file))
+    assert "\n" not in str(error.value)
+
+
+def test_load_refuses_what_is_no_config_file(tmp_path):
+    for path in (tmp_path / "none.py", tmp_path):
+        with pytest.raises(UserError, match="no config file at"):
+            load(path)
+    with pytest.raises(UserError, match=r"did you mean .*/sit_xl2.py\?"):
+        load(ROOT / "configs" / "sit_xl_2.py")
+    text = tmp_path / "config.txt"
+    text.write_text("def get_config(): return 1")
+    with pytest.raises(UserError, match="not a Python file"):
+        load(text)
+    binary = tmp_path / "binary.py"
+    binary.write_bytes(os.urandom(64) + b"\0")
+    with pytest.raises(UserError, match="binary.py"):
+        load(binary)

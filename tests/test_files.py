@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import resource
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from helpers import ROOT, checkpoints, small
+from helpers import ROOT, checkpoints
 from helpers.checkpoints import Memory, step
 
 from sit_jax import checkpoint, files
@@ -60,12 +61,9 @@ def test_as_path_refuses_other_storage(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["a:b", "a/b://c", "hf:owner/repo/file", "C://x", "x"])
-def test_local_path_takes_odd_names(name):
-    assert local_path(name) == Path(name)
-
-
-def test_local_path_knows_the_home_folder(monkeypatch):
+def test_local_path_takes_any_name_of_a_file_and_the_home_folder(monkeypatch):
+    for name in ("a:b", "a/b://c", "hf:owner/repo/file", "C://x", "x"):
+        assert local_path(name) == Path(name)
     monkeypatch.setenv("HOME", "/somewhere")
     assert local_path("~/x") == Path("/somewhere/x") and local_path(ROOT) == ROOT
 
@@ -110,14 +108,6 @@ def test_atomic_write_replaces_a_full_folder(tmp_path, monkeypatch, fails):
         assert fails
     there = [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")]
     assert there == ["x", "x/old" if fails else "x/new"]
-
-
-def test_atomic_writes_leaves_nothing_after_an_error(tmp_path):
-    paths = [tmp_path / "x.pt", tmp_path / "x.pt.md"]
-    with pytest.raises(ValueError), atomic_writes(paths) as folder:
-        (folder / "x.pt").touch()
-        raise ValueError
-    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("ending", ["pt", "safetensors"])
@@ -235,14 +225,11 @@ def test_storage_errors_are_one_line():
     assert files.describe_storage_error(ValueError("x")) is None
 
 
-def test_storage_libraries_log_no_tracebacks():
-    program = (
-        "import contextlib, logging\n"
-        "from sit_jax import errors, files\n"
-        "with contextlib.suppress(errors.UserError): files.bucket_storage()\n"
-        "logging.getLogger('gcsfs').error('Consumer caught an error.')\n"
-    )
-    assert small.script("-c", program).stderr == ""
+def test_storage_libraries_log_no_tracebacks(capfd):
+    files.bucket_storage.cache_clear()
+    files.bucket_storage()
+    logging.getLogger("gcsfs").error("Consumer caught an error.")
+    assert capfd.readouterr().err == ""
 
 
 def test_atomic_write_to_a_bucket(bucket):
