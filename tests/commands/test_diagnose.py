@@ -1,6 +1,7 @@
 """One cause at a time is put between two bundles: the tool has to name it first."""
 
 import dataclasses
+import functools
 import json
 import types
 
@@ -243,8 +244,8 @@ def refused(call, message, out):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    return lambda *words: small.called(diagnose.main, monkeypatch, capsys, *words)
+def run(call):
+    return functools.partial(call, diagnose)
 
 
 def test_bundles_that_are_damaged_are_refused(good, made, tmp_path, run):

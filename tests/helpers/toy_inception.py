@@ -1,14 +1,15 @@
-"""Images to be judged, a toy in the Inception network's place, evaluate.py run on them.
+"""Images to evaluate, a toy in the Inception network's place, evaluate.py run on them.
 
-A test file takes the fixtures as its own: network, run, sides = judged.network, ...
+A test file takes the fixtures as its own: network, run, sides = toy_inception.network
+and so on.
 """
 
 import json
 import re
+from functools import partial
 
 import numpy as np
 import pytest
-from helpers.small import called
 
 from sit_jax.cli import evaluate
 from sit_jax.convert.inception import InceptionWeights
@@ -58,8 +59,8 @@ def network(monkeypatch):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    return lambda *arguments: called(evaluate.main, monkeypatch, capsys, *arguments)
+def run(call):
+    return partial(call, evaluate)
 
 
 def images(count, seed=0, bright=256):
