@@ -13,7 +13,7 @@ from sit_jax.sampling import noise
 
 @pytest.fixture
 def compared(monkeypatch):
-    """-> names of the files that hosts would compare, which only several do."""
+    """Names of the files that several processes would compare."""
     names = []
     note = lambda *paths: names.extend(path.name for path in paths)
     monkeypatch.setattr(multihost, "assert_equal_files", note)

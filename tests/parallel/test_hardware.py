@@ -13,19 +13,17 @@ from sit_jax.parallel import hardware
     "kind, tflops",
     [
         ("NVIDIA H100 80GB HBM3", 989.5),
-        ("NVIDIA H200", 989.5),
         ("NVIDIA A100-SXM4-80GB", 312.0),
         ("TPU v6 lite", 918.0),
         ("TPU v5 lite", 197.0),
-        ("TPU v5p", 459.0),
         ("TPU v5", 459.0),  # what a v5p calls itself
-        ("TPU v4", 275.0),
         ("TPU v3", 61.5),
+        ("Radeon", None),
     ],
 )
-def test_peak_of_known_chips(kind, tflops):
+def test_peak_of_chips(kind, tflops):
     device = types.SimpleNamespace(device_kind=kind)
-    assert hardware.peak_flops(device) == tflops * 1e12
+    assert hardware.peak_flops(device) == (tflops and tflops * 1e12)
 
 
 @pytest.mark.parametrize("chip", [c for c in hardware.CHIPS.values() if c.clock])
@@ -34,11 +32,6 @@ def test_clocks_agree_with_peaks(chip):
     operations = np.log2(chip.peak_flops / chip.clock)
     assert abs(operations - round(operations)) < 0.005
     assert chip.link_bandwidth
-
-
-def test_no_peak_is_made_up_for_others():
-    assert hardware.peak_flops() is None  # the CPU of this test
-    assert hardware.peak_flops(types.SimpleNamespace(device_kind="Radeon")) is None
 
 
 def test_peak_memory_grows_with_what_is_held():

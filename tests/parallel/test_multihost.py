@@ -44,42 +44,35 @@ def join(monkeypatch):
 
 
 def test_initialize_joins_by_flags_and_says_before_for_whom_it_waits(join, capsys):
-    found = join(*FLAGS, "--heartbeat", "10")
-    assert found["coordinator_address"] == "[::1]:99"
-    assert (found["num_processes"], found["process_id"]) == (2, 1)
-    assert found["heartbeat_timeout_seconds"] == 10
-    said = capsys.readouterr().err
-    assert said == "waiting for 2 processes at [::1]:99, at most 300 s\n"
+    arguments = join(*FLAGS, "--heartbeat", "10")
+    assert arguments["coordinator_address"] == "[::1]:99"
+    assert (arguments["num_processes"], arguments["process_id"]) == (2, 1)
+    assert arguments["heartbeat_timeout_seconds"] == 10
+    line = "waiting for 2 processes at [::1]:99, at most 300 s\n"
+    assert capsys.readouterr().err == line
 
 
 def test_initialize_joins_by_torchruns_variables(join):
-    found = join(**TORCH)
-    assert found["coordinator_address"] == "a:29500"
-    assert (found["num_processes"], found["process_id"]) == (4, 3)
-    assert "local_device_ids" not in found  # all devices of this machine
-    found = join(**TORCH, **BY_TORCHRUN)
-    assert found["coordinator_address"] == "a:29501"  # torchrun listens at 29500
-    assert found["local_device_ids"] == 1
+    arguments = join(**TORCH)
+    assert arguments["coordinator_address"] == "a:29500"
+    assert (arguments["num_processes"], arguments["process_id"]) == (4, 3)
+    assert "local_device_ids" not in arguments  # all devices of this machine
+    arguments = join(**TORCH, **BY_TORCHRUN)
+    assert arguments["coordinator_address"] == "a:29501"  # torchrun listens at 29500
+    assert arguments["local_device_ids"] == 1
 
 
 @pytest.mark.parametrize("name", multihost.SIZES)
 def test_initialize_leaves_clusters_to_jax(join, capsys, name):
-    found = join(**{name: "3"})
-    assert "coordinator_address" not in found and "num_processes" not in found
+    arguments = join(**{name: "3"})
+    assert not {"coordinator_address", "num_processes"} & arguments.keys()
     assert "waiting for 3 processes at the address" in capsys.readouterr().err
-    assert join(**{name: "1"}) is None
 
 
-@pytest.mark.parametrize(
-    "words, environ",
-    [
-        (["--processes", "1"], TORCH),
-        ([], {**TORCH, "WORLD_SIZE": "1", "RANK": "0"}),
-    ],
-    ids=["one", "torch"],
-)
-def test_initialize_leaves_one_machine_alone(join, words, environ):
-    assert join(*words, **environ) is None
+def test_initialize_leaves_one_machine_alone(join):
+    assert join("--processes", "1", **TORCH) is None
+    assert join(**TORCH | {"WORLD_SIZE": "1", "RANK": "0"}) is None
+    assert join(SLURM_STEP_NUM_TASKS="1") is None
 
 
 def test_functions_answer_for_one_process(monkeypatch):
