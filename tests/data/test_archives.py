@@ -103,7 +103,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_tars_are_refused(tmp_path, case):
+def test_read_members_refuses_wrong_tars(tmp_path, case):
     data, message = WRONG[case]
     path = tmp_path / "x.tar"
     path.write_bytes(data)
@@ -133,7 +133,7 @@ def test_imagenet_tar_is_the_folder_it_unpacks_to(tmp_path):
         source[4]
 
 
-def test_a_wrong_imagenet_tar_is_named_with_the_right_one(tmp_path):
+def test_imagenet_tar_names_the_right_one_where_it_is_wrong(tmp_path):
     path = tmp_path / "train.tar"
     with pytest.raises(UserError, match=r"no file .*train\.tar; put ILSVRC2012_img_tr"):
         ImageNetTar(path)
@@ -195,7 +195,7 @@ def test_webdataset_labels_may_come_first_and_elsewhere_in_json(tmp_path):
     ],
     ids="unlabelled imageless no-images two word range list bool torn empty".split(),
 )
-def test_wrong_webdataset_tars_are_refused(tmp_path, files, message):
+def test_webdataset_refuses_wrong_tars(tmp_path, files, message):
     with pytest.raises(UserError, match=f"no .tar files in {tmp_path}; --kind"):
         WebdatasetTars(tmp_path)
     (tmp_path / "a.tar").write_bytes(tar(files))

@@ -54,9 +54,9 @@ def test_moments_are_the_codecs_of_both_views(made):
     encode = jax.jit(lambda codec, x: codec.encode(x))
     for mirror, record in ((False, cache.__getitem__), (True, cache.flipped)):
         wanted = encode(codec, source.images[:, :, ::-1] if mirror else source.images)
-        found = np.stack([record(i)["moments"] for i in range(30)])
+        moments = np.stack([record(i)["moments"] for i in range(30)])
         # the same products of 48 numbers; XLA may add them in another order
-        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(moments, wanted, rtol=1e-5, atol=1e-6)
     assert [int(r["label"]) for r in cache] == source.labels.tolist()
     metadata = cache.metadata
     assert (metadata.scale, metadata.encoder_sha256) == (0.5, "e" * 64)
@@ -81,7 +81,7 @@ class Stopping(Arrays):
         return super().__getitem__(i)
 
 
-def test_a_stopped_extraction_goes_on(made, tmp_path):
+def test_extract_goes_on_after_a_stop(made, tmp_path):
     whole = images()
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path, Stopping(whole.images, whole.labels, 5))
@@ -89,16 +89,16 @@ def test_a_stopped_extraction_goes_on(made, tmp_path):
     assert 1 < len(begun) < 9 and begun.keys() < contents(made).keys()
     with pytest.raises(UserError, match="has no cache.json"):
         LatentCache(tmp_path)
-    seen = []
-    done, _ = make(tmp_path, show=lambda images, of: seen.append((images, of)))
-    assert 0 < done < 30 and sum(images for images, _ in seen) == done == seen[0][1]
+    counts = []
+    done, _ = make(tmp_path, show=lambda images, of: counts.append((images, of)))
+    assert 0 < done < 30 and sum(images for images, _ in counts) == done == counts[0][1]
     for name, time in begun.items():
         assert (tmp_path / name).stat().st_mtime_ns == time  # not made again
     assert contents(tmp_path) == contents(made)
     assert make(tmp_path)[0] == 0  # nothing to do
 
 
-def test_half_floats_and_one_view(made, tmp_path):
+def test_extract_writes_half_floats_of_one_view(made, tmp_path):
     make(tmp_path, dtype="float16", flip=False)
     full, half = LatentCache(made), LatentCache(tmp_path, flip=False)
     for ours, theirs in zip(half, full, strict=True):
@@ -109,20 +109,20 @@ def test_half_floats_and_one_view(made, tmp_path):
 def test_corrupt_images_are_left_out_named_and_counted(tmp_path):
     root = pictures.folder(tmp_path / "images", each=4, size=(8, 8))
     (root / "bee" / "1.png").write_bytes(b"no image")
-    said = []
+    lines = []
     source = ImageFolder(root, size=8, max_corrupt_fraction=0.1)
-    done, about = make(tmp_path / "out", source, shards=2, say=said.append)
+    done, about = make(tmp_path / "out", source, shards=2, say=lines.append)
     cache = LatentCache(tmp_path / "out")
     assert (done, len(cache), about["images"]) == (12, 11, [5, 6])
     assert [int(record["label"]) for record in cache] == [0] * 4 + [1] * 3 + [2] * 4
-    assert len(said) == 1 and "bee/1.png: not an image in one of JPEG" in said[0]
-    assert list(about["broken"]) == ["5"] and "left out" in said[0]
+    assert len(lines) == 1 and "bee/1.png: not an image in one of JPEG" in lines[0]
+    assert list(about["broken"]) == ["5"] and "left out" in lines[0]
     source.max_corrupt_fraction = 0.01
     with pytest.raises(UserError, match="1 of 12 images are corrupt, more than max"):
         make(tmp_path / "strict", source, shards=2)
 
 
-def test_another_vae_may_not_go_on(made):
+def test_extract_refuses_to_go_on_with_another_vae_or_data(made):
     with pytest.raises(UserError, match="made with encoder_sha256 e"):
         make(made, codec=toy(encoder_sha256="f" * 64))
     with pytest.raises(UserError, match="made with listing_sha256"):
@@ -144,7 +144,7 @@ def test_values_that_are_not_finite_stop_it(tmp_path):
     ],
     ids=["batch", "process"],
 )
-def test_wrong_settings_are_refused(tmp_path, settings, message):
+def test_extract_refuses_wrong_settings(tmp_path, settings, message):
     with pytest.raises(UserError, match=message):
         make(tmp_path / "out", **settings)
     assert not list(tmp_path.glob("out/*record"))
@@ -168,32 +168,32 @@ def script(monkeypatch, capsys, *arguments):
     return called(extract_features.main, monkeypatch, capsys, *words)
 
 
-def test_the_script_reports_and_checks(tmp_path, monkeypatch, capsys):
+def test_command_reports_and_checks(tmp_path, monkeypatch, capsys):
     root = pictures.folder(tmp_path / "images", size=(8, 8))
     (root / "ant" / "notes.txt").write_text("")
     out = tmp_path / "out"
     words = ("--data", root, "--vae", "x", "--size", 8, "--out", out, "--batch-size", 8)
-    code, said, errors = script(monkeypatch, capsys, *words)
+    code, out_text, errors = script(monkeypatch, capsys, *words)
     assert code == 0, errors
-    assert "9 images in 3 classes: ant, bee, cat\n" in said
-    assert "1 files are left out, as they do not end in .jpg" in said
-    assert "images/s" in said and f"9 images in {out}, 0 corrupt" in said
-    assert "scaled latents by channel: mean " in said
+    assert "9 images in 3 classes: ant, bee, cat\n" in out_text
+    assert "1 files are left out, as they do not end in .jpg" in out_text
+    assert "images/s" in out_text and f"9 images in {out}, 0 corrupt" in out_text
+    assert "scaled latents by channel: mean " in out_text
     assert "warning: a standard deviation of 0." in errors  # of a toy's latents
     assert LatentCache(out).class_names == ["ant", "bee", "cat"]
     assert (out / "manifest.json").exists()
-    code, said, _ = script(monkeypatch, capsys, *words)
-    assert code == 0 and "\n0 images in " in said
+    code, out_text, _ = script(monkeypatch, capsys, *words)
+    assert code == 0 and "\n0 images in " in out_text
 
 
-def test_the_script_imports_fast_dits_folder(tmp_path, monkeypatch, capsys):
+def test_command_imports_fast_dits_folder(tmp_path, monkeypatch, capsys):
     for part, array in (("features", np.ones((1, 4, 2, 2), "f4")), ("labels", [0])):
         (tmp_path / f"imagenet256_{part}").mkdir()
         np.save(tmp_path / f"imagenet256_{part}/0.npy", array)
     words = ("--data", tmp_path, "--kind", "fast-dit", "--classes", 3)
     out = tmp_path / "out"
-    code, said, _ = script(monkeypatch, capsys, *words, "--out", out)
-    assert code == 0 and f"1 latents in {out}" in said
+    code, out_text, _ = script(monkeypatch, capsys, *words, "--out", out)
+    assert code == 0 and f"1 latents in {out}" in out_text
     assert len(LatentCache(out)) == 1
 
 
@@ -207,14 +207,14 @@ def test_the_script_imports_fast_dits_folder(tmp_path, monkeypatch, capsys):
     ],
     ids="folder process tar kind".split(),
 )
-def test_the_script_names_mistakes(tmp_path, monkeypatch, capsys, words, message):
+def test_command_names_mistakes(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     code, _, errors = script(monkeypatch, capsys, *words, "--out", tmp_path / "out")
     assert code == 2 and message in errors and errors.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_the_script_wants_a_vae(monkeypatch, capsys):
+def test_command_wants_a_vae(monkeypatch, capsys):
     words = ("--data", "x", "--out", "y")
     code, _, errors = called(extract_features.main, monkeypatch, capsys, *words)
     assert code == 2 and "--vae is missing" in errors

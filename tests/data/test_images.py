@@ -74,7 +74,7 @@ def test_exif_does_not_turn_the_image():
     np.testing.assert_array_equal(as_array(turned), plain)
 
 
-def test_what_torchvision_would_see():
+def test_to_rgb_is_what_torchvision_sees():
     """torchvision's loader is open and convert("RGB"); for files of all these kinds."""
     image = Image.fromarray(pixels(4))
     grey = pixels(4)[..., :1]
@@ -96,7 +96,7 @@ def test_broken_images_say_why(data):
     assert str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_the_limit_against_bombs_is_kept(monkeypatch):
+def test_to_rgb_keeps_the_limit_against_bombs(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20 * 16 - 1)
     with pytest.raises(CorruptImage, match="pixels|limit"):
         to_rgb(png(0))
@@ -167,6 +167,6 @@ except CorruptImage as error:
 """
 
 
-def test_what_pillow_logs_is_not_said_twice():
+def test_to_rgb_silences_what_pillow_logs():
     done = small.script("-c", TIFF)
     assert done.stdout and not done.stderr

@@ -82,7 +82,7 @@ def assert_holds(cache, ids):
             assert record["label"] == image_id % 5
 
 
-def test_a_cache_of_version_0_1_is_read_and_written_the_same(tmp_path):
+def test_cache_of_version_0_1_is_read_and_written_the_same(tmp_path):
     """Seven records of float16 in two shards, the sixth of them corrupt."""
     shutil.unpack_archive(OLD, tmp_path / "old")
     cache = LatentCache(tmp_path / "old")
@@ -199,7 +199,7 @@ def test_fast_dits_folder_becomes_a_cache(tmp_path):
     ],
     ids="same unknown scale shape latent encoder".split(),
 )
-def test_a_cache_unlike_a_config_is_refused(metadata, codec, shape, message):
+def test_check_cache_refuses_one_unlike_the_config(metadata, codec, shape, message):
     cache = types.SimpleNamespace(metadata=metadata)
     if message is None:
         return check_cache(cache, codec, shape)
@@ -208,7 +208,7 @@ def test_a_cache_unlike_a_config_is_refused(metadata, codec, shape, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_cache_without_flips_is_refused_where_flips_are_wanted(tmp_path):
+def test_cache_without_flips_is_refused_where_flips_are_wanted(tmp_path):
     write(tmp_path, changed(views=1))
     with pytest.raises(UserError, match="without flips; set flip=False "):
         LatentCache(tmp_path)

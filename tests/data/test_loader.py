@@ -61,7 +61,7 @@ def test_order_and_flips_are_those_of_version_0_1(case):
 
 
 @pytest.mark.parametrize("length", [13, 3])
-def test_every_epoch_is_another_permutation(length):
+def test_epochs_are_different_permutations(length):
     epochs = np.reshape(
         [shuffled_indices(length, 0)[i] for i in range(4 * length)], (4, -1)
     )
@@ -138,7 +138,7 @@ def test_bad_records_are_refused_by_name(record, message):
         read_record(Single(**record), 0)
 
 
-def test_an_error_comes_at_its_own_step_and_ends_it():
+def test_errors_come_at_their_own_step_and_end_it():
     class Torn(Numbered):
         bad = int(shuffled_indices(24, 0)[17])  # in step 2
 
@@ -206,7 +206,7 @@ def test_flips_are_those_of_positions_and_only_where_a_source_flips():
     assert not flips.any()
 
 
-def test_a_corrupt_image_is_replaced_named_and_counted():
+def test_corrupt_images_are_replaced_named_and_counted():
     lines = []
     source = Marked(20, {3, 4, 19})
     ids, flips, labels = marked_rows(source, 10, say=lines.append)
@@ -221,7 +221,7 @@ def test_a_corrupt_image_is_replaced_named_and_counted():
     assert names == ["19.jpg:", "3.jpg:", "4.jpg:"] and "takes its place" in lines[0]
 
 
-def test_too_many_corrupt_images_end_it(capfd):
+def test_corrupt_images_end_it_if_too_many(capfd):
     marked_rows(Marked(20, {3, 4}, fraction=0.1), 5)
     assert capfd.readouterr().err.count("corrupt image: ") == 2
     with pytest.raises(UserError, match=r"3 of 20 images are corrupt, .*=0\.1 allows"):
@@ -254,7 +254,7 @@ def test_worker_processes_do_not_change_the_batches():
     assert len(lines) == 2 and not multiprocessing.active_children()
 
 
-def test_a_worker_that_dies_is_reported():
+def test_workers_that_die_are_reported():
     with pytest.raises(UserError, match="has died; fewer workers need less memory"):
         marked_rows(Deadly(9), workers=1)
 

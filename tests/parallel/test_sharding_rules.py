@@ -59,14 +59,14 @@ def test_optimizer_and_averages_are_split_over_replicas_too():
     assert spec(*kernel, axes=ALL, data=2, fsdp=128) == (both, ())
 
 
-def test_where_the_best_axis_does_not_divide_the_next_best_does():
+def test_choose_spec_takes_the_next_best_axis_that_divides():
     name, shape = "blocks/mlp/fc1/kernel", (2, 1152, 4608)
     assert spec(name, shape, fsdp=256) == (P(None, None, "fsdp"), ())  # 1152 / 256
     both = P(None, "tensor", "fsdp")
     assert spec(name, shape, fsdp=256, tensor=3) == (both, ())
 
 
-def test_what_nothing_divides_is_named():
+def test_choose_spec_names_axes_that_nothing_divides():
     name, shape = "blocks/attn/qkv/kernel", (28, 1152, 3456)
     assert spec(name, shape, fsdp=256) == (P(None, None, None), ("fsdp",))
     tree = {"blocks": {"attn": {"qkv": {"kernel": np.zeros((2, 144, 432))}}}}
@@ -77,7 +77,7 @@ def test_what_nothing_divides_is_named():
     assert unsharded(256) == unsharded(256, 2) == left and not unsharded(256, 16)
 
 
-def test_an_array_that_the_table_does_not_know_is_split_along_its_longest_axis():
+def test_choose_spec_splits_unknown_arrays_along_their_longest_axis():
     assert spec("table", (64, 1024), fsdp=8) == (P(None, "fsdp"), ())
     assert spec("blocks/w", (1024, 64, 512), fsdp=8) == (P(None, None, "fsdp"), ())
     # as of an optimizer that keeps another shape than the weight's
@@ -85,13 +85,13 @@ def test_an_array_that_the_table_does_not_know_is_split_along_its_longest_axis()
     assert spec(*factored, fsdp=8) == (P(None, "fsdp"), ())
 
 
-def test_small_arrays_are_held_whole():
+def test_choose_spec_holds_small_arrays_whole():
     assert spec("table", (2**14,), fsdp=8) == (P(), ())
     assert spec("table", (2**15,), fsdp=8) == (P("fsdp"), ())
 
 
 @pytest.mark.parametrize("network", [SiT, MDT, MDTv2])
-def test_every_weight_of_an_xl_is_in_the_table(network):
+def test_rules_name_every_weight_of_an_xl(network):
     init = partial(init_params, network(), (32, 32, 4))
     shapes = jax.eval_shape(init, jax.random.key(0))
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
