@@ -39,7 +39,7 @@ from sit_jax.samplers.likelihood import (
     exact_trace,
     hutchinson_trace,
 )
-from sit_jax.sampling.batch_sampler import map_fixed_batches
+from sit_jax.sampling.batch_sampler import chunk_rows, map_fixed_batches
 from sit_jax.typing import Batch, DiscreteProcess, Keys, ODESampler
 
 TRACES = {"estimated": hutchinson_trace, "exact": exact_trace}
@@ -173,7 +173,7 @@ def _measure_batch_fn(experiment, survey, mesh, precision):
     model = policy.with_compute_dtype(precision, experiment.model)
     apply = policy.with_precision(precision, partial(apply_model, model))
     if mesh.devices.flat[0].platform == "cpu":
-        apply = map_fixed_batches(apply, mesh)
+        apply = map_fixed_batches(apply, mesh, chunk_rows(model))
     process, sampler = experiment.process, experiment.sampler
     dequantize = DEQUANTIZATIONS[survey.dequantization]
     if isinstance(process, DiscreteProcess):

@@ -208,7 +208,7 @@ def test_sampling_in_chunks_is_reached(inside):
     low = functools.partial(emulate, mantissa_bits=8)
     mesh = make_mesh()
     inner, outer = (low, lambda fn: fn) if inside else (lambda fn: fn, low)
-    ours = jax.jit(outer(map_fixed_batches(inner(apply), mesh)))(params, *inputs)
+    ours = jax.jit(outer(map_fixed_batches(inner(apply), mesh, 4)))(params, *inputs)
     assert relative(ours[:2], outputs(8)) < 1e-6
 
 
