@@ -133,18 +133,6 @@ def test_flags_of_a_plan_need_one(monkeypatch, capsys):
     assert code == 2 and "--topology goes with --plan" in err
 
 
-def test_samples_are_planned_for_a_topology_only(monkeypatch, capsys):
-    from sit_jax.cli import sample
-
-    call = lambda *a: small.called(sample.main, monkeypatch, capsys, "--plan", *a)
-    code, _, err = call()
-    assert code == 2 and "--plan needs --weights PATH or --config FILE" in err
-    code, _, err = call(
-        "--config", small.ROOT / "tests" / "helpers" / "small_config.py"
-    )
-    assert code == 2 and "--plan needs --topology" in err
-
-
 def test_compiled_program_is_described():
     text = TEXT.replace(':"100"', ':"125000"')
     program = TPUProgram(16 * 10**9, 10**9, 2 * 10**9, 0, 10**9, 7.4, text)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from helpers import pictures, small
+from helpers import adapters, pictures, small
 from helpers.networks import quick_jit
 from helpers.recorded import FOLDER
 
@@ -31,6 +31,7 @@ from sit_jax.trainer.loop import train
 from sit_jax.trainer.resume import (
     checkpoint_items,
     checkpoint_meta,
+    init_lora,
     read_history,
     restore_or_init,
 )
@@ -160,33 +161,32 @@ def flat(tree):
     return {k: np.asarray(v) for k, v in flatten_dict(tree, sep="/").items()}
 
 
-def given(directory, item):
+def changes(state, opened, experiment=None):
+    """-> the tensors of opened weights that a state, and its EMA, has not taken."""
+    found = set()
+    for item, tree in (("params", state.params), ("ema", state.ema["ema"])):
+        old, new = flat(opened.load(item, experiment, make_mesh(-1, 1))), flat(tree)
+        assert old.keys() == new.keys()
+        found |= {name for name in old if not np.array_equal(old[name], new[name])}
+    return found
+
+
+def changes_of(state, directory):
     opened = WeightsRef(directory).open()
-    return flat(
-        opened.load(item, build_experiment(opened.config, TRAINING), make_mesh(-1, 1))
-    )
+    return changes(state, opened, build_experiment(opened.config, TRAINING))
 
 
 def test_of_other_classes_only_the_label_table_is_new(thousand, monkeypatch):
     state, told = begun_from(config(10), thousand, monkeypatch)
-    for item in ("params", "ema"):
-        old, new = (
-            given(thousand, item),
-            flat({"params": state.params, **state.ema}[item]),
-        )
-        assert old.keys() == new.keys()
-        rest = {name: np.array_equal(old[name], new[name]) for name in old}
-        assert {name for name, same in rest.items() if not same} == {TABLE}
-        assert new[TABLE].shape == (11, 16)
-        np.testing.assert_array_equal(new[TABLE][10], old[TABLE][1000])  # the null row
+    assert changes_of(state, thousand) == {TABLE}
+    rows = flat(state.ema["ema"])[TABLE]
+    old = small.random_params(build_experiment(config(1000), TRAINING), 10)
+    assert rows.shape == (11, 16)
+    np.testing.assert_array_equal(rows[10], flat(old)[TABLE][1000])  # the null row
     fresh = init_params(
         build_experiment(config(10), TRAINING).model, (4, 4, 1), jax.random.key(3)
     )
-    np.testing.assert_allclose(
-        state.params["cond"]["label"]["embedding"][:10],
-        fresh["cond"]["label"]["embedding"][:10],
-        rtol=1e-6,
-    )
+    np.testing.assert_allclose(rows[:10], flat(fresh)[TABLE][:10], rtol=1e-6)
     assert int(state.step) == 0 and not int(state.opt_state[0].count)
     assert f"only {TABLE} (11, 16) is new, for 10 classes instead of 1000" in told
     assert "null label 10" in told
@@ -195,21 +195,14 @@ def test_of_other_classes_only_the_label_table_is_new(thousand, monkeypatch):
 def test_another_resolution_takes_every_parameter(thousand, monkeypatch):
     larger = config(1000, shape=(8, 8, 1))
     state, told = begun_from(larger, thousand, monkeypatch)
-    for item in ("params", "ema"):
-        old, new = (
-            given(thousand, item),
-            flat({"params": state.params, **state.ema}[item]),
-        )
-        assert old.keys() == new.keys()
-        assert all(np.array_equal(old[name], new[name]) for name in old)
+    assert not changes_of(state, thousand)
     assert "positions of 8 x 8 instead of 4 x 4" in told and "is new" not in told
 
 
 def test_a_dit_becomes_a_sit_and_not_the_other_way(thousand, tmp_path, monkeypatch):
     dit = small.checkpoint(tmp_path / "dit", config(5, DiT))
     state, told = begun_from(config(5), dit, monkeypatch)
-    old, new = given(dit, "ema"), flat(state.ema["ema"])
-    assert all(np.array_equal(old[name], new[name]) for name in old)
+    assert not changes_of(state, dit)
     assert "DiT's weights, which mean another output" in told
     with pytest.raises(UserError, match="a SiT, whose variance half no gradient"):
         begun_from(config(5, DiT), thousand, monkeypatch)
@@ -246,11 +239,21 @@ def test_a_torch_file_gives_its_weights(monkeypatch):
     c = theirs.config.copy_and_resolve_references()
     c.model.classes = 4
     state, told = begun_from(c, path, monkeypatch, family="sit", heads=4)
-    old = flat(theirs.load("ema", None, make_mesh(-1, 1)))
-    new = flat(state.ema["ema"])
-    unlike = {name for name in old if not np.array_equal(old[name], new[name])}
-    assert unlike == {TABLE} and new[TABLE].shape[0] == 5
+    assert changes(state, theirs) == {TABLE}
+    assert flat(state.params)[TABLE].shape[0] == 5
     assert "only cond/label/embedding" in told
+
+
+def test_adapters_whose_newest_meta_is_damaged_go_on_from_an_older_step(tmp_path):
+    base = small.checkpoint(tmp_path / "base", small.config())
+    parts, state, record = adapters.begun(base)
+    meta = {**checkpoint_meta(state), "base": record}
+    small.save(tmp_path / "run", 3, meta, **checkpoint_items(state))
+    shutil.copytree(tmp_path / "run/3", tmp_path / "run/5")
+    (tmp_path / "run/5/meta/metadata").unlink()
+    _, told, _ = init_lora(parts, make_mesh(), 0, tmp_path / "run")
+    assert told.startswith("goes on from step 3; WARNING: step 5 is damaged")
+    assert f"adapters of {base}/8" in told
 
 
 @pytest.mark.slow
