@@ -237,8 +237,6 @@ def read_records(
             # copied into, as a record's memory then serves for the next one again
             for name, value in record.items():
                 rows[name] = np.empty((len(ids), *value.shape), value.dtype)
-        if record.keys() != rows.keys():
-            raise UserError("the data source mixes records of different kinds")
         for name, value in record.items():
             rows[name][row] = value
     return rows, corrupt
@@ -286,9 +284,6 @@ class CorruptImages:
         self._reasons, self._length, self._say = {}, len(source), say
         self._fraction, self._treatment = source.max_corrupt_fraction, treatment
 
-    def __len__(self):
-        return len(self._reasons)
-
     def add(self, reasons: dict[int, str]):
         """Takes in reasons by id; refuses to go on after too many."""
         for i, reason in reasons.items():
@@ -297,7 +292,7 @@ class CorruptImages:
                 self._say(one_line(f"corrupt image: {reason}; {self._treatment}"))
         if len(self._reasons) > self._fraction * self._length:
             raise UserError(
-                f"{len(self)} of {self._length} images are corrupt, more than "
+                f"{len(self._reasons)} of {self._length} images are corrupt, more than "
                 f"max_corrupt_fraction={self._fraction:g} allows; remove them, or "
                 "allow more (--max-corrupt-fraction, "
                 f"--config.source.max_corrupt_fraction); the last: {reason}"

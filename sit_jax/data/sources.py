@@ -27,10 +27,6 @@ NPY_HEADER = re.compile(
     rb"'descr': *'([<>|=][fiu][1248])', *'fortran_order': *(True|False), *"
     rb"'shape': *\(([\d, ]*)\)"
 )
-OTHER_SOURCES = (
-    "--config.source.path=DIR names another, configs/sit_xl2_cached.py is for what "
-    "extract_features.py writes, --config.synthetic=True for random latents"
-)
 
 Record = dict[str, Any]
 
@@ -275,7 +271,11 @@ def _npy_names(folder):
     """Returns the names of the .npy files, 2 before 10, as they were numbered."""
     names = [path.name for path in folder.glob("*.npy")]
     if not names:
-        raise UserError(f"no folder of .npy files at {folder}; {OTHER_SOURCES}")
+        raise UserError(
+            f"no folder of .npy files at {folder}; --config.source.path=DIR names "
+            "another, configs/sit_xl2_cached.py is for what extract_features.py "
+            "writes, --config.synthetic=True for random latents"
+        )
     return sorted(names, key=lambda name: (len(name), name))
 
 
