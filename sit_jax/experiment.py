@@ -121,8 +121,8 @@ class Experiment:
     adapter: Any = None
 
     @property
-    def losses(self):
-        """What the choice of times remembers at the start."""
+    def timestep_sampler_state(self):
+        """Returns what the choice of times remembers at the start."""
         return () if self.timesteps is None else self.timesteps.init(self.process)
 
 
@@ -165,7 +165,7 @@ def build_experiment(config, roles=SAMPLING):
         **built,
     )
     ema_rates(experiment.ema_decay)  # refuses what is no rate
-    _ = experiment.losses  # refuses a process without steps to choose among
+    _ = experiment.timestep_sampler_state  # refuses a process without steps
     return experiment
 
 

@@ -110,11 +110,11 @@ def _fits(value, hint):
     kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
     if kind is typing.Annotated:
         ranges = [item for item in hint.__metadata__ if isinstance(item, Between)]
-        return _fits(value, inner[0]) and all(_in_range(value, r) for r in ranges)
+        is_number = hasattr(value, "__float__")  # or a schedule in its place
+        is_inside = not is_number or all(value in bounds for bounds in ranges)
+        return is_inside and _fits(value, inner[0])
     if kind in (typing.Union, types.UnionType):
         return any(_fits(value, item) for item in inner)
-    if kind is typing.Literal:
-        return value in inner
     if kind is Callable:
         return callable(value)
     if isinstance(kind, type) and issubclass(kind, NamedFunction):
@@ -134,20 +134,12 @@ def _fits(value, hint):
     return not (kind is str and isinstance(value, int | float | tuple))
 
 
-def _in_range(value, bounds):
-    if isinstance(value, tuple | list):
-        return all(_in_range(item, bounds) for item in value)
-    return not hasattr(value, "__float__") or value in bounds
-
-
 def _words(hint):
     kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
     if kind is typing.Annotated:
         return " and ".join(str(i) for i in hint.__metadata__ if isinstance(i, Between))
     if kind in (typing.Union, types.UnionType):
         return " or ".join(sorted(map(_words, inner), key="None".__eq__))
-    if kind is typing.Literal:
-        return " or ".join(map(repr, inner))
     if kind is tuple:
         return "a tuple of numbers" if inner[:1] in ((int,), (float,)) else "a tuple"
     words = {Callable: f"a function ({ONLY_FILE})", types.NoneType: "None", str: "text"}

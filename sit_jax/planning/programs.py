@@ -84,7 +84,7 @@ def create_state(experiment: Experiment, params: Params) -> TrainState:
         params,
         experiment.optimizer,
         ema_decay=experiment.ema_decay,
-        timestep_sampler_state=experiment.losses,
+        timestep_sampler_state=experiment.timestep_sampler_state,
     )
 
 

@@ -137,7 +137,7 @@ def restore_state(
     items = checkpoint.load(directory, step, **{name: wanted[name] for name in names})
     fresh = {
         "opt_state": experiment.optimizer.init,
-        "losses": lambda _: experiment.losses,
+        "losses": lambda _: experiment.timestep_sampler_state,
     }
     for name in wanted:
         if name in items:
