@@ -4,17 +4,16 @@ What A and B need for it are the latents that both have sampled, as sample.py --
 x.npy leaves them, and manifests that say how they become pictures.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 
 from sit_jax import config as configs
 from sit_jax.errors import UserError
-from sit_jax.evaluation.image_sets import batch_starts
+from sit_jax.evaluation.image_sets import Images, Numbers, batch_starts
 from sit_jax.experiment import build_experiment
 from sit_jax.files import PathLike
 from sit_jax.models.codec import Latents
@@ -46,10 +45,8 @@ class DecodedLatents:
     def __len__(self) -> int:
         return len(self.latents)
 
-    def batches(
-        self, size: int, numbers: Any = None
-    ) -> Iterator[UInt8[np.ndarray, "b h w 3"]]:
-        """Gives images in batches, see image_sets.batch_starts."""
+    def batches(self, size: int, numbers: Numbers = None) -> Images:
+        """Yields images in batches, see image_sets.batch_starts."""
         for start in batch_starts(len(self), size, numbers):
             latents = jnp.asarray(self.latents[start : start + size])
             images = _decode(self.codec, latents)

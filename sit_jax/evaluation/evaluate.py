@@ -24,25 +24,19 @@ from sit_jax.evaluation.features import (
     ExtractedFeatures,
     FeatureExtractor,
     Pipeline,
-    StoredFeatures,
     keep_features,
     pipeline_differences,
     write_features,
 )
 from sit_jax.evaluation.fid import Gaussian, RunningMoments, frechet_distance
-from sit_jax.evaluation.image_sets import EvaluationInput, open_input
+from sit_jax.evaluation.image_sets import Contents, EvaluationInput, open_input
 from sit_jax.evaluation.metrics import Progress, kernel_distance, precision_recall
 from sit_jax.evaluation.statistics import FeatureStatistics, collect_statistics
 from sit_jax.files import AnyPath, PathLike
 from sit_jax.manifest import environment
 from sit_jax.parallel import multihost
+from sit_jax.sampling import partial_results
 from sit_jax.sampling.outputs import ArrayFile, manifest_path
-from sit_jax.sampling.partial_results import (
-    PartialResults,
-    is_begun,
-    parts_size,
-    remove_parts,
-)
 
 ADM_METRICS = ("inception_score", "fid", "sfid", "precision", "recall")  # in its order
 METRICS = (*ADM_METRICS, "kid")  # what can be asked for
@@ -60,8 +54,6 @@ MIN_IMAGES = 2048  # for a covariance of as many features
 FLOAT_BYTES = 4
 RUN_FIELDS = ("packages", "platform", "device", "devices")  # may change features' bits
 SIDES = ("samples", "reference", "statistics")
-
-Contents = FeatureStatistics | ExtractedFeatures | StoredFeatures
 
 
 def select_metrics(listed: str | None, kid: bool) -> list[str]:
@@ -314,13 +306,13 @@ def open_output(
         output = EvaluationOutput(files.absolute_path(path), features)
         parts = [output.parts(name) for name in SIDES]
         for target in filter(None, (path, features)):
-            is_ours = any(is_begun(out, target) for out in parts)
+            is_ours = any(partial_results.is_begun(out, target) for out in parts)
             files.require_free(target, overwrite or is_ours)
         multihost.barrier()  # until all have seen that these places are free
         yield output
         if multihost.is_primary():
             for out in parts:
-                remove_parts(out)
+                partial_results.remove_parts(out)
 
 
 def compute_statistics(
@@ -386,10 +378,12 @@ def resume_features(
         out = output.parts(name)
         writes = [path for path in (output.path, output.features) if path]
         digest = _features_digest(source)
-        partial = PartialResults(out, digest, overwrite=True, writes=writes)
+        partial = partial_results.PartialResults(
+            out, digest, overwrite=True, writes=writes
+        )
         missing = partial.check(count)
         size = source.count * sum(source.widths.values()) * FLOAT_BYTES
-        files.require_space(output.path, max(0, size - parts_size(out)))
+        files.require_space(output.path, max(0, size - partial_results.parts_size(out)))
     missing = multihost.broadcast(missing)
     there = set(range(count)).difference(missing)
     if there:

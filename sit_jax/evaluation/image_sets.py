@@ -25,6 +25,9 @@ from sit_jax.sampling.outputs import ArrayFile
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 THREADS = 8
 
+Images = Iterator[UInt8[np.ndarray, "n h w 3"]]
+Numbers = Iterable[int] | None  # of batches, None for all
+
 
 class ImageSet(Protocol):
     """Images uint8 [H, W, 3] in order, of which a batch is in memory.
@@ -38,9 +41,7 @@ class ImageSet(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batches(
-        self, size: int, numbers: Iterable[int] | None = None
-    ) -> Iterator[UInt8[np.ndarray, "n h w 3"]]: ...
+    def batches(self, size: int, numbers: Numbers = None) -> Images: ...
 
 
 class NpzImages:
@@ -58,9 +59,8 @@ class NpzImages:
         """Tells whether it is still the same set."""
         return self._member.identity
 
-    def batches(
-        self, size: int, numbers: Iterable[int] | None = None
-    ) -> Iterator[UInt8[np.ndarray, "n h w 3"]]:
+    def batches(self, size: int, numbers: Numbers = None) -> Images:
+        """Yields the images in order."""
         for images in self._member.batches(size, numbers):
             yield np.broadcast_to(images, (*images.shape[:3], 3))
 
@@ -76,14 +76,13 @@ class FolderImages:
             raise UserError(f"{path} holds no images ({', '.join(ENDINGS)})")
         with ThreadPoolExecutor(THREADS) as pool:
             sizes = list(pool.map(_size, self._files))
-        if others := [i for i, size in enumerate(sizes) if size != sizes[0]]:
-            first, other = (
-                f"{self._files[i].name} is {sizes[i][1]} x {sizes[i][0]}"
-                for i in (0, others[0])
-            )
-            raise UserError(
-                f"{path} mixes sizes: {first}, {other}; crop them to one size"
-            )
+        height, width = sizes[0]
+        for file, size in zip(self._files, sizes, strict=True):
+            if size != sizes[0]:
+                raise UserError(
+                    f"{path} mixes sizes: {self._files[0].name} is {width} x {height}, "
+                    f"{file.name} is {size[1]} x {size[0]}; crop them to one size"
+                )
         self.shape = (*sizes[0], 3)
 
     def __len__(self) -> int:
@@ -99,22 +98,22 @@ class FolderImages:
             digest.update(repr(version).encode())
         return digest.hexdigest()
 
-    def batches(
-        self, size: int, numbers: Iterable[int] | None = None
-    ) -> Iterator[UInt8[np.ndarray, "n h w 3"]]:
+    def batches(self, size: int, numbers: Numbers = None) -> Images:
+        """Yields the images in order."""
         with ThreadPoolExecutor(THREADS) as pool:
             for start in batch_starts(len(self), size, numbers):
-                yield np.stack(
-                    list(pool.map(_pixels, self._files[start : start + size]))
-                )
+                files = self._files[start : start + size]
+                yield np.stack(list(pool.map(_pixels, files)))
 
 
-def batch_starts(
-    count: int, size: int, numbers: Iterable[int] | None = None
-) -> list[int]:
+def batch_starts(count: int, size: int, numbers: Numbers = None) -> list[int]:
     """Returns where batches begin, of all or of those with the given numbers."""
     numbers = range(-(-count // size)) if numbers is None else numbers
     return [number * size for number in numbers]
+
+
+FeatureSource = ExtractedFeatures | StoredFeatures
+Contents = FeatureStatistics | FeatureSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,17 +134,13 @@ class EvaluationInput:
     images: ImageSet | None = None
     stored: StoredFeatures | None = None
 
-    def source(
-        self, extractor: FeatureExtractor | None
-    ) -> ExtractedFeatures | StoredFeatures:
+    def source(self, extractor: FeatureExtractor | None) -> FeatureSource:
         """Returns what features come from."""
         if self.images is None:
             return self.stored
         return ExtractedFeatures(self.images, extractor)
 
-    def contents(
-        self, extractor: FeatureExtractor | None
-    ) -> FeatureStatistics | ExtractedFeatures | StoredFeatures:
+    def contents(self, extractor: FeatureExtractor | None) -> Contents:
         """Returns the statistics or else the source: both say what made them."""
         return self.source(extractor) if self.statistics is None else self.statistics
 
