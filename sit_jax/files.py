@@ -17,13 +17,13 @@ import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from etils import epath
 
 from sit_jax.errors import UserError, first_line, hush
 
-AnyPath = Path | epath.Path
+AnyPath: TypeAlias = Path | epath.Path
 PathLike = str | os.PathLike
 
 # Orbax's: in a bucket, a checkpoint step that has this file is complete.

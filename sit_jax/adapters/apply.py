@@ -6,7 +6,7 @@ int8 weight becomes floats one layer at a time, and an adapter's gradient never 
 through one for the whole weight.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -28,10 +28,10 @@ from sit_jax.models.layers import Dense
 def apply_model(model: nn.Module, params: dict, *inputs: Any, **options: Any) -> Array:
     """Returns model.apply on params; inputs and options are the model's."""
     if not any(map(is_weight_leaf, jax.tree.leaves(params, is_leaf=is_weight_leaf))):
-        return model.apply({"params": params}, *inputs, **options)
+        return cast(Array, model.apply({"params": params}, *inputs, **options))
     params = jax.tree.map(_read_extra_rows, params, is_leaf=is_weight_leaf)
     with nn.intercept_methods(_intercept_weight_leaf):
-        return model.apply({"params": params}, *inputs, **options)
+        return cast(Array, model.apply({"params": params}, *inputs, **options))
 
 
 def apply_model_for_training(

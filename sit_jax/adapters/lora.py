@@ -6,6 +6,7 @@ LoraConfig.
 
 import dataclasses
 import zlib
+from functools import partial
 from typing import Annotated
 
 import jax
@@ -74,7 +75,9 @@ class LoRA:
         if self.int8 is None:
             return base
         make = lambda path, weight: Int8Weight.from_float(weight)
-        return jax.eval_shape(lambda base: replace_weights(base, self.int8, make), base)
+        return jax.eval_shape(
+            partial(replace_weights, pattern=self.int8, make=make), base
+        )
 
     def add_adapters(self, base: dict, key: Key[Array, ""]) -> dict:
         """Returns the base with adapters that change nothing yet."""

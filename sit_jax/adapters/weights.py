@@ -13,7 +13,7 @@ import difflib
 import time
 import zlib
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -58,9 +58,10 @@ class WeightLeaf(abc.ABC):
 
     def replace(self, **fields: Any) -> Self:
         """Returns a copy with other fields."""
-        return dataclasses.replace(self, **fields)
+        return dataclasses.replace(self, **fields)  # type: ignore[type-var]
 
 
+@dataclass_transform(frozen_default=True)
 def _pytree(cls):
     """Makes a frozen dataclass and a pytree of a WeightLeaf.
 
@@ -300,7 +301,7 @@ def multiply(
     x: Float[Array, "... i"], weight: Array | WeightLeaf, dtype: Any
 ) -> Float[Array, "... o"]:
     """Returns x times one layer's weight of any form."""
-    if is_weight_leaf(weight):
+    if isinstance(weight, WeightLeaf):
         return weight.product(x, dtype)
     return x.astype(dtype) @ weight.astype(dtype)
 
@@ -309,7 +310,7 @@ def select_rows(
     table: Array | WeightLeaf, index: Int[Array, " b"]
 ) -> Float[Array, "b o"]:
     """Returns rows of a table of any form."""
-    return table.rows(index) if is_weight_leaf(table) else table[index]
+    return table.rows(index) if isinstance(table, WeightLeaf) else table[index]
 
 
 def split_trainable(tree: dict) -> tuple[dict, dict]:

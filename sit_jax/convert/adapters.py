@@ -91,7 +91,8 @@ def open_adapter(
     """
     if not peft.is_adapter_file(path):
         return _read_checkpoint(_open_checkpoint(path), str(path), item)
-    files, flat = peft.read_adapter_files(path), {}
+    files = peft.read_adapter_files(path)
+    flat: dict[str, Any] = {}
     shapes = flatten_dict(shapes, sep="/")
     if files.pairs:
         flat = peft.from_pairs(rules_for(model), shapes, files.pairs, path)
@@ -103,7 +104,8 @@ def open_adapter(
                 f"{files.table.shape}, here it is {(old, width)}"
             )
         # new rows stand between the base's classes and the null label
-        flat[LABEL_TABLE] = ExtraRows(None, files.table[old - 1 : -1])
+        new_rows: Any = files.table[old - 1 : -1]
+        flat[LABEL_TABLE] = ExtraRows(None, new_rows)
     if not flat:
         raise UserError(f"{path} holds no adapter")
     return Adapter(str(path), flat, None, files.dropout, files.table)

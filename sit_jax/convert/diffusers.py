@@ -13,6 +13,7 @@ import numpy as np
 
 from sit_jax.checkpoint import require_same_shapes
 from sit_jax.convert.state_dict import TorchFile, read_torch_file
+from sit_jax.convert.tensor_files import StateDict
 from sit_jax.errors import UserError
 from sit_jax.files import as_path, local_path, parse_json
 from sit_jax.models.dit import DiT, SiT
@@ -112,10 +113,10 @@ def read_diffusers_folder(path: Any) -> TorchFile:
     )
 
 
-class OriginalNames(Mapping):
+class OriginalNames(StateDict):
     """A diffusers file's tensors, one read at a time, under the originals' names."""
 
-    def __init__(self, path: Path, state: Mapping, config: Mapping[str, Any]):
+    def __init__(self, path: Path, state: StateDict, config: Mapping[str, Any]):
         self._state, self.dtypes = state, state.dtypes
         depth = config["num_layers"]
         if depth > len(state):  # believed only as far as the file goes
@@ -123,9 +124,9 @@ class OriginalNames(Mapping):
         self._sources = _sources(depth)
         expected = {name for names in self._sources.values() for name in names}
         expected |= {name for _, names in _copies(depth) for name in names}
-        names = set(state) - {"pos_embed.pos_embed"}
-        names, expected = (dict.fromkeys(sorted(x), 0) for x in (names, expected))
-        require_same_shapes(str(path), names, expected)
+        given = set(state) - {"pos_embed.pos_embed"}
+        trees = (dict.fromkeys(sorted(names), 0) for names in (given, expected))
+        require_same_shapes(str(path), *trees)
         for first, names in _copies(depth):
             for name in names:
                 if not np.array_equal(state[first], state[name]):
@@ -135,9 +136,8 @@ class OriginalNames(Mapping):
                     )
         self.shapes = {}
         for name, sources in self._sources.items():
-            first, *tail = state.shapes[sources[0]]
             rows = sum(state.shapes[source][0] for source in sources)
-            self.shapes[name] = (rows if len(sources) > 1 else first, *tail)
+            self.shapes[name] = (rows, *state.shapes[sources[0]][1:])
         width = self.shapes["x_embedder.proj.bias"][0]
         if width != config["num_attention_heads"] * config["attention_head_dim"]:
             raise UserError(f"{path} is {width} wide, its config.json says otherwise")
@@ -161,7 +161,7 @@ class OriginalNames(Mapping):
 def to_diffusers_state(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns a state dict of the originals' names in diffusers' names."""
     depth = sum(name.endswith("attn.qkv.weight") for name in state)
-    renamed = {}
+    renamed: dict[str, np.ndarray] = {}
     for name, sources in _sources(depth).items():
         parts = np.split(state[name], len(sources))
         renamed |= dict(zip(sources, parts, strict=True))

@@ -88,7 +88,7 @@ class CheckpointExport:
 
     def state_dicts(self, *parts: str) -> dict[str, dict[str, np.ndarray]]:
         """Returns these parts by name, each in torch's order."""
-        states = {part: {} for part in parts}
+        states: dict[str, dict[str, np.ndarray]] = {part: {} for part in parts}
         for part, name, array in self.tensors(*parts):
             states[part][name] = array
         order = ["step", *self.spec.names]
@@ -99,7 +99,7 @@ class CheckpointExport:
 
     def torch_files(
         self, target: Path
-    ) -> tuple[dict[str, Mapping], dict[str, Mapping], str | None]:
+    ) -> tuple[Mapping[str, Mapping], Mapping[str, Mapping], str | None]:
         """Returns what torch files of it hold.
 
         Args:
@@ -224,7 +224,7 @@ def compare_tensors(
     Raises:
         UserError: a bit differs, or a tensor is missing.
     """
-    lines = {part: [] for part in parts}
+    lines: dict[str, list[str]] = {part: [] for part in parts}
     for part, name, array in tensors:
         line = _describe_tensor(name, array)
         if line != _describe_tensor(name, parts[part][name]):

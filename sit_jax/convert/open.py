@@ -45,13 +45,15 @@ FREE_FIELDS = ("remat", "unroll", "dtype", "mask_ratio", "mask_ratio_range")
 
 
 class LoadedWeights(Protocol):
-    """Opened weights, of which nothing is in memory yet.
+    """Opened weights, of which nothing is in memory yet."""
 
-    config: of the run; meta: of the checkpoint, empty for a torch file.
-    """
+    @property
+    def config(self) -> ConfigDict:
+        """The config of the run."""
 
-    config: ConfigDict
-    meta: dict[str, Any]
+    @property
+    def meta(self) -> dict[str, Any]:
+        """The meta of the checkpoint, empty for a torch file."""
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns the shapes of the parameters as floats, by path."""
@@ -134,12 +136,13 @@ class WeightsRef:
           UserError: there is nothing at the path, or nothing that can be read; family
             or heads are given beside a folder, which has both.
         """
+        source = str(self.path)
         for flag, value in (("--family", self.family), ("--heads", self.heads)):
-            if value is not None and as_path(self.path).is_dir():
+            if value is not None and as_path(source).is_dir():
                 raise UserError(
-                    f"{flag} {value}: {self.path} is no torch file; leave it out"
+                    f"{flag} {value}: {source} is no torch file; leave it out"
                 )
-        path = pretrained.fetch(self.path)
+        path = pretrained.fetch(source)
         if not path.exists():
             releases = pretrained.PRETRAINED.items()
             names = (n for n, r in releases if r.family not in ("vae", "inception"))
@@ -148,7 +151,7 @@ class WeightsRef:
                 f"is downloaded by its name: {', '.join(names)}"
             )
         if path.name.endswith((*SUFFIXES, SHARDED)) or is_diffusers_folder(path):
-            family = family_of(self.path, self.family)
+            family = family_of(source, self.family)
             return open_torch_file(path, family=family, heads=self.heads)
         weights = CheckpointWeights(*checkpoint.find_step(path))
         step = weights.path / str(weights.step)

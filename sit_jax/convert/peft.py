@@ -255,8 +255,8 @@ def from_pairs(
                 )
         magnitude = _join_magnitudes(f"{source}: {module}", layers)
         layers = [pair.with_scale(scale).with_rank(rank) for pair in layers]
-        lora_a = np.stack([pair.lora_a.T for pair in layers])
-        lora_b = np.stack([pair.lora_b.T for pair in layers])
+        lora_a: Any = np.stack([pair.lora_a.T for pair in layers])
+        lora_b: Any = np.stack([pair.lora_b.T for pair in layers])
         flat[path] = LoRAWeight(
             base=None,
             lora_a=lora_a.reshape(*lead, fan_in, rank),
@@ -265,8 +265,9 @@ def from_pairs(
             scale=scale,
         )
     if left:
-        names = join_names([*left], 3)
-        raise UserError(f"{source} is for another network: this one has no {names}")
+        raise UserError(
+            f"{source} is for another network: this one has no {join_names([*left], 3)}"
+        )
     return flat
 
 
@@ -292,7 +293,8 @@ def to_diffusers(pairs: Mapping[str, LoRAPair]) -> dict[str, LoRAPair]:
 def from_diffusers(pairs: Mapping[str, LoRAPair]) -> dict[str, LoRAPair]:
     """Returns pairs by the originals' names; other names than diffusers' stay."""
     ours = {theirs: name for name, theirs in DIFFUSERS_MODULES.items()}
-    named, parts = {}, {}
+    named: dict[str, LoRAPair] = {}
+    parts: dict[str, dict[int, LoRAPair]] = {}
     for name, pair in pairs.items():
         pattern, layer = _pattern(name)
         if pattern in QKV_NAMES:

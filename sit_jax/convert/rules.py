@@ -51,7 +51,8 @@ def to_flax(rules: Rules, state: Mapping[str, Any]) -> tuple[dict, set[str]]:
     known = list(itertools.chain(*names_by_rule))
     if missing := [name for name in known if name not in state]:
         raise UserError(f"weights lack {join_names(missing)}: another architecture?")
-    faults, flat = [], {}
+    faults: list[str] = []
+    flat = {}
     for (torch_name, path, layout), names in zip(rules, names_by_rule, strict=True):
         leaf = _stack_layers(names, state, layout, faults)
         flat[path] = leaf if leaf is None or "*" in torch_name else leaf[0]
@@ -67,7 +68,7 @@ def to_torch(rules: Rules, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
         UserError: params and rules do not name the same leaves.
     """
     flat = flatten_dict(params, sep="/")
-    state = dict.fromkeys(_in_torch_order(rules, flat))
+    state: dict[str, Any] = dict.fromkeys(_in_torch_order(rules, flat))
     for torch_name, path, layout in rules:
         theirs, ours = layout.split("->")
         array = np.asarray(flat[path])
@@ -96,7 +97,7 @@ def torch_shapes(rules: Rules, flat: Mapping[str, Any]) -> dict[str, tuple[int, 
 
 def torch_names(rules: Rules, state: Iterable[str]) -> list[list[str]]:
     """Returns the torch names that each rule stands for, with gaps in the layers."""
-    depths = {}
+    depths: dict[str | None, int] = {}
     for torch_name, _, _ in rules:
         pattern = re.compile(re.escape(torch_name).replace(r"\*", r"(\d+)"))
         for match in filter(None, map(pattern.fullmatch, state)):
@@ -132,12 +133,12 @@ def _stack_layers(
     return stack
 
 
-def _count_layers(rules: Rules, flat: Mapping) -> dict[str, int]:
+def _count_layers(rules: Rules, flat: Mapping) -> dict[str | None, int]:
     """Returns the number of layers of each run; flat must be what the rules name."""
     paths = {path for _, path, _ in rules}
     if different := sorted(paths ^ flat.keys()):
         raise UserError(f"weights and rules do not share {join_names(different)}")
-    depths = {}
+    depths: dict[str | None, int] = {}
     for torch_name, path, _ in rules:
         depth, run = flat[path].shape[0], _run_of(torch_name)
         if run is not None and depths.setdefault(run, depth) != depth:

@@ -28,7 +28,7 @@ from sit_jax.convert.rules import (
     torch_constants,
     torch_shapes,
 )
-from sit_jax.convert.tensor_files import INDEX, Tensors, open_file
+from sit_jax.convert.tensor_files import INDEX, StateDict, Tensors, open_file
 from sit_jax.errors import UserError
 from sit_jax.parallel import multihost
 from sit_jax.training.state import init_params
@@ -65,18 +65,18 @@ class TorchFile:
 
     path: Path
     layout: str
-    model: Mapping[str, np.ndarray]
-    ema: Mapping[str, np.ndarray]
+    model: StateDict
+    ema: StateDict
     adam: AdamState | None = None
     args: dict[str, Any] | None = None
     ignored: tuple[str, ...] = ()
     ema_rates: tuple[float, ...] = ()
-    more_emas: Mapping[str, Mapping] = dataclasses.field(default_factory=dict)
+    more_emas: Mapping[str, StateDict] = dataclasses.field(default_factory=dict)
     num_updates: int | None = None
     family: str | None = None
     heads: int | None = None
 
-    def parts(self) -> dict[str, Mapping[str, np.ndarray]]:
+    def parts(self) -> Mapping[str, Mapping[str, np.ndarray]]:
         """Returns model, ema, ..., and of an optimizer exp_avg, ..., step."""
         parts = {"model": self.model, "ema": self.ema, **self.more_emas}
         if self.adam is None:
@@ -263,7 +263,7 @@ class StateDictSpec:
         leaves = {path: put(leaf) for path, leaf in self.leaves(state)}
         return unflatten_dict(leaves, sep="/")
 
-    def check(self, path: str | Path, state: Tensors) -> None:
+    def check(self, path: str | Path, state: StateDict) -> None:
         """Refuses a state dict with other names, shapes or constants."""
         tables = {name: table.shape for name, table in self.constants.items()}
         as_leaves = lambda shapes: {

@@ -77,7 +77,7 @@ class TensorFile(abc.ABC):
     def _read(self, keys: tuple) -> np.ndarray: ...
 
 
-class Tensors(Mapping):
+class StateDict(Mapping[str, np.ndarray]):
     """Names to float32 arrays, each read when it is asked for.
 
     Attributes:
@@ -86,10 +86,18 @@ class Tensors(Mapping):
             MDT's position tables as int64.
     """
 
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: list[str]
+
+
+class Tensors(StateDict):
+    """The tensors of a file."""
+
     def __init__(self, file: TensorFile, keys: Mapping[str, tuple]):
         """Checks dtypes and sizes; keys: names to the keys that lead to a tensor."""
         self._file, self._keys = file, dict(keys)
-        self.shapes, dtypes = {}, set()
+        self.shapes = {}
+        dtypes: set[str] = set()
         size = sum(path.stat().st_size for path in file.paths)
         for name, path in self._keys.items():
             shape, dtype = file.shape_and_dtype(path)

@@ -105,7 +105,7 @@ def encoder_warning(vae: str, vae_record: dict, weights: str, meta: dict) -> str
         latents it saw.
     """
     made, here = meta.get("encoder_sha256"), vae_record.get("encoder_sha256")
-    if None in (made, here) or made == here:
+    if made is None or here is None or made == here:
         return None
     return (
         f"WARNING: {weights} was trained on latents of another encoder than {vae} has "
