@@ -179,8 +179,8 @@ def _resolve_sizes(data, fsdp, tensor, count, slices=1):
         fit = (n for n in range(1, GROUP + 1) if inside % (n * tensor) == 0)
         sizes[1] = max(fit, default=1)
     if sizes.count(-1) == 1:
-        known = -math.prod(sizes)
-        sizes[sizes.index(-1)] = count // known if known > 0 else 0
+        others = -math.prod(sizes)  # of the two sizes that are given
+        sizes[sizes.index(-1)] = count // others if others > 0 else 0
     if min(sizes) < 1 or math.prod(sizes) != count:
         raise UserError(
             f"mesh data={data} x fsdp={fsdp} x tensor={tensor} does not make up "

@@ -79,11 +79,9 @@ def unsharded_arrays(
     mesh: Mesh | AbstractMesh, tree: Any
 ) -> list[tuple[str, tuple[int, ...], tuple[str, ...]]]:
     """Returns name, shape and mesh axes of the arrays that these axes cannot split."""
-    choices = [
-        (name, shape, choose_spec(name, shape, mesh.shape, ZERO1).missing)
-        for name, shape in array_shapes(tree)
-    ]
-    return [choice for choice in choices if choice[2]]
+    arrays = array_shapes(tree)
+    missing = [choose_spec(*array, mesh.shape, ZERO1).missing for array in arrays]
+    return [(*array, axes) for array, axes in zip(arrays, missing, strict=True) if axes]
 
 
 def array_shapes(tree: Any) -> list[tuple[str, tuple[int, ...]]]:
