@@ -66,7 +66,6 @@ class Run:
         source: The data.
         log: The record of the run.
         writer: Saves states.
-        first: The step that the run goes on from.
     """
 
     config: Any
@@ -75,7 +74,6 @@ class Run:
     source: Any
     log: RunLog
     writer: CheckpointWriter
-    first: int
 
 
 def train(
@@ -134,13 +132,14 @@ def train(
         about = {"config": stored, "mesh": dict(mesh.shape), **meta}
         about |= describe_data(source, experiment.codec)
         writer = CheckpointWriter(checkpoints, replicas, about, skip)
-        run = Run(config, experiment, mesh, source, log, writer, first)
+        run = Run(config, experiment, mesh, source, log, writer)
         _train_steps(run, state, stop or NeverStop())
 
 
 def _train_steps(run: Run, state: TrainState, stop: StopFlag) -> None:
     """Takes the steps of a run from a state on, and logs, saves and draws."""
-    config, log, writer, first = run.config, run.log, run.writer, run.first
+    config, log, writer = run.config, run.log, run.writer
+    first = int(state.step)
     log_summary(run, state)
     feed = batches(  # which are read from here on
         run.source,

@@ -6,9 +6,11 @@ import pytest
 from helpers import small
 from test_tpu_compile import TEXT
 
+from sit_jax.errors import UserError
 from sit_jax.parallel import mesh as mesh_lib
 from sit_jax.planning import programs
 from sit_jax.planning.memory import plan_memory
+from sit_jax.planning.report import plan_sampling
 from sit_jax.planning.tpu_compile import TPUProgram, describe_program
 from sit_jax.recipes import dit, sit
 
@@ -140,3 +142,8 @@ def test_compiled_program_is_described():
     said = "\n".join(describe_program(program, 459e9, "TPU v5p"))  # 1 ms at the peak
     assert "3.5 million cycles, 2.0 ms at 1.75 GHz, 50% MFU" in said
     assert "free 12.000 of 16.000\n" in said
+
+
+def test_samples_are_planned_for_a_topology_only():
+    with pytest.raises(UserError, match="--plan needs --topology here"):
+        next(plan_sampling(small.config(), 4, topology=None))
