@@ -24,8 +24,6 @@ from sit_jax.samplers.adaptive_ode import AdaptiveODE
 from sit_jax.samplers.base import require_continuous, require_discrete
 from sit_jax.typing import Batch, Net, ODESampler, PerImage, Process, StepNoise
 
-MAX_EXACT_TRACE = 4096  # dimensions up to which the whole trace is reasonable
-
 
 @dataclasses.dataclass(frozen=True)
 class FlowLikelihoodResult:
@@ -66,11 +64,6 @@ def exact_trace(probes: Float[Array, "k b h w c"], vjp: Callable) -> PerImage:
     """Returns the whole trace, one pass for each dimension; probes give the shape."""
     _, rows, *shape = probes.shape
     size = int(np.prod(shape))
-    if size > MAX_EXACT_TRACE:
-        raise UserError(
-            f"the exact trace of {size} dimensions takes as many passes an evaluation; "
-            f"at most {MAX_EXACT_TRACE}: take estimated traces"
-        )
 
     def add_entry(total: PerImage, i: Array) -> tuple[PerImage, None]:
         unit = (jnp.arange(size) == i).astype(jnp.float32).reshape(shape)

@@ -42,7 +42,6 @@ from sit_jax.sampling.partial_results import (
     remove_parts,
 )
 
-MAX_TRAJECTORY = 2 * 2**30  # bytes of a batch's states
 STATS = ("evaluations", "accepted", "rejected", "finished")  # of a SamplerResult
 MAX_NAMED = 20  # classes named after a run; the manifest has all
 
@@ -249,11 +248,6 @@ def _make_arrays(context, out, data, stats):
     """Returns the arrays [n, ...] kept of a batch: its images, or states, and stats."""
     trajectory = stats.pop("trajectory", None)
     if trajectory is not None:
-        if trajectory.nbytes > MAX_TRAJECTORY:
-            raise UserError(
-                f"a trajectory of {trajectory.nbytes / 1e9:.3g} GB: fewer images or "
-                "--trajectory"
-            )
         data = np.swapaxes(trajectory, 0, 1)  # (n, frames, h, w, c)
     images = _decode(context, data) if outputs.wants_pictures(out) else data
     stats = {name: np.broadcast_to(value, len(data)) for name, value in stats.items()}
@@ -365,10 +359,9 @@ def describe_results(
     count = f"{low}" if low == high else f"{low} to {high}"
     calls = f"{count} network evaluations each"
     if "accepted" in stats:
-        steps = {k: f"{stats[k]['mean']:.4g}" for k in ("accepted", "rejected")}
-        calls += f" ({steps['accepted']} steps taken, {steps['rejected']} rejected)"
-    rate = f"{num_drawn / max(seconds, 1e-9):.1f} images/s"
-    rate = rate if num_drawn else "drawn before"
+        accepted, rejected = (stats[k]["mean"] for k in ("accepted", "rejected"))
+        calls += f" ({accepted:.4g} steps taken, {rejected:.4g} rejected)"
+    rate = f"{num_drawn / seconds:.1f} images/s" if num_drawn else "drawn before"
     guided = "no guidance" if is_unguided(context.experiment.guidance) else "guided"
     lines = [
         f"{len(context.job.labels)} images, {guided}, {calls}, {rate} "

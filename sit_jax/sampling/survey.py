@@ -158,12 +158,9 @@ def _measure_records(measure_batch, params, source, ids, survey, mesh):
             keys = rng.image_keys(survey.seed, jnp.asarray(batch_ids))
             inputs = jax.device_put((keys, batch), batch_sharding(mesh))
             stats = measure_batch(params, *inputs)
-            stats = [np.broadcast_to(value, (size,))[:real] for value in stats]
-            for i, record, nats, bits, count in zip(
-                batch_ids, records, *stats, strict=False
-            ):
-                row = int(i), int(record["label"]), float(nats), float(bits), int(count)
-                rows.append(row)
+            labels = batch["label"]
+            columns = np.broadcast_arrays(batch_ids, labels, *stats)
+            rows += zip(*(column[:real].tolist() for column in columns), strict=True)
             bar.update(real)
     return sorted(row for rows in multihost.all_gather(rows) for row in rows)
 

@@ -194,10 +194,3 @@ def test_recorded_bounds(name, model):
 def test_what_makes_no_sense_is_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
-
-
-def test_an_exact_trace_of_much_is_refused():
-    likelihood = FlowLikelihood(FixedStepODE(euler, 1), trace=exact_trace)
-    draw = rng.rademacher_probes(rng.image_keys(0, jnp.arange(1)), (32, 32, 5))
-    with pytest.raises(UserError, match="exact trace of 5120 dimensions"):
-        likelihood(lambda x, t: x, Interpolant(), jnp.ones((1, 32, 32, 5)), draw)

@@ -23,7 +23,6 @@ from sit_jax.diffusion.gaussian import GaussianDiffusion
 from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.diffusion.rng import recorded_noise
 from sit_jax.errors import UserError
-from sit_jax.parallel.mesh import batch_sharding, make_mesh
 from sit_jax.samplers import sde
 from sit_jax.samplers.sde import SDE
 
@@ -184,13 +183,6 @@ def test_noise_is_what_draw_gives():
     np.testing.assert_array_equal(*still)
 
 
-def test_four_devices_equal_one():
-    draws = normal(9, 8, 2, 2, 1)
-    where = batch_sharding(make_mesh(devices=jax.devices()[:4]))
-    shared = toy(SDE(10), draws, in_shardings=(where, None)).data
-    np.testing.assert_allclose(shared, toy(SDE(10), draws).data, rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     "sampler, evaluations",
     [
@@ -204,13 +196,6 @@ def test_evaluations_are_those_made(sampler, evaluations):
     result = toy(sampler, jnp.zeros((9, 1, 2, 2, 1)), net)
     jax.effects_barrier()
     assert len(calls) == result.num_evaluations == evaluations
-
-
-def test_state_is_float32():
-    net = lambda x, t: x.astype(jnp.bfloat16)
-    start = jnp.ones((1, 2, 2, 1), jnp.bfloat16)
-    draw = lambda i: jnp.ones((1, 2, 2, 1))
-    assert SDE(3)(net, Interpolant(), start, draw).data.dtype == jnp.float32
 
 
 @pytest.mark.parametrize(

@@ -27,21 +27,6 @@ def test_every_level_survives_the_way_to_floats_and_back():
     np.testing.assert_array_equal(jax.jit(to_uint8)(x), levels)
 
 
-def test_rounding_rule_is_the_released_one():
-    # clamp(127.5 x + 128, 0, 255) truncated, in float32, on a ramp that leaves [-1, 1]
-    x = np.linspace(-1.3, 1.3, 5001, dtype=np.float32)
-    scaled = np.float32(127.5) * x + np.float32(128)
-    np.testing.assert_array_equal(to_uint8(x), np.clip(scaled, 0, 255).astype(np.uint8))
-    assert to_uint8(x).dtype == jnp.uint8
-    # a rule that rounds 127.5 (x + 1) to nearest would give 127 here
-    assert int(to_uint8(np.float32(0))) == 128
-
-
-def test_far_values_clamp():
-    x = np.array([-1e9, -1.01, 1.01, 1e9, -np.inf, np.inf], np.float32)
-    np.testing.assert_array_equal(to_uint8(x), [0, 0, 255, 255, 0, 255])
-
-
 def test_bfloat16_is_scaled_in_float32():
     x = jnp.asarray(np.linspace(-1, 1, 4001), jnp.bfloat16)
     np.testing.assert_array_equal(to_uint8(x), to_uint8(x.astype(jnp.float32)))
