@@ -73,16 +73,16 @@ def min_snr_weight(
 
 
 @dataclasses.dataclass(frozen=True)
-class MinSnr:
-    """An Interpolant's loss weight, for any path and prediction.
-
-    The field `most` is the paper's gamma.
-    """
-
-    most: float = GAMMA
+class _MostSnr:
+    most: float = GAMMA  # the paper's gamma
 
     def __post_init__(self) -> None:
-        _check(self.most)
+        if not self.most > 0:
+            raise UserError(f"most={self.most} of a Min-SNR weight must be positive")
+
+
+class MinSnr(_MostSnr):
+    """An Interpolant's loss weight, for any path and prediction."""
 
     def __call__(self, path: Path, prediction: Prediction, t: PerImage) -> PerImage:
         alpha, sigma = path(t)
@@ -92,17 +92,11 @@ class MinSnr:
         return min_snr_weight(alpha, sigma, p, q, self.most)
 
 
-@dataclasses.dataclass(frozen=True)
-class MinSnrHybridLoss:
+class MinSnrHybridLoss(_MostSnr):
     """A GaussianDiffusion's loss: hybrid_loss with its squared error weighted.
 
     Holds for whatever the process predicts. The variational bound is not weighted.
     """
-
-    most: float = GAMMA
-
-    def __post_init__(self) -> None:
-        _check(self.most)
 
     def __call__(
         self, process: GaussianDiffusion, batch: NoisyBatch, out: Array
@@ -133,8 +127,3 @@ def _weight_squared_error(
 ) -> dict[str, PerImage]:
     mse = weights * terms["mse"]
     return terms | {"loss": mse + terms["vb"] if "vb" in terms else mse, "mse": mse}
-
-
-def _check(most: float) -> None:
-    if not most > 0:
-        raise UserError(f"most={most} of a Min-SNR weight must be positive")

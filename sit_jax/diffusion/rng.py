@@ -59,16 +59,14 @@ def image_keys(seed: int, indices: Any) -> Keys:
 
 def sample_labels(keys: Keys, num_classes: int) -> Labels:
     """Returns labels int32 [b], uniform over the classes."""
-    draw = lambda key: jax.random.randint(
-        jax.random.fold_in(key, 0), (), 0, num_classes
-    )
-    return jax.vmap(draw)(keys)
+    draw = lambda key: jax.random.randint(key, (), 0, num_classes)
+    return jax.vmap(draw)(_fold_in(keys, 0))
 
 
 def initial_noise(keys: Keys, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
     """Returns the noise [b, *shape] that sampling starts from."""
-    draw = lambda key: jax.random.normal(jax.random.fold_in(key, 1), shape)
-    return jax.vmap(draw)(keys)
+    draw = lambda key: jax.random.normal(key, shape)
+    return jax.vmap(draw)(_fold_in(keys, 1))
 
 
 def step_noise(keys: Keys, shape: tuple[int, ...]) -> StepNoise:
@@ -87,9 +85,9 @@ def recorded_noise(recorded: Float[Array, "steps b ..."]) -> StepNoise:
     return lambda i: jnp.asarray(recorded)[i]
 
 
-def _numbered_draws(keys: Keys, purpose: int, draw: Callable) -> StepNoise:
-    def draw_number(i: Any) -> Array:
-        one = lambda key: draw(jax.random.fold_in(key, i))
-        return jax.vmap(one)(jax.vmap(jax.random.fold_in, (0, None))(keys, purpose))
+def _fold_in(keys: Keys, data: Any) -> Keys:
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, data)
 
-    return draw_number
+
+def _numbered_draws(keys: Keys, purpose: int, draw: Callable) -> StepNoise:
+    return lambda i: jax.vmap(draw)(_fold_in(_fold_in(keys, purpose), i))

@@ -8,6 +8,8 @@ Shapes: b images, t queries, s keys, h heads, d values of a head.
 """
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -82,17 +84,10 @@ def packed_attention(
     return IMPLEMENTATIONS[name](q, k, v, bias, mask)
 
 
-def xla(q, k, v, bias=None, mask=None):
-    """Computes attention by plain products and a softmax."""
-    return jax.nn.dot_product_attention(q, k, v, bias, mask, implementation="xla")
-
-
-def cudnn(q, k, v, bias=None, mask=None):
-    """Computes attention by one fused kernel; scores never reach the memory."""
-    return jax.nn.dot_product_attention(q, k, v, bias, mask, implementation="cudnn")
-
-
-IMPLEMENTATIONS = {
+xla = partial(jax.nn.dot_product_attention, implementation="xla")
+# one fused kernel, whose scores never reach the memory
+cudnn = partial(jax.nn.dot_product_attention, implementation="cudnn")
+IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
     "xla": xla,
     "cudnn": cudnn,
     "head_by_head": head_by_head,

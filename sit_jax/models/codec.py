@@ -170,9 +170,10 @@ class Vae(struct.PyTreeNode):
     precision: Precision = _static(default=EXACT)
     group: int | None = _static(default=None)
 
+    @jax.jit
     def encode(self, images: UInt8[Array, "b H W 3"]) -> Float[Array, "b h w 2*c"]:
         """Returns moments: means, then log variances; h is H / 8."""
-        return _encode(self, images)
+        return self._apply("encode", Pixels().encode(images))
 
     def sample(
         self, key: Array, moments: Float[Array, "b h w 2*c"]
@@ -180,9 +181,17 @@ class Vae(struct.PyTreeNode):
         """Draws latents of about unit variance."""
         return self.scale * sample_posterior(key, moments)
 
+    @jax.jit
     def decode(self, data: Float[Array, "b h w c"]) -> UInt8[Array, "b H W 3"]:
         """Returns images of latents of about unit variance."""
-        return _decode(self, data)
+        latents = data.astype(jnp.float32) / self.scale
+        to_images = lambda rows: self.rounding(self._apply("decode", rows))
+        size = self.group or (1 if jax.default_backend() == "cpu" else 8)
+        return _map_groups(to_images, latents, size)
+
+    def _apply(self, method: str, x: Array) -> Array:
+        apply = partial(self.model.apply, {"params": self.params}, method=method)
+        return with_precision(self.precision, apply)(x)
 
     @property
     def encoder_sha256(self) -> str:
@@ -203,25 +212,6 @@ class Vae(struct.PyTreeNode):
             "rounding": self.rounding.__name__,
             "precision": self.precision.name,
         }
-
-
-@jax.jit
-def _encode(codec, images):
-    encode = with_precision(
-        codec.precision, partial(codec.model.apply, method="encode")
-    )
-    return encode({"params": codec.params}, Pixels().encode(images))
-
-
-@jax.jit
-def _decode(codec, data):
-    latents = data.astype(jnp.float32) / codec.scale
-    decode = with_precision(
-        codec.precision, partial(codec.model.apply, method="decode")
-    )
-    to_images = lambda rows: codec.rounding(decode({"params": codec.params}, rows))
-    size = codec.group or (1 if jax.default_backend() == "cpu" else 8)
-    return _map_groups(to_images, latents, size)
 
 
 def _map_groups(fn, x, size):

@@ -188,17 +188,11 @@ def check_shapes(model: Transformer, shape: tuple[int, ...]) -> None:
             raise UserError(f"model.{name} is {value}: it must be positive and finite")
     if height != width:
         raise UserError(f"input is {height} x {width}: only square inputs work")
-    if height % model.patch:
-        raise UserError(
-            f"input side {height} is not divisible by patch {model.patch}: "
-            "choose another patch or data of another size"
-        )
-    if model.width % model.heads:
-        raise UserError(
-            f"width {model.width} is not divisible by heads {model.heads}: change one"
-        )
-    if model.width % 4:
-        raise UserError(
-            f"width {model.width} is not divisible by 4, as the position table needs: "
-            "choose another width"
-        )
+    width, heads, patch = model.width, model.heads, model.patch
+    for rule, number, divisor in (
+        (f"input side {height} is not divisible by patch {patch}", height, patch),
+        (f"width {width} is not divisible by heads {heads}", width, heads),
+        (f"width {width} is not divisible by 4, as the position table needs", width, 4),
+    ):
+        if number % divisor:
+            raise UserError(f"{rule}: choose another")

@@ -8,6 +8,8 @@ parameters, norms and outputs are float32.
 Shapes: b images, h and w pixels of the resolution at hand, d features.
 """
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -102,53 +104,44 @@ class Encoder(nn.Module):
         return conv1x1(2 * self.latent, "quant")(x)
 
 
-class _DecoderFields(nn.Module):
-    channels: tuple[int, ...]
-    layers: int
-    groups: int
-    dtype: Dtype
-
-
-class Decoder(_DecoderFields):
+class Decoder(nn.Module):
     """Latents to images.
 
     Its halves are modules because "begin" and "finish" stand in the names of the
     parameters, of which manifests keep a hash.
     """
 
+    channels: tuple[int, ...]
+    layers: int
+    groups: int
+    dtype: Dtype
+
     @nn.compact
     def __call__(self, z: Float[Array, "b h w c"]) -> Float[Array, "b 8*h 8*w 3"]:
-        fields = (self.channels, self.layers, self.groups, self.dtype)
-        return DecoderFinish(*fields, name="finish")(
-            DecoderBegin(*fields, name="begin")(z)
-        )
+        half = partial(DecoderHalf, self.channels, self.layers, self.groups, self.dtype)
+        return half(is_first=False, name="finish")(half(is_first=True, name="begin")(z))
 
 
-class DecoderBegin(_DecoderFields):
-    """The decoder's attention and low resolutions."""
+class DecoderHalf(nn.Module):
+    """The decoder's attention and low resolutions, or its two highest ones."""
 
-    @nn.compact
-    def __call__(self, z):
-        x = conv1x1(z.shape[-1], "post_quant")(z)
-        x = conv3x3(self.channels[-1], "conv_in", self.dtype)(x)
-        x = Middle(self.groups, self.dtype, name="middle")(x)
-        return _ascend(self, x, range(first_level_of_finish(self.channels)))
-
-
-class DecoderFinish(_DecoderFields):
-    """The decoder's two highest resolutions."""
+    channels: tuple[int, ...]
+    layers: int
+    groups: int
+    dtype: Dtype
+    is_first: bool
 
     @nn.compact
-    def __call__(self, x):
-        first = first_level_of_finish(self.channels)
-        x = _ascend(self, x, range(first, len(self.channels)))
+    def __call__(self, x: Float[Array, "b h w _"]) -> Float[Array, "b _ _ d"]:
+        split = max(len(self.channels) - 2, 0)  # resolutions of the first half
+        if self.is_first:
+            x = conv1x1(x.shape[-1], "post_quant")(x)
+            x = conv3x3(self.channels[-1], "conv_in", self.dtype)(x)
+            x = Middle(self.groups, self.dtype, name="middle")(x)
+            return _ascend(self, x, range(split))
+        x = _ascend(self, x, range(split, len(self.channels)))
         x = nn.silu(group_norm(self.groups, "norm_out")(x))
         return conv3x3(3, "conv_out")(x)
-
-
-def first_level_of_finish(channels: tuple[int, ...]) -> int:
-    """Returns the first resolution, counted from the lowest, in DecoderFinish."""
-    return max(len(channels) - 2, 0)
 
 
 def _ascend(decoder, x, levels):

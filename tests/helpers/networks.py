@@ -1,6 +1,7 @@
 """Networks and their recorded outputs, weights, traced programs, attention."""
 
 import functools
+import math
 from pathlib import Path
 
 import jax
@@ -82,6 +83,20 @@ def equations(jaxpr):
         yield eqn
         for inner in jaxprs_in_params(eqn.params):
             yield from equations(inner)
+
+
+def traced_macs(fn, *args):
+    """Counts the multiply-adds of fn's products, a scan's once."""
+    total = 0
+    for eqn in equations(jax.make_jaxpr(fn)(*args).jaxpr):
+        if eqn.primitive.name == "dot_general":
+            (axes, _), _ = eqn.params["dimension_numbers"]
+            shape = eqn.invars[0].aval.shape
+            total += eqn.outvars[0].aval.size * math.prod(shape[i] for i in axes)
+        if eqn.primitive.name == "conv_general_dilated":
+            shape = eqn.invars[1].aval.shape
+            total += eqn.outvars[0].aval.size * math.prod(shape[:3])
+    return total
 
 
 def released_entries(depth, width, patch, classes, out=8, side=8, channels=4):

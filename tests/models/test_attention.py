@@ -12,16 +12,9 @@ from helpers.recorded import relative
 from sit_jax.adapters.apply import apply_model
 from sit_jax.adapters.weights import Int8Weight
 from sit_jax.errors import UserError
-from sit_jax.models import attention, attention_cpu, attention_tpu
+from sit_jax.models import attention
 from sit_jax.models.dit import SiT
 from sit_jax.models.mdt import MDT
-
-
-@pytest.fixture
-def loops_always(monkeypatch):
-    """Lets heads take turns as if their scores were large."""
-    monkeypatch.setattr(attention_cpu, "CACHE", 0)
-    monkeypatch.setattr(attention_tpu, "SCORES_PER_TURN", 0)
 
 
 @pytest.mark.parametrize("n", [3, 5])  # without and with a bias and a mask

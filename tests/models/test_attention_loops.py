@@ -14,13 +14,17 @@ from sit_jax.models.layers import REMAT
 from sit_jax.parallel.mesh import AXES
 
 
+def scans(program):
+    return [e for e in equations(program.jaxpr) if e.primitive.name == "scan"]
+
+
 @pytest.mark.parametrize("most, length", [(0.5, [6]), (1, [6]), (2, [3]), (3, [])])
 def test_heads_take_turns_together_as_the_scores_allow(most, length, monkeypatch):
     q, k, v, *_ = inputs(heads=6)
     size = 2 * 6 * 6 * 4  # of the scores of a head
     monkeypatch.setattr(attention_tpu, "SCORES_PER_TURN", most * size)
     program = jax.make_jaxpr(lambda *a: attention.heads_first(*a))(q, k, v)  # anew
-    loops = [e for e in equations(program.jaxpr) if e.primitive.name == "scan"]
+    loops = scans(program)
     assert [e.params["length"] for e in loops] == length
     found = attention.heads_first(q, k, v)
     assert relative(found, exact(q, k, v)) < 1e-6
@@ -35,25 +39,21 @@ def test_a_v4_takes_more_heads_a_turn(chip, length, monkeypatch):
     q, k, v, *_ = inputs(heads=8)
     with jax.sharding.use_abstract_mesh(mesh):
         program = jax.make_jaxpr(attention.heads_first)(q, k, v)
-    loops = [e for e in equations(program.jaxpr) if e.primitive.name == "scan"]
+    loops = scans(program)
     assert [e.params["length"] for e in loops] == length
 
 
 def test_small_scores_are_taken_at_once():
     q, k, v, *_ = inputs()
-    program = lambda: str(jax.make_jaxpr(attention.head_by_head)(q, k, v))
-    assert "scan" not in program()
+    assert not scans(jax.make_jaxpr(attention.head_by_head)(q, k, v))
 
 
 def test_large_scores_are_taken_head_head_by_head_and_not_kept(monkeypatch):
     monkeypatch.setattr(attention_cpu, "CACHE", 2 * 3 * 6 * 6 * 4 - 1)
     q, k, v, *_ = inputs()
     slope = jax.grad(lambda q: attention.head_by_head(q, k, v).sum())
-    loops = [
-        e
-        for e in equations(jax.make_jaxpr(slope)(q).jaxpr)
-        if e.primitive.name == "scan"
-    ]
+    program = jax.make_jaxpr(slope)(q)
+    loops = scans(program)
     assert [e.params["length"] for e in loops] == [3, 3]
     handed_on = [x.aval.shape for x in loops[0].outvars]
     assert (3, 2, 6, 6) not in [s[:2] + s[-2:] for s in handed_on]
@@ -63,10 +63,8 @@ def test_large_scores_are_taken_head_head_by_head_and_not_kept(monkeypatch):
 @pytest.mark.parametrize(  # a bias for all or for each; a mask for none, all or each
     "biases, masks", [((1, 3), 1), ((2, 3), 3), ((1, 1), 0)]
 )
-def test_packed_attention_is_that_of_its_parts(by, biases, masks, monkeypatch):
+def test_packed_attention_is_that_of_its_parts(by, biases, masks, loops_always):
     """Each head is read from where it is, and its gradient is written over it."""
-    monkeypatch.setattr(attention_cpu, "CACHE", 0)
-    monkeypatch.setattr(attention_tpu, "SCORES_PER_TURN", 0)
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal(shape, np.float32)
     qkv, bias = draw(2, 6, 3, 3, 4), draw(*biases, 6, 6)
@@ -88,22 +86,18 @@ def test_packed_attention_is_that_of_its_parts(by, biases, masks, monkeypatch):
 
 
 @pytest.mark.parametrize("by", ["head_by_head", "heads_first"])
-def test_gradients_are_written_over_what_they_are_of(by, monkeypatch):
+def test_gradients_are_written_over_what_they_are_of(by, loops_always):
     """What a loop stacks begins as zeros; what it carries on does not."""
-    monkeypatch.setattr(attention_cpu, "CACHE", 0)
-    monkeypatch.setattr(attention_tpu, "SCORES_PER_TURN", 0)
     loss = lambda *a: jnp.square(attention.attention(*a, implementation=by)).sum()
     program = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(*inputs()[:3])
-    loops = [e for e in equations(program.jaxpr) if e.primitive.name == "scan"]
+    loops = scans(program)
     backward = loops[-1]
     assert len(backward.outvars) == backward.params["num_carry"]
 
 
 @pytest.mark.parametrize("by", ["head_by_head", "heads_first"])
-def test_the_gradient_inherits_the_precision(by, monkeypatch):
+def test_the_gradient_inherits_the_precision(by, loops_always):
     """Of what stands around attention alone, as it does around a sampled network."""
-    monkeypatch.setattr(attention_cpu, "CACHE", 0)
-    monkeypatch.setattr(attention_tpu, "SCORES_PER_TURN", 0)
 
     def exactly(*a):
         with jax.default_matmul_precision("highest"):
@@ -116,22 +110,19 @@ def test_the_gradient_inherits_the_precision(by, monkeypatch):
     assert len(found) == text.count("stablehlo.dot_general") >= 5
 
 
-def test_kept_results_spare_the_loop_forward_a_second_time(monkeypatch):
-    monkeypatch.setattr(attention_cpu, "CACHE", 0)
+def test_kept_results_spare_the_loop_forward_a_second_time(loops_always):
     q, k, v, *_ = inputs()
 
     def loops(policy):
         run = jax.checkpoint(attention.head_by_head, policy=policy)
         slope = jax.grad(lambda q: jnp.square(run(q, k, v)).sum())
-        program = equations(jax.make_jaxpr(slope)(q).jaxpr)
-        return sum(e.primitive.name == "scan" for e in program)
+        return len(scans(jax.make_jaxpr(slope)(q)))
 
     assert loops(REMAT["dots"]) == 2
     assert loops(REMAT["full"]) == 3
 
 
-def test_head_by_head_sums_bfloat16_in_float32(monkeypatch):
-    monkeypatch.setattr(attention_cpu, "CACHE", 0)
+def test_head_by_head_sums_bfloat16_in_float32(loops_always):
     given = [jnp.asarray(x, jnp.bfloat16) for x in inputs(length=40, keys=40)[:3]]
 
     def slopes(by, given):
