@@ -148,7 +148,7 @@ def complete(args):
 
 
 def alternating(sides):
-    """-> {name: the least seconds of a call}, by turns, so that both meet the same."""
+    """Measures the least seconds of a call by name, in turns, so that both meet the same."""
     least = dict.fromkeys(sides, np.inf)
     for _ in range(ROUNDS):
         for name, side in sides.items():
@@ -172,7 +172,7 @@ def random_weights():
 
 
 def torch_fidelity(folder, weights, images):
-    """-> a call of its extractor."""
+    """Returns a call of the extractor."""
     from torch_judge import TorchJudge
 
     judge = TorchJudge(weights, folder=folder)

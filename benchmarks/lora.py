@@ -87,7 +87,7 @@ def batch(args):
 
 
 def step(model, params, args):
-    """-> seconds and memory of a compiled training step."""
+    """Measures seconds and memory of a compiled training step."""
     tx = optax.adamw(1e-4)
     state = TrainState.create(params, tx)
     trained = sum(x.size for x in jax.tree.leaves(state.params))
@@ -108,7 +108,7 @@ def forward(model, params, args):
 
 
 def timed(run, repeats, wait=jax.block_until_ready):
-    """-> the median of the seconds, and half of how far they spread."""
+    """Returns the median of the seconds, and half of how far they spread."""
     wait(run())
     seconds = []
     for _ in range(repeats):

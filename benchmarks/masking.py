@@ -80,7 +80,7 @@ def main():
 
 
 def runner(model, args):
-    """-> run(seed), which gives a list of measurements."""
+    """Returns a function of a seed that gives a list of measurements."""
     tx, process = adan(2e-3), GaussianDiffusion(objective=mdt_min_snr_loss)
     begin = lambda key: TrainState.create(init_params(model, SHAPE, key), tx)
     init = jax.jit(begin)
@@ -122,7 +122,7 @@ def runner(model, args):
 
 
 def error_of(model, process, data, held_out):
-    """-> error(params): mean squared error of the noise, the same draws for all."""
+    """Returns params -> mean squared error of the noise, with the same draws for all."""
     key = jax.random.split(jax.random.key(7))
     t = process.sample_times(key[0], len(data))
     start = jax.random.normal(key[1], data.shape)
@@ -136,7 +136,7 @@ def error_of(model, process, data, held_out):
 
 
 def sampler(model, process, labels):
-    """-> drawn(params, seed): a sample of each label, of 25 steps, unguided."""
+    """Returns (params, seed) -> a sample of each label, of 25 steps, unguided."""
 
     @jax.jit
     def drawn(params, seed):

@@ -46,7 +46,7 @@ def main():
 
 
 def laws(args):
-    """-> {name: (draw(rng, shift) -> features [N, D], labels or None)}"""
+    """Returns by name (draw(rng, shift) -> features [N, D], labels or None)."""
     n, d = args.images, args.width
     spread = np.arange(1, d + 1) ** -0.5
     middles = 3 * np.random.default_rng(0).standard_normal((CLASSES, d)) * spread
@@ -75,7 +75,7 @@ def reference(args):
 
 
 def rates(law, args, boots=20):
-    """-> the columns of a law's row."""
+    """Returns the columns of a law's row."""
     draw, labels = law
     there, rng = reference(args), np.random.default_rng(1)
     gaps, noises, strapped = [], [], []
@@ -97,7 +97,7 @@ def rates(law, args, boots=20):
 
 
 def power(law, args):
-    """-> {rule: share of pairs found beyond noise, for each true gap}"""
+    """Returns by rule the share of pairs found beyond noise, for each true gap."""
     draw, labels = law
     there, rng = reference(args), np.random.default_rng(2)
     count = max(args.pairs // 3, 10)
@@ -143,7 +143,7 @@ def compared(a, b, there, labels):
 
 
 def bootstrap(a, b, there, rng, resamples=30):
-    """-> standard deviation of the gap over sets drawn anew from each set."""
+    """Returns the standard deviation of the gap over sets drawn anew from each set."""
     far = lambda x: frechet_distance(
         Gaussian.of(x[rng.integers(len(x), size=len(x))]), there
     )

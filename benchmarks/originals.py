@@ -14,7 +14,7 @@ from torch import nn
 
 
 def load(folder, *names):
-    """-> modules of a clone of the original by their names in it."""
+    """Imports modules of a clone of the original, by their names in it."""
     folder = str(Path(folder).resolve())
     if folder not in sys.path:
         sys.path.insert(0, folder)

@@ -59,7 +59,7 @@ def main():
 
 
 def likeness(args, words):
-    """-> {word: {figure: value}} on the digits."""
+    """Measures the figures of each form on the digits."""
     opened = WeightsRef(args.weights).open()
     sampler = FixedStepODE(method=heun, steps=STEPS, trajectory_length=6)
     parts = dataclasses.replace(build_experiment(opened.config), sampler=sampler)
@@ -78,7 +78,7 @@ def likeness(args, words):
 
 
 def stored(parts, params, word):
-    """-> the recipe and the params of one form."""
+    """Returns the experiment and the params of one form."""
     if word == "float32":
         return _exact(parts), params
     if word == "bfloat16":
@@ -89,7 +89,7 @@ def stored(parts, params, word):
 
 
 def draw(parts, params, mesh, labels):
-    """-> states [frames, N, ...] on the way, and uint8 images [N, H, W, C]."""
+    """Returns states [frames, N, ...] on the way, and uint8 images [N, H, W, C]."""
     make = generator(parts, params, mesh, 250)
     drawn = [(data, stats["trajectory"]) for data, stats in make(0, labels)]
     data, ways = (
@@ -118,7 +118,7 @@ def against(states, images, ours, pictures):
 
 
 def speed(words, rounds):
-    """-> {word: {figure: value}} of sampling ROWS images by SiT-S/2, in turn."""
+    """Measures the figures of each form when sampling ROWS images by SiT-S/2, in turn."""
     config = sit()
     config.model = spec(SiT, patch=2, **SIZES["S"])
     config.sampler = spec(FixedStepODE, method=heun, steps=TIMED_STEPS)

@@ -76,7 +76,7 @@ def main():
 
 
 def evaluated(weights, noise):
-    """-> seconds and peak memory of sample.py, and the network's output."""
+    """Returns seconds and peak memory of sample.py, and the network's output."""
     out = weights.with_suffix(".npy")
     words = ["sample.py", "--weights", weights, "--labels", "207", "--guidance", "1"]
     words += ["--sampler", "euler", "--steps", "1", "--out", out, "--overwrite"]

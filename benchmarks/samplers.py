@@ -36,7 +36,7 @@ BUDGET = 50  # network evaluations, where that can be chosen
 
 
 def guess(x, alpha, sigma):
-    """-> the expected data and noise, given x = alpha data + sigma noise."""
+    """Returns the expected data and noise, given x = alpha data + sigma noise."""
     var = alpha**2 * SPREAD**2 + sigma**2
     right = jax.nn.sigmoid(2 * alpha * AT * x / var)
     pull = lambda at: at + alpha * SPREAD**2 * (x - alpha * at) / var

@@ -81,7 +81,7 @@ def ours(case):
 
 
 def parts(case):
-    """-> model, process and optimizer of the published run, at the case's size."""
+    """Returns model, process and optimizer of the published run, at the case's size."""
     import optax
 
     from sit_jax.diffusion.gaussian import GaussianDiffusion

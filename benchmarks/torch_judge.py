@@ -60,7 +60,7 @@ class TorchJudge:
 
 
 def network(weights, folder=None):
-    """-> torch-fidelity's network with these weights; folder: where the package is."""
+    """Returns torch-fidelity's network, from a folder, with these weights."""
     _reachable(folder)
     from torch_fidelity import feature_extractor_inceptionv3 as module
 

@@ -60,7 +60,7 @@ def check(context):
 
 
 def activations(network, x, t, y):
-    """-> {stage: array [n, ...]} in the order of the computation, as bundle.py's."""
+    """Returns an array [n, ...] by stage, in bundle.py's order of the computation."""
     seen = {}
     keep = lambda name: lambda _, inputs, out: seen.__setitem__(name, numpy(out))
     parts = {
@@ -86,7 +86,7 @@ def activations(network, x, t, y):
 
 
 def _blocks(network):
-    """-> {stage: module}, in the order of the computation."""
+    """Returns the module of each stage, in the order of the computation."""
     if hasattr(network, "en_inblocks"):
         runs = {"in block": network.en_inblocks, "out block": network.en_outblocks}
         runs["decoder block"] = network.de_blocks
@@ -100,7 +100,7 @@ def _blocks(network):
 
 
 def guided(parts, network, y):
-    """-> net(x, t), what doubles its batch, and whether there is guidance."""
+    """Returns net(x, t), what doubles its batch, and whether there is guidance."""
     if is_unguided(parts.guidance):
         return lambda x, t: network(x, t, y), lambda a: a, False
     labels = torch.cat([y, torch.full_like(y, parts.model.classes)])
@@ -151,7 +151,7 @@ def chain(parts, net, z, guided, steps, found):
 
 
 def pictures(codec, vae, latents):
-    """-> decoded floats and bytes, if there is a way to pictures.
+    """Returns decoded floats and bytes, if there is a way to pictures.
 
     codec: of an Experiment; vae: autoencoder(codec).
     """
@@ -168,7 +168,7 @@ def pictures(codec, vae, latents):
 
 
 def autoencoder(codec):
-    """-> diffusers' AutoencoderKL with the weights of a codec.Vae; None of others.
+    """Returns diffusers' AutoencoderKL with the weights of a codec.Vae; None of others.
 
     From ours, so that it also is there where the file has no config.
     """

@@ -68,7 +68,7 @@ def codec(model, word, seed=0):
 
 
 def diffusers(channels, groups, vae):
-    """-> {"encode", "decode"} of diffusers' AutoencoderKL with the same weights."""
+    """Returns encode and decode of diffusers' AutoencoderKL with the same weights."""
     try:
         import torch
         from diffusers import AutoencoderKL as Theirs
@@ -99,7 +99,7 @@ def diffusers(channels, groups, vae):
 
 
 def times(runs, repeats):
-    """-> {name: (seconds by the clock, seconds of CPU time)}, the best of each."""
+    """Measures the least seconds by the clock, and of CPU time, by name."""
     found = {name: [] for name in runs}
     for turn in range(repeats + 1):
         for name, run in runs.items():
