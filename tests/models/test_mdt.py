@@ -1,7 +1,5 @@
 """MDT and MDTv2 against the recorded PyTorch runs, with and without hidden tokens."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,38 +56,6 @@ def test_every_block_of_the_second_version_is_as_recorded(masked):
         ours = seen[runs[run]]["__call__"][0][0][int(i)]
         ours = ours[:, : tokens.shape[1]]  # behind them those that this draw hid
         assert relative(ours, tokens) < 2e-6, key
-
-
-@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
-def test_every_block_of_the_first_version_is_as_recorded(masked):
-    """One block at a time, from what torch gave the block before."""
-    golden = arrays("mdt1")
-    prefix = "mask.act.blocks." if masked else "nomask.act.blocks."
-    ours = one_block()(golden[f"{prefix}0"], golden["mask.rand_noise"], masked)
-    assert relative(ours, golden[f"{prefix}1"]) < 2e-6
-
-
-@functools.cache
-def one_block():
-    """-> (tokens, noise of the mask, masked) -> what the second block makes of them."""
-    found, golden = jax.device_get(recorded_params("mdt1")), arrays("mdt1")
-    angles = golden["t"][:, None].astype(np.float32) * FREQUENCIES[None]
-    waves = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
-    dense = lambda x, layer: x @ layer["kernel"] + layer["bias"]
-    hidden = dense(waves, found["cond"]["time_in"])
-    hidden = hidden / (1 + np.exp(-hidden))
-    c = dense(hidden, found["cond"]["time_out"])
-    c = c + found["cond"]["label"]["embedding"][golden["y"]]
-    second = jax.tree.map(lambda w: jnp.asarray(w[1]), found["blocks"])
-    block = mdt.MDTBlock(heads=5, side=4)
-
-    def run(tokens, noise, masked):
-        seen = (
-            mdt.visible_tokens(jnp.argsort(noise, axis=1), None, 11) if masked else None
-        )
-        return block.apply({"params": second}, tokens, None, c, seen)[0]
-
-    return quick_jit(run, static_argnums=2)
 
 
 def test_the_encoders_last_block_gets_what_its_first_one_left():

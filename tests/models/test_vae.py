@@ -95,9 +95,6 @@ def test_weights_come_back_bit_by_bit_in_torchs_order():
     require_same_shapes("params", recorded_params(), shapes(TINY))
 
 
-OLD = ("query", "key", "value", "proj_attn")
-
-
 def test_old_names_become_todays():
     names = case("vae")["state_dict_keys"]
     same = dict(zip(names, names, strict=True))
