@@ -148,7 +148,7 @@ def complete(args):
 
 
 def alternating(sides):
-    """Measures the least seconds of a call by name, in turns, so that both meet the same."""
+    """Measures the least seconds of each call, by turns, so that both meet the same."""
     least = dict.fromkeys(sides, np.inf)
     for _ in range(ROUNDS):
         for name, side in sides.items():

@@ -122,7 +122,7 @@ def runner(model, args):
 
 
 def error_of(model, process, data, held_out):
-    """Returns params -> mean squared error of the noise, with the same draws for all."""
+    """Returns params -> mean squared error of the noise, of the same draws for all."""
     key = jax.random.split(jax.random.key(7))
     t = process.sample_times(key[0], len(data))
     start = jax.random.normal(key[1], data.shape)

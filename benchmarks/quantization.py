@@ -118,7 +118,7 @@ def against(states, images, ours, pictures):
 
 
 def speed(words, rounds):
-    """Measures the figures of each form when sampling ROWS images by SiT-S/2, in turn."""
+    """Measures each form when sampling ROWS images by SiT-S/2, in turn."""
     config = sit()
     config.model = spec(SiT, patch=2, **SIZES["S"])
     config.sampler = spec(FixedStepODE, method=heun, steps=TIMED_STEPS)

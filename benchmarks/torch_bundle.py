@@ -177,7 +177,7 @@ def build_original(module, model, shape, state):
 
 
 def _network(context, args):
-    """Returns the clone's network with the job's weights, and these as it holds them."""
+    """Returns the clone's network with the job's weights, and its state of them."""
     parts = context.experiment
     released = StateDictSpec(parts.model, parts.shape)
     ours = jax.tree.map(np.asarray, context.params)
