@@ -162,12 +162,8 @@ def guide_both_halves(
         half = x[: len(labels)]
         cond, uncond = jnp.split(apply(jnp.concatenate([half, half]), t, both), 2)
         s = _scale_at(scale, t[: len(labels)], half, progress)
-        return jnp.concatenate(
-            [
-                extrapolate(cond, uncond, s, channels),
-                extrapolate(uncond, cond, 1 - s, channels),
-            ]
-        )
+        first = extrapolate(cond, uncond, s, channels)
+        return jnp.concatenate([first, extrapolate(uncond, cond, 1 - s, channels)])
 
     return guided
 

@@ -254,10 +254,8 @@ def residual_block(
     return shard_batch(x + gate2 * mlp(y))
 
 
-def timestep_frequencies(
-    half: int, shift: float = 0.0, period: float = 10_000.0
-) -> Float[np.ndarray, " half"]:
-    """Returns period^(-i / (half - shift)) for i < half, in float32.
+def timestep_frequencies(half: int, shift: float = 0.0) -> Float[np.ndarray, " half"]:
+    """Returns 10000^(-i / (half - shift)) for i < half, in float32.
 
     shift is 0 in the releases of DiT, SiT and MDT, and 1 in diffusers' DiT.
 
@@ -265,7 +263,7 @@ def timestep_frequencies(
     part of the definition: float32 exponent, correctly rounded exp. Of the obvious
     formulas this agrees best with the released code (125 of 128 entries).
     """
-    exponent = np.float32(-math.log(period)) * np.arange(half, dtype=np.float32)
+    exponent = np.float32(-math.log(10_000)) * np.arange(half, dtype=np.float32)
     exponent = (exponent / np.float32(half - shift)).astype(np.float64)
     return np.exp(exponent).astype(np.float32)
 
