@@ -86,11 +86,13 @@ def test_every_size_has_the_gradient_of_the_largest(traced):
 
 def test_a_smaller_size_is_less_work(traced):
     sizes = bucket_sizes(TWO, 64)
-    conds = [e for e in equations(traced.jaxpr.jaxpr) if e.primitive.name == "cond"]
-    found = []  # of each branch of each choice
-    for branch in (branch for cond in conds for branch in cond.params["branches"]):
-        shapes = [v.aval.shape for e in equations(branch.jaxpr) for v in e.outvars]
-        found += [{s[1] for s in shapes if s[2:] == (24,)} & set(sizes)]
-    assert [tokens for tokens in found if tokens] == [{size} for size in sizes]
+    found = []  # the tokens in each branch of a choice between the sizes
+    for eqn in equations(traced.jaxpr.jaxpr):
+        for branch in eqn.params["branches"] if eqn.primitive.name == "cond" else ():
+            shapes = [v.aval.shape for e in equations(branch.jaxpr) for v in e.outvars]
+            found += [{s[1] for s in shapes if s[2:] == (24,)} & set(sizes)]
+    found = [tokens for tokens in found if tokens]
+    assert found[:2] == [{size} for size in sizes]
+    assert all(len(tokens) == 1 for tokens in found)
     at = lambda sizes: step_macs(MDTv2(mask_buckets=sizes, **SMALL), SHAPE[1:])
     assert at(1) > at(2) > at(100)
