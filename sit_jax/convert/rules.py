@@ -268,14 +268,31 @@ def torch_constants(model: DiT | MDT, side: int) -> dict[str, np.ndarray]:
     return {f"{name}.{BIAS_INDEX}": index for name in names}
 
 
-# The autoencoder of Stable Diffusion, in the names of today's diffusers. ft-mse and
-# ft-ema were released with those of before 0.16, for attention.
-_OLD_VAE_NAMES = {
-    ".attentions.0.query.": ".attentions.0.to_q.",
-    ".attentions.0.key.": ".attentions.0.to_k.",
-    ".attentions.0.value.": ".attentions.0.to_v.",
-    ".attentions.0.proj_attn.": ".attentions.0.to_out.0.",
-}
+# The autoencoder of Stable Diffusion. Its weights exist under three sets of names: of
+# today's diffusers, which the rules use, of diffusers before 0.16 (in which ft-mse and
+# ft-ema were released), and of CompVis' latent-diffusion.
+
+# Old diffusers' and CompVis' names -> today's, tried in this order. CompVis' decoder
+# counts resolutions the other way round: {i} is to be counted down from the highest.
+_OLD_NAMES = [
+    (r"\.attentions\.0\.query\.", ".attentions.0.to_q."),
+    (r"\.attentions\.0\.key\.", ".attentions.0.to_k."),
+    (r"\.attentions\.0\.value\.", ".attentions.0.to_v."),
+    (r"\.attentions\.0\.proj_attn\.", ".attentions.0.to_out.0."),
+    (r"encoder\.down\.(\d+)\.block\.", r"encoder.down_blocks.\1.resnets."),
+    (r"encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
+    (r"decoder\.up\.(\d+)\.block\.", r"decoder.up_blocks.{\1}.resnets."),
+    (r"decoder\.up\.(\d+)\.upsample\.", r"decoder.up_blocks.{\1}.upsamplers.0."),
+    (r"\.mid\.block_1\.", r".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", r".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.norm\.", r".mid_block.attentions.0.group_norm."),
+    (r"\.mid\.attn_1\.proj_out\.", r".mid_block.attentions.0.to_out.0."),
+    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+    (r"\.nin_shortcut\.", r".conv_shortcut."),
+    (r"\.norm_out\.", r".conv_norm_out."),
+]
+
+
 # Our modules -> diffusers', tried in this order.
 _VAE_NAMES = [
     (r"encoder/quant", "quant_conv"),
@@ -316,9 +333,7 @@ def vae_rules(model: AutoencoderKL) -> Rules:
     """Returns the rules of an AutoencoderKL, in diffusers' names of today."""
     rules = []
     for path, leaf in flatten_dict(vae_param_shapes(model), sep="/").items():
-        name = path
-        for ours, theirs in _VAE_NAMES:
-            name = re.sub(ours, theirs, name)
+        name = _rename(path, _VAE_NAMES)
         # The upsampler of a level stands with the level below in diffusers.
         double = lambda match: f"up_blocks/{int(match[1]) - 1}/upsamplers/0/conv"
         name = re.sub(r"double_(\d+)", double, name)
@@ -327,14 +342,32 @@ def vae_rules(model: AutoencoderKL) -> Rules:
     return sorted(rules, key=lambda rule: [*map(rank, rule.torch_name.split("."))])
 
 
-def to_current_names(names: Iterable[str]) -> dict[str, str]:
-    """Returns today's diffusers names of a VAE's tensors -> the names given."""
-    current = {}
+def to_diffusers_names(names: Iterable[str], levels: int) -> dict[str, str]:
+    """Returns today's diffusers names of a VAE's tensors -> the names given.
+
+    Args:
+        names: of today's or older diffusers, or of CompVis.
+        levels: number of resolutions.
+    """
+    translation = {}
     for old in names:
-        name = old
-        for before, after in _OLD_VAE_NAMES.items():
-            name = name.replace(before, after)
-        if name in current:
+        name = _rename(old, _OLD_NAMES)
+        name = re.sub(r"\{(\d+)\}", lambda level: str(levels - 1 - int(level[1])), name)
+        if name in translation:
             raise UserError(f"the weights name {name} twice, also as {old}")
-        current[name] = old
-    return current
+        translation[name] = old
+    return translation
+
+
+def _rename(name, patterns):
+    for pattern, new in patterns:
+        name = re.sub(pattern, new, name)
+    return name
+
+
+def squeeze_attention(name: str, array: np.ndarray) -> np.ndarray:
+    """Returns attention weights kept as a 1 x 1 convolution [o, i, 1, 1] as [o, i]."""
+    is_attention = re.search(r"\.attentions\.0\.to_\w+(\.0)?\.weight$", name)
+    if is_attention and array.shape[2:] == (1, 1):
+        return array[..., 0, 0]
+    return array

@@ -1,4 +1,4 @@
-"""Stable Diffusion's autoencoder from diffusers' files, by path or name."""
+"""Stable Diffusion's autoencoder from diffusers' or CompVis' files, by path or name."""
 
 import dataclasses
 from pathlib import Path
@@ -9,7 +9,8 @@ from sit_jax.convert import pretrained
 from sit_jax.convert.diffusers import STEM, find_weights
 from sit_jax.convert.rules import (
     join_names,
-    to_current_names,
+    squeeze_attention,
+    to_diffusers_names,
     to_flax,
     vae_param_shapes,
     vae_rules,
@@ -43,6 +44,7 @@ FIXED = {
     "latents_std": None,
 }
 SCALE = 0.18215  # of a config.json that has none, as ft-mse's and ft-ema's
+TRAINING = "loss."  # begins the names of what CompVis' files hold besides
 MAX_LAYERS = 2**6  # of a level; a config's word about sizes is a stranger's
 
 
@@ -170,7 +172,9 @@ def _find_files(source):
 
 def _read_params(path, model, config):
     tensors = read_torch_file(path).ema
-    state = {name: tensors[old] for name, old in to_current_names(tensors).items()}
+    names = [name for name in tensors if not name.startswith(TRAINING)]
+    names = to_diffusers_names(names, len(model.channels))
+    state = {name: squeeze_attention(name, tensors[n]) for name, n in names.items()}
     try:
         params, spare = to_flax(vae_rules(model), state)
         if spare:

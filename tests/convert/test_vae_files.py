@@ -11,6 +11,7 @@ from helpers.codecs import (
     CONFIG,
     GOLDEN,
     SAFE,
+    compvis,
     folder,
     recorded_state,
     same,
@@ -42,9 +43,19 @@ def old():
     return state, case("vae")["config"] | {"_class_name": "AutoencoderKL"}
 
 
+def original():
+    """CompVis' names; attention as 1 x 1 convolutions, and the discriminator's."""
+    state = {compvis(name): x for name, x in recorded_state().items()}
+    for name in state:
+        if ".attn_1." in name and state[name].ndim == 2:
+            state[name] = state[name][..., None, None]
+    return {"loss.logvar": np.zeros((), np.float32)} | state, CONFIG
+
+
 @pytest.mark.parametrize("name", [SAFE, BIN])
-def test_old_names_are_read_from_every_container(tmp_path, name):
-    state, config = old()
+@pytest.mark.parametrize("dialect", [old, original], ids=["old", "compvis"])
+def test_every_dialect_in_every_container(tmp_path, dialect, name):
+    state, config = dialect()
     same(load_vae(folder(tmp_path, state, config, name)))
 
 

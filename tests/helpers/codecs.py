@@ -60,6 +60,29 @@ def recorded_params():
     return params
 
 
+def compvis(name, levels=4):
+    """A diffusers name as latent-diffusion has it, written down once more."""
+    half, _, rest = name.partition(".")
+    for theirs, ours in {
+        "mid_block.resnets.0": "mid.block_1",
+        "mid_block.resnets.1": "mid.block_2",
+        "mid_block.attentions.0.group_norm": "mid.attn_1.norm",
+        "mid_block.attentions.0.to_out.0": "mid.attn_1.proj_out",
+        "mid_block.attentions.0.to_": "mid.attn_1.",
+        "conv_norm_out": "norm_out",
+        "conv_shortcut": "nin_shortcut",
+    }.items():
+        rest = rest.replace(theirs, ours)
+    kind, *parts = rest.split(".")
+    if kind in ("down_blocks", "up_blocks"):
+        level, what, number, *parts = parts
+        level = level if kind == "down_blocks" else str(levels - 1 - int(level))
+        kinds = {"resnets": ["block", number], "downsamplers": ["downsample"]}
+        what = kinds.get(what, ["upsample"])
+        rest = ".".join([kind.removesuffix("_blocks"), level, *what, *parts])
+    return f"{half}.{rest}" if rest else half
+
+
 def same(vae):
     jax.tree.map(np.testing.assert_array_equal, dict(vae.params), recorded_params())
 

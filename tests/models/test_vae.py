@@ -6,13 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from helpers.codecs import TINY, recorded_params, recorded_state
+from helpers.codecs import TINY, compvis, recorded_params, recorded_state
 from helpers.networks import equations, quick_jit
 from helpers.recorded import arrays, case, nhwc, relative
 
 from sit_jax.checkpoint import require_same_shapes
 from sit_jax.convert.rules import (
-    to_current_names,
+    squeeze_attention,
+    to_diffusers_names,
     to_torch,
     vae_rules,
 )
@@ -95,16 +96,29 @@ def test_weights_come_back_bit_by_bit_in_torchs_order():
     require_same_shapes("params", recorded_params(), shapes(TINY))
 
 
-def test_old_names_become_todays():
+def test_names_of_every_kind_become_todays():
     names = case("vae")["state_dict_keys"]
     same = dict(zip(names, names, strict=True))
-    assert to_current_names(names) == same
+    assert to_diffusers_names(names, 4) == same
     attention = [n for n in names if ".attentions." in n]
     old = dict(zip(attention, case("vae")["old_keys"], strict=True))
-    assert to_current_names([old.get(n, n) for n in names]) == same | old
+    assert to_diffusers_names([old.get(n, n) for n in names], 4) == same | old
+    theirs = [compvis(name) for name in names]
+    assert to_diffusers_names(theirs, 4) == dict(zip(names, theirs, strict=True))
+
+
+def test_a_name_in_two_dialects_is_refused():
     both = [f"encoder.mid_block.attentions.0.{n}.weight" for n in ("to_q", "query")]
     with pytest.raises(UserError, match="to_q.weight twice, also as .*query.weight"):
-        to_current_names(both)
+        to_diffusers_names(both, 4)
+
+
+def test_pointwise_convolutions_of_the_attention_become_matrices():
+    name, w = "encoder.mid_block.attentions.0.to_out.0.weight", RNG.normal(size=(3, 3))
+    np.testing.assert_array_equal(squeeze_attention(name, w[..., None, None]), w)
+    assert squeeze_attention(name, w) is w
+    shortcut = "decoder.up_blocks.2.resnets.0.conv_shortcut.weight"
+    assert squeeze_attention(shortcut, w[..., None, None]).ndim == 4
 
 
 def test_doubling_is_repetition_then_the_kernel():
