@@ -8,7 +8,6 @@ timm, SiT's also torchdiffeq; torchvision is not needed.
 """
 
 import contextlib
-import importlib.util
 import platform
 import sys
 from functools import partial
@@ -27,7 +26,7 @@ from torch_judge import TorchJudge
 from sit_jax.cli import diagnose
 from sit_jax.cli.main import entry_point, make_parser, parse_args
 from sit_jax.convert import inception
-from sit_jax.convert.model_card import original_arguments
+from sit_jax.convert.parity import build_original, import_original
 from sit_jax.convert.rules import to_torch
 from sit_jax.convert.state_dict import StateDictSpec
 from sit_jax.diagnosis import bundle, stages
@@ -35,13 +34,11 @@ from sit_jax.diffusion.interpolant import Interpolant
 from sit_jax.errors import UserError
 from sit_jax.files import require_free
 from sit_jax.manifest import weights_hash
-from sit_jax.models.mdt import MDT
 from sit_jax.precision import probe
 from sit_jax.ranges import COUNT
 
 PACKAGES = ("torch", "timm", "torchdiffeq", "diffusers", "torch-fidelity", "numpy")
 WIDTHS = ((1,), (3,))  # of pictures
-_MODULES = ("models.py", "masked_diffusion/models.py")  # SiT's and DiT's; MDT's
 
 
 @entry_point
@@ -139,41 +136,6 @@ def allow_tf32(allowed):
     """Products by TF32 on a GPU that has it: two flags, of cuBLAS and of cuDNN."""
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
-
-
-def import_original(clone):
-    """Imports the models.py of a clone of the original repository."""
-    folder = Path(clone).expanduser()
-    path = next((p for p in map(folder.joinpath, _MODULES) if p.is_file()), None)
-    if path is None:
-        missing = folder / _MODULES[0]
-        raise UserError(f"--reference: no {missing}; give a clone of the original")
-    spec = importlib.util.spec_from_file_location("original_models", path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except ImportError as error:
-        raise UserError(
-            f"--reference: {path}: {error}; install what it needs"
-        ) from error
-    return module
-
-
-def build_original(module, model, shape, state):
-    """Returns the original's torch network with these weights, for evaluation."""
-    name = type(model).__name__
-    if not hasattr(module, name):
-        raise UserError(
-            f"--reference: {module.__file__} has no {name}, which the weights are of"
-        )
-    arguments = original_arguments(model, shape)
-    arguments["class_dropout_prob"] = 0.1 if model.null_label else 0.0
-    if isinstance(model, MDT):
-        arguments["mask_ratio"] = model.mask_ratio
-    network = getattr(module, name)(**arguments)
-    tensors = {name: torch.from_numpy(np.array(state[name])) for name in state}
-    network.load_state_dict(tensors, strict=True)
-    return network.eval()
 
 
 def _network(context, args):

@@ -11,13 +11,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no accelerator is needed, so no
 import argparse
 import time
 from collections.abc import Mapping
+from types import ModuleType
 
 import jax
 
 from sit_jax import checkpoint
 from sit_jax import config as configs
 from sit_jax.cli.main import entry_point, make_parser, parse_args
-from sit_jax.convert import peft, pretrained, tensor_files
+from sit_jax.convert import parity, peft, pretrained, tensor_files
 from sit_jax.convert.adapters import port_adapter
 from sit_jax.convert.checkpoint import open_torch_file
 from sit_jax.convert.diffusers import is_diffusers_folder
@@ -57,6 +58,7 @@ def main() -> int:
     is_adapter = bool(args.adapter or args.base or peft.is_adapter_folder(args.source))
     is_torch = not is_adapter and _is_torch_source(args)
     _refuse_meaningless(args, overrides, is_adapter, is_torch)
+    original = args.reference and parity.import_original(args.reference)
     args.figures = {path: read_json(path) for path in args.figures or ()}
     if is_adapter or is_torch:
         _require_replaceable(target)
@@ -66,11 +68,11 @@ def main() -> int:
             lines = port_adapter(args.source, target, kind=kind, base=base, step=step)
             print(*lines, sep="\n")
         elif is_torch:
-            to_checkpoint(args, overrides)
+            to_checkpoint(args, overrides, original)
         elif args.to:
             to_folder(args)
         else:
-            to_torch_file(args)
+            to_torch_file(args, original)
     memory = (hardware.peak_memory() or 0) / 1e9
     print(f"{time.perf_counter() - begin:.1f} s, peak memory {memory:.2f} GB")
     return 0
@@ -87,6 +89,7 @@ def _parser():
     add("--step", type=AtLeast(0), metavar="N", help=step_help)
     add("--to", choices=LAYOUTS, help="a folder, instead of a .pt")
     add("--figures", metavar="FILE", nargs="+", help="of evaluate.py, for the card")
+    add("--reference", metavar="DIR", help="clone of SiT or DiT to compare with")
     add("--adapter", choices=("peft", "diffusers", "merged"), help="what LoRA becomes")
     add("--base", metavar="DIR", help="workdir or checkpoint that LoRA files belong to")
     add("--overwrite", action="store_true")
@@ -127,7 +130,10 @@ def _refuse_meaningless(args, overrides, is_adapter, is_torch):
         own = f"is for a torch file: {source} brings its own config"
         reasons |= dict.fromkeys(("family", "heads", "config"), own)
     if is_adapter:
-        reasons |= dict.fromkeys(("to", "figures"), "is for a network, not for LoRA")
+        network = "is for a network, not for LoRA"
+        reasons |= dict.fromkeys(("to", "figures", "reference"), network)
+    elif args.to:
+        reasons["reference"] = "is for a .pt, not for --to"
     for name, reason in reasons.items():
         if getattr(args, name) is not None:
             raise UserError(f"--{name} {reason}")
@@ -141,7 +147,9 @@ def _require_replaceable(target):
         raise UserError(f"{target} is not overwritten: it also holds {others[0]}")
 
 
-def to_checkpoint(args: argparse.Namespace, overrides: list[str]) -> None:
+def to_checkpoint(
+    args: argparse.Namespace, overrides: list[str], original: ModuleType | None = None
+) -> None:
     """Converts a torch file or diffusers folder into a checkpoint directory."""
     target = args.target
     config = args.config and configs.load(args.config)
@@ -164,6 +172,7 @@ def to_checkpoint(args: argparse.Namespace, overrides: list[str]) -> None:
         print("reading it back", flush=True)
         export, parts = CheckpointExport(name, meta["step"]), file.parts()
         hashes = compare_tensors(export.tensors(*parts), parts)
+        _print_parity(original, export, file.ema)
     _print_network(export.spec, file.ema.dtypes)
     if file.ignored:
         print(f"left out: {', '.join(file.ignored)}")
@@ -172,7 +181,7 @@ def to_checkpoint(args: argparse.Namespace, overrides: list[str]) -> None:
     print(f"{ema_hash}  ema, as sample.py's", f"{target}/{meta['step']}", sep="\n")
 
 
-def to_torch_file(args: argparse.Namespace) -> None:
+def to_torch_file(args: argparse.Namespace, original: ModuleType | None = None) -> None:
     """Converts a step of a checkpoint into a torch file, or the files of MDT's run."""
     target = args.target
     export = _open_checkpoint(args)
@@ -188,10 +197,12 @@ def to_torch_file(args: argparse.Namespace) -> None:
             print(f"writing {target.with_name(name)}", flush=True)
             tensor_files.write(folder / name, content)
         print("reading it back", flush=True)
-        written = read_torch_file(folder / target.name).parts()
+        file = read_torch_file(folder / target.name)
+        written = file.parts()
         hashes = compare_tensors(
             flatten_parts(parts), {part: written[part] for part in parts}
         )
+        _print_parity(original, export, file.ema)
         shas = {name: sha256(folder / name) for name in files}
         key = '["ema"]' if "opt" in files[target.name] else ""
         text = model_card(export, target.name, shas, figures=args.figures, key=key)
@@ -248,6 +259,17 @@ def _print_parts(parts: Mapping[str, Mapping], hashes: Mapping[str, str]) -> Non
     """Prints what was compared with what was read back, and is the same."""
     rows = [("part", "tensors", "sha256, the same on both sides")]
     rows += [(part, len(parts[part]), sha) for part, sha in hashes.items()]
+    print(format_columns(rows))
+
+
+def _print_parity(original, export, state):
+    """Prints how far our network is from the original's with the same weights."""
+    if original is None:
+        return
+    model, shape = export.spec.model, export.spec.shape
+    differences = parity.compare_stages(original, model, shape, state, export.ema())
+    print(f"relative L2 difference to the network of {original.__file__}:")
+    rows = [(stage, f"{value:.1e}") for stage, value in differences.items()]
     print(format_columns(rows))
 
 

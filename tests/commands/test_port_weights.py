@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from helpers import ROOT
 from helpers.recorded import FOLDER, weights
 from helpers.small import script
 
@@ -22,6 +23,7 @@ from sit_jax.manifest import weights_hash
 BARE = FOLDER / "weights" / "sit_a.pt"
 FULL = FOLDER / "weights" / "train_sit_full.pt"
 SIT_A = ("--family", "sit", "--heads", 4)
+PLAIN = ROOT / "tests" / "plain_torch"
 
 
 @pytest.fixture
@@ -132,6 +134,38 @@ def test_step_can_be_chosen(tmp_path, port, ported):
     assert f"{tmp_path}/ck/40" in port(tmp_path / "ck", tmp_path / "x.pt")[1]
     out = port(tmp_path / "ck", tmp_path / "y.pt", "--step", 20)[1]
     assert f"{tmp_path}/ck/20" in out
+
+
+@pytest.mark.parametrize("family", ["sit", "dit"])
+def test_the_networks_are_compared_stage_by_stage(tmp_path, port, family):
+    source = FOLDER / "weights" / f"{family}_a.pt"
+    flags = ("--family", family, "--heads", 4, "--reference", PLAIN)
+    code, out, _ = port(source, tmp_path / "ck", *flags)
+    assert code == 0
+    stages = dict(re.findall(r"^([a-z ]+\d?) +([\d.]+e[+-]\d\d)$", out, re.M))
+    stages = {name.strip(): float(value) for name, value in stages.items()}
+    names = ["patches", "time and label", "block 0", "block 1", "final layer", "output"]
+    assert list(stages) == names
+    # float32 rounding; DiT's times go to 999, where the last bit of a frequency counts
+    assert max(stages.values()) < (2e-6 if family == "sit" else 2e-5)
+
+
+def test_a_network_that_computes_something_else_is_seen(tmp_path, port):
+    (tmp_path / "clone").mkdir()
+    code = (PLAIN / "models.py").read_text()
+    wrong = code.replace("* (1 + scale2) + shift2", "* (1 + shift2) + scale2")
+    (tmp_path / "clone" / "models.py").write_text(wrong)
+    flags = (*SIT_A, "--reference", tmp_path / "clone")
+    out = port(BARE, tmp_path / "ck", *flags)[1]
+    value = lambda stage: float(re.search(rf"^{stage} +(\S+)$", out, re.M)[1])
+    assert value("time and label") < 1e-6
+    assert value("block 0") > 1e-2
+
+
+def clone(folder, text):
+    folder.mkdir()
+    (folder / "models.py").write_text(text)
+    return folder
 
 
 @pytest.mark.parametrize(

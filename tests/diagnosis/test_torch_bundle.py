@@ -11,6 +11,7 @@ from helpers.networks import quick_jit
 
 from sit_jax.cli import diagnose
 from sit_jax.config import to_json
+from sit_jax.convert import parity
 from sit_jax.diagnosis import ladder, stages
 from sit_jax.diffusion.gaussian import GaussianDiffusion, hybrid_loss
 from sit_jax.diffusion.guidance import PowerCosine
@@ -143,17 +144,15 @@ def test_only_mdt_has_rising_guidance(benchmarks):
             torch_stages.check(context)
 
 
-def test_mdts_models_are_found_in_their_folder(benchmarks, tmp_path):
-    import torch_bundle
-
+def test_mdts_models_are_found_in_their_folder(tmp_path):
     (tmp_path / "masked_diffusion").mkdir()
     code = "class MDTv2:\n    def __init__(self, **told):\n        raise KeyError(told)"
     (tmp_path / "masked_diffusion" / "models.py").write_text(code)
-    module = torch_bundle.import_original(tmp_path)
+    module = parity.import_original(tmp_path)
     model = MDTv2(decoder=4, mask_ratio=0.3)
     with pytest.raises(KeyError) as told:
-        torch_bundle.build_original(module, model, (32, 32, 4), {})
+        parity.build_original(module, model, (32, 32, 4), {})
     told = told.value.args[0]
     assert (told["decode_layer"], told["mask_ratio"], told["depth"]) == (4, 0.3, 28)
     with pytest.raises(UserError, match="has no DiT, which the weights are of"):
-        torch_bundle.build_original(module, DiT(), (32, 32, 4), {})
+        parity.build_original(module, DiT(), (32, 32, 4), {})
