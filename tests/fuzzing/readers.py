@@ -56,10 +56,10 @@ def npz(path):
 def judged(path):
     """What evaluate.py may be given."""
     side = open_input(path)
-    if side.source is not None and not side.source.needs_network:
-        list(side.source.features())
-    elif side.source is not None:
-        for _ in zip(side.source.images.batches(2), range(2), strict=False):
+    if side.stored is not None:
+        list(side.stored.batches())
+    elif side.images is not None:
+        for _ in zip(side.images.batches(2), range(2), strict=False):
             pass
 
 

@@ -31,7 +31,7 @@ def test_lora_files_compares_weights_and_config(tmp_path, compared):
 
 def test_initial_noise_compares_a_given_file(tmp_path, compared):
     np.save(tmp_path / "z.npy", np.zeros((3, 2, 2, 1), np.float32))
-    job = types.SimpleNamespace(noise=str(tmp_path / "z.npy"))
+    job = types.SimpleNamespace(noise=str(tmp_path / "z.npy"), labels=(1, 2, 3))
     experiment = types.SimpleNamespace(shape=(2, 2, 1))
     context = types.SimpleNamespace(job=job, experiment=experiment)
     start, _ = noise.load_noise(context)

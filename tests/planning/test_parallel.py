@@ -135,7 +135,7 @@ class Biased(nn.Module):
 
     @nn.compact
     def __call__(self, x, seen):
-        attention = mdt.PositionAttention(8, 16, implementation=self.by, name="attn")
+        attention = mdt.PositionAttention(8, implementation=self.by, name="attn")
         return shard_batch(x + attention(x, seen)), None
 
 
