@@ -1,6 +1,7 @@
 """A run of seconds, and running scripts as a user does."""
 
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -10,9 +11,11 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import ROOT
+from helpers.networks import quick_jit
 
 from sit_jax.checkpoint import save_step as save
 from sit_jax.cli import train
@@ -43,10 +46,16 @@ def config(**fields):
 
 def random_params(parts, seed):
     """Parameters with no zero among them: at initialisation every gate is one."""
-    params = init_params(parts.model, parts.shape, jax.random.key(seed))
+    params = compiled_init(parts.model, parts.shape)(jax.random.key(seed))
     rng = np.random.default_rng(seed)
-    kick = lambda w: w + 0.2 * rng.standard_normal(w.shape, np.float32)
-    return jax.tree.map(kick, params)
+    kick = lambda w: jnp.asarray(w + 0.2 * rng.standard_normal(w.shape, np.float32))
+    return jax.tree.map(kick, jax.device_get(params))
+
+
+@functools.cache
+def compiled_init(model, shape):
+    """init_params, compiled once: without jit it takes seconds at every call."""
+    return quick_jit(functools.partial(init_params, model, shape))
 
 
 def checkpoint(directory, config):
