@@ -23,7 +23,9 @@ SHA256 = json.loads((FOLDER / "sha256.json").read_text())
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return small.checkpoint(tmp_path_factory.mktemp("base"), small.config())
+    """Has the bits of version 0.1, which did not compile the initialisation."""
+    directory = tmp_path_factory.mktemp("base")
+    return small.checkpoint(directory, small.config(), compiled=False)
 
 
 def output(model, params, labels):
@@ -60,7 +62,7 @@ def test_old_run_of_adapters_loads_over_its_base(base):
 
 def test_old_peft_folder_loads(base):
     experiment = build_experiment(small.config())
-    params = small.random_params(experiment, 10)
+    params = small.random_params(experiment, 10, compiled=False)
     words = [f"{FOLDER}/peft:0.5"]
     params, (record,) = apply_adapters(params, words, experiment.model, SHA256["base"])
     assert record["sha256"] == SHA256["peft"] and record["weight"] == 0.5

@@ -44,9 +44,13 @@ def config(**fields):
     return c
 
 
-def random_params(parts, seed):
-    """Parameters with no zero among them: at initialisation every gate is one."""
-    params = compiled_init(parts.model, parts.shape)(jax.random.key(seed))
+def random_params(parts, seed, compiled=True):
+    """Parameters with no zero among them: at initialisation every gate is one.
+
+    Their last bits differ by whether the initialisation is compiled.
+    """
+    key, network = jax.random.key(seed), (parts.model, parts.shape)
+    params = compiled_init(*network)(key) if compiled else init_params(*network, key)
     rng = np.random.default_rng(seed)
     kick = lambda w: jnp.asarray(w + 0.2 * rng.standard_normal(w.shape, np.float32))
     return jax.tree.map(kick, jax.device_get(params))
@@ -58,11 +62,12 @@ def compiled_init(model, shape):
     return quick_jit(functools.partial(init_params, model, shape))
 
 
-def checkpoint(directory, config):
+def checkpoint(directory, config, compiled=True):
     """Saves random parameters, and others as their average, as step 8 of a run."""
     parts = build_experiment(config, TRAINING)
     meta = {"config": to_json(config), "step": 8}
-    items = {"params": random_params(parts, 0), "ema": random_params(parts, 10)}
+    seeds = {"params": 0, "ema": 10}
+    items = {k: random_params(parts, seed, compiled) for k, seed in seeds.items()}
     save(directory, 8, meta, **items)
     return directory
 
